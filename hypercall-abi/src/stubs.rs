@@ -1,0 +1,125 @@
+//! The guest's side of the transports, for 64-bit guests.
+//!
+//! The functions are naked: a few instructions that know no address, so that they may be copied to where a
+//! guest wants them.
+
+use core::arch::{naked_asm, x86_64::__cpuid};
+
+use crate::call::{Attributes, KVM_HC_MAP_GPA_RANGE};
+use crate::discovery::{Features, Interface};
+use crate::status::{self, Error, Success};
+
+/// Calls by VMCALL, as processors of Intel want it.
+///
+/// # Safety
+/// Privilege level 0 in a machine that has [`Features::VMCALL`], and the caller answers for what the
+/// operation does to its memory.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn vmcall(gpa: u64, pages: u64, attributes: u64) -> i64 {
+    naked_asm!(
+        "push rbx",
+        "mov rbx, rdi",
+        "mov rcx, rsi",
+        "mov eax, {call}",
+        "vmcall",
+        "pop rbx",
+        "ret",
+        call = const KVM_HC_MAP_GPA_RANGE,
+    )
+}
+
+/// Calls by VMMCALL, as processors of AMD want it.
+///
+/// # Safety
+/// As for [`vmcall`], with [`Features::VMMCALL`].
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn vmmcall(gpa: u64, pages: u64, attributes: u64) -> i64 {
+    naked_asm!(
+        "push rbx",
+        "mov rbx, rdi",
+        "mov rcx, rsi",
+        "mov eax, {call}",
+        "vmmcall",
+        "pop rbx",
+        "ret",
+        call = const KVM_HC_MAP_GPA_RANGE,
+    )
+}
+
+/// Calls by reading `port`.
+///
+/// # Safety
+/// The caller may read the port, which is Ebb's ([`Features::PORT`]), and answers for what the operation
+/// does to its memory.
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn port(gpa: u64, pages: u64, attributes: u64, port: u64) -> i64 {
+    naked_asm!(
+        "push rbx",
+        "mov rbx, rdi",
+        "mov rdi, rcx",
+        "mov rcx, rsi",
+        "mov rsi, rdx",
+        "mov edx, edi",
+        "in eax, dx",
+        "cdqe",
+        "pop rbx",
+        "ret",
+    )
+}
+
+/// Looks for the interface.
+#[must_use]
+pub fn discover() -> Option<Interface> {
+    Interface::discover(|leaf| {
+        let found = __cpuid(leaf);
+        [found.eax, found.ebx, found.ecx, found.edx]
+    })
+}
+
+/// A way to the monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// [`vmcall`].
+    Vmcall,
+    /// [`vmmcall`].
+    Vmmcall,
+    /// [`port`], at this port.
+    Port(u16),
+}
+
+impl Transport {
+    /// The transport for code at privilege level 0 (`kernel`) or above it.
+    #[must_use]
+    pub const fn choose(interface: Interface, kernel: bool) -> Option<Self> {
+        let features = interface.features;
+        if kernel && features.contains(Features::VMCALL) {
+            Some(Self::Vmcall)
+        } else if kernel && features.contains(Features::VMMCALL) {
+            Some(Self::Vmmcall)
+        } else if features.contains(Features::PORT) {
+            Some(Self::Port(interface.port))
+        } else {
+            None
+        }
+    }
+
+    /// Makes a call.
+    ///
+    /// # Errors
+    /// The monitor's.
+    ///
+    /// # Safety
+    /// The transport is one that [`Transport::choose`] has chosen for the privilege level at hand; nobody
+    /// touches memory that the call frees, until it is reused.
+    pub unsafe fn call(self, gpa: u64, pages: u64, what: Attributes) -> Result<Success, Error> {
+        let attributes = what.encode();
+        // SAFETY: the caller's promise.
+        status::decode(unsafe {
+            match self {
+                Self::Vmcall => vmcall(gpa, pages, attributes),
+                Self::Vmmcall => vmmcall(gpa, pages, attributes),
+                Self::Port(at) => port(gpa, pages, attributes, u64::from(at)),
+            }
+        })
+    }
+}
