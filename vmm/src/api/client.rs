@@ -1,0 +1,130 @@
+//! A client of the API, for `ebb ctl` and for tests.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// Longest answer in bytes.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// A request was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody serves the socket.
+    #[error("{}: {source}; is the machine running, and is this the path that it was given as --api-socket?", path.display())]
+    Connect {
+        /// Where the socket should be.
+        path: PathBuf,
+        /// Why the connection was not made.
+        source: io::Error,
+    },
+    /// The server answered with a fault.
+    #[error("{message}")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// The `fault_message`.
+        message: String,
+    },
+    /// No answer in time.
+    #[error("no answer within {0} s; the machine may be busy, try again")]
+    TimedOut(u64),
+    /// The conversation broke off, or made no sense.
+    #[error("{what}: {cause}")]
+    Broken {
+        /// What was being done.
+        what: &'static str,
+        /// What went wrong.
+        cause: String,
+    },
+}
+
+fn broken(what: &'static str, cause: &dyn std::fmt::Display) -> ClientError {
+    ClientError::Broken {
+        what,
+        cause: cause.to_string(),
+    }
+}
+
+/// Sends one request to the API at `socket` and waits up to `patience` for the answer: JSON, or null for
+/// "done".
+///
+/// # Errors
+/// [`ClientError`]; a fault of the server is [`ClientError::Refused`].
+pub fn request(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+    patience: Duration,
+) -> Result<Value, ClientError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(|error| broken("the client cannot start", &error))?;
+    let work = async { timeout(patience, converse(socket, method, path, body)).await };
+    runtime
+        .block_on(work)
+        .unwrap_or(Err(ClientError::TimedOut(patience.as_secs())))
+}
+
+async fn converse(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> Result<Value, ClientError> {
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|source| ClientError::Connect {
+            path: socket.to_owned(),
+            source,
+        })?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| broken("the connection broke off", &error))?;
+    let driver = tokio::spawn(connection);
+    let body = body.map_or_else(Bytes::new, |value| value.to_string().into());
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, "localhost")
+        .header(CONTENT_TYPE, "application/json")
+        .body(Full::new(body))
+        .map_err(|error| broken("the request cannot be written", &error))?;
+    let response = sender
+        .send_request(request)
+        .await
+        .map_err(|error| broken("the request was not answered", &error))?;
+    let status = response.status();
+    let answer = Limited::new(response.into_body(), MAX_ANSWER)
+        .collect()
+        .await
+        .map_err(|error| broken("the answer cannot be read", &error))?
+        .to_bytes();
+    driver.abort();
+    let value: Value = if answer.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_slice(&answer).map_err(|error| broken("the answer is no JSON", &error))?
+    };
+    if status.is_success() {
+        return Ok(value);
+    }
+    let message = value["fault_message"].as_str();
+    Err(ClientError::Refused {
+        status: status.as_u16(),
+        message: message.map_or_else(|| format!("HTTP status {status}"), str::to_owned),
+    })
+}

@@ -1,0 +1,308 @@
+//! The server: one thread, a bounded number of connections, each with a bounded patience.
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::Poll;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Body, Bytes, Incoming};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde_json::json;
+use tokio::net::UnixStream;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{sleep, timeout};
+
+use super::routes::{self, Fault, Reply};
+use crate::config::{ConfigError, SocketPath, check_socket};
+use crate::control::Controller;
+
+/// Connections served at a time; further ones wait in the socket's backlog.
+pub(super) const MAX_CONNECTIONS: usize = 16;
+/// Longest body of a request in bytes.
+const MAX_BODY: usize = 64 << 10;
+/// Most bytes of a request's head.
+const MAX_HEAD: usize = 16 << 10;
+/// How long a client may take to send a request's head, and then its body, or stay silent in between.
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+/// How long one connection is kept; the request in progress is still answered.
+const LIFETIME: Duration = Duration::from_secs(60);
+/// How long the last answer of a connection past its lifetime may take.
+const LAST_ANSWER: Duration = Duration::from_secs(600);
+/// How long requests in progress may take when the server stops.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The API could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// The path cannot be a socket's.
+    #[error(transparent)]
+    Path(#[from] ConfigError),
+    /// The socket could not be made.
+    #[error("--api-socket {}: {source}; choose a folder that you may write", path.display())]
+    Bind {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The server's thread could not be started.
+    #[error("the API's thread could not be started: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// A running API server. Dropping it ends the server, joins its thread and removes the socket.
+#[derive(Debug)]
+pub struct Server {
+    stop: watch::Sender<bool>,
+    thread: Option<JoinHandle<()>>,
+    socket: BoundPath,
+}
+
+impl Server {
+    /// Where the socket is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.socket.path
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread was reported when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Serves the API of `controller` at `path`, for this user only (mode 0600), in a thread of its own. A
+/// socket that a dead server left there is replaced. Commands run on further threads: one that blocks holds
+/// up no other connection. When the server ends, commands have a second to finish.
+///
+/// # Errors
+/// [`ApiError`] when the path is of no use, is served already, or the thread cannot be started.
+pub fn serve(path: &Path, controller: Arc<dyn Controller>) -> Result<Server, ApiError> {
+    if check_socket(path)? == SocketPath::Stale {
+        std::fs::remove_file(path).map_err(|source| bind_error(path, source))?;
+    }
+    let (listener, socket) = bind(path).map_err(|source| bind_error(path, source))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .thread_name("ebb-api-command")
+        .max_blocking_threads(MAX_CONNECTIONS)
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()?;
+    let listener = {
+        let _context = runtime.enter();
+        tokio::net::UnixListener::from_std(listener)?
+    };
+    let (stop, stopped) = watch::channel(false);
+    let thread = std::thread::Builder::new()
+        .name("ebb-api".to_owned())
+        .spawn(move || {
+            runtime.block_on(accept(&listener, &controller, stopped));
+            runtime.shutdown_timeout(FAREWELL);
+        })?;
+    Ok(Server {
+        stop,
+        thread: Some(thread),
+        socket,
+    })
+}
+
+fn bind_error(path: &Path, source: io::Error) -> ApiError {
+    ApiError::Bind {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// A socket in the file system that we made; dropping it removes the socket, unless another took its place.
+#[derive(Debug)]
+struct BoundPath {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for BoundPath {
+    fn drop(&mut self) {
+        let identity = self.path.symlink_metadata().map(|it| (it.dev(), it.ino()));
+        if identity.is_ok_and(|identity| identity == self.identity)
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!("{}: not removed: {error}", self.path.display());
+        }
+    }
+}
+
+/// Makes the socket. Linux derives a bound socket's mode from the descriptor's, so it never exists with a
+/// wider one, and no umask changes under other threads.
+fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let metadata = path.symlink_metadata()?;
+    let bound = BoundPath {
+        path: path.to_owned(),
+        identity: (metadata.dev(), metadata.ino()),
+    };
+    rustix::net::listen(&socket, 128)?;
+    Ok((UnixListener::from(socket), bound))
+}
+
+/// Accepts connections until told to stop, then lets those in progress end.
+async fn accept(
+    listener: &tokio::net::UnixListener,
+    controller: &Arc<dyn Controller>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let connection_stop = stopped.clone();
+    let mut stop = pin!(stopped.wait_for(|stop| *stop));
+    loop {
+        let next = async {
+            // The semaphore is never closed.
+            let place = Arc::clone(&places).acquire_owned().await.ok();
+            (place, listener.accept().await)
+        };
+        let Some((place, accepted)) = first(pin!(next), stop.as_mut()).await else {
+            break;
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("API: a connection was not accepted: {error}");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (controller, stop) = (Arc::clone(controller), connection_stop.clone());
+        tokio::spawn(async move {
+            converse(stream, controller, stop).await;
+            drop(place);
+        });
+    }
+    // All places are free once all connections have ended.
+    let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
+    let _ = timeout(2 * FAREWELL, places.acquire_many(all)).await;
+}
+
+/// The outcome of `wanted`, or nothing when `stop` comes first.
+async fn first<W: Future, S: Future>(
+    mut wanted: Pin<&mut W>,
+    mut stop: Pin<&mut S>,
+) -> Option<W::Output> {
+    poll_fn(|context| {
+        if let Poll::Ready(output) = wanted.as_mut().poll(context) {
+            return Poll::Ready(Some(output));
+        }
+        stop.as_mut().poll(context).map(|_| None)
+    })
+    .await
+}
+
+/// Serves one connection.
+async fn converse(
+    stream: UnixStream,
+    controller: Arc<dyn Controller>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let service = service_fn(|request| {
+        let controller = Arc::clone(&controller);
+        async move { Ok::<_, Infallible>(respond(answer(request, controller).await)) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .max_buf_size(MAX_HEAD)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = pin!(connection);
+    let stop = pin!(stopped.wait_for(|stop| *stop));
+    let alive = first(connection.as_mut(), stop);
+    let grace = match timeout(LIFETIME, alive).await {
+        Ok(Some(result)) => return log_end(result),
+        Ok(None) => FAREWELL,
+        Err(_) => LAST_ANSWER,
+    };
+    connection.as_mut().graceful_shutdown();
+    if let Ok(result) = timeout(grace, connection).await {
+        log_end(result);
+    }
+}
+
+fn log_end(result: Result<(), hyper::Error>) {
+    if let Err(error) = result {
+        tracing::debug!("API: a connection ended early: {error}");
+    }
+}
+
+/// Reads the request, then runs its handler where it may block.
+async fn answer(
+    request: Request<Incoming>,
+    controller: Arc<dyn Controller>,
+) -> Result<Reply, Fault> {
+    let handler = routes::find(request.method(), request.uri().path())?;
+    let too_long = || {
+        let message = format!("the body is longer than {MAX_BODY} bytes");
+        Fault::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+    };
+    if request.body().size_hint().lower() > MAX_BODY as u64 {
+        return Err(too_long());
+    }
+    let body = Limited::new(request.into_body(), MAX_BODY);
+    let body = match timeout(PATIENCE, body.collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(too_long()),
+        Ok(Err(error)) => {
+            let message = format!("the body cannot be read: {error}");
+            return Err(Fault::bad_request(message));
+        }
+        Err(_) => {
+            let message = format!("the body did not come within {} s", PATIENCE.as_secs());
+            return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
+        }
+    };
+    tokio::task::spawn_blocking(move || handler(controller.as_ref(), &body))
+        .await
+        .unwrap_or_else(|error| Err(Fault::internal(format!("the command failed: {error}"))))
+}
+
+/// Puts a reply or a fault into HTTP.
+fn respond(reply: Result<Reply, Fault>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::default());
+    let json = match reply {
+        Ok(Reply::Done) => {
+            *response.status_mut() = StatusCode::NO_CONTENT;
+            return response;
+        }
+        Ok(Reply::Json(value)) => value,
+        Err(fault) => {
+            *response.status_mut() = fault.status;
+            if let Some(allow) = fault.allow.and_then(|it| HeaderValue::from_str(&it).ok()) {
+                response.headers_mut().insert(ALLOW, allow);
+            }
+            json!({ "fault_message": fault.message })
+        }
+    };
+    let json_type = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(CONTENT_TYPE, json_type);
+    *response.body_mut() = Full::from(json.to_string());
+    response
+}

@@ -1,0 +1,444 @@
+//! The API over a real socket, in front of a machine that only remembers what it was asked.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hyper::Method;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{ClientError, Server, request, serve};
+use crate::config::{MachineConfig, MachineSpec};
+use crate::control::{
+    BalloonState, BalloonStatistics, Command, CommandError, Controller, InstanceInfo,
+    LazyMemoryState, ReclaimOutcome, Response,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A machine that answers every command; a reclaim waits until the test lets it go.
+struct Machine {
+    asked: Mutex<Vec<Command>>,
+    reclaim: Mutex<Receiver<()>>,
+    config: MachineConfig,
+}
+
+impl Controller for Machine {
+    fn execute(&self, command: Command) -> Result<Response, CommandError> {
+        self.asked.lock().unwrap().push(command.clone());
+        Ok(match command {
+            Command::Info => Response::Info(InstanceInfo {
+                id: "test".to_owned(),
+                state: "Running",
+                vmm_version: "1",
+                app_name: "Ebb",
+                pid: 7,
+                uptime_ms: 9,
+            }),
+            Command::Config => Response::Config(Box::new(self.config.clone())),
+            Command::Balloon => Response::Balloon(BalloonState {
+                target_bytes: 64 << 20,
+                actual_bytes: 32 << 20,
+                deflate_on_oom: true,
+                statistics_interval_s: 5,
+                lazy: true,
+                free_page_reporting: true,
+            }),
+            Command::BalloonStatistics => Response::BalloonStatistics(BalloonStatistics {
+                target_mib: 64,
+                free_memory: Some(4096),
+                ..BalloonStatistics::default()
+            }),
+            Command::LazyMemory => Response::LazyMemory(Box::new(LazyMemoryState {
+                lazy_bytes: 4096,
+                ..LazyMemoryState::default()
+            })),
+            Command::SetBalloon { bytes } if bytes > 1 << 30 => {
+                return Err(CommandError::OutOfBounds {
+                    what: "amount",
+                    value: bytes,
+                    bound: "the guest has less".to_owned(),
+                });
+            }
+            Command::SetStatisticsInterval { seconds: 13 } => panic!("a bug in the machine"),
+            Command::Reclaim { bytes } => {
+                self.reclaim.lock().unwrap().recv().unwrap();
+                Response::Reclaimed(ReclaimOutcome {
+                    reclaimed_bytes: bytes,
+                    duration_us: 1,
+                })
+            }
+            _ => Response::Done,
+        })
+    }
+}
+
+/// A served machine.
+struct Bench {
+    folder: TempDir,
+    machine: Arc<Machine>,
+    go: Sender<()>,
+    server: Server,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = TempDir::new().unwrap();
+        let kernel = folder.path().join("kernel");
+        fs::write(&kernel, "MZ").unwrap();
+        let mut spec = MachineSpec::new(kernel);
+        spec.balloon = Some("size=64M".parse().unwrap());
+        let mut config = spec.validate().unwrap();
+        config.disks = vec!["path=/d,readonly=on".parse().unwrap()];
+        let (go, reclaim) = channel();
+        let machine = Arc::new(Machine {
+            asked: Mutex::default(),
+            reclaim: Mutex::new(reclaim),
+            config,
+        });
+        let server = serve(&folder.path().join("api"), machine.clone()).unwrap();
+        Self {
+            folder,
+            machine,
+            go,
+            server,
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.server.path().to_owned()
+    }
+
+    fn ask(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, ClientError> {
+        request(&self.socket(), method, path, body.as_ref(), PATIENCE)
+    }
+
+    fn get(&self, path: &str) -> Value {
+        self.ask(Method::GET, path, None).unwrap()
+    }
+
+    /// Status and message of a request that has to fail.
+    fn fault(&self, method: Method, path: &str, body: Value) -> (u16, String) {
+        match self.ask(method, path, Some(body)) {
+            Err(ClientError::Refused { status, message }) => (status, message),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn last(&self) -> Option<Command> {
+        self.machine.asked.lock().unwrap().last().cloned()
+    }
+
+    /// Sends `text` as it is, and reads until the server closes the connection.
+    fn raw(&self, text: &[u8]) -> String {
+        let mut stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(text).unwrap();
+        let mut answer = Vec::new();
+        // The server may close before it has read everything, which ends in an error after the answer.
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8(answer).unwrap()
+    }
+}
+
+#[test]
+fn what_can_be_read() {
+    let bench = Bench::new();
+    let info = bench.get("/");
+    assert_eq!(info["id"], "test");
+    assert_eq!(info["state"], "Running");
+    assert_eq!(info["app_name"], "Ebb");
+    let version = json!({ "vmm_version": env!("CARGO_PKG_VERSION") });
+    assert_eq!(bench.get("/version"), version);
+    let balloon = json!({
+        "amount_mib": 64,
+        "actual_mib": 32,
+        "deflate_on_oom": true,
+        "stats_polling_interval_s": 5,
+        "lazy": true,
+        "free_page_reporting": true,
+    });
+    assert_eq!(bench.get("/balloon"), balloon);
+    let statistics = bench.get("/balloon/statistics");
+    assert_eq!(statistics["target_mib"], 64);
+    assert_eq!(statistics["free_memory"], 4096);
+    assert_eq!(statistics.get("swap_in"), None);
+    assert_eq!(bench.get("/lazy-memory")["lazy_bytes"], 4096);
+    let config = bench.get("/vm/config");
+    assert_eq!(config["machine-config"]["mem_size_mib"], 512);
+    assert_eq!(config["machine-config"]["vcpu_count"], 1);
+    assert_eq!(config["drives"][0]["path_on_host"], "/d");
+    assert_eq!(config["drives"][0]["is_read_only"], true);
+    assert_eq!(config["balloon"]["amount_mib"], 64);
+    assert_eq!(config["ebb"]["serial"], "tty");
+}
+
+#[test]
+fn what_can_be_changed() {
+    let bench = Bench::new();
+    let done = |method, path, body| {
+        assert_eq!(bench.ask(method, path, Some(body)).unwrap(), Value::Null);
+        bench.last().unwrap()
+    };
+    let bytes = 100 << 20;
+    assert_eq!(
+        done(Method::PATCH, "/balloon", json!({ "amount_mib": 100 })),
+        Command::SetBalloon { bytes }
+    );
+    let interval = json!({ "stats_polling_interval_s": 3 });
+    assert_eq!(
+        done(Method::PATCH, "/balloon/statistics", interval),
+        Command::SetStatisticsInterval { seconds: 3 }
+    );
+    let stop = json!({ "action_type": "InstanceStop" });
+    assert_eq!(done(Method::PUT, "/actions", stop), Command::Stop);
+    for amount in [
+        json!({ "amount_mib": 1 }),
+        json!({ "amount_bytes": 1 << 20 }),
+    ] {
+        bench.go.send(()).unwrap();
+        let outcome = bench.ask(Method::PUT, "/lazy-memory/reclaim", Some(amount));
+        assert_eq!(outcome.unwrap()["reclaimed_bytes"], 1 << 20);
+    }
+}
+
+/// Method, path and body; status; and what the message says.
+const REFUSED: &[(&str, u16, &str)] = &[
+    (
+        r#"PATCH /balloon {"amount_mb": 1}"#,
+        400,
+        "unknown field `amount_mb`",
+    ),
+    (r#"PATCH /balloon {}"#, 400, "missing field `amount_mib`"),
+    (r#"PATCH /balloon {"amount_mib": -1}"#, 400, "-1"),
+    (
+        r#"PATCH /balloon {"amount_mib": 18446744073709}"#,
+        400,
+        "64 bits",
+    ),
+    (
+        r#"PATCH /balloon {"amount_mib": 4096}"#,
+        400,
+        "the guest has less",
+    ),
+    (
+        r#"PATCH /balloon/statistics {"stats_polling_interval_s": 0}"#,
+        400,
+        "1 or more",
+    ),
+    (
+        r#"PATCH /balloon/statistics {"stats_polling_interval_s": 13}"#,
+        500,
+        "failed",
+    ),
+    (
+        r#"PUT /actions {"action_type": "InstanceStart"}"#,
+        400,
+        "already running",
+    ),
+    (
+        r#"PUT /actions {"action_type": "Dance"}"#,
+        400,
+        "there are InstanceStart, InstanceStop",
+    ),
+    (
+        r#"PUT /lazy-memory/reclaim {}"#,
+        400,
+        "amount_mib and amount_bytes",
+    ),
+    (
+        r#"PUT /lazy-memory/reclaim {"amount_mib": 0}"#,
+        400,
+        "1 or more",
+    ),
+    (
+        r#"PUT /lazy-memory/reclaim {"amount_mib": 1, "amount_bytes": 1}"#,
+        400,
+        "one of",
+    ),
+    (
+        r#"PUT /balloon {}"#,
+        405,
+        "/balloon does not know PUT; it knows GET, PATCH",
+    ),
+    (r#"PATCH / {}"#, 405, "/ does not know PATCH; it knows GET"),
+    (
+        r#"PUT /drives {}"#,
+        404,
+        "there is no /drives; there are /, /version",
+    ),
+];
+
+#[test]
+fn what_is_refused() {
+    let bench = Bench::new();
+    for (request, status, part) in REFUSED {
+        let mut words = request.splitn(3, ' ');
+        let mut word = || words.next().unwrap();
+        let method = Method::from_bytes(word().as_bytes()).unwrap();
+        let path = word();
+        let body = serde_json::from_str(word()).unwrap();
+        let (got, message) = bench.fault(method, path, body);
+        assert_eq!(got, *status, "{request}: {message}");
+        assert!(message.contains(part), "{request}: {message}");
+    }
+}
+
+#[test]
+fn bodies_that_are_no_json_or_too_long() {
+    let bench = Bench::new();
+    let patch = |body: &str| {
+        let head = "PATCH /balloon HTTP/1.1\r\nHost: h\r\nConnection: close\r\n";
+        let length = body.len();
+        bench.raw(format!("{head}Content-Length: {length}\r\n\r\n{body}").as_bytes())
+    };
+    for body in ["", "{", "null", "[1]", "{\"amount_mib\": 1} 2", "\u{0}"] {
+        let answer = patch(body);
+        assert!(answer.starts_with("HTTP/1.1 400"), "{body}: {answer}");
+        assert!(answer.contains("fault_message"), "{answer}");
+    }
+    assert!(patch("{\"amount_mib\": 1}").starts_with("HTTP/1.1 204"));
+    let long = format!(
+        "PATCH /balloon HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n",
+        1_u64 << 40
+    );
+    assert!(bench.raw(long.as_bytes()).starts_with("HTTP/1.1 413"));
+    let head = "PATCH /balloon HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let chunk = format!("{:x}\r\n{}\r\n", 65 << 10, "a".repeat(65 << 10));
+    assert!(
+        bench
+            .raw(format!("{head}{chunk}").as_bytes())
+            .starts_with("HTTP/1.1 413")
+    );
+    assert_eq!(bench.get("/")["id"], "test");
+}
+
+#[test]
+fn a_blocked_command_holds_up_no_other() {
+    let bench = Bench::new();
+    let socket = bench.socket();
+    let body = json!({ "amount_bytes": 5 });
+    let blocked = std::thread::spawn(move || {
+        request(
+            &socket,
+            Method::PUT,
+            "/lazy-memory/reclaim",
+            Some(&body),
+            PATIENCE,
+        )
+    });
+    while bench.last() != Some(Command::Reclaim { bytes: 5 }) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(bench.get("/")["id"], "test");
+    bench.go.send(()).unwrap();
+    assert_eq!(blocked.join().unwrap().unwrap()["reclaimed_bytes"], 5);
+}
+
+#[test]
+fn slow_and_silent_clients_are_let_go() {
+    let bench = Bench::new();
+    // More silent clients than there are places, and slow ones among them.
+    let clients: Vec<UnixStream> = (0..super::server::MAX_CONNECTIONS + 4)
+        .map(|index| {
+            let mut stream = UnixStream::connect(bench.socket()).unwrap();
+            if index % 2 == 0 {
+                stream.write_all(b"GET / HT").unwrap();
+            }
+            stream
+        })
+        .collect();
+    let start = Instant::now();
+    assert_eq!(bench.get("/")["id"], "test");
+    assert!(
+        start.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        start.elapsed()
+    );
+    drop(clients);
+    // One that promises a body and does not send it.
+    let head = b"PATCH /balloon HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{";
+    assert!(bench.raw(head).starts_with("HTTP/1.1 408"));
+}
+
+#[test]
+fn many_clients_at_once() {
+    let bench = Bench::new();
+    std::thread::scope(|scope| {
+        for _ in 0..64 {
+            scope.spawn(|| assert_eq!(bench.get("/")["id"], "test"));
+        }
+    });
+}
+
+#[test]
+fn one_connection_serves_many_requests() {
+    let bench = Bench::new();
+    let get = "GET /version HTTP/1.1\r\nHost: h\r\n\r\n".repeat(3);
+    let last = "GET /none HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n";
+    let answer = bench.raw(format!("{get}{last}").as_bytes());
+    assert_eq!(answer.matches("HTTP/1.1 200").count(), 3, "{answer}");
+    assert_eq!(answer.matches("HTTP/1.1 404").count(), 1, "{answer}");
+}
+
+#[test]
+fn the_socket_is_private_and_goes_with_the_server() {
+    let Bench {
+        folder,
+        machine,
+        server,
+        ..
+    } = Bench::new();
+    let path = server.path().to_owned();
+    assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let taken = serve(&path, machine.clone()).unwrap_err();
+    assert!(taken.to_string().contains("a running server"), "{taken}");
+    let idle = UnixStream::connect(&path).unwrap();
+    let start = Instant::now();
+    drop(server);
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(!path.exists());
+    drop(idle);
+
+    // A socket left behind by a monitor that was killed is replaced.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let server = serve(&path, machine.clone()).unwrap();
+    let version = request(&path, Method::GET, "/version", None, PATIENCE).unwrap();
+    assert!(version["vmm_version"].is_string());
+
+    // What another put in its place is left alone.
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "mine").unwrap();
+    drop(server);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+    let no_socket = serve(&path, machine).unwrap_err();
+    assert!(no_socket.to_string().contains("no socket"), "{no_socket}");
+    drop(folder);
+}
+
+#[test]
+fn a_client_without_a_server_is_told_so() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("api");
+    let error = request(&path, Method::GET, "/", None, PATIENCE).unwrap_err();
+    assert!(matches!(error, ClientError::Connect { .. }));
+    assert!(
+        error.to_string().contains("is the machine running"),
+        "{error}"
+    );
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let patience = Duration::from_millis(50);
+    let error = request(&path, Method::GET, "/", None, patience).unwrap_err();
+    assert!(matches!(error, ClientError::TimedOut(_)), "{error}");
+    drop(listener);
+}

@@ -1,0 +1,73 @@
+//! The machine's state in the names and units of Firecracker's API.
+
+use serde_json::{Value, json};
+
+use crate::config::MachineConfig;
+use crate::control::BalloonState;
+
+/// The configuration; what Firecracker has no name for stands under `ebb`.
+pub(super) fn config(config: &MachineConfig) -> Value {
+    let drives: Vec<Value> = config
+        .disks
+        .iter()
+        .enumerate()
+        .map(|(index, disk)| {
+            json!({
+                "drive_id": format!("disk{index}"),
+                "path_on_host": disk.path,
+                "is_root_device": false,
+                "is_read_only": disk.readonly,
+            })
+        })
+        .collect();
+    let balloon = config.balloon.as_ref().map(|balloon| {
+        json!({
+            "amount_mib": balloon.size >> 20,
+            "deflate_on_oom": balloon.deflate_on_oom,
+            "stats_polling_interval_s": balloon.statistics_interval_s,
+            "free_page_reporting": balloon.free_page_reporting.is_some(),
+        })
+    });
+    let huge_pages = if config.memory.hugepages {
+        "2M"
+    } else {
+        "None"
+    };
+    json!({
+        "boot-source": {
+            "kernel_image_path": config.kernel.path,
+            "initrd_path": config.initramfs,
+            "boot_args": config.cmdline,
+        },
+        "machine-config": {
+            "vcpu_count": config.vcpus,
+            "mem_size_mib": config.memory.size >> 20,
+            "smt": false,
+            "track_dirty_pages": false,
+            "huge_pages": huge_pages,
+        },
+        "drives": drives,
+        "balloon": balloon,
+        "ebb": {
+            "id": config.id,
+            "kernel_entry": config.kernel.entry,
+            "thp": config.memory.thp,
+            "prefault": config.memory.prefault,
+            "lazy": config.lazy,
+            "serial": config.serial,
+            "api_socket": config.api_socket,
+        },
+    })
+}
+
+/// The balloon: Firecracker's fields, then ours.
+pub(super) fn balloon(state: &BalloonState) -> Value {
+    json!({
+        "amount_mib": state.target_bytes >> 20,
+        "deflate_on_oom": state.deflate_on_oom,
+        "stats_polling_interval_s": state.statistics_interval_s,
+        "actual_mib": state.actual_bytes >> 20,
+        "lazy": state.lazy,
+        "free_page_reporting": state.free_page_reporting,
+    })
+}

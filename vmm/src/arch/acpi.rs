@@ -1,0 +1,246 @@
+//! ACPI tables (ACPI 6.5): processors, interrupt controller, devices, power off and reset.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{self, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::layout;
+
+const OEM: [u8; 6] = *b"EBB   ";
+const OEM_TABLE: [u8; 8] = *b"EBBVMM  ";
+/// Sleep type of soft-off (S5) in the sleep control register.
+pub const S5: u8 = 5;
+/// The value that resets the machine when written to the reset register.
+pub const RESET_VALUE: u8 = 1;
+
+/// A virtio-mmio device to describe.
+#[derive(Clone, Copy, Debug)]
+pub struct VirtioWindow {
+    /// Guest-physical address of its window.
+    pub base: u64,
+    /// Its interrupt.
+    pub gsi: u32,
+}
+
+/// The tables do not fit in their room, or the room is not RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum AcpiError {
+    /// Too many processors or devices.
+    #[error("the ACPI tables take {0} bytes, more than there is room for")]
+    TooLarge(usize),
+    /// Guest memory could not be written.
+    #[error("ACPI tables could not be written to guest memory")]
+    Write(#[source] vm_memory::GuestMemoryError),
+}
+
+/// Writes all tables to guest memory.
+///
+/// Returns the guest-physical address of the RSDP.
+///
+/// # Errors
+/// [`AcpiError`].
+pub fn write(
+    memory: &GuestMemoryMmap,
+    vcpus: u32,
+    virtio: &[VirtioWindow],
+) -> Result<u64, AcpiError> {
+    let rsdp = layout::ACPI_TABLES;
+    // The RSDP comes first but holds the address of what follows: the tables grow behind it.
+    let mut image = vec![0; Rsdp::len().next_multiple_of(16)];
+    let mut place = |table: &dyn Aml| {
+        let at = image.len();
+        table.to_aml_bytes(&mut image);
+        image.resize(image.len().next_multiple_of(16), 0);
+        rsdp + at as u64
+    };
+    let dsdt = place(&dsdt(virtio));
+    let fadt = place(&fadt(dsdt));
+    let madt = place(&madt(vcpus));
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, 1);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = place(&xsdt);
+    let mut head = Vec::new();
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut head);
+    image[..head.len()].copy_from_slice(&head);
+    if image.len() as u64 > layout::ACPI_TABLES_END - rsdp {
+        return Err(AcpiError::TooLarge(image.len()));
+    }
+    memory
+        .write_slice(&image, GuestAddress(rsdp))
+        .map_err(AcpiError::Write)?;
+    Ok(rsdp)
+}
+
+/// A hardware-reduced machine: no PM timer, no SCI, no legacy devices. Linux then does not look for an
+/// 8042, a CMOS clock or a VGA card (`IAPC_BOOT_ARCH`).
+fn fadt(dsdt: u64) -> impl Aml {
+    const VGA_NOT_PRESENT: u16 = 1 << 2;
+    const MSI_NOT_SUPPORTED: u16 = 1 << 3;
+    const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
+    let port = |offset: u64| {
+        let address = layout::POWER_PORT + offset;
+        GAS::new(
+            AddressSpace::SystemIo,
+            8,
+            0,
+            AccessSize::ByteAccess,
+            address,
+        )
+    };
+    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, 1)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.iapc_boot_arch = (VGA_NOT_PRESENT | MSI_NOT_SUPPORTED | CMOS_RTC_NOT_PRESENT).into();
+    fadt.sleep_control_reg = port(0);
+    fadt.sleep_status_reg = port(1);
+    fadt.reset_reg = port(2);
+    fadt.reset_value = RESET_VALUE;
+    fadt.hypervisor_vendor_identity = u64::from_le_bytes(*b"EbbVMM\0\0").into();
+    fadt.finalize()
+}
+
+fn madt(vcpus: u32) -> impl Aml {
+    let local = LocalInterruptController::Address(layout::LOCAL_APIC);
+    let mut madt = MADT::new(OEM, OEM_TABLE, 1, local);
+    for id in 0..vcpus {
+        // APIC ids are 8 bits wide here: the configuration allows no more vCPUs than that.
+        let id = id as u8;
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, layout::IO_APIC, 0));
+    madt
+}
+
+fn dsdt(virtio: &[VirtioWindow]) -> Sdt {
+    let mut body = Vec::new();
+    let zero = 0u8;
+    Name::new("_S5_".into(), &Package::new(vec![&S5, &zero, &zero, &zero])).to_aml_bytes(&mut body);
+    system_bus(virtio, &mut body);
+    let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
+    sdt.append_slice(&body);
+    sdt
+}
+
+fn system_bus(virtio: &[VirtioWindow], body: &mut Vec<u8>) {
+    let serial_io = IO::new(
+        layout::SERIAL_PORT as u16,
+        layout::SERIAL_PORT as u16,
+        1,
+        layout::SERIAL_PORT_LEN as u8,
+    );
+    let serial_irq = Interrupt::new(true, true, false, false, layout::SERIAL_GSI);
+    let panic_io = IO::new(
+        layout::PVPANIC_PORT as u16,
+        layout::PVPANIC_PORT as u16,
+        1,
+        1,
+    );
+    let zero = 0u8;
+    let mut scope = Vec::new();
+    Device::new(
+        "COM1".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &zero),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&serial_irq, &serial_io]),
+            ),
+        ],
+    )
+    .to_aml_bytes(&mut scope);
+    Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_STA".into(), &0xfu8),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&panic_io])),
+        ],
+    )
+    .to_aml_bytes(&mut scope);
+    for (index, window) in virtio.iter().enumerate() {
+        virtio_device(index, *window, &mut scope);
+    }
+    body.extend(aml::Scope::raw("_SB_".into(), scope));
+}
+
+/// One virtio-mmio device, by the hardware id that Linux's driver binds to
+/// (`drivers/virtio/virtio_mmio.c`). The addresses lie below 4 GiB by the layout.
+fn virtio_device(index: usize, window: VirtioWindow, scope: &mut Vec<u8>) {
+    let base = window.base as u32;
+    let memory = aml::Memory32Fixed::new(true, base, layout::VIRTIO_MMIO_SIZE as u32);
+    let irq = Interrupt::new(true, true, false, false, window.gsi);
+    let name = format!("V{index:03}");
+    Device::new(
+        name.as_str().into(),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &(index as u16)),
+            &Name::new("_CCA".into(), &1u8),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory, &irq])),
+        ],
+    )
+    .to_aml_bytes(scope);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tables(vcpus: u32, devices: usize) -> (Vec<u8>, u64) {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let windows: Vec<_> = (0..devices as u64)
+            .map(|i| VirtioWindow {
+                base: layout::VIRTIO_MMIO + i * layout::VIRTIO_MMIO_SIZE,
+                gsi: layout::VIRTIO_GSI + i as u32,
+            })
+            .collect();
+        let rsdp = write(&memory, vcpus, &windows).unwrap();
+        let mut image = vec![0; (layout::ACPI_TABLES_END - rsdp) as usize];
+        memory.read_slice(&mut image, GuestAddress(rsdp)).unwrap();
+        (image, rsdp)
+    }
+
+    fn checksum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum: u8, b| sum.wrapping_add(*b))
+    }
+
+    /// Follows the pointers as a guest does.
+    #[test]
+    fn every_table_is_reachable_and_sums_to_zero() {
+        let (image, rsdp) = tables(255, 19);
+        assert_eq!(&image[..8], b"RSD PTR ");
+        assert_eq!((checksum(&image[..20]), checksum(&image[..36])), (0, 0));
+        let table = |address: u64| {
+            let at = (address - rsdp) as usize;
+            let len = u32::from_le_bytes(image[at + 4..at + 8].try_into().unwrap()) as usize;
+            let bytes = image[at..at + len].to_vec();
+            assert_eq!(checksum(&bytes), 0);
+            bytes
+        };
+        let address =
+            |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        let xsdt = table(address(&image, 24));
+        let fadt = table(address(&xsdt, 36));
+        let madt = table(address(&xsdt, 44));
+        let dsdt = table(address(&fadt, 140));
+        assert_eq!(
+            (&fadt[..4], &madt[..4], &dsdt[..4]),
+            (&b"FACP"[..], &b"APIC"[..], &b"DSDT"[..])
+        );
+        assert_eq!(madt.len(), 44 + 255 * 8 + 12);
+        assert_eq!(dsdt.windows(8).filter(|w| w == b"LNRO0005").count(), 19);
+    }
+}

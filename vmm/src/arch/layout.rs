@@ -1,0 +1,152 @@
+//! The map of guest-physical addresses, I/O ports and interrupts.
+
+use crate::memory::GpaRange;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// End of the conventional memory below 1 MiB that the guest may use as RAM.
+pub const LOW_RAM_END: u64 = 0x9_f000;
+/// Start of the RAM above 1 MiB; kernels are loaded from here on.
+pub const HIGH_RAM_START: u64 = MIB;
+/// RAM stops here and goes on at 4 GiB: the room between holds device windows.
+pub const HOLE_START: u64 = 3 * GIB;
+/// End of the hole.
+pub const HOLE_END: u64 = 4 * GIB;
+
+/// The global descriptor table of the boot vCPU.
+pub const GDT: u64 = 0x500;
+/// PVH start info (Linux, `include/xen/interface/hvm/start_info.h`).
+pub const PVH_START_INFO: u64 = 0x6000;
+/// PVH module list: the initial RAM disk.
+pub const PVH_MODULES: u64 = 0x6100;
+/// PVH memory map.
+pub const PVH_MEMORY_MAP: u64 = 0x6200;
+/// The zero page of the Linux boot protocol.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Stack of the boot vCPU, growing down.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Three pages of identity-mapping page tables: PML4, PDPT, PD.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// The kernel's command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Longest command line in bytes, its terminating zero included (Linux, x86 `COMMAND_LINE_SIZE`).
+pub const CMDLINE_MAX: usize = 2048;
+/// ACPI tables, the RSDP first: the BIOS area, which is not RAM to the guest.
+pub const ACPI_TABLES: u64 = 0xe_0000;
+/// End of the room for ACPI tables.
+pub const ACPI_TABLES_END: u64 = RESET_VECTOR;
+/// Where an x86 processor starts after a reset, in real mode: F000:FFF0.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
+
+/// First virtio-mmio window.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// Size of a virtio-mmio window.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// Interrupt of the first virtio device; the next ones follow.
+pub const VIRTIO_GSI: u32 = 5;
+/// The I/O APIC has 24 pins.
+pub const GSI_END: u32 = 24;
+/// The I/O APIC.
+pub const IO_APIC: u32 = 0xfec0_0000;
+/// The local APICs.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Four pages that KVM on Intel needs: the identity map, then the TSS
+/// (Linux, `Documentation/virt/kvm/api.rst`, `KVM_SET_TSS_ADDR`).
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// See [`KVM_IDENTITY_MAP`].
+pub const KVM_TSS: u64 = KVM_IDENTITY_MAP + 0x1000;
+
+/// First serial port.
+pub const SERIAL_PORT: u64 = 0x3f8;
+/// Its number of ports.
+pub const SERIAL_PORT_LEN: u64 = 8;
+/// Its interrupt.
+pub const SERIAL_GSI: u32 = 4;
+/// The keyboard controller, of which only the reset line exists.
+pub const I8042_PORT: u64 = 0x60;
+/// Its number of ports.
+pub const I8042_PORT_LEN: u64 = 5;
+/// pvpanic (QEMU, `docs/specs/pvpanic.rst`).
+pub const PVPANIC_PORT: u64 = 0x505;
+/// ACPI sleep control (+0), sleep status (+1) and reset (+2).
+pub const POWER_PORT: u64 = 0x600;
+/// The reset register among them.
+pub const RESET_PORT: u64 = POWER_PORT + 2;
+/// Its number of ports.
+pub const POWER_PORT_LEN: u64 = 3;
+
+/// Where `size` bytes of RAM lie: below the hole, and from 4 GiB on. `size` is a multiple of the page
+/// size and not 0.
+#[must_use]
+pub fn ram(size: u64) -> Vec<GpaRange> {
+    let below = size.min(HOLE_START);
+    let above = size - below;
+    [
+        GpaRange::new(0, below),
+        GpaRange::new(HOLE_END, HOLE_END + above),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// What a part of the address space is, for the guest's memory map (E820 types).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum MemoryKind {
+    /// RAM.
+    Ram = 1,
+    /// Not to be used.
+    Reserved = 2,
+}
+
+/// The memory map that the guest is told: start, length in bytes, kind.
+#[must_use]
+pub fn memory_map(ram: &[GpaRange]) -> Vec<(u64, u64, MemoryKind)> {
+    let mut map = vec![
+        (0, LOW_RAM_END, MemoryKind::Ram),
+        (
+            LOW_RAM_END,
+            HIGH_RAM_START - LOW_RAM_END,
+            MemoryKind::Reserved,
+        ),
+    ];
+    for range in ram {
+        let start = range.start().max(HIGH_RAM_START);
+        map.push((start, range.end().saturating_sub(start), MemoryKind::Ram));
+    }
+    map.retain(|(_, len, _)| *len > 0);
+    map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_leaves_the_hole_free() {
+        let sizes = |size| {
+            ram(size)
+                .iter()
+                .map(|r| (r.start(), r.len()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(GIB), [(0, GIB)]);
+        assert_eq!(sizes(HOLE_START), [(0, HOLE_START)]);
+        assert_eq!(sizes(HOLE_START + MIB), [(0, HOLE_START), (HOLE_END, MIB)]);
+        for size in [2 * MIB, GIB, HOLE_START, 8 * GIB] {
+            assert_eq!(ram(size).iter().map(|r| r.len()).sum::<u64>(), size);
+        }
+    }
+
+    #[test]
+    fn the_memory_map_never_calls_the_bios_area_ram() {
+        for size in [2 * MIB, GIB, 8 * GIB] {
+            for (start, len, kind) in memory_map(&ram(size)) {
+                let bios = start < HIGH_RAM_START && start + len > LOW_RAM_END;
+                assert_eq!(bios, kind == MemoryKind::Reserved, "{start:#x}+{len:#x}");
+            }
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! `ebb ctl`: asks a running machine through its API.
+
+use std::path::Path;
+use std::time::Duration;
+
+use hyper::Method;
+use serde_json::{Value, json};
+use vmm::api::{self, ClientError};
+use vmm::config::{SocketSpec, format_size, parse_size};
+use vmm::exit;
+
+/// How long a command may take that only looks or notes.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a reclaim may take.
+const RECLAIM_PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Ask a running machine, or tell it what to do
+///
+/// Exit status: 0 done, 1 refused or failed, 35 bad arguments.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The socket that the machine was given as --api-socket
+    #[arg(long, value_name = "PATH", alias = "api-sock")]
+    api_socket: SocketSpec,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Say how the machine, its balloon and its lazy memory fare
+    Status {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Set the size of the balloon: what the guest should hand back, in whole MiB
+    Balloon {
+        /// For instance 512M
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
+    /// Return up to this much lazily freed memory to the host now
+    Reclaim {
+        /// For instance 512M
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
+    /// End the machine
+    Stop,
+}
+
+/// Runs the subcommand and returns the exit status.
+pub fn main(args: Args) -> u8 {
+    let socket = args.api_socket.0;
+    let done = match args.command {
+        Command::Status { json } => status(&socket, json),
+        Command::Balloon { size } if !size.is_multiple_of(1 << 20) => {
+            let size = format_size(size);
+            super::complain(&format!(
+                "balloon {size}: give whole MiB, for instance 512M"
+            ));
+            return exit::BAD_ARGUMENTS;
+        }
+        Command::Balloon { size } => balloon(&socket, size),
+        Command::Reclaim { size: 0 } => {
+            super::complain(&"reclaim 0: give more, for instance 512M");
+            return exit::BAD_ARGUMENTS;
+        }
+        Command::Reclaim { size } => reclaim(&socket, size),
+        Command::Stop => stop(&socket),
+    };
+    match done {
+        Ok(text) => {
+            if !text.is_empty() {
+                super::say(&text);
+            }
+            exit::STOP
+        }
+        Err(error) => {
+            super::complain(&error);
+            exit::FAILED
+        }
+    }
+}
+
+fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
+    let info = get(socket, "/")?;
+    let balloon = if_present(get(socket, "/balloon"))?;
+    let lazy = if_present(get(socket, "/lazy-memory"))?;
+    if json {
+        let all = json!({ "info": info, "balloon": balloon, "lazy_memory": lazy });
+        return Ok(format!("{all:#}"));
+    }
+    let mut lines = vec![
+        format!("machine      {}", describe_machine(&info)),
+        format!("balloon      {}", describe_balloon(&balloon)),
+        format!("lazy memory  {}", describe_lazy(&lazy)),
+    ];
+    lines.extend(describe_reporting(&lazy).map(|text| format!("reporting    {text}")));
+    Ok(lines.join("\n"))
+}
+
+fn balloon(socket: &Path, size: u64) -> Result<String, ClientError> {
+    let body = json!({ "amount_mib": size >> 20 });
+    api::request(socket, Method::PATCH, "/balloon", Some(&body), PATIENCE)?;
+    Ok(String::new())
+}
+
+fn reclaim(socket: &Path, size: u64) -> Result<String, ClientError> {
+    let body = json!({ "amount_bytes": size });
+    let path = "/lazy-memory/reclaim";
+    let outcome = api::request(socket, Method::PUT, path, Some(&body), RECLAIM_PATIENCE)?;
+    let time = Duration::from_micros(number(&outcome, "duration_us"));
+    let bytes = human(number(&outcome, "reclaimed_bytes"));
+    Ok(format!("{bytes} returned to the host in {time:?}"))
+}
+
+fn stop(socket: &Path) -> Result<String, ClientError> {
+    let body = json!({ "action_type": "InstanceStop" });
+    api::request(socket, Method::PUT, "/actions", Some(&body), PATIENCE)?;
+    Ok(String::new())
+}
+
+fn get(socket: &Path, path: &str) -> Result<Value, ClientError> {
+    api::request(socket, Method::GET, path, None, PATIENCE)
+}
+
+/// Null where the machine says that it has no such device.
+fn if_present(answer: Result<Value, ClientError>) -> Result<Value, ClientError> {
+    match answer {
+        Err(ClientError::Refused { status: 400, .. }) => Ok(Value::Null),
+        answer => answer,
+    }
+}
+
+fn number(value: &Value, key: &str) -> u64 {
+    value[key].as_u64().unwrap_or_default()
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or("?")
+}
+
+fn describe_machine(info: &Value) -> String {
+    let seconds = number(info, "uptime_ms") / 1000;
+    let (minutes, seconds) = (seconds / 60, seconds % 60);
+    let uptime = match (minutes / 60, minutes % 60) {
+        (0, 0) => format!("{seconds} s"),
+        (0, minutes) => format!("{minutes} min {seconds} s"),
+        (hours, minutes) => format!("{hours} h {minutes} min"),
+    };
+    format!(
+        "{}, {} for {uptime}, process {}, {} {}",
+        text(info, "id"),
+        text(info, "state").to_lowercase(),
+        number(info, "pid"),
+        text(info, "app_name"),
+        text(info, "vmm_version"),
+    )
+}
+
+fn describe_balloon(balloon: &Value) -> String {
+    if balloon.is_null() {
+        return "none".to_owned();
+    }
+    let mib = |key| human(number(balloon, key) << 20);
+    let frees = match balloon["lazy"].as_bool() {
+        Some(true) => "lazy",
+        _ => "not lazy: no driver yet, or one that does not tell before it reuses a page",
+    };
+    let (actual, target) = (mib("actual_mib"), mib("amount_mib"));
+    format!("{actual} of {target}, {frees}")
+}
+
+fn describe_lazy(lazy: &Value) -> String {
+    if lazy.is_null() {
+        return "none".to_owned();
+    }
+    let bytes = |key| human(number(lazy, key));
+    format!(
+        "{} free and still here, {} returned to the host; so far {} freed, {} reused, {} reclaimed",
+        bytes("lazy_bytes"),
+        bytes("discarded_bytes"),
+        bytes("freed_bytes_total"),
+        bytes("reused_bytes_total"),
+        bytes("reclaimed_bytes_total"),
+    )
+}
+
+/// What became of the free pages that the guest reports; nothing to say when it was not asked to.
+fn describe_reporting(lazy: &Value) -> Option<String> {
+    let reporting = &lazy["reporting"];
+    let mode = reporting["mode"].as_str().filter(|mode| *mode != "off")?;
+    let bytes = |key| human(number(reporting, key));
+    Some(format!(
+        "{mode}; so far {} reported, {} of it returned to the host, {} there for it to take",
+        bytes("bytes_total"),
+        bytes("discarded_bytes_total"),
+        bytes("marked_bytes_total"),
+    ))
+}
+
+/// `bytes` in the largest unit of which there is at least one, to three digits.
+fn human(bytes: u64) -> String {
+    let units = ["KiB", "MiB", "GiB", "TiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut unit = 0;
+    let mut rest = bytes;
+    while rest >= 1 << 20 && unit + 1 < units.len() {
+        rest >>= 10;
+        unit += 1;
+    }
+    #[allow(clippy::cast_precision_loss, reason = "three digits are shown")]
+    let value = rest as f64 / 1024.0;
+    let digits = match value {
+        _ if rest.is_multiple_of(1024) => 0,
+        ..10.0 => 2,
+        ..100.0 => 1,
+        _ => 0,
+    };
+    format!("{value:.digits$} {}", units[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_in_three_digits() {
+        for (bytes, expected) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (4096, "4 KiB"),
+            (1_234_567, "1.18 MiB"),
+            (300 << 20, "300 MiB"),
+            (1536 << 20, "1.50 GiB"),
+            (64 << 40, "64 TiB"),
+        ] {
+            assert_eq!(human(bytes), expected);
+        }
+    }
+
+    #[test]
+    fn a_status_in_words() {
+        let info = json!({
+            "id": "m", "state": "Running", "pid": 7, "app_name": "Ebb", "vmm_version": "1",
+            "uptime_ms": 61_000,
+        });
+        assert_eq!(
+            describe_machine(&info),
+            "m, running for 1 min 1 s, process 7, Ebb 1"
+        );
+        let balloon = json!({ "amount_mib": 512, "actual_mib": 100, "lazy": true });
+        assert_eq!(describe_balloon(&balloon), "100 MiB of 512 MiB, lazy");
+        assert_eq!(describe_balloon(&Value::Null), "none");
+        let lazy = json!({ "lazy_bytes": 4096 });
+        assert!(describe_lazy(&lazy).starts_with("4 KiB free and still here, 0 B returned"));
+        assert_eq!(describe_reporting(&lazy), None);
+        let reporting =
+            json!({ "mode": "eager", "bytes_total": 8192, "discarded_bytes_total": 4096 });
+        assert_eq!(
+            describe_reporting(&json!({ "reporting": reporting })).unwrap(),
+            "eager; so far 8 KiB reported, 4 KiB of it returned to the host, 0 B there for it to take"
+        );
+    }
+}

@@ -1,0 +1,138 @@
+//! The command line: one subcommand, one file.
+
+mod ctl;
+mod doctor;
+mod run;
+
+use std::error::Error;
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use vmm::exit;
+
+/// A virtual machine monitor whose guests hand memory back lazily.
+#[derive(Debug, Parser)]
+#[command(name = "ebb", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(Box<run::Args>),
+    Ctl(ctl::Args),
+    Doctor(doctor::Args),
+}
+
+/// Runs the command that the arguments name, and returns the exit status.
+pub fn main() -> u8 {
+    match Cli::try_parse() {
+        Ok(cli) => match cli.command {
+            Command::Run(args) => run::main(*args),
+            Command::Ctl(args) => ctl::main(args),
+            Command::Doctor(args) => doctor::main(&args),
+        },
+        Err(error) => refuse(&error),
+    }
+}
+
+/// Tells `message` to the user in one line.
+fn complain(message: &dyn Display) {
+    // Nobody is left to be told when this fails.
+    let _ = writeln!(io::stderr(), "ebb: {message}");
+}
+
+/// Writes `text` and a line break to standard output; one that was closed, as `| head` does, is no error.
+fn say(text: &dyn Display) {
+    let _ = writeln!(io::stdout(), "{text}");
+}
+
+/// Tells an error and what caused it to the user in one line.
+fn complain_of(error: &dyn Error) {
+    complain(&with_causes(error));
+}
+
+/// An error and its causes, each said once.
+fn with_causes(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        cause = error.source();
+    }
+    line
+}
+
+/// Prints help where it was asked for, and otherwise clap's complaint in one line.
+fn refuse(error: &clap::Error) -> u8 {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            say(&error.to_string().trim_end());
+            exit::STOP
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = write!(io::stderr(), "{error}");
+            exit::BAD_ARGUMENTS
+        }
+        _ => {
+            complain(&one_line(&error.to_string()));
+            exit::BAD_ARGUMENTS
+        }
+    }
+}
+
+/// What clap says before the usage, joined into one line.
+fn one_line(text: &str) -> String {
+    let mut line = String::new();
+    for part in text.lines().map(str::trim).filter(|part| !part.is_empty()) {
+        if part.starts_with("Usage:") || part.starts_with("For more information") {
+            break;
+        }
+        if !line.is_empty() {
+            line.push_str(if line.ends_with(':') { " " } else { "; " });
+        }
+        line.push_str(part.strip_prefix("error: ").unwrap_or(part));
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn claps_complaints_fit_one_line() {
+        for (arguments, expected) in [
+            (
+                vec!["ebb", "run"],
+                "the following required arguments were not provided: --kernel <PATH>",
+            ),
+            (
+                vec!["ebb", "run", "--kernl", "/k"],
+                "unexpected argument '--kernl' found; tip: a similar argument exists: '--kernel'",
+            ),
+            (
+                vec!["ebb", "run", "--kernel", "/k", "--memory", "size=4X"],
+                "invalid value 'size=4X' for '--memory <OPTIONS>': '4X' is not a size; write digits \
+                 and one of K, M, G, T, for instance 512M",
+            ),
+        ] {
+            let error = Cli::try_parse_from(arguments).unwrap_err();
+            assert_eq!(one_line(&error.to_string()), expected);
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! What the operator asks for: raw text parsed, then validated into a typed description of the machine.
+
+mod error;
+mod machine;
+mod options;
+mod spec;
+mod validate;
+
+pub use error::ConfigError;
+pub use machine::{
+    BalloonConfig, DiskConfig, KernelConfig, KernelEntry, LazyConfig, LazyMode, MachineConfig,
+    MemoryConfig, Reporting, SerialConfig,
+};
+pub use options::{format_size, parse_size};
+pub use spec::{CpusSpec, MachineSpec, MemorySpec, SocketSpec};
+pub use validate::{SocketPath, check_socket};

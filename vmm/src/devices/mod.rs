@@ -1,0 +1,5 @@
+//! Emulated devices.
+
+pub mod platform;
+pub mod serial;
+pub mod virtio;

@@ -1,0 +1,43 @@
+//! The keyboard controller, as far as a reset goes.
+
+use crate::bus::{Action, BusDevice, ExitReason};
+
+/// Status and command register, from the first port.
+const COMMAND: u64 = 4;
+/// Command: pulse the reset line.
+const RESET: u8 = 0xfe;
+
+/// A keyboard controller without a keyboard: it reads as idle, and can reset the machine. Linux tries it
+/// when asked to with `reboot=k`.
+pub struct I8042;
+
+impl BusDevice for I8042 {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
+        if offset == COMMAND && data == [RESET] {
+            Action::Exit(ExitReason::Reset)
+        } else {
+            Action::Continue
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_reset_command_resets() {
+        for (offset, value, action) in [
+            (4, 0xfe, Action::Exit(ExitReason::Reset)),
+            (4, 0xad, Action::Continue),
+            (0, 0xfe, Action::Continue),
+        ] {
+            assert_eq!(I8042.write(offset, &[value]), action);
+        }
+        assert_eq!(I8042.write(4, &[0xfe, 0]), Action::Continue);
+    }
+}

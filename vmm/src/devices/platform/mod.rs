@@ -1,0 +1,9 @@
+//! The few legacy ports that a PC guest expects: power, reset, panic.
+
+mod i8042;
+mod power;
+mod pvpanic;
+
+pub use i8042::I8042;
+pub use power::Power;
+pub use pvpanic::PvPanic;

@@ -1,0 +1,131 @@
+//! The first serial port, a 16550A, and the terminal at its other end.
+
+mod input;
+mod terminal;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{Serial, SerialEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{Action, BusDevice};
+use crate::irq::Interrupt;
+
+pub use input::ConsoleInput;
+pub use terminal::RawMode;
+
+/// Where the guest's output goes.
+pub enum Output {
+    /// Standard output.
+    Stdout,
+    /// A file.
+    File(File),
+    /// Nowhere.
+    Null,
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Stdout => io::stdout().write(bytes),
+            Self::File(file) => file.write(bytes),
+            Self::Null => Ok(bytes.len()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Stdout => io::stdout().flush(),
+            Self::File(_) | Self::Null => Ok(()),
+        }
+    }
+}
+
+/// The interrupt line, in vm-superio's terms.
+struct Line(Arc<dyn Interrupt>);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.trigger()
+    }
+}
+
+/// Tells the input side that the guest has read all that was there.
+struct Drained(EventFd);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+
+    fn in_buffer_empty(&self) {
+        // The eventfd is non-blocking and its counter cannot overflow by ones: nothing can fail.
+        let _ = self.0.write(1);
+    }
+}
+
+/// The serial port.
+pub struct SerialPort {
+    uart: Serial<Line, Drained, Output>,
+    /// Output errors are told once: a full disk must not flood the log.
+    failed: bool,
+}
+
+impl SerialPort {
+    /// A port that raises `interrupt`. `drained` is signalled whenever the guest has read all input.
+    #[must_use]
+    pub fn new(interrupt: Arc<dyn Interrupt>, output: Output, drained: EventFd) -> Self {
+        let uart = Serial::with_events(Line(interrupt), Drained(drained), output);
+        Self {
+            uart,
+            failed: false,
+        }
+    }
+
+    /// Gives input to the guest, as much as fits.
+    ///
+    /// Returns the number of bytes taken.
+    pub fn enqueue(&mut self, bytes: &[u8]) -> usize {
+        if self.uart.fifo_capacity() == 0 {
+            return 0;
+        }
+        self.uart.enqueue_raw_bytes(bytes).unwrap_or_else(|error| {
+            self.complain(&error);
+            0
+        })
+    }
+
+    fn complain(&mut self, error: &dyn std::fmt::Debug) {
+        if !self.failed {
+            tracing::warn!("serial port: {error:?}; further errors are not reported");
+            self.failed = true;
+        }
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
+            *byte = self.uart.read(offset);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Action {
+        if let ([byte], Ok(offset)) = (data, u8::try_from(offset))
+            && let Err(error) = self.uart.write(offset, *byte)
+        {
+            self.complain(&error);
+        }
+        Action::Continue
+    }
+}
+
+/// Locks the port; what a panicking holder left behind is still a serial port.
+fn lock(port: &Mutex<SerialPort>) -> std::sync::MutexGuard<'_, SerialPort> {
+    port.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,270 @@
+//! The balloon as the operator sees it, and what both sides share.
+
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::wire::{
+    Config, F_DEFLATE_ON_OOM, F_MUST_TELL_HOST, F_PAGE_POISON, F_REPORTING, F_STATS_VQ, Statistics,
+};
+use crate::devices::virtio::VirtioInterrupt;
+use crate::devices::virtio::queue::GuestFaults;
+use crate::memory::PAGE_SIZE;
+
+/// A request to the balloon cannot be met.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum BalloonError {
+    /// More than the device's 32-bit page count can say.
+    #[error("a balloon of {bytes} bytes is too large: at most {max}")]
+    TargetTooLarge {
+        /// Bytes asked for.
+        bytes: u64,
+        /// Largest target in bytes.
+        max: u64,
+    },
+    /// Not a whole number of pages.
+    #[error("a balloon of {bytes} bytes is not a multiple of {PAGE_SIZE}")]
+    TargetUnaligned {
+        /// Bytes asked for.
+        bytes: u64,
+    },
+    /// The device was built without a statistics queue.
+    #[error("the balloon has no statistics: start it with a statistics interval")]
+    NoStatistics,
+    /// Statistics cannot be switched off once they are on.
+    #[error("a statistics interval of 0 seconds is not possible: at least 1")]
+    IntervalZero,
+    /// The worker's event could not be created.
+    #[error("the balloon's event could not be created: {0}")]
+    Event(String),
+}
+
+/// The balloon's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonStatus {
+    /// Bytes that the host asked for.
+    pub target_bytes: u64,
+    /// Bytes that the guest says it has handed back.
+    pub actual_bytes: u64,
+    /// The guest may take pages back when it runs out of memory.
+    pub deflate_on_oom: bool,
+    /// Seconds between two requests for statistics; 0: off.
+    pub statistics_interval_s: u16,
+    /// The guest's driver is bound and tells the host before it reuses a page: frees are lazy.
+    pub lazy: bool,
+    /// The guest's driver is bound and reports free pages.
+    pub reporting: bool,
+}
+
+/// What the guest has reported free since the machine started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReportStats {
+    /// Messages.
+    pub messages_total: u64,
+    /// Ranges in them that are RAM, before they are merged.
+    pub ranges_total: u64,
+    /// Bytes in those ranges.
+    pub bytes_total: u64,
+    /// Bytes of them that were left alone because the guest fills free pages with something other than zero.
+    pub poisoned_bytes_total: u64,
+}
+
+#[derive(Default)]
+struct Reports {
+    messages: AtomicU64,
+    ranges: AtomicU64,
+    bytes: AtomicU64,
+    poisoned_bytes: AtomicU64,
+}
+
+/// What the driver has negotiated, while it is bound.
+struct Driver {
+    features: u64,
+    interrupt: Arc<dyn VirtioInterrupt>,
+}
+
+/// What device, worker and handles share.
+pub(super) struct Shared {
+    /// Features on offer.
+    pub features: u64,
+    num_pages: AtomicU32,
+    actual: AtomicU32,
+    poison: AtomicU32,
+    reports: Reports,
+    interval: AtomicU16,
+    /// The interval has changed.
+    pub wake: EventFd,
+    driver: Mutex<Option<Driver>>,
+    statistics: Mutex<Statistics>,
+    pub faults: GuestFaults,
+}
+
+impl Shared {
+    pub fn new(features: u64, interval: u16, wake: EventFd) -> Self {
+        Self {
+            features,
+            num_pages: AtomicU32::new(0),
+            actual: AtomicU32::new(0),
+            poison: AtomicU32::new(0),
+            reports: Reports::default(),
+            interval: AtomicU16::new(interval),
+            wake,
+            driver: Mutex::new(None),
+            statistics: Mutex::default(),
+            faults: GuestFaults::new("balloon"),
+        }
+    }
+
+    pub fn config(&self) -> Config {
+        Config {
+            num_pages: self.num_pages.load(Ordering::Relaxed),
+            actual: self.actual.load(Ordering::Relaxed),
+            poison_val: self.poison.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Takes over what a driver can write.
+    pub fn set_config(&self, config: Config) {
+        self.actual.store(config.actual, Ordering::Relaxed);
+        self.poison.store(config.poison_val, Ordering::Relaxed);
+    }
+
+    /// Whether reported pages have to keep what is in them: discarded ones read as zero, and a device must not change
+    /// them to anything but the driver's poison (virtio 1.3, 5.5.6.7.2).
+    pub fn keeps_reported(&self, features: u64) -> bool {
+        features & F_PAGE_POISON != 0 && self.config().poison_val != 0
+    }
+
+    /// Counts what a pass over the reporting queue has found.
+    pub fn count_reports(&self, found: ReportStats) {
+        let add = |counter: &AtomicU64, amount| counter.fetch_add(amount, Ordering::Relaxed);
+        add(&self.reports.messages, found.messages_total);
+        add(&self.reports.ranges, found.ranges_total);
+        add(&self.reports.bytes, found.bytes_total);
+        add(&self.reports.poisoned_bytes, found.poisoned_bytes_total);
+    }
+
+    pub fn interval(&self) -> u16 {
+        self.interval.load(Ordering::Relaxed)
+    }
+
+    pub fn statistics(&self) -> MutexGuard<'_, Statistics> {
+        self.statistics
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn driver(&self) -> MutexGuard<'_, Option<Driver>> {
+        self.driver.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn bind(&self, features: u64, interrupt: Arc<dyn VirtioInterrupt>) {
+        *self.driver() = Some(Driver {
+            features,
+            interrupt,
+        });
+    }
+
+    /// Forgets the driver and what it has told.
+    pub fn unbind(&self) {
+        *self.driver() = None;
+        *self.statistics() = Statistics::default();
+        self.actual.store(0, Ordering::Relaxed);
+        self.poison.store(0, Ordering::Relaxed);
+    }
+}
+
+/// The operator's way to a balloon.
+#[derive(Clone)]
+pub struct BalloonHandle {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl BalloonHandle {
+    /// Asks the guest to hand back `bytes`, a multiple of 4 KiB. The guest follows in its own time.
+    ///
+    /// # Errors
+    /// [`BalloonError::TargetTooLarge`] or [`BalloonError::TargetUnaligned`].
+    pub fn set_target(&self, bytes: u64) -> Result<(), BalloonError> {
+        if !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(BalloonError::TargetUnaligned { bytes });
+        }
+        let max = u64::from(u32::MAX) * PAGE_SIZE;
+        let pages = u32::try_from(bytes / PAGE_SIZE)
+            .map_err(|_| BalloonError::TargetTooLarge { bytes, max })?;
+        self.shared.num_pages.store(pages, Ordering::Relaxed);
+        if let Some(driver) = self.shared.driver().as_ref() {
+            let told = driver.interrupt.configuration_changed();
+            told.unwrap_or_else(|error| tracing::warn!("balloon: interrupt: {error}"));
+        }
+        Ok(())
+    }
+
+    /// Target, actual size and mode.
+    #[must_use]
+    pub fn status(&self) -> BalloonStatus {
+        let config = self.shared.config();
+        let driver = self.shared.driver();
+        let negotiated = |feature| {
+            driver
+                .as_ref()
+                .is_some_and(|driver| driver.features & feature != 0)
+        };
+        BalloonStatus {
+            target_bytes: u64::from(config.num_pages) * PAGE_SIZE,
+            actual_bytes: u64::from(config.actual) * PAGE_SIZE,
+            deflate_on_oom: self.shared.features & F_DEFLATE_ON_OOM != 0,
+            statistics_interval_s: self.shared.interval(),
+            lazy: negotiated(F_MUST_TELL_HOST),
+            reporting: negotiated(F_REPORTING),
+        }
+    }
+
+    /// What the guest has reported free; each counter is right, together they may be of slightly different moments.
+    #[must_use]
+    pub fn reports(&self) -> ReportStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let reports = &self.shared.reports;
+        ReportStats {
+            messages_total: read(&reports.messages),
+            ranges_total: read(&reports.ranges),
+            bytes_total: read(&reports.bytes),
+            poisoned_bytes_total: read(&reports.poisoned_bytes),
+        }
+    }
+
+    /// The latest statistics; all `None` before the first, and after the driver has gone.
+    ///
+    /// # Errors
+    /// [`BalloonError::NoStatistics`].
+    pub fn statistics(&self) -> Result<Statistics, BalloonError> {
+        if self.shared.features & F_STATS_VQ == 0 {
+            return Err(BalloonError::NoStatistics);
+        }
+        Ok(*self.shared.statistics())
+    }
+
+    /// Asks for statistics every `seconds` from now on.
+    ///
+    /// # Errors
+    /// [`BalloonError::NoStatistics`] or [`BalloonError::IntervalZero`].
+    pub fn set_statistics_interval(&self, seconds: u16) -> Result<(), BalloonError> {
+        if self.shared.features & F_STATS_VQ == 0 {
+            return Err(BalloonError::NoStatistics);
+        }
+        if seconds == 0 {
+            return Err(BalloonError::IntervalZero);
+        }
+        self.shared.interval.store(seconds, Ordering::Relaxed);
+        // The counter can only be full when it is readable anyway.
+        let _ = self.shared.wake.write(1);
+        Ok(())
+    }
+
+    /// What guests did wrong so far.
+    #[must_use]
+    pub fn faults(&self) -> u64 {
+        self.shared.faults.count()
+    }
+}

@@ -1,0 +1,338 @@
+//! The balloon's thread: one for all queues, so that an inflate and a deflate never overtake each other.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vm_memory::GuestMemoryMmap;
+
+use super::RangeSink;
+use super::handle::Shared;
+use super::wire::{ARRAY_PFNS, Batch, PFN_BYTES, STATISTICS_BYTES, Statistics};
+use crate::devices::virtio::VirtioInterrupt;
+use crate::devices::virtio::queue::{
+    Chain, ChainFault, GuestFaults, Poller, QueueFailure, ServedQueue, StopSignal, Work,
+};
+
+/// Pages that are handed to the sink in one call at most: 32 full messages of Linux, 32 MiB.
+const BATCH_PFNS: usize = 32 * ARRAY_PFNS;
+
+/// What woke the worker.
+const INFLATE: u32 = 0;
+const DEFLATE: u32 = 1;
+const STATISTICS: u32 = 2;
+const INTERVAL: u32 = 3;
+
+/// What becomes of the pages of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// Inflated by a driver that tells before it uses them again.
+    Free,
+    /// Inflated by one that does not.
+    Discard,
+    /// Deflated.
+    Reuse,
+}
+
+/// What every queue is served with.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub memory: Arc<GuestMemoryMmap>,
+    pub shared: Arc<Shared>,
+    pub sink: Arc<dyn RangeSink>,
+    pub interrupt: Arc<dyn VirtioInterrupt>,
+}
+
+impl Context {
+    pub fn faults(&self) -> &GuestFaults {
+        &self.shared.faults
+    }
+
+    /// Puts the device out of service if a queue is.
+    pub fn settle(&self, result: Result<(), QueueFailure>) {
+        if let Err(failure) = result {
+            self.faults().report(failure);
+            let told = self.interrupt.needs_reset();
+            told.unwrap_or_else(|error| self.faults().report(format_args!("interrupt: {error}")));
+        }
+    }
+}
+
+/// The queues and the room to work in, all allocated at activation.
+pub(super) struct BalloonWorker {
+    context: Context,
+    inflate: PageQueue,
+    deflate: PageQueue,
+    statistics: Option<StatisticsQueue>,
+    chain: Chain,
+    batch: Batch,
+}
+
+impl BalloonWorker {
+    /// Takes over the queues; `must_tell_host` is what the driver negotiated.
+    pub fn new(
+        context: Context,
+        must_tell_host: bool,
+        [inflate, deflate]: [ServedQueue; 2],
+        statistics: Option<ServedQueue>,
+    ) -> Self {
+        let longest = inflate.size().max(deflate.size());
+        let pages = if must_tell_host {
+            Pages::Free
+        } else {
+            Pages::Discard
+        };
+        Self {
+            context,
+            inflate: PageQueue::new(inflate, pages),
+            deflate: PageQueue::new(deflate, Pages::Reuse),
+            statistics: statistics.map(StatisticsQueue::new),
+            chain: Chain::with_capacity(longest),
+            batch: Batch::with_capacity(BATCH_PFNS),
+        }
+    }
+
+    fn next_deadline(&self) -> Instant {
+        Instant::now() + Duration::from_secs(self.context.shared.interval().max(1).into())
+    }
+
+    fn serve(
+        &mut self,
+        [inflate, deflate, statistics, interval]: [bool; 4],
+        stop: &StopSignal,
+        deadline: &mut Option<Instant>,
+    ) {
+        // Inflate first: of a page that is in both queues at once, the guest may write to it in the end.
+        for (woken, queue) in [(inflate, &mut self.inflate), (deflate, &mut self.deflate)] {
+            if woken {
+                let served = queue.serve(&self.context, &mut self.chain, &mut self.batch, stop);
+                self.context.settle(served);
+            }
+        }
+        if interval && deadline.is_some() {
+            // Nothing to read is as good as something.
+            let _ = self.context.shared.wake.read();
+            *deadline = Some(self.next_deadline());
+        }
+        let due = deadline.is_some_and(|at| at <= Instant::now());
+        if due {
+            *deadline = Some(self.next_deadline());
+        }
+        if let Some(queue) = &mut self.statistics
+            && (statistics || due)
+        {
+            let served = queue.serve(&self.context, &mut self.chain, due);
+            self.context.settle(served);
+        }
+    }
+}
+
+impl Work for BalloonWorker {
+    fn watch(&self, poller: &Poller) -> io::Result<()> {
+        poller.watch(self.inflate.queue.notified(), INFLATE)?;
+        poller.watch(self.deflate.queue.notified(), DEFLATE)?;
+        if let Some(statistics) = &self.statistics {
+            poller.watch(statistics.queue.notified(), STATISTICS)?;
+            poller.watch(&self.context.shared.wake, INTERVAL)?;
+        }
+        Ok(())
+    }
+
+    fn run(mut self, poller: &Poller) {
+        let mut deadline = self.statistics.is_some().then(|| self.next_deadline());
+        // What the driver made available before it was ready is not notified again.
+        let mut woken = [true; 4];
+        while !poller.stop().is_stopped() {
+            self.serve(std::mem::take(&mut woken), poller.stop(), &mut deadline);
+            let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let go_on = poller.wait(rest, |token| {
+                if let Some(flag) = woken.get_mut(token as usize) {
+                    *flag = true;
+                }
+            });
+            if !go_on {
+                return;
+            }
+        }
+    }
+}
+
+/// The inflate queue or the deflate queue.
+struct PageQueue {
+    queue: ServedQueue,
+    pages: Pages,
+    /// Chains that are returned once the sink has their pages.
+    heads: Vec<u16>,
+}
+
+impl PageQueue {
+    fn new(queue: ServedQueue, pages: Pages) -> Self {
+        let heads = Vec::with_capacity(queue.size().into());
+        Self {
+            queue,
+            pages,
+            heads,
+        }
+    }
+
+    /// Takes every message that is there, hands the pages over, and only then returns the messages.
+    fn serve(
+        &mut self,
+        context: &Context,
+        chain: &mut Chain,
+        batch: &mut Batch,
+        stop: &StopSignal,
+    ) -> Result<(), QueueFailure> {
+        self.queue.begin(&context.memory);
+        let mut outcome = Ok(());
+        while self.heads.len() < usize::from(self.queue.size()) {
+            match self.queue.next(&context.memory, chain) {
+                Ok(None) => break,
+                Ok(Some(loaded)) => self.collect(context, (chain, loaded), batch, stop),
+                Err(failure) => {
+                    outcome = Err(failure);
+                    break;
+                }
+            }
+            self.heads.push(chain.head());
+        }
+        if stop.is_stopped() {
+            // The reset gives everything back; nothing more is acknowledged.
+            return outcome;
+        }
+        self.hand_over(context, batch);
+        for head in self.heads.drain(..) {
+            outcome = outcome.and(self.queue.give_back(&context.memory, head, 0));
+        }
+        let interrupt = &*context.interrupt;
+        outcome.and(self.queue.end(&context.memory, interrupt, context.faults()))
+    }
+
+    /// Adds the pages of one message to the batch, which goes to the sink whenever it is full. Arrays of any length are
+    /// taken: drivers other than Linux's send more than 256 numbers, and a deflate that is cut short would cost the
+    /// guest the data it writes to pages that the host still thinks free.
+    fn collect(
+        &self,
+        context: &Context,
+        (chain, loaded): (&Chain, Result<(), ChainFault>),
+        batch: &mut Batch,
+        stop: &StopSignal,
+    ) {
+        let faults = context.faults();
+        let mut array = chain.readable(&context.memory);
+        let bytes = array.remaining();
+        if let Err(fault) = loaded {
+            faults.report(fault);
+            if self.pages != Pages::Reuse {
+                return;
+            }
+        } else if bytes == 0 {
+            faults.report(format_args!("{self:?}: a message without page numbers"));
+        } else if bytes > (ARRAY_PFNS * PFN_BYTES) as u64 {
+            faults.report(format_args!("{self:?}: {bytes} bytes in one message"));
+        } else if !bytes.is_multiple_of(PFN_BYTES as u64) {
+            faults.report(format_args!(
+                "{self:?}: {bytes} bytes are no whole page numbers"
+            ));
+        }
+        let mut part = [0; ARRAY_PFNS * PFN_BYTES];
+        while !stop.is_stopped() {
+            if batch.room() < ARRAY_PFNS {
+                self.hand_over(context, batch);
+            }
+            match array.read(&mut part) {
+                Ok(0) => return,
+                Ok(count) => batch.push(part.get(..count).unwrap_or_default()),
+                Err(error) => return faults.report(format_args!("{self:?}: {error}")),
+            }
+        }
+    }
+
+    fn hand_over(&self, context: &Context, batch: &mut Batch) {
+        if batch.is_empty() {
+            return;
+        }
+        let (ranges, refused) = batch.merge(|range| context.sink.is_ram(range));
+        if refused > 0 {
+            let faults = context.faults();
+            faults.report(format_args!("{self:?}: {refused} pages are not RAM"));
+        }
+        if ranges.is_empty() {
+            return;
+        }
+        match self.pages {
+            Pages::Free => context.sink.lazy_free(ranges),
+            Pages::Discard => context.sink.discard(ranges),
+            Pages::Reuse => context.sink.reuse(ranges),
+        }
+    }
+}
+
+impl std::fmt::Debug for PageQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self.pages {
+            Pages::Free | Pages::Discard => "inflate",
+            Pages::Reuse => "deflate",
+        })
+    }
+}
+
+/// The statistics queue: the device keeps the driver's buffer, and returns it to ask for news.
+struct StatisticsQueue {
+    queue: ServedQueue,
+    held: Option<u16>,
+}
+
+impl StatisticsQueue {
+    const fn new(queue: ServedQueue) -> Self {
+        Self { queue, held: None }
+    }
+
+    fn serve(
+        &mut self,
+        context: &Context,
+        chain: &mut Chain,
+        due: bool,
+    ) -> Result<(), QueueFailure> {
+        self.queue.begin(&context.memory);
+        if due && let Some(head) = self.held.take() {
+            self.queue.give_back(&context.memory, head, 0)?;
+        }
+        for _ in 0..self.queue.size() {
+            let Some(loaded) = self.queue.next(&context.memory, chain)? else {
+                break;
+            };
+            match loaded {
+                Ok(()) => Self::read(context, chain),
+                Err(fault) => context.faults().report(fault),
+            }
+            if let Some(surplus) = self.held.replace(chain.head()) {
+                context
+                    .faults()
+                    .report("more than one statistics buffer at a time");
+                self.queue.give_back(&context.memory, surplus, 0)?;
+            }
+        }
+        let interrupt = &*context.interrupt;
+        self.queue.end(&context.memory, interrupt, context.faults())
+    }
+
+    fn read(context: &Context, chain: &Chain) {
+        let mut raw = [0; STATISTICS_BYTES];
+        let mut buffer = chain.readable(&context.memory);
+        let bytes = buffer.remaining();
+        if bytes == 0 || bytes > raw.len() as u64 {
+            context
+                .faults()
+                .report(format_args!("a statistics buffer of {bytes} bytes"));
+        }
+        match buffer.read(&mut raw) {
+            Ok(count) => {
+                let mut statistics = Statistics::default();
+                statistics.update(raw.get(..count).unwrap_or_default());
+                *context.shared.statistics() = statistics;
+            }
+            Err(error) => context.faults().report(format_args!("statistics: {error}")),
+        }
+    }
+}

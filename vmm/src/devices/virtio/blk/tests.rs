@@ -1,0 +1,367 @@
+//! The disk against a driver that may be hostile.
+
+use std::fs;
+use std::sync::atomic::Ordering;
+
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::wire::{STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
+use super::*;
+use crate::config::DiskConfig;
+use crate::devices::virtio::queue::testing::{
+    INDIRECT, MockInterrupt, MockQueue, NEXT, WRITE, memory, wait_for,
+};
+
+const QUEUE: u64 = 0x10_0000;
+const HEADER: u64 = 0x20_0000;
+const DATA: u64 = 0x30_0000;
+const STATUS: u64 = 0x40_0000;
+const SECTORS: u64 = 64;
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+
+/// Address, length and flags of each buffer of a chain.
+type Buffers<'a> = &'a [(u64, u32, u16)];
+
+struct Rig {
+    dir: tempfile::TempDir,
+    memory: Arc<GuestMemoryMmap>,
+    queue: MockQueue,
+    block: Block,
+    interrupt: Arc<MockInterrupt>,
+}
+
+/// Sector n is full of n.
+fn content() -> Vec<u8> {
+    (0..SECTORS as usize * 512)
+        .map(|at| (at / 512) as u8)
+        .collect()
+}
+
+impl Rig {
+    fn new(readonly: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        fs::write(&path, content()).unwrap();
+        let disk = Disk::open(&DiskConfig { path, readonly }).unwrap();
+        let memory = memory(8);
+        let mut rig = Self {
+            dir,
+            queue: MockQueue::new(&memory, QUEUE, 16),
+            memory,
+            block: Block::new(3, disk),
+            interrupt: Arc::default(),
+        };
+        rig.activate();
+        rig
+    }
+
+    fn activate(&mut self) {
+        let activation = Activation {
+            memory: Arc::clone(&self.memory),
+            features: self.block.features(),
+            queues: vec![Some(self.queue.handle())],
+            interrupt: self.interrupt.clone(),
+        };
+        self.block.activate(activation).unwrap();
+    }
+
+    fn image(&self) -> Vec<u8> {
+        fs::read(self.dir.path().join("disk")).unwrap()
+    }
+
+    fn header(&self, kind: u32, sector: u64) {
+        let mut raw = [0; 16];
+        raw[..4].copy_from_slice(&kind.to_le_bytes());
+        raw[8..].copy_from_slice(&sector.to_le_bytes());
+        self.memory.write_slice(&raw, GuestAddress(HEADER)).unwrap();
+        self.memory
+            .write_obj(0xee_u8, GuestAddress(STATUS))
+            .unwrap();
+    }
+
+    /// Runs the chain of `buffers`. Returns status and length.
+    fn run(&self, buffers: Buffers) -> (u8, u32) {
+        let used = self.queue.used_index();
+        self.queue.offer_chain(0, buffers);
+        self.queue.run_until_used(used.wrapping_add(1));
+        let status = self.memory.read_obj(GuestAddress(STATUS)).unwrap();
+        (status, self.queue.used(used).1)
+    }
+
+    fn request(&self, kind: u32, sector: u64, bytes: u32) -> (u8, u32) {
+        self.header(kind, sector);
+        let direction = if kind == OUT { 0 } else { WRITE };
+        let mut buffers = vec![
+            (HEADER, 16, 0),
+            (DATA, bytes, direction),
+            (STATUS, 1, WRITE),
+        ];
+        if bytes == 0 {
+            buffers.remove(1);
+        }
+        self.run(&buffers)
+    }
+
+    fn data(&self, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.memory
+            .read_slice(&mut data, GuestAddress(DATA))
+            .unwrap();
+        data
+    }
+
+    fn assert_alive(&self) {
+        assert_eq!(self.request(IN, 2, 512), (STATUS_OK, 513));
+        assert_eq!(self.data(512), content()[1024..1536]);
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let rig = Rig::new(false);
+    assert_eq!(rig.request(IN, 1, 1024), (STATUS_OK, 1025));
+    assert_eq!(rig.data(1024), content()[512..1536]);
+    rig.memory
+        .write_slice(&[0xab; 512], GuestAddress(DATA))
+        .unwrap();
+    assert_eq!(rig.request(OUT, SECTORS - 1, 512), (STATUS_OK, 1));
+    assert_eq!(rig.request(FLUSH, 0, 0), (STATUS_OK, 1));
+    let mut expected = content();
+    expected[(SECTORS as usize - 1) * 512..].fill(0xab);
+    assert_eq!(rig.image(), expected);
+    let counters = rig.block.counters();
+    let value = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    assert_eq!(
+        [
+            &counters.reads,
+            &counters.read_bytes,
+            &counters.writes,
+            &counters.written_bytes
+        ]
+        .map(value),
+        [1, 1024, 1, 512]
+    );
+    assert_eq!([&counters.flushes, &counters.errors].map(value), [1, 0]);
+    wait_for(
+        || rig.interrupt.used.load(Ordering::SeqCst) == 3,
+        "interrupts",
+    );
+}
+
+#[test]
+fn requests_may_be_cut_anywhere() {
+    let rig = Rig::new(false);
+    rig.header(IN, 4);
+    let chain = [
+        (HEADER, 3, 0),
+        (HEADER + 3, 13, 0),
+        (DATA, 100, WRITE),
+        (DATA + 100, 1, WRITE),
+        (DATA + 101, 923, WRITE),
+        (STATUS, 1, WRITE),
+    ];
+    assert_eq!(rig.run(&chain), (STATUS_OK, 1025));
+    assert_eq!(rig.data(1024), content()[2048..3072]);
+    // Data and status in one buffer, through an indirect table.
+    rig.header(IN, 5);
+    let table = 0x50_0000;
+    rig.queue.describe_at(table, 0, (HEADER, 16), NEXT, 1);
+    rig.queue
+        .describe_at(table, 1, (STATUS - 512, 513), WRITE, 0);
+    assert_eq!(rig.run(&[(table, 32, INDIRECT)]), (STATUS_OK, 513));
+}
+
+#[test]
+fn the_id_is_cut_to_its_buffer() {
+    let rig = Rig::new(true);
+    assert_eq!(rig.request(GET_ID, 0, 20), (STATUS_OK, 21));
+    let id = rig.data(20);
+    assert_eq!(rig.request(GET_ID, 0, 4), (STATUS_OK, 5));
+    assert_eq!(rig.data(4), id[..4]);
+    assert_eq!(rig.request(GET_ID, 0, 64).0, STATUS_OK);
+}
+
+#[test]
+fn a_read_only_disk_is_not_written() {
+    let rig = Rig::new(true);
+    assert_ne!(rig.block.features() & 1 << VIRTIO_BLK_F_RO, 0);
+    assert_eq!(rig.request(OUT, 0, 512).0, STATUS_IOERR);
+    assert_eq!(rig.request(FLUSH, 0, 0).0, STATUS_OK);
+    assert_eq!(rig.image(), content());
+    rig.assert_alive();
+}
+
+#[test]
+fn requests_that_leave_the_disk_fail() {
+    let rig = Rig::new(false);
+    for (sector, bytes) in [
+        (SECTORS, 512),
+        (SECTORS - 1, 1024),
+        (u64::MAX, 512),
+        (1 << 55, 512),
+        (0, 511),
+        (0, 513),
+    ] {
+        for kind in [IN, OUT] {
+            assert_eq!(
+                rig.request(kind, sector, bytes).0,
+                STATUS_IOERR,
+                "{kind} {sector} {bytes}"
+            );
+        }
+    }
+    for kind in [2, 3, 11, 13, u32::MAX] {
+        assert_eq!(rig.request(kind, 0, 512).0, STATUS_UNSUPP, "{kind}");
+    }
+    assert_eq!(rig.image(), content());
+    assert_eq!(rig.block.counters().errors.load(Ordering::Relaxed), 17);
+    rig.assert_alive();
+}
+
+#[test]
+fn a_file_that_shrank_is_an_input_error() {
+    let rig = Rig::new(false);
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(rig.dir.path().join("disk"))
+        .unwrap();
+    file.set_len(2048).unwrap();
+    assert_eq!(rig.request(IN, 3, 1024).0, STATUS_IOERR);
+    rig.assert_alive();
+}
+
+#[test]
+fn bad_chains_are_refused_and_the_queue_goes_on() {
+    let rig = Rig::new(false);
+    rig.header(IN, 0);
+    let cases: [(&str, Buffers, u8); 7] = [
+        ("no status", &[(HEADER, 16, 0)], 0xee),
+        (
+            "short header",
+            &[(HEADER, 15, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)],
+            STATUS_IOERR,
+        ),
+        (
+            "no header",
+            &[(DATA, 512, WRITE), (STATUS, 1, WRITE)],
+            STATUS_IOERR,
+        ),
+        (
+            "header is not memory",
+            &[(0xd000_0000, 16, 0), (STATUS, 1, WRITE)],
+            STATUS_IOERR,
+        ),
+        (
+            "data is not memory",
+            &[
+                (HEADER, 16, 0),
+                (0xd000_0000, 512, WRITE),
+                (STATUS, 1, WRITE),
+            ],
+            STATUS_IOERR,
+        ),
+        (
+            "data leaves memory",
+            &[
+                (HEADER, 16, 0),
+                ((8 << 20) - 256, 512, WRITE),
+                (STATUS, 1, WRITE),
+            ],
+            STATUS_IOERR,
+        ),
+        (
+            "status is not memory",
+            &[(HEADER, 16, 0), (DATA, 512, WRITE), (0xd000_0000, 1, WRITE)],
+            0xee,
+        ),
+    ];
+    for (what, chain, status) in cases {
+        rig.header(IN, 0);
+        assert_eq!(rig.run(chain).0, status, "{what}");
+        rig.assert_alive();
+    }
+    // Readable after writable: the status is where the writable part ends.
+    rig.header(IN, 0);
+    assert_eq!(
+        rig.run(&[(HEADER, 16, 0), (STATUS, 1, WRITE), (DATA, 512, 0)])
+            .0,
+        STATUS_IOERR
+    );
+    // A loop.
+    let used = rig.queue.used_index();
+    rig.queue.describe(0, (HEADER, 16), NEXT, 0);
+    rig.queue.offer(0);
+    rig.queue.run_until_used(used + 1);
+    rig.assert_alive();
+    assert_eq!(rig.image(), content());
+}
+
+#[test]
+fn reset_stops_the_thread_and_the_driver_can_come_back() {
+    let mut rig = Rig::new(false);
+    for _ in 0..3 {
+        rig.assert_alive();
+        rig.block.reset();
+        rig.block.reset();
+        let used = rig.queue.used_index();
+        rig.queue
+            .offer_chain(0, &[(HEADER, 16, 0), (STATUS, 1, WRITE)]);
+        rig.queue.notify();
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        assert_eq!(rig.queue.used_index(), used, "nobody serves the queue");
+        rig.queue = MockQueue::new(&rig.memory, QUEUE, 16);
+        rig.activate();
+    }
+    rig.queue.set_avail_index(0x4000);
+    rig.queue.notify();
+    wait_for(
+        || rig.interrupt.reset.load(Ordering::SeqCst) == 1,
+        "reset request",
+    );
+}
+
+#[test]
+fn the_configuration_tells_the_size() {
+    let rig = Rig::new(false);
+    let mut data = [0xff; 8];
+    rig.block.read_config(0, &mut data);
+    assert_eq!(u64::from_le_bytes(data), SECTORS);
+    rig.block.read_config(20, &mut data);
+    assert_eq!(data, [0, 2, 0, 0, 0, 0, 0, 0]);
+    rig.block.read_config(u64::MAX, &mut data);
+    assert_eq!(data, [0; 8]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn no_bytes_in_the_rings_stop_the_disk(
+        table in prop::collection::vec((0..0x60_0000_u64, 0..4096_u32, 0..8_u16, 0..18_u16), 16),
+        kind in 0..10_u32,
+        sector in prop_oneof![0..80_u64, any::<u64>()],
+        heads in prop::collection::vec(0..18_u16, 0..16),
+        jump in 0..24_u16,
+    ) {
+        let mut rig = Rig::new(true);
+        rig.header(kind, sector);
+        for (n, &(addr, len, flags, next)) in table.iter().enumerate() {
+            let addr = if n % 3 == 0 { HEADER } else { addr };
+            rig.queue.describe(n as u16, (addr, len), flags, next);
+        }
+        for &head in &heads {
+            rig.queue.offer(head);
+        }
+        rig.queue.set_avail_index(rig.queue.avail_index().wrapping_add(jump));
+        rig.queue.notify();
+        std::thread::sleep(std::time::Duration::from_micros(500));
+        rig.block.reset();
+        rig.queue = MockQueue::new(&rig.memory, QUEUE, 16);
+        rig.activate();
+        rig.assert_alive();
+    }
+}

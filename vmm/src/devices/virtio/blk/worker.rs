@@ -1,0 +1,276 @@
+//! The disk's thread: takes requests one after the other and does them at once.
+
+use std::io::{self, Seek, SeekFrom};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::GuestMemoryMmap;
+
+use super::Disk;
+use super::wire::{
+    HEADER_BYTES, ID_BYTES, Operation, STATUS_IOERR, STATUS_OK, STATUS_UNSUPP, position,
+};
+use crate::devices::virtio::VirtioInterrupt;
+use crate::devices::virtio::queue::{
+    Chain, Cursor, GuestFaults, Poller, QueueFailure, ReadError, ServedQueue, StopSignal, Work,
+};
+
+/// Bytes that are moved between two looks at the stop signal.
+const CHUNK: usize = 1 << 20;
+
+/// What a disk has done so far.
+#[derive(Debug, Default)]
+pub struct DiskCounters {
+    /// Read requests that succeeded.
+    pub reads: AtomicU64,
+    /// Write requests that succeeded.
+    pub writes: AtomicU64,
+    /// Flush requests that succeeded.
+    pub flushes: AtomicU64,
+    /// Requests that failed, whoever is to blame.
+    pub errors: AtomicU64,
+    /// Bytes that the guest has read.
+    pub read_bytes: AtomicU64,
+    /// Bytes that the guest has written.
+    pub written_bytes: AtomicU64,
+}
+
+fn count(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// A request failed.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    #[error("request header: {0}")]
+    Header(ReadError),
+    #[error("request type {0} was not offered")]
+    Unknown(u32),
+    #[error("{bytes} bytes at sector {sector}: no whole sectors of a disk of {sectors}")]
+    Bounds {
+        sector: u64,
+        bytes: u64,
+        sectors: u64,
+    },
+    #[error("write to a read-only disk at sector {0}")]
+    ReadOnly(u64),
+    #[error("{operation:?}: {error}")]
+    Data {
+        operation: Operation,
+        error: ReadError,
+    },
+    #[error("the host failed to flush: {0}")]
+    Flush(io::Error),
+    #[error("stopped in the middle of a request")]
+    Stopped,
+}
+
+impl RequestError {
+    const fn status(&self) -> u8 {
+        match self {
+            Self::Unknown(_) => STATUS_UNSUPP,
+            _ => STATUS_IOERR,
+        }
+    }
+}
+
+/// What requests are done with.
+pub(super) struct Context {
+    pub memory: Arc<GuestMemoryMmap>,
+    pub disk: Arc<Disk>,
+    pub id: [u8; ID_BYTES],
+    pub counters: Arc<DiskCounters>,
+    pub faults: Arc<GuestFaults>,
+    pub interrupt: Arc<dyn VirtioInterrupt>,
+}
+
+/// The queue and the room to work in.
+pub(super) struct BlockWorker {
+    context: Context,
+    queue: ServedQueue,
+    chain: Chain,
+}
+
+impl BlockWorker {
+    pub fn new(context: Context, queue: ServedQueue, longest: u16) -> Self {
+        Self {
+            context,
+            queue,
+            chain: Chain::with_capacity(longest),
+        }
+    }
+
+    fn serve(&mut self, stop: &StopSignal) -> Result<(), QueueFailure> {
+        let Self {
+            context,
+            queue,
+            chain,
+        } = self;
+        queue.begin(&context.memory);
+        for _ in 0..queue.size() {
+            if stop.is_stopped() {
+                return Ok(());
+            }
+            let Some(loaded) = queue.next(&context.memory, chain)? else {
+                break;
+            };
+            let written = match loaded {
+                Ok(()) => context.answer(chain, stop),
+                Err(fault) => {
+                    context.faults.report(fault);
+                    context.refuse(chain)
+                }
+            };
+            queue.give_back(&context.memory, chain.head(), written)?;
+        }
+        queue.end(&context.memory, &*context.interrupt, &context.faults)
+    }
+}
+
+impl Work for BlockWorker {
+    fn watch(&self, poller: &Poller) -> io::Result<()> {
+        poller.watch(self.queue.notified(), 0)
+    }
+
+    fn run(mut self, poller: &Poller) {
+        // What the driver made available before it was ready is not notified again.
+        loop {
+            if let Err(failure) = self.serve(poller.stop()) {
+                let faults = &self.context.faults;
+                faults.report(failure);
+                let told = self.context.interrupt.needs_reset();
+                told.unwrap_or_else(|error| faults.report(format_args!("interrupt: {error}")));
+            }
+            if !poller.wait(None, |_| {}) {
+                return;
+            }
+        }
+    }
+}
+
+impl Context {
+    /// Does a request and writes its status. Returns how many bytes were written, from the first on.
+    fn answer(&self, chain: &Chain, stop: &StopSignal) -> u32 {
+        let mut answer = chain.writable(&self.memory);
+        let Some(mut status) = answer.split_tail(1) else {
+            count(&self.counters.errors, 1);
+            self.faults.report("a request without room for its status");
+            return 0;
+        };
+        let data_bytes = answer.remaining();
+        let (value, data_written) = match self.execute(chain, answer, stop) {
+            Ok(written) => (STATUS_OK, written),
+            Err(error) => {
+                count(&self.counters.errors, 1);
+                let value = error.status();
+                self.faults.report(error);
+                (value, 0)
+            }
+        };
+        if let Err(error) = status.write_all(&[value]) {
+            self.faults.report(format_args!("status: {error}"));
+            return 0;
+        }
+        // The status counts only when everything before it was written.
+        let written = data_written.saturating_add(u64::from(data_written == data_bytes));
+        u32::try_from(written).unwrap_or(u32::MAX)
+    }
+
+    /// Fails a request that could not be understood, if its status can be found.
+    fn refuse(&self, chain: &Chain) -> u32 {
+        count(&self.counters.errors, 1);
+        if let Some(mut status) = chain.writable(&self.memory).split_tail(1) {
+            let written = status.write_all(&[STATUS_IOERR]);
+            written.unwrap_or_else(|error| self.faults.report(format_args!("status: {error}")));
+        }
+        0
+    }
+
+    /// Does a request. Returns how many bytes of `answer` were written.
+    fn execute(
+        &self,
+        chain: &Chain,
+        mut answer: Cursor<'_>,
+        stop: &StopSignal,
+    ) -> Result<u64, RequestError> {
+        let mut request = chain.readable(&self.memory);
+        let mut header = [0; HEADER_BYTES];
+        request
+            .read_exact(&mut header)
+            .map_err(RequestError::Header)?;
+        let operation = Operation::parse(header);
+        let failed = |error| RequestError::Data { operation, error };
+        match operation {
+            Operation::Read(sector) => {
+                let bytes = answer.remaining();
+                let mut file = self.seek(operation, sector, bytes)?;
+                transfer(stop, || answer.fill_from(&mut file, CHUNK).map_err(failed))?;
+                count(&self.counters.reads, 1);
+                count(&self.counters.read_bytes, bytes);
+                Ok(bytes)
+            }
+            Operation::Write(sector) if self.disk.is_readonly() => {
+                Err(RequestError::ReadOnly(sector))
+            }
+            Operation::Write(sector) => {
+                let bytes = request.remaining();
+                let mut file = self.seek(operation, sector, bytes)?;
+                transfer(stop, || {
+                    request.drain_into(&mut file, CHUNK).map_err(failed)
+                })?;
+                count(&self.counters.writes, 1);
+                count(&self.counters.written_bytes, bytes);
+                Ok(0)
+            }
+            Operation::Flush => {
+                if !self.disk.is_readonly() {
+                    self.disk.file().sync_data().map_err(RequestError::Flush)?;
+                }
+                count(&self.counters.flushes, 1);
+                Ok(0)
+            }
+            Operation::Id => {
+                let room = usize::try_from(answer.remaining()).unwrap_or(usize::MAX);
+                let id = self.id.get(..room).unwrap_or(&self.id);
+                answer.write_all(id).map_err(failed)?;
+                Ok(id.len() as u64)
+            }
+            Operation::Unknown(number) => Err(RequestError::Unknown(number)),
+        }
+    }
+
+    /// The file at `sector`, where `bytes` are to be moved. Only this thread moves its position.
+    fn seek(
+        &self,
+        operation: Operation,
+        sector: u64,
+        bytes: u64,
+    ) -> Result<&std::fs::File, RequestError> {
+        let sectors = self.disk.sectors();
+        let at = position(sector, bytes, sectors).ok_or(RequestError::Bounds {
+            sector,
+            bytes,
+            sectors,
+        })?;
+        let mut file = self.disk.file();
+        file.seek(SeekFrom::Start(at))
+            .map_err(|error| RequestError::Data {
+                operation,
+                error: ReadError::Host(error),
+            })?;
+        Ok(file)
+    }
+}
+
+/// Moves one piece after the other until there is none.
+fn transfer(
+    stop: &StopSignal,
+    mut piece: impl FnMut() -> Result<usize, RequestError>,
+) -> Result<(), RequestError> {
+    while piece()? > 0 {
+        if stop.is_stopped() {
+            return Err(RequestError::Stopped);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,9 @@
+//! Virtio devices (virtio 1.3) and their MMIO transport.
+
+pub mod balloon;
+pub mod blk;
+mod device;
+pub mod mmio;
+pub mod queue;
+
+pub use device::{Activation, ActivationError, QueueHandle, VirtioDevice, VirtioInterrupt};

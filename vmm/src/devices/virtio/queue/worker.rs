@@ -1,0 +1,187 @@
+//! The thread on which a device works between activation and reset.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Tells a worker to stop.
+pub struct StopSignal {
+    stopped: AtomicBool,
+    event: EventFd,
+}
+
+impl StopSignal {
+    /// Whether to stop. Cheap: for the inner loops of a worker.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        // The counter can only be full when it is readable anyway.
+        let _ = self.event.write(1);
+    }
+}
+
+/// What a device does on its thread.
+pub trait Work: Send + 'static {
+    /// Watches everything that may wake the worker. Called before the thread starts.
+    ///
+    /// # Errors
+    /// The error of [`Poller::watch`].
+    fn watch(&self, poller: &Poller) -> io::Result<()>;
+
+    /// Works until [`Poller::wait`] says that it is time to stop.
+    fn run(self, poller: &Poller);
+}
+
+/// A named thread that is stopped and joined when this goes away.
+pub struct Worker {
+    stop: Arc<StopSignal>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts `work` on a thread called `name` (at most 15 bytes of it are visible).
+    ///
+    /// # Errors
+    /// The error of the system call that failed.
+    pub fn spawn(name: &str, work: impl Work) -> io::Result<Self> {
+        let stop = Arc::new(StopSignal {
+            stopped: AtomicBool::new(false),
+            event: EventFd::new(EFD_NONBLOCK)?,
+        });
+        let poller = Poller::new(Arc::clone(&stop))?;
+        work.watch(&poller)?;
+        let thread = thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || work.run(&poller))?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            let name = thread.thread().name().unwrap_or("worker").to_owned();
+            if thread.join().is_err() {
+                tracing::error!("{name} panicked");
+            }
+        }
+    }
+}
+
+/// Waits for descriptors to become readable, or for the stop signal.
+pub struct Poller {
+    epoll: Epoll,
+    stop: Arc<StopSignal>,
+}
+
+/// The stop signal's mark among the tokens.
+const STOP: u64 = u64::MAX;
+
+impl Poller {
+    fn new(stop: Arc<StopSignal>) -> io::Result<Self> {
+        let poller = Self {
+            epoll: Epoll::new()?,
+            stop,
+        };
+        poller.register(poller.stop.event.as_raw_fd(), STOP)?;
+        Ok(poller)
+    }
+
+    /// Watches `source`; [`wait`](Self::wait) reports it as `token`. It must stay open for as long as the poller is used.
+    ///
+    /// # Errors
+    /// The error of `epoll_ctl`.
+    pub fn watch(&self, source: &impl AsRawFd, token: u32) -> io::Result<()> {
+        self.register(source.as_raw_fd(), token.into())
+    }
+
+    fn register(&self, fd: RawFd, data: u64) -> io::Result<()> {
+        self.epoll.ctl(
+            ControlOperation::Add,
+            fd,
+            EpollEvent::new(EventSet::IN, data),
+        )
+    }
+
+    /// The stop signal.
+    #[must_use]
+    pub fn stop(&self) -> &StopSignal {
+        &self.stop
+    }
+
+    /// Waits for at most `timeout` (`None`: for ever) and calls `ready` with the token of each readable source.
+    /// Returns `false` when it is time to stop.
+    pub fn wait(&self, timeout: Option<Duration>, mut ready: impl FnMut(u32)) -> bool {
+        let mut events = [EpollEvent::default(); 8];
+        // Rounded up, so that a short rest does not become a busy loop.
+        let timeout = timeout.map_or(-1, |timeout| {
+            i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+        });
+        let count = match self.epoll.wait(timeout, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => {
+                tracing::error!("epoll_wait failed, the worker ends: {error}");
+                return false;
+            }
+        };
+        if self.stop.is_stopped() {
+            return false;
+        }
+        for token in events.iter().take(count).map(EpollEvent::data) {
+            if let Ok(token) = u32::try_from(token) {
+                ready(token);
+            }
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    struct Echo(EventFd, mpsc::Sender<u32>);
+
+    impl Work for Echo {
+        fn watch(&self, poller: &Poller) -> io::Result<()> {
+            poller.watch(&self.0, 7)
+        }
+
+        fn run(self, poller: &Poller) {
+            while poller.wait(None, |token| {
+                self.0.read().unwrap();
+                self.1.send(token).unwrap();
+            }) {}
+        }
+    }
+
+    #[test]
+    fn a_worker_hears_its_events_and_is_joined() {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let worker = Worker::spawn("test", Echo(event.try_clone().unwrap(), sender)).unwrap();
+        event.write(1).unwrap();
+        let patience = Duration::from_secs(10);
+        assert_eq!(receiver.recv_timeout(patience), Ok(7));
+        drop(worker);
+        let gone = Err(mpsc::RecvTimeoutError::Disconnected);
+        assert_eq!(receiver.recv_timeout(patience), gone);
+    }
+}

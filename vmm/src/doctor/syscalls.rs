@@ -1,0 +1,48 @@
+//! Asks the kernel for system calls without doing anything by them.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+use rustix::mm::UserfaultfdFlags;
+use rustix::process::PidfdFlags;
+
+/// `process_madvise` with an empty list of ranges and `MADV_DONTNEED`, on this process: the kernel checks
+/// the advice (allowed on oneself since Linux 6.13), and has nothing to do.
+pub(super) fn process_madvise_self() -> io::Result<()> {
+    let pidfd = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
+    let none = ptr::null::<libc::iovec>();
+    // SAFETY: the list of ranges has no entries, so the kernel reads and discards nothing.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            pidfd.as_raw_fd(),
+            none,
+            0_usize,
+            libc::MADV_DONTNEED,
+            0_u32,
+        )
+    };
+    check(result)
+}
+
+/// Whether `process_mrelease` (Linux 5.15) is there: it then complains of the descriptor.
+pub(super) fn has_process_mrelease() -> bool {
+    let no_descriptor: RawFd = -1;
+    // SAFETY: no process is named, so nothing is released.
+    let result = unsafe { libc::syscall(libc::SYS_process_mrelease, no_descriptor, 0_u32) };
+    check(result).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
+}
+
+/// Opens a userfaultfd that sees faults of the kernel, too, as KVM's are.
+pub(super) fn userfaultfd() -> io::Result<OwnedFd> {
+    // SAFETY: the descriptor is closed before any memory is registered with it.
+    Ok(unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC) }?)
+}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! A log of what guests do wrong, which no guest can flood.
+
+use std::fmt::Display;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Faults that are logged one by one before the limit sets in.
+const BURST: u32 = 8;
+
+/// After the burst, one line in this time.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Counts the faults of one device, or of one interface, and logs the first few, then at most one a second with the number of
+/// those left out.
+#[derive(Debug)]
+pub struct GuestFaults {
+    device: String,
+    count: AtomicU64,
+    lines: Mutex<Lines>,
+}
+
+impl GuestFaults {
+    /// No faults yet. `device` names the device in the log.
+    #[must_use]
+    pub fn new(device: impl Into<String>) -> Self {
+        Self {
+            device: device.into(),
+            count: AtomicU64::new(0),
+            lines: Mutex::default(),
+        }
+    }
+
+    /// Counts one fault, and logs it if the limit allows.
+    pub fn report(&self, what: impl Display) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let admitted = self
+            .lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .admit(Instant::now());
+        match admitted {
+            Some(0) => tracing::warn!("{}: {what}", self.device),
+            Some(left_out) => {
+                tracing::warn!("{}: {what} ({left_out} more not logged)", self.device);
+            }
+            None => {}
+        }
+    }
+
+    /// Faults so far.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+}
+
+/// What has been logged.
+#[derive(Debug, Default)]
+struct Lines {
+    written: u32,
+    last: Option<Instant>,
+    left_out: u64,
+}
+
+impl Lines {
+    /// Whether a line may be written at `now`, and how many were left out since the last one.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        let rested = self
+            .last
+            .is_none_or(|last| now.saturating_duration_since(last) >= PERIOD);
+        if self.written >= BURST && !rested {
+            self.left_out = self.left_out.saturating_add(1);
+            return None;
+        }
+        self.written = self.written.saturating_add(1);
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_becomes_one_line_a_second() {
+        let mut lines = Lines::default();
+        let start = Instant::now();
+        let written = (0..100_000)
+            .filter(|n| {
+                lines
+                    .admit(start + Duration::from_micros(n * 100))
+                    .is_some()
+            })
+            .count();
+        // Ten seconds of flood.
+        assert!((8..=8 + 10).contains(&written), "{written}");
+    }
+
+    #[test]
+    fn what_was_left_out_is_told() {
+        let mut lines = Lines::default();
+        let start = Instant::now();
+        for _ in 0..BURST + 5 {
+            lines.admit(start);
+        }
+        assert_eq!(lines.admit(start + PERIOD), Some(5));
+        assert_eq!(lines.admit(start + PERIOD * 2), Some(0));
+    }
+}

@@ -1,0 +1,498 @@
+//! The entry gate: keeps vCPUs out of the guest for a moment, so that invalidations interrupt nobody.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use super::{PAUSE_BUCKETS, Pauses, VcpuWords, VmGeneration, count};
+use crate::sync::{
+    AtomicU32, Condvar, Deadline, Mutant, Mutex, MutexGuard, Ordering, fence, lock, mutant, wait,
+    wait_until,
+};
+
+/// vCPUs that come in wait.
+const CLOSED: u32 = 1;
+/// Somebody waits for vCPUs to come out.
+const WATCHED: u32 = 2;
+/// No vCPU enters any more.
+const STOPPED: u32 = 4;
+
+/// Brings a vCPU out of the guest.
+pub trait Kick: Send + Sync {
+    /// Makes the vCPU `index` leave the guest soon, or not enter it if it is just about to. Never blocks.
+    fn kick(&self, index: usize);
+}
+
+impl<T: Kick + ?Sized> Kick for Arc<T> {
+    fn kick(&self, index: usize) {
+        (**self).kick(index);
+    }
+}
+
+/// For machines whose vCPUs leave by themselves, and those without.
+#[derive(Debug)]
+pub struct NoKick;
+
+impl Kick for NoKick {
+    fn kick(&self, _: usize) {}
+}
+
+/// Counters of a gate since the machine started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GateStats {
+    /// vCPUs that were interrupted to bring them out.
+    pub kicks: u64,
+    /// Times that the gate was closed.
+    pub closings: u64,
+    /// Closings that were given up because a vCPU was not out in time.
+    pub missed: u64,
+    /// Entries that had to wait at the gate.
+    pub waits: u64,
+    /// Pauses by length, see [`Pauses`].
+    pub pauses: [u64; PAUSE_BUCKETS],
+    /// All pauses together, in microseconds.
+    pub pause_us: u64,
+    /// The longest pause, in microseconds.
+    pub longest_pause_us: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    kicks: AtomicU64,
+    closings: AtomicU64,
+    missed: AtomicU64,
+    waits: AtomicU64,
+    pauses: Pauses,
+}
+
+/// The gate between the vCPU threads and the guest.
+///
+/// Each vCPU thread enters through [`Gate::enter`] and is out as soon as that guard is gone: while it
+/// handles an exit it is out, whatever it waits for. A reclaimer closes the gate with [`Gate::hold`], works,
+/// and opens it again.
+///
+/// **Cost of an entry** when nobody is at the gate: a load of the generation, a store to a cache line of
+/// the vCPU's own, a full fence, one load of the gate's state, which nobody writes then. The fence is what
+/// makes this safe without a lock (Dekker): a vCPU first says that it is in and then looks at the gate; a
+/// closer first closes and then looks at the vCPUs; so at least one of them sees the other. Coming out costs
+/// a store, a fence and a load likewise. An exit costs a thousand cycles and more, the fences about 40.
+///
+/// **Locks**, in this order: `turn` (one closer at a time, held for the pause), `sleepers` (guards the two
+/// condition variables, held for moments). No other lock is taken while `sleepers` is held. Whoever holds
+/// the gate may take the tracker's lock; whoever holds the tracker's lock may not close the gate.
+pub struct Gate {
+    generation: Arc<VmGeneration>,
+    words: VcpuWords,
+    state: AtomicU32,
+    turn: Mutex<()>,
+    sleepers: Mutex<()>,
+    /// vCPUs wait here for the gate to open.
+    opened: Condvar,
+    /// A closer waits here for vCPUs to come out.
+    left: Condvar,
+    kick: Box<dyn Kick>,
+    counters: Counters,
+}
+
+impl Gate {
+    /// An open gate for `vcpus` vCPUs.
+    #[must_use]
+    pub fn new(vcpus: usize, generation: Arc<VmGeneration>, kick: Box<dyn Kick>) -> Self {
+        Self {
+            generation,
+            words: VcpuWords::new(vcpus),
+            state: AtomicU32::new(0),
+            turn: Mutex::new(()),
+            sleepers: Mutex::new(()),
+            opened: Condvar::new(),
+            left: Condvar::new(),
+            kick,
+            counters: Counters::default(),
+        }
+    }
+
+    /// The gate of a machine without vCPUs: closing it waits for nobody.
+    #[must_use]
+    pub fn without_vcpus(generation: Arc<VmGeneration>) -> Self {
+        Self::new(0, generation, Box::new(NoKick))
+    }
+
+    /// Waits until the gate is open and marks the vCPU `index` as in the guest. Drop the guard as soon as
+    /// `KVM_RUN` has returned. `None`: the machine is stopping.
+    ///
+    /// To be called by the vCPU's own thread, after it has forgotten old kicks and before it enters.
+    #[inline]
+    pub fn enter(&self, index: usize) -> Option<Inside<'_>> {
+        loop {
+            // Loaded before the word says "in": a generation that begins later is not claimed as seen.
+            self.words.publish_in(index, self.generation.current());
+            if !mutant(Mutant::NoFence) {
+                fence(Ordering::SeqCst);
+            }
+            let state = self.state.load(Ordering::Acquire);
+            if state & (CLOSED | STOPPED) == 0 {
+                return Some(Inside { gate: self, index });
+            }
+            self.words.publish_out(index);
+            if !self.wait_outside() {
+                return None;
+            }
+        }
+    }
+
+    /// Waits for the gate to open; false: it never will.
+    #[cold]
+    fn wait_outside(&self) -> bool {
+        count(&self.counters.waits, 1);
+        let mut sleepers = lock(&self.sleepers);
+        // A closer may be waiting for the word that was "in" for a moment.
+        self.left.notify_all();
+        loop {
+            let state = self.state.load(Ordering::Acquire);
+            if state & STOPPED != 0 {
+                return false;
+            }
+            if state & CLOSED == 0 {
+                return true;
+            }
+            sleepers = wait(&self.opened, sleepers);
+        }
+    }
+
+    #[inline]
+    fn leave(&self, index: usize) {
+        self.words.publish_out(index);
+        fence(Ordering::SeqCst);
+        if self.state.load(Ordering::Relaxed) != 0 {
+            self.tell_left();
+        }
+    }
+
+    #[cold]
+    fn tell_left(&self) {
+        let _sleepers = lock(&self.sleepers);
+        self.left.notify_all();
+    }
+
+    /// Closes the gate, brings out the vCPUs that are in the guest (and interrupts no other) and returns
+    /// when all are out. The gate opens when the returned value is dropped.
+    ///
+    /// `budget` is for the whole pause, the coming out included: when a vCPU is not out by then, the gate
+    /// is opened again and the answer is `None`. So a vCPU is held for `budget`, and what its holder does
+    /// after [`Hold::expired`] at most. `None` also when the machine is stopping.
+    pub fn hold(&self, budget: Duration) -> Option<Hold<'_>> {
+        let turn = lock(&self.turn);
+        let (start, deadline) = (Instant::now(), Deadline::after(budget));
+        if self.state.fetch_or(CLOSED, Ordering::AcqRel) & STOPPED != 0 {
+            self.open();
+            return None;
+        }
+        fence(Ordering::SeqCst);
+        count(&self.counters.closings, 1);
+        let kicked = self.kick_behind(u64::MAX);
+        let hold = Hold {
+            gate: self,
+            start,
+            deadline,
+            kicked,
+            _turn: turn,
+        };
+        if self.wait_until_quiescent(u64::MAX, deadline) {
+            return Some(hold);
+        }
+        count(&self.counters.missed, 1);
+        None
+    }
+
+    /// Brings out, once, those vCPUs that are in the guest and have not seen `generation`, and waits until
+    /// every vCPU is out or has seen it: afterwards `generation` is quiescent. They may come in again at
+    /// once. False: not by the end of `patience`, or the machine is stopping.
+    pub fn catch_up(&self, generation: u64, patience: Duration) -> bool {
+        let _turn = lock(&self.turn);
+        self.state.fetch_or(WATCHED, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+        self.kick_behind(generation);
+        let quiescent = self.wait_until_quiescent(generation, Deadline::after(patience));
+        self.state.fetch_and(!WATCHED, Ordering::AcqRel);
+        quiescent
+    }
+
+    /// The latest generation for which every vCPU is quiescent: what was invalidated before it began is in
+    /// no vCPU's translations.
+    #[must_use]
+    pub fn quiescent_generation(&self) -> u64 {
+        let current = self.generation.current();
+        // Pairs with the vCPU's fence: one that is seen out here will see what was invalidated.
+        fence(Ordering::SeqCst);
+        self.words.quiescent_generation(current)
+    }
+
+    /// Whether `generation` is quiescent, see [`VcpuWords::quiescent`].
+    #[must_use]
+    pub fn quiescent(&self, generation: u64) -> bool {
+        fence(Ordering::SeqCst);
+        self.words.quiescent(generation)
+    }
+
+    /// Lets no vCPU in any more: those at the gate return, a closer gives up. The vCPUs that are in the
+    /// guest are the caller's to bring out.
+    pub fn stop(&self) {
+        self.state.fetch_or(STOPPED, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+        let _sleepers = lock(&self.sleepers);
+        self.opened.notify_all();
+        self.left.notify_all();
+    }
+
+    /// Entries that had to wait so far.
+    #[must_use]
+    pub fn waits(&self) -> u64 {
+        self.counters
+            .waits
+            .load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// The counters; each is right, together they may be of slightly different moments.
+    #[must_use]
+    pub fn stats(&self) -> GateStats {
+        let read = |counter: &AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+        GateStats {
+            kicks: read(&self.counters.kicks),
+            closings: read(&self.counters.closings),
+            missed: read(&self.counters.missed),
+            waits: self.waits(),
+            pauses: self.counters.pauses.buckets(),
+            pause_us: self.counters.pauses.total_us(),
+            longest_pause_us: self.counters.pauses.longest_us(),
+        }
+    }
+
+    fn kick_behind(&self, generation: u64) -> u64 {
+        let mut kicked = 0;
+        for index in self.words.behind(generation) {
+            self.kick.kick(index);
+            kicked += 1;
+        }
+        count(&self.counters.kicks, kicked);
+        kicked
+    }
+
+    /// Whether it came true in time. The caller has put a fence after its mark in `state`.
+    fn wait_until_quiescent(&self, generation: u64, deadline: Deadline) -> bool {
+        if self.words.quiescent(generation) {
+            return true;
+        }
+        let mut sleepers = lock(&self.sleepers);
+        loop {
+            if self.words.quiescent(generation) {
+                return true;
+            }
+            if self.state.load(Ordering::Acquire) & STOPPED != 0 || deadline.passed() {
+                return false;
+            }
+            sleepers = wait_until(&self.left, sleepers, deadline);
+        }
+    }
+
+    fn open(&self) {
+        let _sleepers = lock(&self.sleepers);
+        self.state.fetch_and(!CLOSED, Ordering::AcqRel);
+        if !mutant(Mutant::SilentOpening) {
+            self.opened.notify_all();
+        }
+    }
+}
+
+/// A vCPU is in the guest, or about to be; out when dropped.
+#[must_use = "the vCPU is out as soon as this is dropped"]
+pub struct Inside<'a> {
+    gate: &'a Gate,
+    index: usize,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.gate.leave(self.index);
+    }
+}
+
+/// The gate is closed and every vCPU is out; it opens when this is dropped, also by a panic.
+#[must_use = "the gate opens as soon as this is dropped"]
+pub struct Hold<'a> {
+    gate: &'a Gate,
+    start: Instant,
+    deadline: Deadline,
+    kicked: u64,
+    _turn: MutexGuard<'a, ()>,
+}
+
+impl Hold<'_> {
+    /// The budget is used up: no further step may begin.
+    #[must_use]
+    pub fn expired(&self) -> bool {
+        self.deadline.passed()
+    }
+
+    /// What is left of the budget.
+    #[must_use]
+    pub fn left(&self) -> Duration {
+        self.deadline.left()
+    }
+
+    /// How many vCPUs were interrupted for it.
+    #[must_use]
+    pub const fn kicked(&self) -> u64 {
+        self.kicked
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.gate.open();
+        self.gate.counters.pauses.record(self.start.elapsed());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    /// vCPUs that leave when they are kicked.
+    struct Flags(Arc<[AtomicBool]>);
+
+    impl Kick for Flags {
+        fn kick(&self, index: usize) {
+            self.0[index].store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn flags(vcpus: usize) -> Arc<[AtomicBool]> {
+        (0..vcpus).map(|_| AtomicBool::new(false)).collect()
+    }
+
+    fn gate(vcpus: usize) -> (Arc<[AtomicBool]>, Gate) {
+        let flags = flags(vcpus);
+        let kick = Box::new(Flags(Arc::clone(&flags)));
+        (flags, Gate::new(vcpus, Arc::default(), kick))
+    }
+
+    /// A vCPU that spins in the guest until it is kicked, and again, until the machine stops.
+    fn spin(gate: &Gate, kicked: &AtomicBool, index: usize, inside: &AtomicBool) {
+        loop {
+            kicked.store(false, Ordering::SeqCst);
+            let Some(guard) = gate.enter(index) else {
+                return;
+            };
+            inside.store(true, Ordering::SeqCst);
+            while !kicked.load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            inside.store(false, Ordering::SeqCst);
+            drop(guard);
+        }
+    }
+
+    #[test]
+    fn a_hold_keeps_everybody_out_and_kicks_those_inside_only() {
+        let (kicks, gate) = gate(3);
+        let inside = flags(3);
+        thread::scope(|scope| {
+            for index in 0..2 {
+                let (gate, kicks, inside) = (&gate, &kicks[index], &inside[index]);
+                scope.spawn(move || spin(gate, kicks, index, inside));
+            }
+            for _ in 0..200 {
+                let hold = gate.hold(LONG).unwrap();
+                let any = || inside.iter().any(|inside| inside.load(Ordering::SeqCst));
+                assert!(!any() && hold.kicked() <= 2 && !hold.expired());
+                thread::yield_now();
+                assert!(!any());
+            }
+            assert!(!kicks[2].load(Ordering::SeqCst), "it was never in");
+            gate.stop();
+            (0..2).for_each(|index| kicks[index].store(true, Ordering::SeqCst));
+        });
+        let stats = gate.stats();
+        assert_eq!((stats.closings, stats.missed), (200, 0));
+        assert_eq!(stats.pauses.iter().sum::<u64>(), 200);
+    }
+
+    #[test]
+    fn a_vcpu_that_stays_inside_is_not_waited_for_longer_than_the_budget() {
+        let gate = Gate::new(2, Arc::default(), Box::new(NoKick));
+        let inside = gate.enter(1).unwrap();
+        let start = Instant::now();
+        assert!(gate.hold(Duration::from_millis(20)).is_none());
+        assert!(start.elapsed() >= Duration::from_millis(20));
+        drop(gate.enter(0).expect("the gate is open again"));
+        drop(inside);
+        let hold = gate.hold(Duration::ZERO).expect("everybody is out already");
+        assert!(hold.expired());
+        drop(hold);
+        let stats = gate.stats();
+        assert_eq!((stats.kicks, stats.closings, stats.missed), (1, 2, 1));
+    }
+
+    #[test]
+    fn stopping_ends_every_wait() {
+        let gate = Gate::new(2, Arc::default(), Box::new(NoKick));
+        let hold = gate.hold(LONG).unwrap();
+        thread::scope(|scope| {
+            let vcpu = scope.spawn(|| gate.enter(0).is_none());
+            while gate.stats().waits == 0 {
+                thread::yield_now();
+            }
+            gate.stop();
+            assert!(vcpu.join().unwrap(), "it must not enter");
+        });
+        drop(hold);
+        assert!(gate.enter(1).is_none());
+        assert!(gate.hold(LONG).is_none(), "there is nobody to hold");
+
+        let gate = Gate::new(1, Arc::default(), Box::new(NoKick));
+        let inside = gate.enter(0);
+        thread::scope(|scope| {
+            let closer = scope.spawn(|| gate.hold(LONG).is_none());
+            while gate.stats().kicks == 0 {
+                thread::yield_now();
+            }
+            gate.stop();
+            assert!(closer.join().unwrap(), "a closer does not wait for ever");
+        });
+        drop(inside);
+    }
+
+    #[test]
+    fn only_those_behind_are_kicked_to_catch_up() {
+        let (kicks, gate) = gate(2);
+        let old = gate.enter(0).unwrap();
+        let generation = gate.generation.advance();
+        let new = gate.enter(1).unwrap();
+        assert_eq!(gate.quiescent_generation(), 0);
+        assert!(!gate.catch_up(generation, Duration::from_millis(1)));
+        assert!(kicks[0].load(Ordering::SeqCst) && !kicks[1].load(Ordering::SeqCst));
+        drop(old);
+        assert!(gate.catch_up(generation, Duration::ZERO) && gate.quiescent(generation));
+        assert_eq!(gate.quiescent_generation(), generation);
+        drop(new);
+        assert_eq!(gate.stats().kicks, 1);
+    }
+
+    #[test]
+    fn a_panic_of_the_holder_opens_the_gate() {
+        let gate = Gate::without_vcpus(Arc::default());
+        let panicked = thread::scope(|scope| {
+            let holder = scope.spawn(|| {
+                let _hold = gate.hold(LONG);
+                panic!("on purpose");
+            });
+            holder.join().is_err()
+        });
+        assert!(panicked && gate.hold(LONG).is_some());
+    }
+}

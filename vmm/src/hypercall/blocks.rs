@@ -1,0 +1,104 @@
+//! Blocks in guest memory. What the guest has written there is loaded once, so that it cannot change under
+//! a check.
+
+use std::mem::{offset_of, size_of};
+
+use hypercall_abi::Error;
+use hypercall_abi::block::{BatchHeader, Descriptor, Query, batch_capacity};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::Survey;
+use super::decode::range;
+use crate::memory::{GpaRange, PAGE_SIZE};
+
+const WORD: usize = size_of::<u64>();
+
+fn fault<E>(_: E) -> Error {
+    Error::Fault
+}
+
+/// Reads the descriptors of the batch in `block`.
+pub(super) fn read_batch(
+    memory: &GuestMemoryMmap,
+    block: GpaRange,
+) -> Result<Vec<Descriptor>, Error> {
+    const HEADER: usize = size_of::<BatchHeader>();
+    const SIZE: usize = size_of::<Descriptor>();
+    let mut header = [0; HEADER];
+    let start = GuestAddress(block.start());
+    memory.read_slice(&mut header, start).map_err(fault)?;
+    let header = BatchHeader::from_bytes(header);
+    let capacity = batch_capacity(block.len() / PAGE_SIZE);
+    if header.count == 0 || header.count > capacity || header.reserved != 0 {
+        return Err(Error::Invalid);
+    }
+    let mut bytes = vec![0; header.count as usize * SIZE];
+    let first = GuestAddress(block.start() + HEADER as u64);
+    memory.read_slice(&mut bytes, first).map_err(fault)?;
+    let (descriptors, _) = bytes.as_chunks::<SIZE>();
+    Ok(descriptors
+        .iter()
+        .map(|bytes| Descriptor::from_bytes(*bytes))
+        .collect())
+}
+
+/// Tells the guest how many descriptors it has gone through.
+pub(super) fn write_done(
+    memory: &GuestMemoryMmap,
+    block: GpaRange,
+    done: usize,
+) -> Result<(), Error> {
+    let at = GuestAddress(block.start() + offset_of!(BatchHeader, done) as u64);
+    let done = u32::try_from(done).map_err(fault)?;
+    memory.write_slice(&done.to_le_bytes(), at).map_err(fault)
+}
+
+/// Reads which range the query in `block` asks about: the address and the pages as the guest gave them,
+/// and the range, if any.
+pub(super) fn read_query(
+    memory: &GuestMemoryMmap,
+    block: GpaRange,
+) -> Result<(Query, Option<GpaRange>), Error> {
+    let mut bytes = [0; 2 * WORD];
+    memory
+        .read_slice(&mut bytes, GuestAddress(block.start()))
+        .map_err(fault)?;
+    // The query begins as a descriptor does.
+    let Descriptor { gpa, pages } = Descriptor::from_bytes(bytes);
+    let query = Query {
+        gpa,
+        pages,
+        ..Query::default()
+    };
+    match pages {
+        0 => Ok((query, None)),
+        _ => Ok((query, Some(range(gpa, pages)?))),
+    }
+}
+
+/// Writes the answer to `query` behind what the guest has asked.
+pub(super) fn write_query(
+    memory: &GuestMemoryMmap,
+    block: GpaRange,
+    query: Query,
+    survey: &Survey,
+) -> Result<(), Error> {
+    let pages = |bytes: u64| bytes / PAGE_SIZE;
+    let answer = Query {
+        examined: pages(survey.examined),
+        lazy: pages(survey.range.lazy),
+        unmapped: pages(survey.range.unmapped),
+        discarded: pages(survey.range.discarded),
+        machine_lazy: pages(survey.machine.lazy),
+        machine_unmapped: pages(survey.machine.unmapped),
+        machine_discarded: pages(survey.machine.discarded),
+        ranges: survey.ranges,
+        generation: survey.generation,
+        ..query
+    };
+    let words = answer.to_words().map(u64::to_le_bytes);
+    let asked = offset_of!(Query, examined);
+    let bytes = words.as_flattened();
+    let at = GuestAddress(block.start() + asked as u64);
+    memory.write_slice(&bytes[asked..], at).map_err(fault)
+}

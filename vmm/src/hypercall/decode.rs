@@ -1,0 +1,100 @@
+//! From registers to a request. Pure: nothing here looks at guest memory.
+
+use hypercall_abi::block::BATCH_MAX_PAGES;
+use hypercall_abi::{Attributes, Error, Flags, Operation, call};
+
+use crate::memory::{GpaRange, PAGE_SIZE};
+
+/// The three numbers of a call, as they stood in the guest's registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arguments {
+    /// Address of the range or block.
+    pub gpa: u64,
+    /// Its pages.
+    pub pages: u64,
+    /// Operation, flags and magic.
+    pub attributes: u64,
+}
+
+/// A call whose registers make sense. Whether its range is RAM is still to be seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Tell the features.
+    Features,
+    /// The range is lazily free.
+    LazyFree(GpaRange),
+    /// The range is in use.
+    Reuse {
+        /// Where.
+        range: GpaRange,
+        /// Put pages behind it.
+        prefault: bool,
+    },
+    /// The ranges in the block are lazily free.
+    LazyFreeBatch(GpaRange),
+    /// The ranges in the block are in use.
+    ReuseBatch {
+        /// Where the descriptors are.
+        block: GpaRange,
+        /// Put pages behind the ranges.
+        prefault: bool,
+    },
+    /// Answer into the block.
+    Query(GpaRange),
+    /// Everything is in use.
+    Reset,
+}
+
+impl Request {
+    /// Which operation it is.
+    #[must_use]
+    pub const fn operation(self) -> Operation {
+        match self {
+            Self::Features => Operation::Features,
+            Self::LazyFree(_) => Operation::LazyFree,
+            Self::Reuse { .. } => Operation::Reuse,
+            Self::LazyFreeBatch(_) => Operation::LazyFreeBatch,
+            Self::ReuseBatch { .. } => Operation::ReuseBatch,
+            Self::Query(_) => Operation::Query,
+            Self::Reset => Operation::Reset,
+        }
+    }
+}
+
+/// The range of `pages` pages at `gpa`.
+pub(super) fn range(gpa: u64, pages: u64) -> Result<GpaRange, Error> {
+    let (start, end) = call::range(gpa, pages)?;
+    GpaRange::new(start, end).ok_or(Error::Invalid)
+}
+
+/// Makes sense of a call.
+///
+/// # Errors
+/// What the guest is told.
+pub fn decode(arguments: Arguments) -> Result<Request, Error> {
+    let Arguments {
+        gpa,
+        pages,
+        attributes,
+    } = arguments;
+    let Attributes { operation, flags } = Attributes::decode(attributes)?;
+    if operation == Operation::ArenaInfo {
+        return Err(Error::NoSuchCall);
+    }
+    let range = range(gpa, pages)?;
+    let prefault = flags.contains(Flags::PREFAULT);
+    let nowhere = gpa == 0 && pages == 1;
+    Ok(match operation {
+        Operation::LazyFree => Request::LazyFree(range),
+        Operation::Reuse => Request::Reuse { range, prefault },
+        Operation::LazyFreeBatch if pages <= BATCH_MAX_PAGES => Request::LazyFreeBatch(range),
+        Operation::ReuseBatch if pages <= BATCH_MAX_PAGES => Request::ReuseBatch {
+            block: range,
+            prefault,
+        },
+        Operation::Query if range.len() == PAGE_SIZE => Request::Query(range),
+        Operation::Features if nowhere => Request::Features,
+        Operation::Reset if nowhere => Request::Reset,
+        _ => return Err(Error::Invalid),
+    })
+}

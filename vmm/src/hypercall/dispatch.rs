@@ -1,0 +1,185 @@
+//! From a request to its status.
+
+use std::sync::Arc;
+
+use hypercall_abi::block::{BATCH_MAX, Descriptor};
+use hypercall_abi::call::PREFAULT_MAX_PAGES;
+use hypercall_abi::discovery::{PORT, VERSION};
+use hypercall_abi::{Error, Features, Interface, Success, status};
+use vm_memory::GuestMemoryMmap;
+
+use super::blocks::{read_batch, read_query, write_done, write_query};
+use super::decode::{Arguments, Request, decode, range};
+use super::stats::{Counters, HypercallStats, add};
+use super::{LazyOps, Survey};
+use crate::faults::GuestFaults;
+use crate::memory::{GpaRange, PAGE_SIZE};
+
+/// What a machine offers its guest. `instruction` is the feature bit of the instruction that brings a
+/// hypercall to the monitor, where the host lets one through.
+#[must_use]
+pub fn offer(instruction: Option<Features>) -> Interface {
+    let always = [
+        Features::PORT,
+        Features::LAZY,
+        Features::BATCH,
+        Features::PREFAULT,
+        Features::QUERY,
+    ];
+    let features = always
+        .into_iter()
+        .chain(instruction)
+        .fold(Features::default(), Features::union);
+    Interface {
+        version: VERSION,
+        features,
+        port: PORT,
+        batch_max: BATCH_MAX,
+    }
+}
+
+/// Carries out the calls of one machine's guest, on whichever vCPU thread they arrive.
+pub struct Hypercalls {
+    interface: Interface,
+    memory: Arc<GuestMemoryMmap>,
+    ops: Box<dyn LazyOps>,
+    counters: Counters,
+    faults: GuestFaults,
+}
+
+impl Hypercalls {
+    /// Calls that reach `ops`, with blocks in `memory`.
+    #[must_use]
+    pub fn new(interface: Interface, memory: Arc<GuestMemoryMmap>, ops: Box<dyn LazyOps>) -> Self {
+        Self {
+            interface,
+            memory,
+            ops,
+            counters: Counters::default(),
+            faults: GuestFaults::new("hypercall"),
+        }
+    }
+
+    /// The counters.
+    #[must_use]
+    pub fn stats(&self) -> HypercallStats {
+        self.counters.snapshot()
+    }
+
+    /// Carries out one call and returns its status, for the guest.
+    #[must_use]
+    pub fn call(&self, arguments: Arguments) -> i64 {
+        let result = decode(arguments).and_then(|request| {
+            self.counters.count(request.operation());
+            self.execute(request)
+        });
+        if let Err(error) = result {
+            add(&self.counters.failed, 1);
+            self.faults
+                .report(format_args!("{arguments:x?} is answered with {error:?}"));
+        }
+        status::encode(result)
+    }
+
+    fn execute(&self, request: Request) -> Result<Success, Error> {
+        match request {
+            Request::Features => Ok(Success::Value(self.interface.features.bits())),
+            Request::LazyFree(range) => self.free(&[self.ram(range)?]),
+            Request::Reuse { range, prefault } => Ok(self.reuse(&[self.ram(range)?], prefault)),
+            Request::LazyFreeBatch(block) => self.batch(block, |ranges| self.free(ranges)),
+            Request::ReuseBatch { block, prefault } => {
+                self.batch(block, |ranges| Ok(self.reuse(ranges, prefault)))
+            }
+            Request::Query(block) => self.query(block),
+            Request::Reset => {
+                self.ops.reset();
+                Ok(Success::LastRange)
+            }
+        }
+    }
+
+    fn ram(&self, range: GpaRange) -> Result<GpaRange, Error> {
+        self.ops
+            .is_ram(range)
+            .then_some(range)
+            .ok_or(Error::Invalid)
+    }
+
+    fn block(&self, block: GpaRange) -> Result<GpaRange, Error> {
+        self.ops.is_ram(block).then_some(block).ok_or(Error::Fault)
+    }
+
+    fn free(&self, ranges: &[GpaRange]) -> Result<Success, Error> {
+        match self.ops.lazy_free(ranges) {
+            0 => Ok(Success::Done),
+            _ => Err(Error::NoSpace),
+        }
+    }
+
+    fn reuse(&self, ranges: &[GpaRange], prefault: bool) -> Success {
+        let last = self.ops.reuse(ranges);
+        if prefault {
+            // Only now: nothing discards them any more.
+            self.prefault(ranges);
+        }
+        if last {
+            Success::LastRange
+        } else {
+            Success::Done
+        }
+    }
+
+    /// Puts pages behind the first [`PREFAULT_MAX_PAGES`] of `ranges`.
+    fn prefault(&self, ranges: &[GpaRange]) {
+        let mut room = PREFAULT_MAX_PAGES * PAGE_SIZE;
+        for range in ranges {
+            let bytes = range.len().min(room);
+            let Some(part) = GpaRange::new(range.start(), range.start() + bytes) else {
+                return;
+            };
+            room -= bytes;
+            if self.ops.prefault(part) {
+                add(&self.counters.prefaulted_bytes, bytes);
+            } else {
+                add(&self.counters.prefault_failures, 1);
+            }
+        }
+    }
+
+    /// Gives the good descriptors of the batch in `block`, up to the first bad one, to `apply`.
+    fn batch(
+        &self,
+        block: GpaRange,
+        apply: impl FnOnce(&[GpaRange]) -> Result<Success, Error>,
+    ) -> Result<Success, Error> {
+        let block = self.block(block)?;
+        let descriptors = read_batch(&self.memory, block)?;
+        let good: Vec<GpaRange> = descriptors
+            .iter()
+            .map_while(|descriptor| self.check(descriptor).ok())
+            .collect();
+        let result = if good.is_empty() {
+            Ok(Success::Done)
+        } else {
+            apply(&good)
+        };
+        write_done(&self.memory, block, good.len())?;
+        if good.len() < descriptors.len() {
+            return Err(Error::Invalid);
+        }
+        result
+    }
+
+    fn check(&self, descriptor: &Descriptor) -> Result<GpaRange, Error> {
+        self.ram(range(descriptor.gpa, descriptor.pages)?)
+    }
+
+    fn query(&self, block: GpaRange) -> Result<Success, Error> {
+        let block = self.block(block)?;
+        let (query, range) = read_query(&self.memory, block)?;
+        let range = range.map(|range| self.ram(range)).transpose()?;
+        let survey: Survey = self.ops.survey(range);
+        write_query(&self.memory, block, query, &survey)?;
+        Ok(Success::Done)
+    }
+}

@@ -1,0 +1,439 @@
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use hypercall_abi::block::{BATCH_MAX, Descriptor};
+use hypercall_abi::status::{self, LAST_RANGE};
+use hypercall_abi::{Attributes, Error, Features, Flags, Operation, Success};
+use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::*;
+use crate::memory::PAGE_SIZE;
+
+const PAGE: u64 = PAGE_SIZE;
+/// Two regions of RAM, in pages, with a hole between them.
+const REGIONS: [(u64, u64); 2] = [(0, 64), (80, 96)];
+/// Where tests put their blocks.
+const BLOCK: u64 = 40 * PAGE;
+
+/// Keeps a set of lazy pages, and what was prefaulted.
+#[derive(Default)]
+struct Model {
+    lazy: Mutex<BTreeSet<u64>>,
+    prefaulted: Mutex<Vec<GpaRange>>,
+    full: bool,
+}
+
+/// The model, shared with the test.
+struct Shared(Arc<Model>);
+
+fn pages(range: GpaRange) -> impl Iterator<Item = u64> {
+    range.start() / PAGE..range.end() / PAGE
+}
+
+impl LazyOps for Shared {
+    fn is_ram(&self, range: GpaRange) -> bool {
+        let (start, end) = (range.start() / PAGE, range.end() / PAGE);
+        REGIONS
+            .iter()
+            .any(|(from, to)| *from <= start && end <= *to)
+    }
+
+    fn lazy_free(&self, ranges: &[GpaRange]) -> u64 {
+        assert!(!ranges.is_empty() && ranges.iter().all(|range| self.is_ram(*range)));
+        if self.0.full {
+            return ranges[0].len();
+        }
+        let pages = ranges.iter().flat_map(|range| pages(*range));
+        self.0.lazy.lock().unwrap().extend(pages);
+        0
+    }
+
+    fn reuse(&self, ranges: &[GpaRange]) -> bool {
+        assert!(!ranges.is_empty() && ranges.iter().all(|range| self.is_ram(*range)));
+        let mut lazy = self.0.lazy.lock().unwrap();
+        for page in ranges.iter().flat_map(|range| pages(*range)) {
+            lazy.remove(&page);
+        }
+        lazy.is_empty()
+    }
+
+    fn reset(&self) {
+        self.0.lazy.lock().unwrap().clear();
+    }
+
+    fn prefault(&self, range: GpaRange) -> bool {
+        self.0.prefaulted.lock().unwrap().push(range);
+        range.start() != 0
+    }
+
+    fn survey(&self, range: Option<GpaRange>) -> Survey {
+        let lazy = self.0.lazy.lock().unwrap();
+        let count = |range| pages(range).filter(|page| lazy.contains(page)).count() as u64;
+        Survey {
+            range: States {
+                lazy: range.map_or(0, count) * PAGE,
+                ..States::default()
+            },
+            examined: range.map_or(0, GpaRange::len),
+            machine: States {
+                lazy: lazy.len() as u64 * PAGE,
+                unmapped: 2 * PAGE,
+                discarded: 3 * PAGE,
+            },
+            ranges: 4,
+            generation: 5,
+        }
+    }
+}
+
+struct Bench {
+    model: Arc<Model>,
+    memory: Arc<GuestMemoryMmap>,
+    calls: Hypercalls,
+}
+
+impl Bench {
+    fn new(model: Model) -> Self {
+        let regions = REGIONS.map(|(from, to)| {
+            (
+                GuestAddress(from * PAGE),
+                ((to - from) * PAGE).try_into().unwrap(),
+            )
+        });
+        let model = Arc::new(model);
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
+        let ops = Box::new(Shared(Arc::clone(&model)));
+        let interface = offer(Some(Features::VMMCALL));
+        Self {
+            calls: Hypercalls::new(interface, Arc::clone(&memory), ops),
+            model,
+            memory,
+        }
+    }
+
+    fn call(&self, operation: Operation, gpa: u64, pages: u64) -> Result<Success, Error> {
+        self.raw(gpa, pages, Attributes::new(operation).encode())
+    }
+
+    fn raw(&self, gpa: u64, pages: u64, attributes: u64) -> Result<Success, Error> {
+        let arguments = Arguments {
+            gpa,
+            pages,
+            attributes,
+        };
+        status::decode(self.calls.call(arguments))
+    }
+
+    fn lazy(&self) -> Vec<u64> {
+        self.model.lazy.lock().unwrap().iter().copied().collect()
+    }
+
+    /// Writes a batch block at [`BLOCK`]; ranges in pages.
+    fn write_batch(&self, count: u32, ranges: &[(u64, u64)]) {
+        let at = GuestAddress(BLOCK);
+        let header = [u64::from(count) | 0xdead << 32, 0];
+        self.memory.write_slice(&words(&header), at).unwrap();
+        let bytes: Vec<u8> = ranges
+            .iter()
+            .flat_map(|&(gpa, pages)| Descriptor { gpa, pages }.to_bytes())
+            .collect();
+        let at = GuestAddress(BLOCK + 16);
+        self.memory.write_slice(&bytes, at).unwrap();
+    }
+
+    fn done(&self) -> u32 {
+        self.memory.read_obj(GuestAddress(BLOCK + 4)).unwrap()
+    }
+}
+
+fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn bench() -> Bench {
+    Bench::new(Model::default())
+}
+
+#[test]
+fn free_and_reuse_and_the_last_range() {
+    let bench = bench();
+    assert_eq!(
+        bench.call(Operation::LazyFree, 8 * PAGE, 4),
+        Ok(Success::Done)
+    );
+    assert_eq!(
+        bench.call(Operation::LazyFree, 8 * PAGE, 2),
+        Ok(Success::Done)
+    );
+    assert_eq!(bench.lazy(), [8, 9, 10, 11]);
+    let reuse = |gpa, pages| bench.call(Operation::Reuse, gpa, pages);
+    assert_eq!(reuse(9 * PAGE, 3), Ok(Success::Done));
+    assert_eq!(reuse(0, 9), Ok(Success::LastRange));
+    assert_eq!(reuse(0, 1), Ok(Success::LastRange), "never freed");
+    let stats = bench.calls.stats();
+    assert_eq!(
+        (stats.calls(Operation::LazyFree), stats.failed),
+        (2, 0),
+        "{stats:?}"
+    );
+}
+
+#[test]
+fn features_are_those_of_cpuid() {
+    let bench = bench();
+    let bits = offer(Some(Features::VMMCALL)).features.bits();
+    let features = bench.call(Operation::Features, 0, 1);
+    assert_eq!(features, Ok(Success::Value(bits)));
+    assert!(!offer(None).features.contains(Features::VMMCALL));
+    assert!(!offer(None).features.contains(Features::VMCALL));
+    assert!(!offer(None).features.contains(Features::ARENA));
+    let arena = bench.call(Operation::ArenaInfo, 0, 1);
+    assert_eq!(arena, Err(Error::NoSuchCall));
+}
+
+#[test]
+fn hostile_ranges_change_nothing() {
+    let bench = bench();
+    for (gpa, pages) in [
+        (96 * PAGE, 1),             // out of range
+        (64 * PAGE, 1),             // in the hole
+        (63 * PAGE, 2),             // straddling the end of a region
+        (0, 96),                    // over the hole
+        (79 * PAGE, 2),             // from the hole into RAM
+        (8 * PAGE, 0),              // empty
+        (0, u64::MAX),              // longer than addresses are
+        (8 * PAGE, u64::MAX),       // wraps in pages
+        (8 * PAGE, (1 << 52) - 8),  // wraps in bytes
+        (u64::MAX - (PAGE - 1), 1), // ends at the last address
+        (8 * PAGE + 1, 1),          // not aligned
+        (8 * PAGE - 1, 1),          // not aligned
+    ] {
+        for operation in [Operation::LazyFree, Operation::Reuse] {
+            let result = bench.call(operation, gpa, pages);
+            assert_eq!(
+                result,
+                Err(Error::Invalid),
+                "{operation:?} {gpa:#x} {pages:#x}"
+            );
+        }
+        // A block is no better there.
+        for operation in [
+            Operation::LazyFreeBatch,
+            Operation::ReuseBatch,
+            Operation::Query,
+        ] {
+            let result = bench.call(operation, gpa, pages);
+            assert!(
+                matches!(result, Err(Error::Invalid | Error::Fault)),
+                "{operation:?} {gpa:#x} {pages:#x}: {result:?}"
+            );
+        }
+    }
+    assert!(bench.lazy().is_empty());
+    let stats = bench.calls.stats();
+    assert_eq!(stats.failed, 12 * 5);
+}
+
+#[test]
+fn unknown_operations_and_flags() {
+    let bench = bench();
+    for attributes in [0, 0x10, 0xebb0_0000, 0xebb0_0900, u64::MAX] {
+        assert_eq!(bench.raw(PAGE, 1, attributes), Err(Error::NoSuchCall));
+    }
+    for attributes in [0xebb1_0200, 0xebb8_0300, 0xebb0_0301] {
+        assert_eq!(bench.raw(PAGE, 1, attributes), Err(Error::Invalid));
+    }
+    for operation in [Operation::Features, Operation::Reset] {
+        for (gpa, pages) in [(PAGE, 1), (0, 2)] {
+            assert_eq!(bench.call(operation, gpa, pages), Err(Error::Invalid));
+        }
+    }
+}
+
+#[test]
+fn a_batch_goes_up_to_its_first_bad_descriptor() {
+    let bench = bench();
+    let ranges = [
+        (8 * PAGE, 2),
+        (9 * PAGE, 2),
+        (8 * PAGE, 2),
+        (63 * PAGE, 2),
+        (20 * PAGE, 1),
+    ];
+    bench.write_batch(3, &ranges);
+    let free = || bench.call(Operation::LazyFreeBatch, BLOCK, 1);
+    assert_eq!((free(), bench.done()), (Ok(Success::Done), 3));
+    assert_eq!(bench.lazy(), [8, 9, 10]);
+    bench.model.lazy.lock().unwrap().clear();
+    bench.write_batch(5, &ranges);
+    assert_eq!((free(), bench.done()), (Err(Error::Invalid), 3));
+    assert_eq!(bench.lazy(), [8, 9, 10]);
+    let reuse = bench.call(Operation::ReuseBatch, BLOCK, 1);
+    assert_eq!((reuse, bench.done()), (Err(Error::Invalid), 3));
+    assert!(bench.lazy().is_empty());
+    bench.write_batch(1, &ranges);
+    let reuse = bench.call(Operation::ReuseBatch, BLOCK, 1);
+    assert_eq!((reuse, bench.done()), (Ok(Success::LastRange), 1));
+}
+
+#[test]
+fn a_batch_that_is_bad_from_the_start_does_nothing() {
+    let bench = bench();
+    bench.write_batch(2, &[(1, 1), (8 * PAGE, 1)]);
+    let free = |pages| bench.call(Operation::LazyFreeBatch, BLOCK, pages);
+    assert_eq!((free(1), bench.done()), (Err(Error::Invalid), 0));
+    for count in [0, 256, BATCH_MAX + 1, u32::MAX] {
+        bench.write_batch(count, &[(8 * PAGE, 1)]);
+        assert_eq!(free(1), Err(Error::Invalid), "{count}");
+        assert_eq!(bench.done(), 0xdead, "{count}: not written");
+    }
+    bench.write_batch(1, &[(8 * PAGE, 1)]);
+    assert_eq!(free(5), Err(Error::Invalid), "a block of 5 pages");
+    let reserved = GuestAddress(BLOCK + 8);
+    bench.memory.write_obj(1u64, reserved).unwrap();
+    assert_eq!(free(1), Err(Error::Invalid), "a reserved word");
+    let fault = bench.call(Operation::LazyFreeBatch, 62 * PAGE, 4);
+    assert_eq!(fault, Err(Error::Fault));
+    assert!(bench.lazy().is_empty());
+}
+
+#[test]
+fn the_largest_batch_fits_into_the_largest_block() {
+    let bench = bench();
+    let ranges: Vec<_> = (0..u64::from(BATCH_MAX))
+        .map(|n| (n % 16 * PAGE, 1))
+        .collect();
+    bench.write_batch(BATCH_MAX, &ranges);
+    let free = bench.call(Operation::LazyFreeBatch, BLOCK, 4);
+    assert_eq!((free, bench.done()), (Ok(Success::Done), BATCH_MAX));
+    assert!(bench.lazy().into_iter().eq(0..16));
+}
+
+#[test]
+fn a_full_book_is_told() {
+    let bench = Bench::new(Model {
+        full: true,
+        ..Model::default()
+    });
+    let free = bench.call(Operation::LazyFree, 8 * PAGE, 1);
+    assert_eq!(free, Err(Error::NoSpace));
+    bench.write_batch(2, &[(8 * PAGE, 1), (9 * PAGE, 1)]);
+    let free = bench.call(Operation::LazyFreeBatch, BLOCK, 1);
+    assert_eq!((free, bench.done()), (Err(Error::NoSpace), 2));
+}
+
+#[test]
+fn prefault_is_bounded_and_its_failure_is_none_of_the_calls() {
+    let bench = bench();
+    let what = Attributes::new(Operation::ReuseBatch).with(Flags::PREFAULT);
+    let ranges = [(PAGE, 60); 200];
+    bench.write_batch(200, &ranges);
+    let reuse = bench.raw(BLOCK, 1, what.encode());
+    assert_eq!(reuse, Ok(Success::LastRange));
+    let prefaulted: u64 = bench
+        .model
+        .prefaulted
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|range| range.len())
+        .sum();
+    assert_eq!(prefaulted, 8192 * PAGE);
+    let what = Attributes::new(Operation::Reuse).with(Flags::PREFAULT);
+    assert_eq!(
+        bench.raw(0, 1, what.encode()).map(|s| s.code()),
+        Ok(LAST_RANGE)
+    );
+    let stats = bench.calls.stats();
+    assert_eq!(
+        (stats.prefaulted_bytes, stats.prefault_failures),
+        (8192 * PAGE, 1)
+    );
+}
+
+#[test]
+fn a_query_is_answered_in_its_block() {
+    let bench = bench();
+    bench.call(Operation::LazyFree, 8 * PAGE, 4).unwrap();
+    let ask = |gpa: u64, pages: u64| {
+        let block = words(&[gpa, pages, 77, 77, 77, 77, 77, 77, 77, 77, 77, 77, 99]);
+        bench
+            .memory
+            .write_slice(&block, GuestAddress(BLOCK))
+            .unwrap();
+        let result = bench.call(Operation::Query, BLOCK, 1);
+        let mut answer = [0u64; 13];
+        for (index, word) in answer.iter_mut().enumerate() {
+            let at = GuestAddress(BLOCK + index as u64 * 8);
+            *word = bench.memory.read_obj(at).unwrap();
+        }
+        (result, answer)
+    };
+    let (result, answer) = ask(10 * PAGE, 5);
+    assert_eq!(result, Ok(Success::Done));
+    assert_eq!(answer, [10 * PAGE, 5, 5, 2, 0, 0, 4, 2, 3, 4, 5, 0, 99]);
+    let (result, answer) = ask(1, 0);
+    assert_eq!(result, Ok(Success::Done), "the machine alone");
+    assert_eq!(answer[..7], [1, 0, 0, 0, 0, 0, 4]);
+    for (gpa, pages) in [(1, 1), (0, 96), (0, u64::MAX)] {
+        let (result, answer) = ask(gpa, pages);
+        assert_eq!((result, answer[2]), (Err(Error::Invalid), 77));
+    }
+    assert_eq!(bench.call(Operation::Query, BLOCK, 2), Err(Error::Invalid));
+}
+
+#[test]
+fn a_reset_leaves_nothing_lazy() {
+    let bench = bench();
+    bench.call(Operation::LazyFree, 0, 64).unwrap();
+    let reset = bench.call(Operation::Reset, 0, 1);
+    assert_eq!((reset, bench.lazy()), (Ok(Success::LastRange), vec![]));
+}
+
+/// Numbers around which bounds lie, and any others.
+fn number() -> impl Strategy<Value = u64> {
+    let shifted =
+        (0..64u32, -2..3i64).prop_map(|(bit, off)| (1u64 << bit).wrapping_add_signed(off));
+    prop_oneof![
+        4 => (0..100u64).prop_map(|page| page * PAGE),
+        2 => 0..100u64,
+        1 => shifted,
+        1 => any::<u64>(),
+    ]
+}
+
+proptest! {
+    /// Registers and blocks of any content: nothing panics, nothing outside RAM is touched (the model checks),
+    /// and what fails has changed nothing, except for the good beginning of a batch.
+    #[test]
+    fn whatever_the_guest_says_is_answered(
+        calls in prop::collection::vec((number(), number(), 0..10u64, 0..16u64, number()), 1..20),
+        block in prop::collection::vec(number(), 32),
+        count in 0..20u32,
+    ) {
+        let bench = bench();
+        for (gpa, pages, operation, flags, odd) in calls {
+            bench.memory.write_slice(&words(&block), GuestAddress(BLOCK)).unwrap();
+            bench.memory.write_obj(u64::from(count), GuestAddress(BLOCK)).unwrap();
+            bench.memory.write_obj(0u64, GuestAddress(BLOCK + 8)).unwrap();
+            let gpa = if operation == 4 && flags < 8 { BLOCK } else { gpa };
+            let attributes = match flags {
+                15 => odd,
+                2.. => 0xebb0_0000 | operation << 8,
+                _ => 0xebb0_0000 | operation << 8 | flags << 16,
+            };
+            let before = bench.lazy();
+            let result = bench.raw(gpa, pages, attributes);
+            if result.is_err() && !(4..6).contains(&operation) {
+                prop_assert_eq!(before, bench.lazy());
+            }
+            if let Ok(Attributes { operation: Operation::LazyFree, .. }) = Attributes::decode(attributes)
+                && result.is_ok()
+            {
+                let lazy = bench.lazy();
+                prop_assert!((gpa / PAGE..gpa / PAGE + pages).all(|page| lazy.contains(&page)));
+            }
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Interrupts as the devices see them.
+
+use std::io;
+
+/// An interrupt line that a device can raise. The line is edge-triggered: every call is one interrupt.
+pub trait Interrupt: Send + Sync {
+    /// Raises the interrupt.
+    ///
+    /// # Errors
+    /// The error of the system call behind it.
+    fn trigger(&self) -> io::Result<()>;
+}

@@ -1,0 +1,140 @@
+//! Bringing a vCPU out of guest mode from another thread.
+//!
+//! A signal alone can arrive just before the vCPU thread enters `KVM_RUN`, and be lost. So the handler,
+//! which runs on the vCPU's own thread, also sets `immediate_exit` in the vCPU's shared page, and
+//! `KVM_RUN` returns at once (Linux, `Documentation/virt/kvm/api.rst`, 5. The kvm_run structure).
+
+use std::cell::Cell;
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::ptr;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread::JoinHandle;
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::generation::Kick;
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: the pointer is set only while the `KickTarget` of this thread borrows the vCPU whose
+        // mapped page it points into.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// A vCPU that this thread runs and that [`kick`] can bring out.
+pub struct KickTarget {
+    pub(super) fd: VcpuFd,
+    /// The page that KVM shares with us, mapped for as long as `fd` lives.
+    page: *const kvm_run,
+}
+
+impl KickTarget {
+    /// Makes `fd` the vCPU of the calling thread, which must be the one that runs it.
+    #[must_use]
+    pub fn new(mut fd: VcpuFd) -> Self {
+        let page = &raw mut *fd.get_kvm_run();
+        // SAFETY: the page is mapped for as long as `fd` lives; the place is only named here.
+        IMMEDIATE_EXIT.set(unsafe { &raw mut (*page).immediate_exit });
+        Self { fd, page }
+    }
+
+    /// Enters the guest until its next exit.
+    ///
+    /// Returns the exit, and for port I/O the size in bytes of one access, 1, 2 or 4: a string
+    /// instruction makes many accesses to one port, and KVM hands them over together.
+    ///
+    /// # Errors
+    /// `EINTR` after a kick; else `KVM_RUN` failed.
+    pub fn run(&mut self) -> Result<(VcpuExit<'_>, usize), kvm_ioctls::Error> {
+        let page = self.page;
+        let exit = self.fd.run()?;
+        let size = match exit {
+            // SAFETY: the page is mapped, KVM writes to it only during the call above, and after such an
+            // exit this is the union's member that is set. The exit's data lies elsewhere, behind it.
+            VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => unsafe { (*page).__bindgen_anon_1.io.size },
+            _ => 1,
+        };
+        Ok((exit, usize::from(size.max(1))))
+    }
+
+    /// Forgets the kicks so far. Call it before looking at what they were for, so that none is lost.
+    pub fn clear_kick(&mut self) {
+        self.fd.set_kvm_immediate_exit(0);
+    }
+}
+
+impl Drop for KickTarget {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}
+
+/// Installs the signal handler. Must have been called before any thread is kicked: the signal's default
+/// is to end the process.
+///
+/// # Errors
+/// The error of the system call.
+pub fn prepare_kicks() -> io::Result<()> {
+    register_signal_handler(SIGRTMIN(), on_kick).map_err(io::Error::from)
+}
+
+/// Brings the vCPU that `thread` runs out of guest mode. Does nothing when the thread has ended.
+pub fn kick<T>(thread: &JoinHandle<T>) {
+    if !thread.is_finished() {
+        // SAFETY: the handle is not joined yet, so its pthread id stays valid even when the thread has
+        // just ended; `prepare_kicks` has given the signal a handler.
+        unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+    }
+}
+
+/// The threads of a machine's vCPUs, as far as they run, so that others can bring the vCPUs out. A clone
+/// of its handle stays valid when the threads have ended: kicks do nothing then.
+#[derive(Debug)]
+pub struct KickTable(Box<[AtomicI32]>);
+
+impl KickTable {
+    /// A table for `vcpus` vCPUs, none of which runs yet.
+    #[must_use]
+    pub fn new(vcpus: usize) -> Self {
+        Self((0..vcpus).map(|_| AtomicI32::new(0)).collect())
+    }
+
+    /// The calling thread runs the vCPU `index` until the returned value is dropped.
+    pub fn register(&self, index: usize) -> Registration<'_> {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        self.0[index].store(thread, Ordering::Release);
+        Registration(&self.0[index])
+    }
+}
+
+/// A thread's entry in a [`KickTable`].
+#[must_use = "the entry is taken out when this is dropped"]
+pub struct Registration<'a>(&'a AtomicI32);
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        self.0.store(0, Ordering::Release);
+    }
+}
+
+impl Kick for KickTable {
+    fn kick(&self, index: usize) {
+        let thread = self.0[index].load(Ordering::Acquire);
+        if thread != 0 {
+            let process = rustix::process::getpid().as_raw_nonzero().get();
+            // SAFETY: tgkill takes numbers only. Should the thread have just ended and its number belong
+            // to another thread of ours, then the handler finds no vCPU there and does nothing.
+            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, SIGRTMIN()) };
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! KVM's descriptors: the hypervisor, a virtual machine, its memory slots, interrupts and doorbells.
+
+mod hypercall;
+mod irqfd;
+mod kick;
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::layout;
+use crate::memory::GuestRam;
+
+pub use irqfd::IrqFd;
+pub use kick::{KickTable, KickTarget, Registration, kick, prepare_kicks};
+
+/// KVM cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// There is no KVM.
+    #[error(
+        "/dev/kvm does not exist; load kvm_intel or kvm_amd, or enable nested virtualization for this \
+         machine; `ebb doctor` tells more"
+    )]
+    Missing,
+    /// This user may not use it.
+    #[error(
+        "/dev/kvm: permission denied; add your user to its group (`ls -l /dev/kvm`) or run as root"
+    )]
+    Permission,
+    /// It cannot be opened for another reason.
+    #[error("/dev/kvm cannot be opened; `ebb doctor` tells more")]
+    Open(#[source] io::Error),
+    /// It is too old or too small.
+    #[error("this host's KVM lacks {0}; `ebb doctor` tells what is missing")]
+    Lacks(&'static str),
+    /// More vCPUs than KVM can do.
+    #[error("{asked} vCPUs were asked for, but KVM allows {most} here; lower --cpus boot=")]
+    TooManyVcpus {
+        /// What was asked for.
+        asked: u32,
+        /// What KVM allows.
+        most: u32,
+    },
+    /// More memory than guests can address.
+    #[error(
+        "the guest's memory would end at {end:#x}, but guests can address {bits} bits here; lower --memory size="
+    )]
+    AddressWidth {
+        /// First address after the memory.
+        end: u64,
+        /// Width of guest-physical addresses.
+        bits: u32,
+    },
+    /// A system call failed.
+    #[error("KVM: {operation} failed")]
+    Call {
+        /// What was being done.
+        operation: &'static str,
+        /// The error of the system call.
+        source: io::Error,
+    },
+}
+
+/// Turns the error of a KVM call into ours.
+pub(crate) fn call(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Call {
+        operation,
+        source: error.into(),
+    }
+}
+
+/// `/dev/kvm`, checked for what we need.
+pub struct Hypervisor {
+    kvm: Kvm,
+    cpuid: CpuId,
+}
+
+impl Hypervisor {
+    /// Opens `/dev/kvm`.
+    ///
+    /// # Errors
+    /// [`KvmError`]: no KVM, no permission, or one that lacks what every machine needs.
+    pub fn open() -> Result<Self, KvmError> {
+        const API_VERSION: i32 = 12;
+        const NEEDED: [(Cap, &str); 7] = [
+            (
+                Cap::Irqchip,
+                "an in-kernel interrupt controller (KVM_CAP_IRQCHIP)",
+            ),
+            (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
+            (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
+            (Cap::UserMemory, "user memory slots (KVM_CAP_USER_MEMORY)"),
+            (Cap::ExtCpuid, "CPUID control (KVM_CAP_EXT_CPUID)"),
+            (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+            (
+                Cap::ImmediateExit,
+                "immediate exit (KVM_CAP_IMMEDIATE_EXIT)",
+            ),
+        ];
+        let kvm = Kvm::new().map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Missing,
+            libc::EACCES | libc::EPERM => KvmError::Permission,
+            _ => KvmError::Open(error.into()),
+        })?;
+        if kvm.get_api_version() != API_VERSION {
+            return Err(KvmError::Lacks("API version 12"));
+        }
+        if let Some((_, name)) = NEEDED
+            .into_iter()
+            .find(|(cap, _)| !kvm.check_extension(*cap))
+        {
+            return Err(KvmError::Lacks(name));
+        }
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(Self { kvm, cpuid })
+    }
+
+    /// The CPUID that KVM can give a guest.
+    #[must_use]
+    pub const fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
+
+    /// Whether KVM's local APIC timer has the TSC-deadline mode.
+    #[must_use]
+    pub fn tsc_deadline(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Refuses what this host's KVM cannot do, before anything is built.
+    ///
+    /// # Errors
+    /// [`KvmError::TooManyVcpus`], [`KvmError::AddressWidth`].
+    pub fn check_limits(&self, vcpus: u32, memory_end: u64) -> Result<(), KvmError> {
+        let most = u32::try_from(self.kvm.get_max_vcpus()).unwrap_or(u32::MAX);
+        if vcpus > most {
+            return Err(KvmError::TooManyVcpus { asked: vcpus, most });
+        }
+        let bits = self.address_bits();
+        if memory_end.checked_shr(bits).unwrap_or(0) > 0 {
+            return Err(KvmError::AddressWidth {
+                end: memory_end,
+                bits,
+            });
+        }
+        Ok(())
+    }
+
+    /// Width of guest-physical addresses (CPUID leaf 0x8000_0008, EAX bits 7..0).
+    fn address_bits(&self) -> u32 {
+        const ADDRESS_SIZES: u32 = 0x8000_0008;
+        let leaf = self
+            .cpuid
+            .as_slice()
+            .iter()
+            .find(|e| e.function == ADDRESS_SIZES);
+        leaf.map_or(36, |entry| entry.eax & 0xff)
+    }
+
+    /// Creates a machine with an in-kernel interrupt controller and timer, without memory or vCPUs.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn create_machine(&self) -> Result<Machine, KvmError> {
+        let fd = self.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(call("KVM_SET_TSS_ADDR"))?;
+        fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        // The speaker port is emulated in the kernel too: Linux times its TSC by it.
+        let pit = kvm_pit_config {
+            flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
+        Ok(Machine {
+            fd: Arc::new(fd),
+            _ram: None,
+        })
+    }
+}
+
+/// A machine in KVM. It and its second-level tables live until the last descriptor is closed: this one,
+/// the vCPUs', and the interrupts'.
+pub struct Machine {
+    fd: Arc<VmFd>,
+    /// Keeps the memory behind the slots mapped for as long as the guest can reach it.
+    _ram: Option<Arc<GuestRam>>,
+}
+
+impl Machine {
+    /// Makes all of `ram` the guest's memory, one slot a region.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn map_memory(&mut self, ram: Arc<GuestRam>) -> Result<(), KvmError> {
+        for (slot, region) in ram.regions().iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.gpa.start(),
+                memory_size: region.gpa.len(),
+                userspace_addr: region.host as u64,
+            };
+            // SAFETY: the region is a mapping that `ram` owns, and we hold `ram` for as long as the
+            // machine can be entered: vCPUs borrow nothing, but are dropped before their machine.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        self._ram = Some(ram);
+        Ok(())
+    }
+
+    /// An interrupt that raises `gsi`, edge-triggered.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn interrupt(&self, gsi: u32) -> Result<IrqFd, KvmError> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
+            KvmError::Call {
+                operation: "eventfd",
+                source,
+            }
+        })?;
+        self.fd
+            .register_irqfd(&event, gsi)
+            .map_err(call("KVM_IRQFD"))?;
+        Ok(IrqFd::new(event))
+    }
+
+    /// Makes a 32-bit write of `value` to guest-physical `addr` signal `event` without an exit to user
+    /// space.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn doorbell(&self, addr: u64, value: u32, event: &EventFd) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(addr), value)
+            .map_err(call("KVM_IOEVENTFD"))
+    }
+
+    /// Creates a vCPU.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn create_vcpu(&self, index: u32) -> Result<VcpuFd, KvmError> {
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map_err(call("KVM_CREATE_VCPU"))
+    }
+}

@@ -1,0 +1,457 @@
+//! The tracker as the machine's threads share it.
+
+use std::sync::Arc;
+
+use super::{Fate, Freed, Reused, Step, Surveyed, Sweep, Tracker};
+use crate::generation::VmGeneration;
+use crate::memory::GpaRange;
+use crate::sync::{Condvar, Mutant, Mutex, MutexGuard, lock, mutant, wait};
+
+/// Above this many ranges that reuses want from one chunk, they get the whole chunk: the list stays
+/// bounded under a hostile guest.
+const MAX_WANTED: usize = 64;
+
+/// What a reuse found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReuseOutcome {
+    /// No range is lazily freed any more: the counterpart of `MADV_REUSE`'s `ENOMEM`.
+    pub last: bool,
+    /// It had to wait for a chunk that was being invalidated or discarded.
+    pub waited: bool,
+}
+
+/// Bytes by state, and counters since the machine started. At every moment
+/// `freed = lazy + unmapped + reclaiming + discarded + reused + given_up + forgotten`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LazyStats {
+    /// The machine's generation.
+    pub generation: u64,
+    /// Bytes that are lazily freed and still with the guest's pages.
+    pub lazy_bytes: u64,
+    /// Bytes that are lazily freed and that the host may take at any time.
+    pub unmapped_bytes: u64,
+    /// Bytes that are being invalidated or discarded.
+    pub reclaiming_bytes: u64,
+    /// Bytes that are lazily freed and whose pages are returned to the host.
+    pub discarded_bytes: u64,
+    /// Ranges that the tracker holds.
+    pub ranges: u64,
+    /// Bytes ever freed lazily.
+    pub freed_bytes_total: u64,
+    /// Bytes that went from lazy to unmapped.
+    pub unmapped_bytes_total: u64,
+    /// Bytes ever discarded by reclaim.
+    pub reclaimed_bytes_total: u64,
+    /// Bytes of chunks that went back to what they were, because the host would not take them.
+    pub kept_bytes_total: u64,
+    /// Bytes ever taken back by reuse or reset.
+    pub reused_bytes_total: u64,
+    /// Of these, bytes that had been unmapped.
+    pub reused_unmapped_bytes_total: u64,
+    /// Of these, bytes that had been discarded.
+    pub reused_discarded_bytes_total: u64,
+    /// Bytes whose free was refused because the tracker was full.
+    pub refused_bytes_total: u64,
+    /// Bytes given back to in use because the tracker was full.
+    pub given_up_bytes_total: u64,
+    /// Discarded bytes that the tracker has forgotten because it was full.
+    pub forgotten_bytes_total: u64,
+    /// Unmapped bytes that became lazy again because the tracker was full.
+    pub coalesced_bytes_total: u64,
+    /// Reuses that waited for a chunk.
+    pub reuse_waits_total: u64,
+}
+
+impl LazyStats {
+    /// Bytes whose free was not made use of, for want of room.
+    #[must_use]
+    pub const fn untracked_bytes_total(&self) -> u64 {
+        self.refused_bytes_total + self.given_up_bytes_total
+    }
+
+    fn count_reused(&mut self, reused: Reused) {
+        self.reused_bytes_total += reused.bytes();
+        self.reused_unmapped_bytes_total += reused.unmapped;
+        self.reused_discarded_bytes_total += reused.discarded;
+    }
+}
+
+/// A chunk that is being worked on, and what reuses want of it as soon as that is over.
+struct InFlight {
+    id: u64,
+    range: GpaRange,
+    wanted: Vec<GpaRange>,
+}
+
+struct State {
+    tracker: Tracker,
+    in_flight: Vec<InFlight>,
+    next_id: u64,
+    stats: LazyStats,
+}
+
+/// Lazily freed memory, shared by vCPUs, devices and reclaim.
+///
+/// One lock, held for bookkeeping only: never across a system call on memory. A reuse waits for the chunks
+/// in flight that it meets and for nothing else: what it wants of them becomes in use in the very step that
+/// ends them, so that no later chunk can come first.
+pub struct LazyMemory {
+    state: Mutex<State>,
+    /// Signalled when a chunk ends that somebody wants.
+    finished: Condvar,
+    generation: Arc<VmGeneration>,
+}
+
+impl LazyMemory {
+    /// Nothing is lazily free yet. At most `max_ranges` ranges are tracked.
+    #[must_use]
+    pub fn new(max_ranges: usize, generation: Arc<VmGeneration>) -> Self {
+        let state = State {
+            tracker: Tracker::new(max_ranges),
+            in_flight: Vec::new(),
+            next_id: 0,
+            stats: LazyStats::default(),
+        };
+        Self {
+            state: Mutex::new(state),
+            finished: Condvar::new(),
+            generation,
+        }
+    }
+
+    /// The guest promises not to touch `ranges` before it reuses them: one batch, one generation. What is
+    /// lazy already stays as it is. What does not fit in the tracker stays in use, and the answer says so.
+    pub fn free(&self, ranges: &[GpaRange]) -> Freed {
+        let mut state = self.lock();
+        let generation = self.generation.advance();
+        let mut all = Freed::default();
+        for &range in ranges {
+            let freed = state.tracker.free(range, generation);
+            all.lazy += freed.lazy;
+            all.refused += freed.refused;
+        }
+        state.stats.freed_bytes_total += all.lazy;
+        state.stats.refused_bytes_total += all.refused;
+        all
+    }
+
+    /// What `range` consists of, see [`Tracker::survey`].
+    #[must_use]
+    pub fn survey(&self, range: GpaRange) -> Surveyed {
+        self.lock().tracker.survey(range)
+    }
+
+    /// The guest wants `ranges` back. When this returns they are in use: what the guest writes then is kept.
+    pub fn reuse(&self, ranges: &[GpaRange]) -> ReuseOutcome {
+        let mut state = self.lock();
+        let mut awaited = Vec::new();
+        for &range in ranges {
+            let reused = state.tracker.reuse(range);
+            state.stats.count_reused(reused);
+            if reused.busy && !mutant(Mutant::DiscardAfterReuse) {
+                awaited.extend(state.want(range));
+            }
+        }
+        let waited = !awaited.is_empty();
+        if waited {
+            state.stats.reuse_waits_total += 1;
+            state = self.wait_for(state, &awaited);
+        }
+        ReuseOutcome {
+            last: state.tracker.totals().ranges == 0,
+            waited,
+        }
+    }
+
+    /// Everything is in use again: the guest or its driver was reset. Waits for the chunks in flight.
+    pub fn reset(&self) {
+        let mut state = self.lock();
+        let reused = state.tracker.clear();
+        state.stats.count_reused(reused);
+        let mut awaited = Vec::new();
+        for chunk in &mut state.in_flight {
+            chunk.wanted = vec![chunk.range];
+            awaited.push(chunk.id);
+        }
+        drop(self.wait_for(state, &awaited));
+    }
+
+    /// Takes the next chunk of at most `limit` bytes for `sweep`, or `None` at its end.
+    pub fn take_chunk(&self, sweep: &mut Sweep, limit: u64) -> Option<Chunk<'_>> {
+        loop {
+            // The lock is let go between two steps, so that reuses get through.
+            let mut state = self.lock();
+            let candidate = match state.tracker.find(sweep, limit) {
+                Ok(candidate) => candidate,
+                Err(Step::Done) => return None,
+                Err(_) => continue,
+            };
+            if mutant(Mutant::CheckThenAct) {
+                drop(state);
+                state = self.lock();
+            }
+            let range = state.tracker.claim(candidate);
+            let id = state.next_id;
+            state.next_id += 1;
+            state.in_flight.push(InFlight {
+                id,
+                range,
+                wanted: Vec::new(),
+            });
+            return Some(Chunk {
+                memory: self,
+                id,
+                range,
+                fate: Fate::Kept,
+            });
+        }
+    }
+
+    /// Whether [`LazyMemory::take_chunk`] would find something; the sweep is moved up to it.
+    pub fn peek(&self, sweep: &mut Sweep, limit: u64) -> bool {
+        loop {
+            let state = self.lock();
+            let mut ahead = sweep.clone();
+            match state.tracker.find(&mut ahead, limit) {
+                Ok(_) => return true,
+                Err(Step::Done) => return false,
+                Err(_) => *sweep = ahead,
+            }
+        }
+    }
+
+    /// Starts a generation for what was just invalidated.
+    pub fn begin_generation(&self) -> u64 {
+        self.generation.advance()
+    }
+
+    /// Bytes by state and counters, all of one moment.
+    #[must_use]
+    pub fn snapshot(&self) -> LazyStats {
+        let state = self.lock();
+        let (totals, squeezed) = (state.tracker.totals(), state.tracker.squeezed());
+        LazyStats {
+            generation: self.generation.current(),
+            lazy_bytes: totals.lazy,
+            unmapped_bytes: totals.unmapped,
+            reclaiming_bytes: totals.reclaiming,
+            discarded_bytes: totals.discarded,
+            ranges: totals.ranges as u64,
+            given_up_bytes_total: squeezed.given_up,
+            forgotten_bytes_total: squeezed.forgotten,
+            coalesced_bytes_total: squeezed.coalesced,
+            ..state.stats
+        }
+    }
+
+    /// The machine's generation.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation.current()
+    }
+
+    fn finish(&self, id: u64, fate: Fate) {
+        let mut state = self.lock();
+        let Some(index) = state.in_flight.iter().position(|chunk| chunk.id == id) else {
+            return;
+        };
+        let InFlight { range, wanted, .. } = state.in_flight.swap_remove(index);
+        state.tracker.finish(range, fate);
+        *match fate {
+            Fate::Kept => &mut state.stats.kept_bytes_total,
+            Fate::Unmapped(_) => &mut state.stats.unmapped_bytes_total,
+            Fate::Discarded => &mut state.stats.reclaimed_bytes_total,
+        } += range.len();
+        for &range in &wanted {
+            let reused = state.tracker.reuse(range);
+            state.stats.count_reused(reused);
+        }
+        drop(state);
+        if !wanted.is_empty() {
+            self.finished.notify_all();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn wait_for<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        ids: &[u64],
+    ) -> MutexGuard<'a, State> {
+        while state.in_flight.iter().any(|chunk| ids.contains(&chunk.id)) {
+            state = wait(&self.finished, state);
+        }
+        state
+    }
+}
+
+impl State {
+    /// Notes that `range` is wanted from the chunks that it meets and returns their ids.
+    fn want(&mut self, range: GpaRange) -> Vec<u64> {
+        let mut ids = Vec::new();
+        for chunk in &mut self.in_flight {
+            let Some(part) = chunk.range.intersection(range) else {
+                continue;
+            };
+            chunk.wanted.push(part);
+            if chunk.wanted.len() > MAX_WANTED {
+                chunk.wanted = vec![chunk.range];
+            }
+            ids.push(chunk.id);
+        }
+        ids
+    }
+}
+
+/// A chunk that its holder may invalidate or discard: no reuse of it returns before this value is gone.
+/// Dropped without being told its fate, it is what it was.
+#[must_use = "a reuse waits for as long as the chunk is held"]
+pub struct Chunk<'a> {
+    memory: &'a LazyMemory,
+    id: u64,
+    range: GpaRange,
+    fate: Fate,
+}
+
+impl Chunk<'_> {
+    /// Where it lies in the guest.
+    #[must_use]
+    pub const fn range(&self) -> GpaRange {
+        self.range
+    }
+
+    /// Its second-level entries are gone and the host may take its pages; `generation` began after that.
+    pub fn unmapped(mut self, generation: u64) {
+        self.fate = Fate::Unmapped(generation);
+    }
+
+    /// Its pages are returned to the host.
+    pub fn discarded(mut self) {
+        self.fate = Fate::Discarded;
+    }
+}
+
+impl Drop for Chunk<'_> {
+    fn drop(&mut self) {
+        self.memory.finish(self.id, self.fate);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::{self, ScopedJoinHandle};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::lazy::Pieces;
+    use crate::memory::PAGE_SIZE;
+
+    const ALL: u64 = u64::MAX;
+
+    fn pages(start: u64, end: u64) -> GpaRange {
+        GpaRange::new(start * PAGE_SIZE, end * PAGE_SIZE).unwrap()
+    }
+
+    fn memory() -> LazyMemory {
+        LazyMemory::new(100, Arc::new(VmGeneration::default()))
+    }
+
+    /// Lets a thread get as far as it can.
+    fn is_blocked<T>(thread: &ScopedJoinHandle<'_, T>) -> bool {
+        thread::sleep(Duration::from_millis(50));
+        !thread.is_finished()
+    }
+
+    #[test]
+    fn a_batch_is_one_generation_and_the_last_reuse_says_so() {
+        let memory = memory();
+        memory.free(&[pages(0, 2), pages(4, 6)]);
+        memory.free(&[pages(8, 9)]);
+        let stats = memory.snapshot();
+        assert_eq!((stats.generation, stats.ranges), (2, 3));
+        assert_eq!(stats.lazy_bytes, 5 * PAGE_SIZE);
+        assert!(!memory.reuse(&[pages(0, 6)]).last);
+        assert!(memory.reuse(&[pages(0, 9)]).last);
+        let stats = memory.snapshot();
+        assert_eq!((stats.ranges, stats.reused_bytes_total), (0, 5 * PAGE_SIZE));
+    }
+
+    #[test]
+    fn a_reuse_waits_for_the_chunk_in_flight_and_for_no_other() {
+        let memory = memory();
+        memory.free(&[pages(0, 8)]);
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        let first = memory.take_chunk(&mut sweep, 4 * PAGE_SIZE).unwrap();
+        assert_eq!(memory.reuse(&[pages(5, 6)]), ReuseOutcome::default());
+        thread::scope(|scope| {
+            let reuse = scope.spawn(|| memory.reuse(&[pages(2, 5)]));
+            assert!(is_blocked(&reuse));
+            // Another chunk that it would meet, were what it wants not in use already.
+            let second = memory.take_chunk(&mut sweep, 4 * PAGE_SIZE).unwrap();
+            assert_eq!(second.range(), pages(6, 8));
+            first.discarded();
+            assert!(reuse.join().unwrap().waited);
+            second.discarded();
+        });
+        let stats = memory.snapshot();
+        assert_eq!(
+            (stats.discarded_bytes, stats.lazy_bytes),
+            (4 * PAGE_SIZE, 0)
+        );
+        assert_eq!(stats.reuse_waits_total, 1);
+    }
+
+    #[test]
+    fn a_free_of_a_chunk_in_flight_changes_nothing() {
+        let memory = memory();
+        memory.free(&[pages(0, 8)]);
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        let chunk = memory.take_chunk(&mut sweep, ALL).unwrap();
+        memory.free(&[pages(0, 9)]);
+        assert_eq!(memory.snapshot().freed_bytes_total, 9 * PAGE_SIZE);
+        drop(chunk);
+        assert_eq!(memory.snapshot().lazy_bytes, 9 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn a_reset_waits_and_leaves_everything_in_use() {
+        let memory = memory();
+        memory.free(&[pages(0, 8), pages(10, 12)]);
+        let chunk = memory
+            .take_chunk(&mut Sweep::new(Pieces::Any, ALL), 4 * PAGE_SIZE)
+            .unwrap();
+        thread::scope(|scope| {
+            let reset = scope.spawn(|| memory.reset());
+            assert!(is_blocked(&reset));
+            assert_eq!(memory.snapshot().lazy_bytes, 0);
+            chunk.discarded();
+            reset.join().unwrap();
+        });
+        let stats = memory.snapshot();
+        assert_eq!(
+            (stats.ranges, stats.reused_bytes_total),
+            (0, 10 * PAGE_SIZE)
+        );
+    }
+
+    #[test]
+    fn many_wishes_for_one_chunk_become_one() {
+        let memory = memory();
+        memory.free(&[pages(0, 512)]);
+        let chunk = memory
+            .take_chunk(&mut Sweep::new(Pieces::Any, ALL), ALL)
+            .unwrap();
+        let wishes: Vec<_> = (0..200).map(|page| pages(2 * page, 2 * page + 1)).collect();
+        thread::scope(|scope| {
+            let reuse = scope.spawn(|| memory.reuse(&wishes));
+            assert!(is_blocked(&reuse));
+            assert!(memory.lock().in_flight[0].wanted.len() <= MAX_WANTED);
+            chunk.discarded();
+            reuse.join().unwrap();
+        });
+        assert_eq!(memory.snapshot().ranges, 0);
+    }
+}

@@ -1,0 +1,136 @@
+//! One pass over the lazy ranges in ascending order of addresses.
+
+use super::RangeState;
+use crate::memory::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
+
+/// Which pieces of a lazy range a sweep takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pieces {
+    /// Whole blocks of 2 MiB: no huge page is shattered.
+    Blocks,
+    /// What whole blocks leave over at the ends of a range.
+    Fragments,
+    /// Whatever comes first; shatters at most the last block that it takes.
+    Any,
+}
+
+impl Pieces {
+    /// The first piece of `range` of at most `limit` bytes.
+    pub(super) fn pick(self, range: GpaRange, limit: u64) -> Option<GpaRange> {
+        let (start, end) = (range.start(), range.end());
+        let first_block = start.checked_next_multiple_of(BLOCK_SIZE);
+        let last_block = end / BLOCK_SIZE * BLOCK_SIZE;
+        let blocks = first_block.and_then(|first| GpaRange::new(first, last_block));
+        let (piece, unit) = match (self, blocks) {
+            (Self::Any, _) | (Self::Fragments, None) => (range, PAGE_SIZE),
+            (Self::Blocks, blocks) => (blocks?, BLOCK_SIZE),
+            (Self::Fragments, Some(blocks)) => {
+                let head = GpaRange::new(start, blocks.start());
+                (
+                    head.or_else(|| GpaRange::new(blocks.end(), end))?,
+                    PAGE_SIZE,
+                )
+            }
+        };
+        let bytes = piece.len().min(limit / unit * unit);
+        GpaRange::new(piece.start(), piece.start() + bytes)
+    }
+}
+
+/// One pass over the ranges of one state, from low addresses to high ones. It ends: what it has passed, it never
+/// looks at again, so a chunk that could not be discarded is met once.
+#[derive(Clone, Debug)]
+pub struct Sweep {
+    pub(super) from: RangeState,
+    pub(super) pieces: Pieces,
+    pub(super) newest: u64,
+    pub(super) at: u64,
+}
+
+impl Sweep {
+    /// A sweep for `pieces` of lazy ranges of the generation `newest` and older ones.
+    #[must_use]
+    pub const fn new(pieces: Pieces, newest: u64) -> Self {
+        Self {
+            from: RangeState::Lazy,
+            pieces,
+            newest,
+            at: 0,
+        }
+    }
+
+    /// A sweep for `pieces` of unmapped ranges of the generation `quiescent` and older ones.
+    #[must_use]
+    pub const fn unmapped(pieces: Pieces, quiescent: u64) -> Self {
+        Self {
+            from: RangeState::Unmapped,
+            ..Self::new(pieces, quiescent)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: u64 = BLOCK_SIZE / PAGE_SIZE;
+
+    #[track_caller]
+    fn check(pieces: Pieces, range: (u64, u64), limit: u64, want: Option<(u64, u64)>) {
+        let pages = |(start, end)| GpaRange::new(start * PAGE_SIZE, end * PAGE_SIZE).unwrap();
+        assert_eq!(
+            pieces.pick(pages(range), limit * PAGE_SIZE),
+            want.map(pages)
+        );
+    }
+
+    #[test]
+    fn blocks_are_whole_and_within_the_limit() {
+        check(Pieces::Blocks, (0, BLOCK), BLOCK, Some((0, BLOCK)));
+        check(
+            Pieces::Blocks,
+            (1, 2 * BLOCK),
+            9 * BLOCK,
+            Some((BLOCK, 2 * BLOCK)),
+        );
+        check(
+            Pieces::Blocks,
+            (0, 9 * BLOCK),
+            3 * BLOCK - 1,
+            Some((0, 2 * BLOCK)),
+        );
+        check(Pieces::Blocks, (1, 2 * BLOCK - 1), 9 * BLOCK, None);
+        check(Pieces::Blocks, (0, BLOCK), BLOCK - 1, None);
+    }
+
+    #[test]
+    fn fragments_are_what_blocks_leave() {
+        check(Pieces::Fragments, (0, BLOCK), BLOCK, None);
+        check(
+            Pieces::Fragments,
+            (1, 2 * BLOCK),
+            9 * BLOCK,
+            Some((1, BLOCK)),
+        );
+        check(
+            Pieces::Fragments,
+            (0, BLOCK + 1),
+            9 * BLOCK,
+            Some((BLOCK, BLOCK + 1)),
+        );
+        check(
+            Pieces::Fragments,
+            (1, 2 * BLOCK - 1),
+            9 * BLOCK,
+            Some((1, 2 * BLOCK - 1)),
+        );
+        check(Pieces::Fragments, (1, 2 * BLOCK - 1), 3, Some((1, 4)));
+    }
+
+    #[test]
+    fn any_is_the_beginning() {
+        check(Pieces::Any, (0, 9), 3, Some((0, 3)));
+        check(Pieces::Any, (5, 9), 30, Some((5, 9)));
+        check(Pieces::Any, (5, 9), 0, None);
+    }
+}

@@ -1,0 +1,26 @@
+//! Ebb: a virtual machine monitor on KVM whose guests hand memory back lazily.
+//!
+//! The modules are listed bottom up; each may use only those that ARCHITECTURE.md allows it.
+
+pub mod api;
+pub mod arch;
+pub mod boot;
+pub mod bus;
+pub mod config;
+pub mod control;
+pub mod devices;
+pub mod doctor;
+pub mod exit;
+pub mod faults;
+pub mod generation;
+pub mod hypercall;
+pub mod irq;
+pub mod kvm;
+pub mod lazy;
+pub mod memory;
+pub mod reclaim;
+pub mod sync;
+pub mod sys;
+pub mod teardown;
+pub mod vcpu;
+pub mod vm;

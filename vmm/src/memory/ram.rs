@@ -1,0 +1,593 @@
+//! The guest's RAM: who owns the mappings, who may use them, and how pages go back to the host.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::{BLOCK_SIZE, GpaRange};
+use crate::sys::mapping::MAX_PARTS;
+use crate::sys::{self, Advice, Mapping, MappingKind};
+
+/// How often a discard is tried again when the kernel says `EAGAIN`.
+const DISCARD_ATTEMPTS: u32 = 8;
+
+/// What the host puts behind the guest's RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// Ask for transparent huge pages.
+    pub thp: bool,
+    /// Use hugetlb pages of 2 MiB; transparent huge pages play no part then.
+    pub hugepages: bool,
+    /// Populate it at once.
+    pub prefault: bool,
+}
+
+/// Why guest memory could not be had, or not be given back.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The address space or the overcommit limit is too small.
+    #[error(
+        "mapping {bytes} bytes of guest memory at {gpa:#x} failed; choose a smaller memory size \
+         or raise the address space limit (ulimit -v)"
+    )]
+    Map {
+        /// Size of the region.
+        bytes: u64,
+        /// Where it lies in the guest.
+        gpa: u64,
+        /// mmap(2)'s error.
+        source: io::Error,
+    },
+    /// The host has too few hugetlb pages.
+    #[error(
+        "mapping {bytes} bytes of guest memory in huge pages of 2 MiB failed: {pages} free ones are \
+         needed; raise /proc/sys/vm/nr_hugepages or leave hugepages off"
+    )]
+    HugePages {
+        /// Size of the region.
+        bytes: u64,
+        /// How many pages that is.
+        pages: u64,
+        /// mmap(2)'s error.
+        source: io::Error,
+    },
+    /// hugetlb pages fit only where both ends are multiples of 2 MiB.
+    #[error("huge pages cannot back {start:#x}..{end:#x}: both ends must be multiples of 2 MiB")]
+    HugePageAlignment {
+        /// First address of the region.
+        start: u64,
+        /// First address after it.
+        end: u64,
+    },
+    /// Advice that the configuration asks for was refused.
+    #[error("madvise({advice:?}) on {bytes} bytes of guest memory failed")]
+    Advise {
+        /// What was asked for.
+        advice: Advice,
+        /// Size of the region.
+        bytes: u64,
+        /// madvise(2)'s error.
+        source: io::Error,
+    },
+    /// The host has too little memory for prefault.
+    #[error(
+        "populating {bytes} bytes of guest memory failed; choose a smaller memory size or leave \
+         prefault off"
+    )]
+    Populate {
+        /// Size of the region.
+        bytes: u64,
+        /// madvise(2)'s error.
+        source: io::Error,
+    },
+    /// Regions overlap, are out of order, or there is none.
+    #[error("the layout of guest memory is not a list of disjoint ascending regions: {layout:x?}")]
+    Layout {
+        /// What was given.
+        layout: Vec<GpaRange>,
+    },
+    /// A range is not wholly RAM.
+    #[error("{start:#x}..{end:#x} is not guest RAM")]
+    NotRam {
+        /// First address.
+        start: u64,
+        /// First address after it.
+        end: u64,
+    },
+    /// The kernel would not drop pages.
+    #[error("discarding {bytes} bytes of guest memory at {gpa:#x} failed")]
+    Discard {
+        /// Size of the part that failed.
+        bytes: u64,
+        /// Where it lies in the guest.
+        gpa: u64,
+        /// madvise(2)'s error.
+        source: io::Error,
+    },
+}
+
+/// One region of the guest's RAM and where it lies in this process: what a KVM memory slot needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRegion {
+    /// Addresses in the guest.
+    pub gpa: GpaRange,
+    /// Address in this process, congruent to the guest's modulo 2 MiB.
+    pub host: usize,
+}
+
+/// The guest's RAM. It owns one private anonymous mapping per region and unmaps them on drop.
+///
+/// Others use the memory through [`GuestRam::memory`]: volatile or atomic accesses, never references. So
+/// a discard under them changes what they read and nothing else. The mappings themselves are unmapped
+/// only when this value is dropped *and* no clone of that handle is left; otherwise the pages are
+/// dropped and the address space is kept.
+#[derive(Debug)]
+pub struct GuestRam {
+    /// `None` only while dropping.
+    memory: Option<Arc<GuestMemoryMmap>>,
+    mappings: Vec<Mapping>,
+    regions: Vec<RamRegion>,
+    /// Discards work in units of this many bytes.
+    unit: u64,
+    vectored: Vectored,
+}
+
+/// What is done with pages that go back to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// They are gone when the call returns (`MADV_DONTNEED`).
+    Now,
+    /// The host takes them when it wants; what is written before stays (`MADV_FREE`). The guest's
+    /// translations of them are gone when the call returns.
+    Lazily,
+}
+
+impl From<Release> for Advice {
+    fn from(how: Release) -> Self {
+        match how {
+            Release::Now => Self::DontNeed,
+            Release::Lazily => Self::Free,
+        }
+    }
+}
+
+/// What [`GuestRam::release`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Released {
+    /// For each range, how many bytes were released for sure.
+    pub bytes: Vec<u64>,
+    /// System calls made.
+    pub calls: u64,
+    /// Parts of ranges that the kernel would not take.
+    pub failures: u64,
+    /// The first error number among these.
+    pub error: Option<i32>,
+}
+
+/// The part of a range that lies in one mapping.
+struct Part {
+    range: usize,
+    mapping: usize,
+    offset: usize,
+    len: usize,
+}
+
+/// Whether, and through which descriptor, the kernel takes advice for many parts at once from us.
+#[derive(Debug, Default)]
+struct Vectored {
+    process: OnceLock<Option<OwnedFd>>,
+    given_up: AtomicBool,
+}
+
+impl Vectored {
+    fn process(&self) -> Option<BorrowedFd<'_>> {
+        if self.given_up.load(Ordering::Relaxed) {
+            return None;
+        }
+        let process = self.process.get_or_init(|| sys::own_process().ok());
+        process.as_ref().map(AsFd::as_fd)
+    }
+
+    fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+}
+
+impl GuestRam {
+    /// Maps RAM for every region of `layout`, which is ascending and disjoint.
+    ///
+    /// # Errors
+    /// [`MemoryError`]; nothing stays mapped then.
+    pub fn allocate(backing: Backing, layout: &[GpaRange]) -> Result<Self, MemoryError> {
+        let ordered = layout
+            .windows(2)
+            .all(|pair| pair[0].end() <= pair[1].start());
+        let bad_layout = || MemoryError::Layout {
+            layout: layout.to_vec(),
+        };
+        if layout.is_empty() || !ordered {
+            return Err(bad_layout());
+        }
+        let mappings = layout
+            .iter()
+            .map(|&gpa| map_region(backing, gpa))
+            .collect::<Result<Vec<_>, _>>()?;
+        let views = layout
+            .iter()
+            .zip(&mappings)
+            .map(|(gpa, mapping)| view(*gpa, mapping));
+        let views = views.collect::<Option<Vec<_>>>().ok_or_else(bad_layout)?;
+        let memory = GuestMemoryMmap::from_regions(views).map_err(|_| bad_layout())?;
+        let regions = layout
+            .iter()
+            .zip(&mappings)
+            .map(|(&gpa, mapping)| RamRegion {
+                gpa,
+                host: mapping.address(),
+            });
+        Ok(Self {
+            memory: Some(Arc::new(memory)),
+            regions: regions.collect(),
+            mappings,
+            unit: if backing.hugepages { BLOCK_SIZE } else { 1 },
+            vectored: Vectored::default(),
+        })
+    }
+
+    /// A handle for devices and loaders. Clones may outlive this value; they keep the address space, not
+    /// the content.
+    ///
+    /// # Panics
+    /// Never: the handle is there until this value is dropped.
+    #[must_use]
+    pub fn memory(&self) -> Arc<GuestMemoryMmap> {
+        Arc::clone(self.memory.as_ref().expect("only drop takes the handle"))
+    }
+
+    /// The regions, ascending.
+    #[must_use]
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// Size of all regions in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.regions.iter().map(|region| region.gpa.len()).sum()
+    }
+
+    /// Always false: there is at least one region.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// Whether every page of `range` is RAM.
+    #[must_use]
+    pub fn is_ram(&self, range: GpaRange) -> bool {
+        let covered: u64 = self.parts(range).map(|(_, part)| part.len()).sum();
+        covered == range.len()
+    }
+
+    /// Drops the pages behind `range` (`MADV_DONTNEED`) and returns how many bytes that were asked of
+    /// the kernel. The next touch reads zeroes. With hugetlb only whole pages of 2 MiB inside the range
+    /// are dropped. A range over several regions is several system calls.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotRam`] before anything has happened; [`MemoryError::Discard`] when the kernel
+    /// refuses, after which any part may have been dropped.
+    pub fn discard(&self, range: GpaRange) -> Result<u64, MemoryError> {
+        self.drop_pages(range, Advice::DontNeed)
+    }
+
+    /// Lets the host drop the pages behind `range` when it is short of memory (`MADV_FREE`) and returns how
+    /// many bytes that were. A page that is written to afterwards is kept. The second-level tables lose
+    /// their entries in the call, so a guest's write faults anew and counts.
+    ///
+    /// # Errors
+    /// As for [`GuestRam::discard`]; `EINVAL` in it for hugetlb pages, which know no such thing.
+    pub fn mark_free(&self, range: GpaRange) -> Result<u64, MemoryError> {
+        self.drop_pages(range, Advice::Free)
+    }
+
+    fn drop_pages(&self, range: GpaRange, advice: Advice) -> Result<u64, MemoryError> {
+        if !self.is_ram(range) {
+            return Err(MemoryError::NotRam {
+                start: range.start(),
+                end: range.end(),
+            });
+        }
+        let mut discarded = 0;
+        for (index, part) in self.parts(range) {
+            let Some(part) = self.whole_units(part) else {
+                continue;
+            };
+            let error = |source| MemoryError::Discard {
+                bytes: part.len(),
+                gpa: part.start(),
+                source,
+            };
+            let offset = to_usize(part.start() - self.regions[index].gpa.start()).map_err(error)?;
+            let len = to_usize(part.len()).map_err(error)?;
+            drop_part(&self.mappings[index], (offset, len), advice).map_err(error)?;
+            discarded += part.len();
+        }
+        Ok(discarded)
+    }
+
+    /// Whether pages can be left to the host's own schedule: not with hugetlb, which has no `MADV_FREE`.
+    #[must_use]
+    pub const fn can_free_lazily(&self) -> bool {
+        self.unit == 1
+    }
+
+    /// Whether the kernel takes many ranges in one call, as far as that is known.
+    #[must_use]
+    pub fn is_vectored(&self) -> bool {
+        self.vectored.process().is_some()
+    }
+
+    /// Gives `how` for each of `ranges`, with as few system calls as the kernel allows: one for up to 1024
+    /// ranges where it takes `process_madvise` on this process (Linux 6.13), which also spares TLB
+    /// flushes, else one a range. A range that fails does not keep the others from being done; one that
+    /// is not wholly RAM fails as a whole.
+    pub fn release(&self, ranges: &[GpaRange], how: Release) -> Released {
+        let mut released = Released {
+            bytes: vec![0; ranges.len()],
+            ..Released::default()
+        };
+        let mut parts = Vec::with_capacity(ranges.len());
+        for (range, &gpa) in ranges.iter().enumerate() {
+            if !self.is_ram(gpa) {
+                released.failures += 1;
+                continue;
+            }
+            let part = |(mapping, part): (usize, GpaRange)| {
+                let part = self.whole_units(part)?;
+                let offset = part.start() - self.regions[mapping].gpa.start();
+                let offset = usize::try_from(offset).ok()?;
+                let len = usize::try_from(part.len()).ok()?;
+                Some(Part {
+                    range,
+                    mapping,
+                    offset,
+                    len,
+                })
+            };
+            parts.extend(self.parts(gpa).filter_map(part));
+        }
+        let mut left = parts.as_slice();
+        while !left.is_empty() {
+            left = &left[self.release_some(left, how, &mut released)..];
+        }
+        released
+    }
+
+    /// Releases at least the first of `parts`, or counts its failure; returns how many it dealt with.
+    fn release_some(&self, parts: &[Part], how: Release, released: &mut Released) -> usize {
+        let first = &parts[0];
+        let mapping = &self.mappings[first.mapping];
+        let same = |part: &&Part| part.mapping == first.mapping;
+        let run = parts.iter().take_while(same).take(MAX_PARTS);
+        let run: Vec<_> = run.map(|part| (part.offset, part.len)).collect();
+        let mut refused = false;
+        if run.len() > 1
+            && let Some(process) = self.vectored.process()
+        {
+            released.calls += 1;
+            match mapping.advise_parts(process, &run, how.into()) {
+                Ok(bytes) => {
+                    let done = whole_parts(&run, bytes);
+                    for part in &parts[..done] {
+                        released.bytes[part.range] += part.len as u64;
+                    }
+                    if done > 0 {
+                        return done;
+                    }
+                }
+                Err(error) => refused = error.raw_os_error() != Some(libc::EAGAIN),
+            }
+        }
+        released.calls += 1;
+        match drop_part(mapping, (first.offset, first.len), how.into()) {
+            Ok(()) => {
+                released.bytes[first.range] += first.len as u64;
+                // What is fine alone and refused in company: this kernel does not take vectors from us.
+                if refused {
+                    self.vectored.give_up();
+                }
+            }
+            Err(error) => {
+                released.failures += 1;
+                released.error = released.error.or(error.raw_os_error());
+            }
+        }
+        1
+    }
+
+    /// Puts pages behind `range`, where there are none; content that is there stays.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotRam`]; [`MemoryError::Populate`] when the host has too few pages.
+    pub fn populate(&self, range: GpaRange) -> Result<(), MemoryError> {
+        if !self.is_ram(range) {
+            return Err(MemoryError::NotRam {
+                start: range.start(),
+                end: range.end(),
+            });
+        }
+        for (index, part) in self.parts(range) {
+            let error = |source| MemoryError::Populate {
+                bytes: part.len(),
+                source,
+            };
+            let offset = to_usize(part.start() - self.regions[index].gpa.start()).map_err(error)?;
+            let len = to_usize(part.len()).map_err(error)?;
+            self.mappings[index]
+                .populate_part(offset, len)
+                .map_err(error)?;
+        }
+        Ok(())
+    }
+
+    /// How many bytes of it the host holds.
+    #[cfg(test)]
+    pub(crate) fn resident(&self) -> u64 {
+        let resident = |mapping: &Mapping| mapping.resident() as u64;
+        self.mappings.iter().map(resident).sum()
+    }
+
+    /// The regions that `range` meets, each as its index and the shared part.
+    fn parts(&self, range: GpaRange) -> impl Iterator<Item = (usize, GpaRange)> {
+        let first = self
+            .regions
+            .partition_point(|region| region.gpa.end() <= range.start());
+        let regions = self.regions.iter().enumerate().skip(first);
+        regions.map_while(move |(index, region)| Some((index, region.gpa.intersection(range)?)))
+    }
+
+    /// `part` rounded inward to what the kernel can drop.
+    fn whole_units(&self, part: GpaRange) -> Option<GpaRange> {
+        let start = part.start().checked_next_multiple_of(self.unit)?;
+        GpaRange::new(start, part.end() / self.unit * self.unit)
+    }
+
+    /// Drops the handle and says whether nobody else has one or a part of one.
+    fn release_handle(&mut self) -> bool {
+        let Some(mut memory) = self.memory.take().and_then(Arc::into_inner) else {
+            return false;
+        };
+        let mut last = true;
+        for region in &self.regions {
+            let at = GuestAddress(region.gpa.start());
+            let Ok((rest, region)) = memory.remove_region(at, region.gpa.len()) else {
+                return false;
+            };
+            memory = rest;
+            let view = Arc::into_inner(region).map(|region| region.get_mmap());
+            last &= view.and_then(Arc::into_inner).is_some();
+        }
+        last
+    }
+}
+
+impl Drop for GuestRam {
+    fn drop(&mut self) {
+        if self.release_handle() {
+            return;
+        }
+        tracing::warn!(
+            bytes = self.len(),
+            "guest memory is still in use somewhere: its pages are freed, its addresses are kept"
+        );
+        for mapping in self.mappings.drain(..) {
+            let _ = drop_part(&mapping, (0, mapping.len()), Advice::DontNeed);
+            // The views point into the mapping: it must never be unmapped.
+            std::mem::forget(mapping);
+        }
+    }
+}
+
+fn map_region(backing: Backing, gpa: GpaRange) -> Result<Mapping, MemoryError> {
+    let bytes = gpa.len();
+    let aligned = gpa.start().is_multiple_of(BLOCK_SIZE) && gpa.end().is_multiple_of(BLOCK_SIZE);
+    if backing.hugepages && !aligned {
+        return Err(MemoryError::HugePageAlignment {
+            start: gpa.start(),
+            end: gpa.end(),
+        });
+    }
+    let kind = if backing.hugepages {
+        MappingKind::Huge
+    } else {
+        MappingKind::Small
+    };
+    let mapping = to_usize(bytes).and_then(|len| Mapping::new(len, gpa.start(), kind));
+    let mapping = mapping.map_err(|source| match kind {
+        MappingKind::Huge => MemoryError::HugePages {
+            bytes,
+            pages: bytes / BLOCK_SIZE,
+            source,
+        },
+        MappingKind::Small => MemoryError::Map {
+            bytes,
+            gpa: gpa.start(),
+            source,
+        },
+    })?;
+    advise(backing, &mapping)?;
+    if backing.prefault {
+        let error = |source| MemoryError::Populate { bytes, source };
+        mapping.populate().map_err(error)?;
+    }
+    Ok(mapping)
+}
+
+/// Gives the advice that holds for a whole region. A kernel without transparent huge pages answers
+/// `EINVAL` to both kinds of advice about them: then there are none, which is not an error.
+fn advise(backing: Backing, mapping: &Mapping) -> Result<(), MemoryError> {
+    let huge = match (backing.hugepages, backing.thp) {
+        (true, _) => None,
+        (false, true) => Some(Advice::HugePage),
+        (false, false) => Some(Advice::NoHugePage),
+    };
+    for advice in huge.into_iter().chain([Advice::DontDump]) {
+        match mapping.advise(0, mapping.len(), advice) {
+            Err(error)
+                if advice == Advice::DontDump || error.raw_os_error() != Some(libc::EINVAL) =>
+            {
+                return Err(MemoryError::Advise {
+                    advice,
+                    bytes: mapping.len() as u64,
+                    source: error,
+                });
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// A view of `mapping` for the users of guest memory, or `None` when the region would wrap.
+fn view(gpa: GpaRange, mapping: &Mapping) -> Option<GuestRegionMmap> {
+    let address = std::ptr::with_exposed_provenance_mut(mapping.address());
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: the mapping has this address and length. It stays mapped for as long as the view or any
+    // clone of it lives: `GuestRam` owns both and unmaps only after it has proved that it held the last one.
+    let region = unsafe { MmapRegion::build_raw(address, mapping.len(), prot, flags) };
+    GuestRegionMmap::new(region.ok()?, GuestAddress(gpa.start()))
+}
+
+/// How many of `parts` lie wholly in the first `bytes` bytes of all.
+fn whole_parts(parts: &[(usize, usize)], bytes: usize) -> usize {
+    let ends = parts.iter().scan(0usize, |end, &(_, len)| {
+        *end = end.saturating_add(len);
+        Some(*end)
+    });
+    ends.take_while(|&end| end <= bytes).count()
+}
+
+/// Drops pages, again when the kernel says that it could not just now.
+fn drop_part(mapping: &Mapping, (offset, len): (usize, usize), advice: Advice) -> io::Result<()> {
+    let mut result = mapping.advise(offset, len, advice);
+    for _ in 1..DISCARD_ATTEMPTS {
+        match &result {
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
+            _ => break,
+        }
+        result = mapping.advise(offset, len, advice);
+    }
+    result
+}
+
+fn to_usize(bytes: u64) -> io::Result<usize> {
+    usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory.into())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,209 @@
+use vm_memory::{Bytes, GuestMemoryBackend};
+
+use super::*;
+use crate::memory::PAGE_SIZE;
+
+const MIB: u64 = 1 << 20;
+
+fn range(start: u64, end: u64) -> GpaRange {
+    GpaRange::new(start, end).unwrap()
+}
+
+fn two_regions() -> GuestRam {
+    let layout = [range(0, 4 * MIB), range(8 * MIB, 14 * MIB)];
+    GuestRam::allocate(Backing::default(), &layout).unwrap()
+}
+
+fn fill(ram: &GuestRam) {
+    for region in ram.regions() {
+        let page = [0xa5u8; PAGE_SIZE as usize];
+        for gpa in (region.gpa.start()..region.gpa.end()).step_by(page.len()) {
+            ram.memory().write_slice(&page, GuestAddress(gpa)).unwrap();
+        }
+    }
+}
+
+fn byte(ram: &GuestRam, gpa: u64) -> u8 {
+    ram.memory().read_obj(GuestAddress(gpa)).unwrap()
+}
+
+#[test]
+fn regions_are_where_the_guest_sees_them_and_congruent() {
+    let ram = two_regions();
+    assert_eq!(ram.len(), 10 * MIB);
+    for region in ram.regions() {
+        assert_eq!(
+            region.host as u64 % BLOCK_SIZE,
+            region.gpa.start() % BLOCK_SIZE
+        );
+        let found = ram
+            .memory()
+            .get_host_address(GuestAddress(region.gpa.start()));
+        assert_eq!(found.unwrap() as usize, region.host);
+    }
+    let odd = GuestRam::allocate(Backing::default(), &[range(0xa0000, 0x200000)]).unwrap();
+    assert_eq!(odd.regions()[0].host as u64 % BLOCK_SIZE, 0xa0000);
+}
+
+#[test]
+fn ram_is_what_lies_in_regions() {
+    let ram = two_regions();
+    for (start, end, want) in [
+        (0, 4, true),
+        (3, 4, true),
+        (0, 5, false),
+        (4, 8, false),
+        (7, 9, false),
+        (8, 14, true),
+        (13, 15, false),
+        (0, 14, false),
+        (20, 21, false),
+    ] {
+        assert_eq!(
+            ram.is_ram(range(start * MIB, end * MIB)),
+            want,
+            "{start}..{end}"
+        );
+    }
+    let adjacent = [range(0, 4096), range(4096, 12288)];
+    let ram = GuestRam::allocate(Backing::default(), &adjacent).unwrap();
+    assert!(ram.is_ram(range(0, 12288)));
+    assert_eq!(ram.discard(range(0, 8192)).unwrap(), 8192);
+}
+
+#[test]
+fn a_discard_drops_exactly_its_pages() {
+    let ram = two_regions();
+    fill(&ram);
+    assert_eq!(ram.resident(), 10 * MIB);
+    let gone = range(9 * MIB, 10 * MIB + PAGE_SIZE);
+    assert_eq!(ram.discard(gone).unwrap(), gone.len());
+    assert_eq!(ram.resident(), 10 * MIB - gone.len());
+    for (gpa, want) in [
+        (gone.start() - 1, 0xa5),
+        (gone.start(), 0),
+        (gone.end() - 1, 0),
+        (gone.end(), 0xa5),
+    ] {
+        assert_eq!(byte(&ram, gpa), want, "{gpa:#x}");
+    }
+    assert!(matches!(
+        ram.discard(range(3 * MIB, 5 * MIB)),
+        Err(MemoryError::NotRam { .. })
+    ));
+    assert_eq!(byte(&ram, 3 * MIB), 0xa5, "a refused discard drops nothing");
+}
+
+#[test]
+fn a_release_of_many_ranges_drops_exactly_their_pages() {
+    let ram = two_regions();
+    assert!(ram.can_free_lazily());
+    for how in [Release::Lazily, Release::Now] {
+        fill(&ram);
+        let even = |page: u64| range(page * 2 * PAGE_SIZE, (page * 2 + 1) * PAGE_SIZE);
+        let mut ranges: Vec<_> = (0..512).map(even).collect();
+        ranges.push(range(5 * MIB, 6 * MIB));
+        ranges.push(range(9 * MIB, 10 * MIB));
+        let released = ram.release(&ranges, how);
+        assert_eq!((released.failures, released.error), (1, None));
+        assert_eq!(released.bytes[..512], [PAGE_SIZE; 512]);
+        assert_eq!(released.bytes[512..], [0, MIB], "no RAM, nothing done");
+        println!("{} system calls for 513 ranges", released.calls);
+        for page in 0..512 {
+            assert_eq!(byte(&ram, (page * 2 + 1) * PAGE_SIZE), 0xa5);
+        }
+        let gone = if how == Release::Now { 3 * MIB } else { 0 };
+        assert_eq!(ram.resident(), 10 * MIB - gone);
+    }
+}
+
+#[test]
+fn progress_is_counted_in_whole_parts() {
+    let parts = [(0, 10), (20, 10), (40, 10)];
+    for (bytes, want) in [(0, 0), (9, 0), (10, 1), (29, 2), (30, 3), (99, 3)] {
+        assert_eq!(whole_parts(&parts, bytes), want, "{bytes}");
+    }
+}
+
+#[test]
+fn what_is_marked_free_is_kept_once_written_to() {
+    let ram = two_regions();
+    fill(&ram);
+    let marked = range(9 * MIB, 11 * MIB);
+    assert_eq!(ram.mark_free(marked).unwrap(), marked.len());
+    ram.memory()
+        .write_obj(0x5a_u8, GuestAddress(marked.start()))
+        .unwrap();
+    assert_eq!(byte(&ram, marked.start()), 0x5a);
+    assert_eq!(byte(&ram, marked.start() - 1), 0xa5);
+    assert_eq!(byte(&ram, marked.end()), 0xa5);
+    assert!(matches!(
+        ram.mark_free(range(3 * MIB, 5 * MIB)),
+        Err(MemoryError::NotRam { .. })
+    ));
+}
+
+#[test]
+fn prefault_populates_and_keeps_zeroes() {
+    let backing = Backing {
+        prefault: true,
+        ..Backing::default()
+    };
+    let ram = GuestRam::allocate(backing, &[range(0, 4 * MIB)]).unwrap();
+    assert_eq!(ram.resident(), 4 * MIB);
+    assert_eq!(byte(&ram, 4 * MIB - 1), 0);
+}
+
+#[test]
+fn handles_that_are_left_keep_the_addresses_but_not_the_pages() {
+    let ram = two_regions();
+    fill(&ram);
+    let (memory, region) = (ram.memory(), ram.regions()[0]);
+    let part = memory.iter().next().unwrap().get_mmap();
+    drop(ram);
+    assert_eq!(
+        memory.read_obj::<u8>(GuestAddress(0)).unwrap(),
+        0,
+        "its pages are gone"
+    );
+    drop(memory);
+    assert_eq!(part.size() as u64, region.gpa.len());
+}
+
+#[test]
+fn a_part_of_a_handle_is_noticed_too() {
+    let mut ram = two_regions();
+    assert!(ram.release_handle());
+    ram = two_regions();
+    let collection = GuestMemoryMmap::clone(&ram.memory());
+    assert!(!ram.release_handle());
+    drop(collection);
+    let mut ram = two_regions();
+    let region = ram.memory().iter().next().unwrap().get_mmap();
+    assert!(!ram.release_handle());
+    drop(region);
+}
+
+#[test]
+fn what_cannot_be_had_is_named_with_a_remedy() {
+    let allocate =
+        |backing, layout: &[GpaRange]| GuestRam::allocate(backing, layout).unwrap_err().to_string();
+    let huge = Backing {
+        hugepages: true,
+        ..Backing::default()
+    };
+    let terabytes = range(0, 64 << 40);
+    let message = allocate(huge, &[terabytes]);
+    assert!(message.contains("33554432 free ones"), "{message}");
+    assert!(message.contains("nr_hugepages"), "{message}");
+    assert!(allocate(huge, &[range(0, 3 * MIB)]).contains("multiples of 2 MiB"));
+    let message = allocate(Backing::default(), &[range(0, 1 << 60)]);
+    assert!(message.contains("1152921504606846976 bytes"), "{message}");
+    for layout in [
+        &[][..],
+        &[range(8192, 12288), range(0, 4096)],
+        &[range(0, 8192); 2],
+    ] {
+        assert!(allocate(Backing::default(), layout).contains("disjoint"));
+    }
+}

@@ -1,0 +1,147 @@
+//! Whole blocks, in big chunks, by several workers when there is much to do.
+
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, Builder};
+use std::time::{Duration, Instant};
+
+use super::Outcome;
+use super::slice::{Pages, Stage};
+use crate::lazy::{Chunk, LazyMemory, Sweep};
+use crate::memory::BLOCK_SIZE;
+
+/// How long a reuse may have to wait for a chunk.
+const CHUNK_TIME: Duration = Duration::from_millis(1);
+
+/// Chunks are never bigger.
+const MAX_CHUNK: u64 = 256 << 20;
+
+/// A worker is worth its start for so many bytes: 40 ms of work in pages of 4 KiB.
+const BYTES_PER_WORKER: u64 = 512 << 20;
+
+/// The live guest needs the cores, too.
+const MAX_WORKERS: u64 = 4;
+
+/// One sweep over whole blocks, up to a number of bytes.
+pub(super) struct BlockPass<'a> {
+    lazy: &'a LazyMemory,
+    pages: &'a dyn Pages,
+    stage: Stage,
+    todo: Mutex<Todo>,
+}
+
+struct Todo {
+    sweep: Sweep,
+    left: u64,
+    outcome: Outcome,
+}
+
+impl<'a> BlockPass<'a> {
+    pub fn new(
+        lazy: &'a LazyMemory,
+        pages: &'a dyn Pages,
+        stage: Stage,
+        sweep: Sweep,
+        bytes: u64,
+    ) -> Self {
+        let todo = Todo {
+            sweep,
+            left: bytes,
+            outcome: Outcome::default(),
+        };
+        Self {
+            lazy,
+            pages,
+            stage,
+            todo: Mutex::new(todo),
+        }
+    }
+
+    /// Runs it with chunks of `chunk` bytes to begin with; returns what the next pass should begin with.
+    pub fn run(&self, chunk: u64) -> u64 {
+        let stats = self.lazy.snapshot();
+        let most = self.with(|todo| todo.left);
+        let bytes = most.min(stats.lazy_bytes + stats.unmapped_bytes);
+        let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        let workers = (bytes / BYTES_PER_WORKER).min(cores).min(MAX_WORKERS);
+        thread::scope(|scope| {
+            for index in 1..workers {
+                let worker = Builder::new().name(format!("ebb-take{index}"));
+                // Those that cannot be started are done without.
+                if worker.spawn_scoped(scope, || self.work(chunk)).is_err() {
+                    break;
+                }
+            }
+            self.work(chunk)
+        })
+    }
+
+    pub fn outcome(&self) -> Outcome {
+        self.with(|todo| todo.outcome)
+    }
+
+    fn with<T>(&self, action: impl FnOnce(&mut Todo) -> T) -> T {
+        action(&mut self.todo.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn take(&self, size: u64) -> Option<Chunk<'a>> {
+        self.with(|todo| {
+            let chunk = self.lazy.take_chunk(&mut todo.sweep, size.min(todo.left))?;
+            todo.left -= chunk.range().len();
+            Some(chunk)
+        })
+    }
+
+    /// Takes chunks until none is left, each of about [`CHUNK_TIME`].
+    fn work(&self, mut size: u64) -> u64 {
+        while let Some(chunk) = self.take(size) {
+            let (range, start) = (chunk.range(), Instant::now());
+            let treated = self.pages.treat(&[range], self.stage);
+            size = next_chunk(size, range.len(), start.elapsed());
+            let bytes = treated.bytes.first().copied().unwrap_or(0);
+            // With hugetlb less may be gone than was asked for.
+            if bytes == range.len() {
+                match self.stage {
+                    Stage::Invalidate => chunk.unmapped(self.lazy.begin_generation()),
+                    Stage::Discard => chunk.discarded(),
+                }
+            }
+            self.with(|todo| {
+                todo.left += range.len() - bytes.min(range.len());
+                todo.outcome.bytes += bytes;
+                todo.outcome.calls += treated.calls;
+                todo.outcome.failures += treated.failures;
+            });
+        }
+        size
+    }
+}
+
+/// The size of the next chunk after one of `len` bytes took `took`: such that one takes about
+/// [`CHUNK_TIME`], whatever the page size and the host.
+fn next_chunk(chunk: u64, len: u64, took: Duration) -> u64 {
+    if took > CHUNK_TIME {
+        (chunk / 2).max(BLOCK_SIZE)
+    } else if len == chunk && took < CHUNK_TIME * 2 / 5 {
+        (chunk * 2).min(MAX_CHUNK)
+    } else {
+        chunk
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn chunks_aim_at_a_millisecond() {
+        let next = |chunk, len, micros| next_chunk(chunk, len, Duration::from_micros(micros));
+        assert_eq!(next(8 * MIB, 8 * MIB, 20), 16 * MIB);
+        assert_eq!(next(8 * MIB, 4096, 20), 8 * MIB, "a small one says little");
+        assert_eq!(next(8 * MIB, 8 * MIB, 700), 8 * MIB);
+        assert_eq!(next(8 * MIB, 8 * MIB, 1500), 4 * MIB);
+        assert_eq!(next(2 * MIB, 2 * MIB, 90_000), 2 * MIB);
+        assert_eq!(next(MAX_CHUNK, MAX_CHUNK, 20), MAX_CHUNK);
+    }
+}

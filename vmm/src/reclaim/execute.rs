@@ -1,0 +1,606 @@
+//! Discards lazily freed memory, or leaves it to the host.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::blocks::BlockPass;
+use super::slice::{Limits, Pages, Slice, Slicer, Stage};
+use super::{Reach, Sample, Tuning};
+use crate::generation::{Gate, GateStats};
+use crate::lazy::{LazyMemory, Pieces, Sweep};
+use crate::memory::{BLOCK_SIZE, GpaRange};
+
+/// Chunk size to begin with: 0.65 ms at 12 GiB/s, what one core frees in pages of 4 KiB.
+const FIRST_CHUNK: u64 = 8 << 20;
+
+/// How long a reclaim waits for vCPUs that are behind.
+const PATIENCE: Duration = Duration::from_millis(10);
+
+/// After so many closings in a row that vCPUs missed, one slice runs with the gate open: a pause budget
+/// that is too short for this host costs interrupts, not progress.
+const MAX_MISSES: u32 = 3;
+
+/// The vCPUs are left alone for this long at most between two slices.
+const MAX_REST: Duration = Duration::from_secs(1);
+
+/// What to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// At most so many bytes.
+    pub bytes: u64,
+    /// How far down to go for them.
+    pub reach: Reach,
+    /// Ranges of later generations are left alone.
+    pub newest: u64,
+    /// Somebody waits: the vCPUs may be held for ten times their usual share of time.
+    pub urgent: bool,
+}
+
+/// What one reclaim did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Bytes returned, or left, to the host.
+    pub bytes: u64,
+    /// System calls made.
+    pub calls: u64,
+    /// Parts that the host would not take: those chunks stay what they were.
+    pub failures: u64,
+    /// Time it took.
+    pub duration: Duration,
+}
+
+/// Counters since the machine started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReclaimStats {
+    /// System calls made to discard lazy or unmapped memory.
+    pub discard_calls_total: u64,
+    /// Discards that failed, eager ones included.
+    pub discard_failures_total: u64,
+    /// System calls made to invalidate lazy memory.
+    pub invalidate_calls_total: u64,
+    /// Invalidations that failed.
+    pub invalidate_failures_total: u64,
+    /// System calls of eager discards.
+    pub eager_calls_total: u64,
+    /// Bytes discarded at once, see [`Reclaimer::discard_now`].
+    pub eager_bytes_total: u64,
+    /// Slices that were run with the vCPUs out.
+    pub held_slices_total: u64,
+    /// Slices that were run with the gate open.
+    pub open_slices_total: u64,
+    /// Ranges treated in slices.
+    pub slice_ranges_total: u64,
+    /// Reclaims that memory pressure started.
+    pub pressure_events_total: u64,
+    /// The entry gate.
+    pub gate: GateStats,
+}
+
+#[derive(Default)]
+struct Counters {
+    discard_calls: AtomicU64,
+    discard_failures: AtomicU64,
+    invalidate_calls: AtomicU64,
+    invalidate_failures: AtomicU64,
+    eager_calls: AtomicU64,
+    eager_bytes: AtomicU64,
+    held_slices: AtomicU64,
+    open_slices: AtomicU64,
+    slice_ranges: AtomicU64,
+    pressure_events: AtomicU64,
+}
+
+/// What one reclaim leaves to the next.
+struct Round {
+    /// Bytes of the next chunk of blocks.
+    chunk: u64,
+    /// The machine's generation when the last reclaim began: what is not younger has survived it.
+    old: u64,
+}
+
+/// Returns lazily freed memory to the host. One reclaim at a time: the others wait for their turn. Reuse
+/// never waits for that, only for the chunk that it meets.
+///
+/// Whole blocks are discarded by calls of many megabytes with the vCPUs running: an interrupt for each is
+/// nothing beside the work. What is smaller goes in slices, see [`super::slice`].
+///
+/// **Locks**, in this order: `round` (for one reclaim), the gate's, the tracker's. `stop` is taken alone.
+pub struct Reclaimer {
+    lazy: Arc<LazyMemory>,
+    pages: Arc<dyn Pages>,
+    gate: Arc<Gate>,
+    tuning: Tuning,
+    round: Mutex<Round>,
+    cost: AtomicU64,
+    stop: Mutex<bool>,
+    stopped: Condvar,
+    counters: Counters,
+}
+
+impl Reclaimer {
+    /// A reclaimer of what is lazy in `lazy`, whose addresses are those of `pages`, in a machine whose
+    /// vCPUs enter through `gate`.
+    #[must_use]
+    pub fn new(
+        lazy: Arc<LazyMemory>,
+        pages: Arc<dyn Pages>,
+        gate: Arc<Gate>,
+        tuning: Tuning,
+    ) -> Self {
+        Self {
+            lazy,
+            pages,
+            gate,
+            tuning,
+            round: Mutex::new(Round {
+                chunk: FIRST_CHUNK,
+                old: 0,
+            }),
+            cost: AtomicU64::new(0),
+            stop: Mutex::new(false),
+            stopped: Condvar::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// How it goes about it.
+    #[must_use]
+    pub const fn tuning(&self) -> Tuning {
+        self.tuning
+    }
+
+    /// Returns up to `bytes` to the host: what is unmapped already, whole blocks, then the pieces between
+    /// them, and less than 2 MiB at the end from a block.
+    pub fn reclaim(&self, bytes: u64) -> Outcome {
+        self.discard(Order {
+            bytes,
+            reach: Reach::Everything,
+            newest: u64::MAX,
+            urgent: true,
+        })
+    }
+
+    /// Discards what `order` says. What could not be discarded stays what it was and is left alone until
+    /// the next call. The passes: unmapped and quiescent; unmapped, after those vCPUs that are behind were
+    /// brought out; lazy blocks that have survived a reclaim; all lazy blocks; lazy fragments; a piece of a
+    /// block. Each is one sweep, and a sweep meets nothing twice, so this ends whatever fails.
+    pub fn discard(&self, order: Order) -> Outcome {
+        let start = Instant::now();
+        let mut round = self.round();
+        let now = self.lazy.generation();
+        let old = std::mem::replace(&mut round.old, now);
+        let mut job = self.job(order, Stage::Discard, &mut round);
+        job.unmapped();
+        let newest = now.min(order.newest);
+        job.blocks(Sweep::new(Pieces::Blocks, old.min(newest)));
+        job.blocks(Sweep::new(Pieces::Blocks, newest));
+        if order.reach >= Reach::Fragments {
+            job.slices(Sweep::new(Pieces::Fragments, newest));
+        }
+        // Only what is smaller than a block may come out of one.
+        if order.reach >= Reach::Everything && job.left() < BLOCK_SIZE {
+            job.slices(Sweep::new(Pieces::Any, newest));
+        }
+        let mut outcome = job.outcome;
+        add(&self.counters.discard_calls, outcome.calls);
+        add(&self.counters.discard_failures, outcome.failures);
+        outcome.duration = start.elapsed();
+        outcome
+    }
+
+    /// Invalidates what `order` says: it is unmapped then, the host may take it on its own schedule, and
+    /// discarding it later is cheap. Does nothing where memory cannot be left to the host.
+    pub fn invalidate(&self, order: Order) -> Outcome {
+        let start = Instant::now();
+        if !self.pages.can_invalidate() {
+            return Outcome::default();
+        }
+        let mut round = self.round();
+        let newest = self.lazy.generation().min(order.newest);
+        let mut job = self.job(order, Stage::Invalidate, &mut round);
+        job.blocks(Sweep::new(Pieces::Blocks, newest));
+        if order.reach >= Reach::Fragments {
+            job.slices(Sweep::new(Pieces::Fragments, newest));
+        }
+        let mut outcome = job.outcome;
+        add(&self.counters.invalidate_calls, outcome.calls);
+        add(&self.counters.invalidate_failures, outcome.failures);
+        outcome.duration = start.elapsed();
+        outcome
+    }
+
+    /// Returns `ranges` to the host at once, for a guest that will use them without telling. They are not
+    /// tracked. The caller answers for nobody using them before this returns.
+    pub fn discard_now(&self, ranges: &[GpaRange]) -> Outcome {
+        let start = Instant::now();
+        let treated = self.pages.treat(ranges, Stage::Discard);
+        let outcome = Outcome {
+            bytes: treated.bytes.iter().sum(),
+            calls: treated.calls,
+            failures: treated.failures,
+            duration: start.elapsed(),
+        };
+        add(&self.counters.eager_bytes, outcome.bytes);
+        add(&self.counters.eager_calls, outcome.calls);
+        add(&self.counters.discard_failures, outcome.failures);
+        outcome
+    }
+
+    /// Ends the reclaim that is under way, and all later ones at their first rest.
+    pub fn stop(&self) {
+        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.stopped.notify_all();
+    }
+
+    /// `sample` with the machine's lazy memory filled in.
+    #[must_use]
+    pub fn sampled(&self, sample: Sample) -> Sample {
+        let lazy = self.lazy.snapshot();
+        Sample {
+            lazy: lazy.lazy_bytes,
+            unmapped: lazy.unmapped_bytes,
+            generation: lazy.generation,
+            ..sample
+        }
+    }
+
+    /// Counts a reclaim that pressure has started.
+    pub(super) fn count_pressure_event(&self) {
+        add(&self.counters.pressure_events, 1);
+    }
+
+    /// The counters; each is right, together they may be of slightly different moments.
+    #[must_use]
+    pub fn snapshot(&self) -> ReclaimStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        ReclaimStats {
+            discard_calls_total: read(&counters.discard_calls),
+            discard_failures_total: read(&counters.discard_failures),
+            invalidate_calls_total: read(&counters.invalidate_calls),
+            invalidate_failures_total: read(&counters.invalidate_failures),
+            eager_calls_total: read(&counters.eager_calls),
+            eager_bytes_total: read(&counters.eager_bytes),
+            held_slices_total: read(&counters.held_slices),
+            open_slices_total: read(&counters.open_slices),
+            slice_ranges_total: read(&counters.slice_ranges),
+            pressure_events_total: read(&counters.pressure_events),
+            gate: self.gate.stats(),
+        }
+    }
+
+    fn round(&self) -> MutexGuard<'_, Round> {
+        self.round.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    const fn job<'a>(&'a self, order: Order, stage: Stage, round: &'a mut Round) -> Job<'a> {
+        Job {
+            reclaimer: self,
+            order,
+            stage,
+            round,
+            outcome: Outcome {
+                bytes: 0,
+                calls: 0,
+                failures: 0,
+                duration: Duration::ZERO,
+            },
+        }
+    }
+
+    /// Lets the vCPUs run for long enough that the slice was their share; false: it is time to stop.
+    fn rest(&self, slice: &Slice, urgent: bool) -> bool {
+        let share = self.tuning.share * if urgent { 10 } else { 1 };
+        let rest = if slice.disturbed > 0 || slice.missed {
+            slice.held * (100 / share.clamp(1, 50) - 1)
+        } else {
+            Duration::ZERO
+        };
+        let stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = |stop: &mut bool| !*stop;
+        let waited = self
+            .stopped
+            .wait_timeout_while(stop, rest.min(MAX_REST), running);
+        let (stop, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !*stop
+    }
+}
+
+/// One reclaim under way.
+struct Job<'a> {
+    reclaimer: &'a Reclaimer,
+    order: Order,
+    stage: Stage,
+    round: &'a mut Round,
+    outcome: Outcome,
+}
+
+impl Job<'_> {
+    const fn left(&self) -> u64 {
+        self.order.bytes.saturating_sub(self.outcome.bytes)
+    }
+
+    /// Discards what is unmapped: what every vCPU has seen first; the rest too, under hard pressure, after
+    /// those that are behind were brought out once.
+    fn unmapped(&mut self) {
+        let (lazy, gate) = (&self.reclaimer.lazy, &self.reclaimer.gate);
+        let quiescent = gate.quiescent_generation();
+        self.unmapped_up_to(quiescent);
+        let now = lazy.generation().min(self.order.newest);
+        let worth_it = self.order.reach >= Reach::Fragments && quiescent < now;
+        if worth_it
+            && self.left() > 0
+            && lazy.peek(&mut Sweep::unmapped(Pieces::Any, now), self.left())
+            && gate.catch_up(now, PATIENCE)
+        {
+            self.unmapped_up_to(now);
+        }
+    }
+
+    fn unmapped_up_to(&mut self, quiescent: u64) {
+        let newest = quiescent.min(self.order.newest);
+        self.blocks(Sweep::unmapped(Pieces::Blocks, newest));
+        self.slices(Sweep::unmapped(Pieces::Fragments, newest));
+    }
+
+    /// One sweep over whole blocks, with the vCPUs running.
+    fn blocks(&mut self, sweep: Sweep) {
+        if self.left() < BLOCK_SIZE {
+            return;
+        }
+        let pass = BlockPass::new(
+            &self.reclaimer.lazy,
+            &*self.reclaimer.pages,
+            self.stage,
+            sweep,
+            self.left(),
+        );
+        self.round.chunk = pass.run(self.round.chunk);
+        let done = pass.outcome();
+        self.outcome.bytes += done.bytes;
+        self.outcome.calls += done.calls;
+        self.outcome.failures += done.failures;
+    }
+
+    /// One sweep over what is smaller, in slices with the vCPUs out.
+    fn slices(&mut self, mut sweep: Sweep) {
+        let reclaimer = self.reclaimer;
+        let slicer = Slicer {
+            lazy: &reclaimer.lazy,
+            gate: &reclaimer.gate,
+            pages: &*reclaimer.pages,
+            cost: &reclaimer.cost,
+        };
+        let mut misses = 0;
+        while self.left() > 0 {
+            let limits = Limits {
+                ranges: reclaimer.tuning.slice,
+                bytes: self.left(),
+                pause: reclaimer.tuning.pause,
+            };
+            let slice = if misses < MAX_MISSES {
+                slicer.held(&mut sweep, self.stage, limits)
+            } else {
+                slicer.open(&mut sweep, self.stage, limits)
+            };
+            let kind = if misses < MAX_MISSES {
+                &reclaimer.counters.held_slices
+            } else {
+                &reclaimer.counters.open_slices
+            };
+            add(kind, u64::from(slice.calls > 0));
+            add(&reclaimer.counters.slice_ranges, slice.ranges);
+            self.outcome.bytes += slice.bytes;
+            self.outcome.calls += slice.calls;
+            self.outcome.failures += slice.failures;
+            misses = if slice.missed { misses + 1 } else { 0 };
+            let more = !slice.done && self.left() > 0;
+            if !more
+                || !reclaimer.lazy.peek(&mut sweep, self.left())
+                || !reclaimer.rest(&slice, self.order.urgent)
+            {
+                return;
+            }
+        }
+    }
+}
+
+fn add(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generation::{NoKick, VmGeneration};
+    use crate::memory::{Backing, GuestRam, PAGE_SIZE};
+    use crate::reclaim::slice::Treated;
+
+    const MIB: u64 = 1 << 20;
+
+    fn range(start: u64, end: u64) -> GpaRange {
+        GpaRange::new(start, end).unwrap()
+    }
+
+    fn reclaimer(mib: u64) -> Reclaimer {
+        let ram = GuestRam::allocate(Backing::default(), &[range(0, mib * MIB)]).unwrap();
+        over(Arc::new(ram), 0, Tuning::default())
+    }
+
+    fn over(pages: Arc<dyn Pages>, vcpus: usize, tuning: Tuning) -> Reclaimer {
+        let generation = Arc::new(VmGeneration::default());
+        let gate = Gate::new(vcpus, Arc::clone(&generation), Box::new(NoKick));
+        let lazy = LazyMemory::new(1000, generation);
+        Reclaimer::new(Arc::new(lazy), pages, Arc::new(gate), tuning)
+    }
+
+    const fn order(bytes: u64, reach: Reach) -> Order {
+        Order {
+            bytes,
+            reach,
+            newest: u64::MAX,
+            urgent: true,
+        }
+    }
+
+    #[test]
+    fn blocks_go_first_then_fragments_then_a_piece_of_a_block() {
+        let reclaimer = reclaimer(32);
+        reclaimer
+            .lazy
+            .free(&[range(MIB, 7 * MIB), range(9 * MIB, 10 * MIB)]);
+        let reclaim = |bytes, reach| reclaimer.discard(order(bytes, reach)).bytes;
+        assert_eq!(reclaim(3 * MIB, Reach::Blocks), 2 * MIB);
+        assert_eq!(reclaim(9 * MIB, Reach::Blocks), 2 * MIB, "the other block");
+        assert_eq!(reclaim(9 * MIB, Reach::Blocks), 0);
+        assert_eq!(reclaim(MIB + PAGE_SIZE, Reach::Fragments), MIB + PAGE_SIZE);
+        assert_eq!(reclaim(9 * MIB, Reach::Fragments), 2 * MIB - PAGE_SIZE);
+        reclaimer.lazy.free(&[range(16 * MIB, 20 * MIB)]);
+        assert_eq!(reclaim(MIB, Reach::Fragments), 0);
+        assert_eq!(reclaimer.reclaim(MIB).bytes, MIB);
+        assert_eq!(reclaimer.reclaim(u64::MAX).bytes, 3 * MIB);
+        let stats = reclaimer.lazy.snapshot();
+        assert_eq!((stats.lazy_bytes, stats.discarded_bytes), (0, 11 * MIB));
+        assert_eq!(stats.reclaimed_bytes_total, 11 * MIB);
+    }
+
+    #[test]
+    fn what_survived_the_last_reclaim_goes_before_what_is_new() {
+        let reclaimer = reclaimer(32);
+        reclaimer.lazy.free(&[range(16 * MIB, 20 * MIB)]);
+        assert_eq!(reclaimer.reclaim(2 * MIB).bytes, 2 * MIB);
+        reclaimer.lazy.free(&[range(0, 4 * MIB)]);
+        assert_eq!(reclaimer.reclaim(2 * MIB).bytes, 2 * MIB);
+        reclaimer.lazy.reuse(&[range(0, 4 * MIB)]);
+        assert_eq!(
+            reclaimer.lazy.snapshot().lazy_bytes,
+            0,
+            "the old range went first"
+        );
+    }
+
+    /// Memory whose first page the host will not take, with a log of what it was asked.
+    #[derive(Default)]
+    struct Stubborn(Mutex<Vec<(GpaRange, Stage)>>);
+
+    impl Pages for Stubborn {
+        fn can_invalidate(&self) -> bool {
+            true
+        }
+
+        fn batch(&self) -> usize {
+            7
+        }
+
+        fn treat(&self, ranges: &[GpaRange], stage: Stage) -> Treated {
+            let bytes = ranges.iter().map(|range| {
+                self.0.lock().unwrap().push((*range, stage));
+                if range.start() == 0 { 0 } else { range.len() }
+            });
+            let bytes: Vec<_> = bytes.collect();
+            let failures = bytes.iter().filter(|bytes| **bytes == 0).count() as u64;
+            Treated {
+                bytes,
+                calls: 1,
+                failures,
+            }
+        }
+    }
+
+    #[test]
+    fn chunks_that_fail_stay_lazy_and_the_others_go() {
+        let reclaimer = over(Arc::new(Stubborn::default()), 0, Tuning::default());
+        reclaimer.lazy.free(&[range(0, 32 * MIB)]);
+        let outcome = reclaimer.reclaim(u64::MAX);
+        assert_eq!(outcome.bytes + FIRST_CHUNK, 32 * MIB);
+        assert!(outcome.calls > 1, "{outcome:?}");
+        let lazy = reclaimer.lazy.snapshot();
+        assert_eq!((lazy.lazy_bytes, lazy.unmapped_bytes), (FIRST_CHUNK, 0));
+        let invalidated = reclaimer.invalidate(order(u64::MAX, Reach::Fragments));
+        assert_eq!(invalidated.bytes + lazy.lazy_bytes, FIRST_CHUNK);
+        let stats = reclaimer.snapshot();
+        assert_eq!(stats.discard_failures_total, outcome.failures);
+        assert_eq!(stats.invalidate_failures_total, 1);
+    }
+
+    #[test]
+    fn scattered_ranges_go_in_slices_and_unmapped_ones_first() {
+        let pages = Arc::new(Stubborn::default());
+        let tuning = Tuning {
+            slice: 20,
+            ..Tuning::default()
+        };
+        let reclaimer = over(Arc::clone(&pages) as _, 1, tuning);
+        let scattered = |index: u64| range(index * MIB, index * MIB + (64 << 10));
+        let ranges: Vec<_> = (1..101).map(scattered).collect();
+        reclaimer.lazy.free(&ranges);
+        let limited = order(30 * (64 << 10), Reach::Fragments);
+        assert_eq!(reclaimer.invalidate(limited).bytes, 30 * (64 << 10));
+        assert_eq!(reclaimer.lazy.snapshot().unmapped_bytes, 30 * (64 << 10));
+        assert_eq!(
+            reclaimer.discard(order(u64::MAX, Reach::Blocks)).bytes,
+            30 * (64 << 10)
+        );
+        assert_eq!(reclaimer.reclaim(u64::MAX).bytes, 70 * (64 << 10));
+        let stats = reclaimer.snapshot();
+        assert_eq!(
+            (stats.slice_ranges_total, stats.open_slices_total),
+            (130, 0)
+        );
+        assert!(stats.held_slices_total >= 2 + 2 + 4, "{stats:?}");
+        assert_eq!(stats.gate.closings, stats.held_slices_total);
+        assert_eq!(pages.0.lock().unwrap()[30].1, Stage::Discard);
+    }
+
+    #[test]
+    fn a_vcpu_that_will_not_come_out_costs_interrupts_but_not_progress() {
+        let tuning = Tuning {
+            pause: Duration::from_micros(50),
+            ..Tuning::default()
+        };
+        let reclaimer = over(Arc::new(Stubborn::default()), 1, tuning);
+        let ranges: Vec<_> = (1..9)
+            .map(|i| range(i * MIB, i * MIB + PAGE_SIZE))
+            .collect();
+        reclaimer.lazy.free(&ranges);
+        let inside = reclaimer.gate.enter(0);
+        let outcome = reclaimer.invalidate(order(u64::MAX, Reach::Fragments));
+        assert_eq!(outcome.bytes, 8 * PAGE_SIZE);
+        let stats = reclaimer.snapshot();
+        assert_eq!((stats.held_slices_total, stats.open_slices_total), (0, 1));
+        assert_eq!(stats.gate.missed, u64::from(MAX_MISSES));
+        let discard = |reach| reclaimer.discard(order(u64::MAX, reach)).bytes;
+        assert_eq!(discard(Reach::Blocks), 0, "it may still have translations");
+        drop(inside);
+        assert_eq!(discard(Reach::Blocks), 8 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn stopping_ends_a_rest() {
+        let reclaimer = reclaimer(4);
+        let slice = Slice {
+            disturbed: 1,
+            held: MAX_REST,
+            ..Slice::default()
+        };
+        std::thread::scope(|scope| {
+            let rest = scope.spawn(|| reclaimer.rest(&slice, false));
+            reclaimer.stop();
+            assert!(!rest.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn eager_discards_are_counted_and_not_tracked() {
+        let reclaimer = reclaimer(4);
+        let outcome = reclaimer.discard_now(&[range(0, MIB), range(3 * MIB, 5 * MIB)]);
+        assert_eq!((outcome.bytes, outcome.failures), (MIB, 1));
+        let stats = reclaimer.snapshot();
+        assert_eq!(
+            (stats.eager_bytes_total, stats.discard_failures_total),
+            (MIB, 1)
+        );
+        assert_eq!(reclaimer.lazy.snapshot().ranges, 0);
+    }
+}

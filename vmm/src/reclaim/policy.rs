@@ -1,0 +1,382 @@
+//! How much to reclaim. Pure: tested by replaying what a host went through.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Least bytes of one answer to pressure.
+const MIN_STEP: u64 = 64 << 20;
+
+/// Pressure that has lasted for this many answers is hard: smaller pieces than blocks are taken, too.
+const HARD_LEVEL: u32 = 2;
+
+/// This many samples in a row without pressure end it. PSI reports at most once in 2 s, samples are taken
+/// each second.
+const CALM_SAMPLES: u32 = 3;
+
+/// Least bytes that a host should have available, unless that were more than a quarter of all.
+const LOW_WATERMARK: u64 = 256 << 20;
+
+/// What the host and the machine look like at one moment. Sizes in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sample {
+    /// A PSI trigger has fired since the last sample: tasks are stalled for lack of memory.
+    pub stalled: bool,
+    /// Memory of the host that can be had without swapping.
+    pub available: u64,
+    /// All memory of the host; 0 when it is not known: then only `stalled` counts.
+    pub total: u64,
+    /// Lazily freed memory that could be invalidated and discarded.
+    pub lazy: u64,
+    /// Unmapped memory that could be discarded.
+    pub unmapped: u64,
+    /// The machine's generation.
+    pub generation: u64,
+    /// What is of this generation or an older one has reached the age of [`Mode::Age`].
+    pub aged: u64,
+}
+
+/// When memory is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Under memory pressure of the host.
+    #[default]
+    Pressure,
+    /// As soon as possible.
+    Eager,
+    /// When it has been lazy for so long; invalidated then, and discarded after as long again.
+    Age(Duration),
+    /// On request only.
+    Off,
+}
+
+/// How reclaim goes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// When.
+    pub mode: Mode,
+    /// For how long a vCPU may be kept out of the guest at a time, less one system call.
+    pub pause: Duration,
+    /// Most ranges of a slice.
+    pub slice: usize,
+    /// Percentage of the time for which vCPUs may be kept out, 1 to 50.
+    pub share: u32,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Pressure,
+            pause: Duration::from_micros(100),
+            slice: 512,
+            share: 1,
+        }
+    }
+}
+
+/// Remembers which generation was current when, so that age needs no time stamp on a range.
+#[derive(Clone, Debug, Default)]
+pub struct Ages {
+    /// Ascending in both: seconds since some moment, and the generation then.
+    marks: VecDeque<(Duration, u64)>,
+    aged: u64,
+}
+
+impl Ages {
+    /// At `now` the machine's generation is `current`. Returns the latest generation that was current `age`
+    /// ago or longer; marks are kept at most 32 for that, so the answer is late by 1/16 of `age` at most.
+    pub fn aged(&mut self, now: Duration, current: u64, age: Duration) -> u64 {
+        let apart = self.marks.back().map(|&(last, _)| now.saturating_sub(last));
+        if apart.is_none_or(|apart| apart >= age / 16) {
+            self.marks.push_back((now, current));
+        }
+        while let Some(&(then, generation)) = self.marks.front()
+            && now.saturating_sub(then) >= age
+        {
+            self.aged = generation;
+            self.marks.pop_front();
+        }
+        self.aged
+    }
+}
+
+/// What the policy remembers from sample to sample.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyState {
+    /// Answers given since pressure began.
+    level: u32,
+    /// Samples without pressure since then.
+    calm: u32,
+}
+
+impl PolicyState {
+    /// The last sample showed pressure.
+    pub(super) const fn is_pressed(self) -> bool {
+        self.level > 0 && self.calm == 0
+    }
+}
+
+/// How far down a reclaim goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reach {
+    /// Whole blocks of 2 MiB only.
+    Blocks,
+    /// Then the pieces between them.
+    Fragments,
+    /// Then, for less than 2 MiB, a piece of a block.
+    Everything,
+}
+
+/// What to reclaim now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Upper bound in bytes of what is discarded; 0: nothing.
+    pub bytes: u64,
+    /// Upper bound in bytes of what is invalidated after that, ahead of need; 0: nothing.
+    pub invalidate: u64,
+    /// How far down to go for both.
+    pub reach: Reach,
+    /// Ranges of later generations are left alone.
+    pub newest: u64,
+}
+
+impl Decision {
+    const NOTHING: Self = Self {
+        bytes: 0,
+        invalidate: 0,
+        reach: Reach::Blocks,
+        newest: u64::MAX,
+    };
+}
+
+/// Decides what to reclaim, and what to remember.
+#[must_use]
+pub fn decide(mode: Mode, sample: Sample, state: PolicyState) -> (Decision, PolicyState) {
+    match mode {
+        Mode::Off => (Decision::NOTHING, state),
+        Mode::Pressure => under_pressure(sample, state),
+        Mode::Eager => {
+            let decision = Decision {
+                bytes: sample.lazy.saturating_add(sample.unmapped),
+                reach: Reach::Fragments,
+                ..Decision::NOTHING
+            };
+            (decision, state)
+        }
+        Mode::Age(_) => {
+            let (pressed, state) = under_pressure(sample, state);
+            let aged = Decision {
+                bytes: sample.unmapped,
+                invalidate: sample.lazy,
+                reach: Reach::Fragments,
+                newest: sample.aged,
+            };
+            let decision = if pressed.bytes > 0 { pressed } else { aged };
+            (decision, state)
+        }
+    }
+}
+
+/// Pressure is a PSI report, or less available memory than the low watermark (5 % of the host, at least
+/// 256 MiB, at most a quarter). The first answer is a 16th of what can be taken, at least 64 MiB, at least
+/// what is missing to the watermark; each further answer to pressure that lasts is twice as much.
+///
+/// As much again is invalidated ahead of the next answer: pressure that has come rarely goes at once. So is
+/// one first answer's worth when the watermark is near: less than twice of it is available.
+fn under_pressure(sample: Sample, state: PolicyState) -> (Decision, PolicyState) {
+    let low = (sample.total / 20).max(LOW_WATERMARK).min(sample.total / 4);
+    let missing = low.saturating_sub(sample.available);
+    let all = sample.lazy.saturating_add(sample.unmapped);
+    let step = (all / 16).max(MIN_STEP);
+    if !sample.stalled && missing == 0 {
+        let calm = state.calm.saturating_add(1);
+        let level = if calm < CALM_SAMPLES { state.level } else { 0 };
+        let near = sample.total > 0 && sample.available < low.saturating_mul(2);
+        let ahead = step.saturating_sub(sample.unmapped).min(sample.lazy);
+        let decision = Decision {
+            invalidate: if near { ahead } else { 0 },
+            ..Decision::NOTHING
+        };
+        return (decision, PolicyState { level, calm });
+    }
+    let step = step.saturating_mul(1 << state.level.min(20));
+    let reach = if state.level < HARD_LEVEL {
+        Reach::Blocks
+    } else {
+        Reach::Fragments
+    };
+    let bytes = step.max(missing).min(all);
+    let decision = Decision {
+        bytes,
+        invalidate: bytes.min(all - bytes),
+        reach,
+        ..Decision::NOTHING
+    };
+    let next = PolicyState {
+        level: state.level.saturating_add(1),
+        calm: 0,
+    };
+    (decision, next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+
+    /// A host of 16 GiB: the low watermark is 819 MiB.
+    fn sample(stalled: bool, available: u64, lazy: u64) -> Sample {
+        Sample {
+            stalled,
+            available,
+            total: 16 * GIB,
+            lazy,
+            ..Sample::default()
+        }
+    }
+
+    /// Replays samples and returns the decisions in MiB, with whether fragments were taken.
+    fn replay(trace: &[Sample]) -> Vec<(u64, bool)> {
+        let mut state = PolicyState::default();
+        let mut decisions = Vec::new();
+        for &sample in trace {
+            let (decision, next) = decide(Mode::Pressure, sample, state);
+            state = next;
+            assert!(decision.bytes <= sample.lazy);
+            decisions.push((decision.bytes / MIB, decision.reach == Reach::Fragments));
+        }
+        decisions
+    }
+
+    #[test]
+    fn without_pressure_nothing_is_taken() {
+        assert_eq!(
+            replay(&[sample(false, 8 * GIB, 4 * GIB); 9]),
+            [(0, false); 9]
+        );
+    }
+
+    #[test]
+    fn without_lazy_memory_nothing_is_taken() {
+        let decisions = replay(&[sample(true, 0, 0); 30]);
+        assert!(decisions.iter().all(|&(bytes, _)| bytes == 0));
+    }
+
+    #[test]
+    fn pressure_that_lasts_escalates_and_reports_may_skip_samples() {
+        let (stall, quiet) = (
+            sample(true, 8 * GIB, 4 * GIB),
+            sample(false, 8 * GIB, 4 * GIB),
+        );
+        assert_eq!(
+            replay(&[stall, quiet, stall, quiet, stall, quiet, stall]),
+            [
+                (256, false),
+                (0, false),
+                (512, false),
+                (0, false),
+                (1024, true),
+                (0, false),
+                (2048, true)
+            ]
+        );
+        let later = replay(&[stall, stall, stall, quiet, quiet, quiet, stall]);
+        assert_eq!(later.last(), Some(&(256, false)), "calm ends it");
+    }
+
+    #[test]
+    fn a_little_lazy_memory_goes_at_once() {
+        assert_eq!(replay(&[sample(true, 8 * GIB, 100 * MIB)]), [(64, false)]);
+        assert_eq!(replay(&[sample(true, 8 * GIB, 10 * MIB)]), [(10, false)]);
+    }
+
+    #[test]
+    fn below_the_watermark_what_is_missing_is_taken() {
+        let missing = sample(false, 219 * MIB, 4 * GIB);
+        assert_eq!(replay(&[missing]), [(600, false)]);
+        let almost = sample(false, 800 * MIB, 4 * GIB);
+        assert_eq!(replay(&[almost, almost]), [(256, false), (512, false)]);
+    }
+
+    #[test]
+    fn small_hosts_have_a_lower_watermark_and_unknown_ones_none() {
+        let host = |total, available| Sample {
+            stalled: false,
+            available,
+            total,
+            lazy: GIB,
+            ..Sample::default()
+        };
+        assert_eq!(replay(&[host(512 * MIB, 130 * MIB)]), [(0, false)]);
+        assert_eq!(replay(&[host(512 * MIB, 127 * MIB)]), [(64, false)]);
+        assert_eq!(replay(&[host(0, 0)]), [(0, false)]);
+    }
+
+    #[test]
+    fn endless_pressure_does_not_overflow() {
+        let decisions = replay(&[sample(true, 0, u64::MAX); 100]);
+        assert_eq!(decisions.last(), Some(&(u64::MAX / MIB, true)));
+    }
+
+    #[test]
+    fn near_the_watermark_one_answer_is_invalidated_ahead() {
+        let near = sample(false, GIB, 4 * GIB);
+        let decision = decide(Mode::Pressure, near, PolicyState::default()).0;
+        assert_eq!((decision.bytes, decision.invalidate), (0, 256 * MIB));
+        let ahead = Sample {
+            lazy: 4 * GIB - 256 * MIB,
+            unmapped: 256 * MIB,
+            ..near
+        };
+        let decision = decide(Mode::Pressure, ahead, PolicyState::default()).0;
+        assert_eq!((decision.bytes, decision.invalidate), (0, 0));
+        let stalled = Sample {
+            stalled: true,
+            ..ahead
+        };
+        let decision = decide(Mode::Pressure, stalled, PolicyState::default()).0;
+        assert_eq!(
+            (decision.bytes, decision.invalidate),
+            (256 * MIB, 256 * MIB)
+        );
+    }
+
+    #[test]
+    fn the_other_modes() {
+        let calm = Sample {
+            unmapped: MIB,
+            aged: 7,
+            ..sample(false, 9 * GIB, 3 * MIB)
+        };
+        let decision = |mode| decide(mode, calm, PolicyState::default()).0;
+        assert_eq!(decision(Mode::Off), Decision::NOTHING);
+        assert_eq!(decision(Mode::Eager).bytes, 4 * MIB);
+        let aged = decision(Mode::Age(Duration::from_secs(9)));
+        assert_eq!(
+            (aged.bytes, aged.invalidate, aged.newest),
+            (MIB, 3 * MIB, 7)
+        );
+        let pressed = Sample {
+            stalled: true,
+            ..calm
+        };
+        let mode = Mode::Age(Duration::from_secs(9));
+        let pressed = decide(mode, pressed, PolicyState::default()).0;
+        assert_eq!((pressed.bytes, pressed.newest), (4 * MIB, u64::MAX));
+    }
+
+    #[test]
+    fn ages_tell_the_generation_of_some_time_ago() {
+        let mut ages = Ages::default();
+        let age = Duration::from_secs(10);
+        let mut at = |seconds, generation| ages.aged(Duration::from_secs(seconds), generation, age);
+        assert_eq!((at(0, 5), at(3, 8), at(9, 9)), (0, 0, 0));
+        assert_eq!((at(10, 9), at(12, 20), at(13, 20)), (5, 5, 8));
+        assert_eq!(at(100, 99), 20);
+        for second in 100..100_000 {
+            at(second, second);
+        }
+        assert!(ages.marks.len() <= 17);
+    }
+}

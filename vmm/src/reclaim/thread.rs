@@ -1,0 +1,170 @@
+//! The thread that reclaims under memory pressure.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::{Ages, Decision, Mode, Order, PolicyState, PressureSource, Reclaimer, Sample, decide};
+
+/// The reclaim thread could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("starting the thread ebb-reclaim failed")]
+pub struct StartError(#[source] io::Error);
+
+/// The thread `ebb-reclaim`: waits for pressure, decides, reclaims. Stopped and joined on drop.
+pub struct ReclaimThread {
+    stop: Arc<OwnedFd>,
+    reclaimer: Arc<Reclaimer>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ReclaimThread {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// [`StartError`] when the host has no descriptor or thread left.
+    pub fn start(reclaimer: Arc<Reclaimer>, source: PressureSource) -> Result<Self, StartError> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| StartError(error.into()))?;
+        let stop = Arc::new(stop);
+        let stopped = Arc::clone(&stop);
+        let worker = Arc::clone(&reclaimer);
+        let thread = Builder::new()
+            .name("ebb-reclaim".into())
+            .spawn(move || watch(&worker, source, &stopped))
+            .map_err(StartError)?;
+        Ok(Self {
+            stop,
+            reclaimer,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for ReclaimThread {
+    fn drop(&mut self) {
+        self.reclaimer.stop();
+        let written = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        debug_assert_eq!(written, Ok(8), "an event can be written once");
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread ebb-reclaim has panicked");
+        }
+    }
+}
+
+fn watch(reclaimer: &Reclaimer, mut source: PressureSource, stop: &OwnedFd) {
+    let (mut state, mut ages, start) = (PolicyState::default(), Ages::default(), Instant::now());
+    loop {
+        match source.wait(stop.as_fd()) {
+            Ok(Some(sample)) => {
+                let mut sample = reclaimer.sampled(sample);
+                if let Mode::Age(age) = reclaimer.tuning().mode {
+                    sample.aged = ages.aged(start.elapsed(), sample.generation, age);
+                }
+                state = respond(reclaimer, sample, state);
+            }
+            Ok(None) => return,
+            Err(error) => {
+                tracing::error!(%error, "memory pressure is not watched any more");
+                return;
+            }
+        }
+    }
+}
+
+/// Answers one sample.
+fn respond(reclaimer: &Reclaimer, sample: Sample, state: PolicyState) -> PolicyState {
+    let mode = reclaimer.tuning().mode;
+    let (decision, next) = decide(mode, sample, state);
+    if next.is_pressed() {
+        reclaimer.count_pressure_event();
+    }
+    let Decision {
+        bytes,
+        invalidate,
+        reach,
+        newest,
+    } = decision;
+    let order = |bytes| Order {
+        bytes,
+        reach,
+        newest,
+        urgent: false,
+    };
+    if bytes > 0 {
+        let outcome = reclaimer.discard(order(bytes));
+        // Not in the modes that try each time: that would be a message a second.
+        if outcome.bytes > 0 {
+            tracing::info!(
+                bytes = outcome.bytes,
+                wanted = bytes,
+                failures = outcome.failures,
+                micros = u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
+                "reclaimed"
+            );
+        }
+    }
+    if invalidate > 0 {
+        let outcome = reclaimer.invalidate(order(invalidate));
+        tracing::debug!(bytes = outcome.bytes, wanted = invalidate, "invalidated");
+    }
+    next
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::generation::{Gate, VmGeneration};
+    use crate::lazy::LazyMemory;
+    use crate::memory::{Backing, GpaRange, GuestRam};
+    use crate::reclaim::Tuning;
+
+    fn setup() -> (Arc<LazyMemory>, Arc<Reclaimer>) {
+        let all = GpaRange::new(0, 256 << 20).unwrap();
+        let ram = Arc::new(GuestRam::allocate(Backing::default(), &[all]).unwrap());
+        let generation = Arc::new(VmGeneration::default());
+        let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
+        let lazy = Arc::new(LazyMemory::new(1000, generation));
+        lazy.free(&[all]);
+        let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram, gate, Tuning::default());
+        (lazy, Arc::new(reclaimer))
+    }
+
+    #[test]
+    fn the_thread_stops_at_once() {
+        for source in [PressureSource::open(), PressureSource::watermark_only()] {
+            let thread = ReclaimThread::start(setup().1, source).unwrap();
+            let start = Instant::now();
+            drop(thread);
+            assert!(start.elapsed() < Duration::from_millis(500));
+        }
+    }
+
+    #[test]
+    fn pressure_is_answered_and_calm_is_not() {
+        let (lazy, reclaimer) = setup();
+        let calm = Sample {
+            available: 9 << 30,
+            total: 16 << 30,
+            ..Sample::default()
+        };
+        let state = respond(&reclaimer, reclaimer.sampled(calm), PolicyState::default());
+        assert_eq!(lazy.snapshot().discarded_bytes, 0);
+        let stalled = Sample {
+            stalled: true,
+            ..calm
+        };
+        respond(&reclaimer, reclaimer.sampled(stalled), state);
+        let stats = lazy.snapshot();
+        assert_eq!(stats.discarded_bytes, 64 << 20);
+        assert_eq!(stats.unmapped_bytes, 64 << 20, "ahead of the next one");
+        assert_eq!(reclaimer.snapshot().pressure_events_total, 1);
+    }
+}

@@ -1,0 +1,11 @@
+//! The host kernel's interfaces that Ebb needs and no crate offers safely. Nothing here knows of guests.
+
+pub mod mapping;
+pub mod pressure;
+mod signals;
+mod usage;
+
+pub use mapping::{Advice, Mapping, MappingKind};
+pub use pressure::{MemInfo, PsiTrigger};
+pub use signals::TerminationSignals;
+pub use usage::{own_process, resident_bytes};

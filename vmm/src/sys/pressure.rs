@@ -1,0 +1,135 @@
+//! What the host kernel says about memory pressure.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Pressure of the whole host.
+pub const HOST_PRESSURE: &str = "/proc/pressure/memory";
+
+/// A trigger on a pressure file: its descriptor polls `POLLPRI` whenever tasks have stalled for longer
+/// than a threshold within a window, at most once per window (Documentation/accounting/psi.rst).
+#[derive(Debug)]
+pub struct PsiTrigger {
+    file: OwnedFd,
+}
+
+impl PsiTrigger {
+    /// Arms `file` for stalls of at least one task (`some`) of `stall_us` within `window_us`, both in
+    /// microseconds. Without `CAP_SYS_RESOURCE` the window must be a multiple of 2 s.
+    ///
+    /// # Errors
+    /// open(2)'s and write(2)'s; `EOPNOTSUPP` where PSI is turned off.
+    pub fn arm(file: &Path, stall_us: u32, window_us: u32) -> io::Result<Self> {
+        let mut file = OpenOptions::new().read(true).write(true).open(file)?;
+        file.write_all(format!("some {stall_us} {window_us}\0").as_bytes())?;
+        Ok(Self { file: file.into() })
+    }
+}
+
+impl AsFd for PsiTrigger {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// The pressure file of this process's own cgroup, where cgroup v2 controls memory.
+#[must_use]
+pub fn own_cgroup_pressure() -> Option<PathBuf> {
+    let cgroup = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let directory = own_cgroup(&cgroup, &mounts)?;
+    let controlled = directory.join("memory.current").exists();
+    controlled.then(|| directory.join("memory.pressure"))
+}
+
+/// The directory of the cgroup v2 that `cgroup` (/proc/self/cgroup) names, under the mount point that
+/// `mounts` (/proc/self/mountinfo) names.
+fn own_cgroup(cgroup: &str, mounts: &str) -> Option<PathBuf> {
+    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    mounts.lines().find_map(|line| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        // Under another root than our own namespace's the path would mean something else.
+        (root == "/" && filesystem.starts_with("cgroup2 ")).then(|| Path::new(point).join(path))
+    })
+}
+
+/// The host's memory as /proc/meminfo has it, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemInfo {
+    /// All of it.
+    pub total: u64,
+    /// What can be had without swapping.
+    pub available: u64,
+}
+
+impl MemInfo {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// read(2)'s; `InvalidData` when a field is missing.
+    pub fn read() -> io::Result<Self> {
+        let text = fs::read_to_string("/proc/meminfo")?;
+        Self::parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let field = |name| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            let kib = line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?;
+            kib.checked_mul(1024)
+        };
+        Some(Self {
+            total: field("MemTotal:")?,
+            available: field("MemAvailable:")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+30 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
+";
+
+    #[test]
+    fn the_own_cgroup_is_found_under_the_unified_mount() {
+        let found = |cgroup| own_cgroup(cgroup, HYBRID);
+        let want = Path::new("/sys/fs/cgroup/unified/vms/one");
+        assert_eq!(found("4:memory:/x\n0::/vms/one\n").as_deref(), Some(want));
+        assert_eq!(found("4:memory:/x\n"), None);
+        assert_eq!(
+            own_cgroup("0::/", "30 31 0:32 / /m rw - cgroup cgroup rw"),
+            None
+        );
+        assert_eq!(
+            own_cgroup("0::/", "30 31 0:32 /sub /m rw - cgroup2 cgroup2 rw"),
+            None
+        );
+    }
+
+    #[test]
+    fn meminfo_is_in_bytes() {
+        let text = "MemTotal:       24684092 kB\nMemFree: 1 kB\nMemAvailable:   24014260 kB\n";
+        let want = MemInfo {
+            total: 24_684_092 << 10,
+            available: 24_014_260 << 10,
+        };
+        assert_eq!(MemInfo::parse(text), Some(want));
+        assert_eq!(MemInfo::parse("MemTotal: 5 kB\n"), None);
+        assert_eq!(MemInfo::parse("MemTotal: 5\nMemAvailable: 5 kB\n"), None);
+        let host = MemInfo::read().unwrap();
+        assert!(host.available <= host.total && host.total > 0);
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_an_error() {
+        assert!(PsiTrigger::arm(Path::new("/proc/pressure/nothing"), 1, 1).is_err());
+    }
+}

@@ -1,0 +1,41 @@
+//! This process: a descriptor of it, and how much memory it takes.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+
+/// A descriptor of this process (pidfd_open(2), Linux 5.3).
+///
+/// # Errors
+/// The error of the system call.
+pub fn own_process() -> io::Result<OwnedFd> {
+    Ok(pidfd_open(getpid(), PidfdFlags::empty())?)
+}
+
+/// Resident memory of this process in bytes (proc_pid_statm(5)); `None` when /proc does not tell.
+#[must_use]
+pub fn resident_bytes() -> Option<u64> {
+    let statm = fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn touched_memory_counts() {
+        let before = resident_bytes().unwrap();
+        // What nobody looks at need not be allocated.
+        let touched = std::hint::black_box(vec![1u8; 32 << 20]);
+        let after = resident_bytes().unwrap();
+        assert!(
+            after >= before + (24 << 20),
+            "{before} {after} {}",
+            touched.len()
+        );
+    }
+}

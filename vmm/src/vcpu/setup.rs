@@ -1,0 +1,56 @@
+//! The state of a vCPU before its first instruction.
+
+use hypercall_abi::Interface;
+use kvm_ioctls::VcpuFd;
+
+use crate::arch::cpuid::{self, Topology};
+use crate::arch::registers::{self, Entry};
+use crate::kvm::{Hypervisor, KvmError, call};
+
+/// What a vCPU starts as.
+#[derive(Clone, Copy)]
+pub struct VcpuSetup {
+    /// Index of the vCPU; 0 boots, the others wait for it to start them.
+    pub index: u32,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Where vCPU 0 enters.
+    pub entry: Entry,
+    /// What its guest is offered.
+    pub interface: Interface,
+}
+
+/// Gives a new vCPU its CPUID, registers and interrupt wiring.
+///
+/// # Errors
+/// [`KvmError`].
+pub fn configure(fd: &mut VcpuFd, host: &Hypervisor, setup: VcpuSetup) -> Result<(), KvmError> {
+    let VcpuSetup {
+        index,
+        vcpus,
+        entry,
+        interface,
+    } = setup;
+    let topology = Topology {
+        apic_id: index,
+        vcpus,
+        tsc_deadline: host.tsc_deadline(),
+    };
+    let cpuid = cpuid::for_vcpu(host.cpuid(), topology, interface)
+        .map_err(|_| KvmError::Lacks("room for our CPUID leaves"))?;
+    fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+    host.share_registers(fd);
+    fd.set_msrs(&registers::msrs())
+        .map_err(call("KVM_SET_MSRS"))?;
+    fd.set_fpu(&registers::fpu()).map_err(call("KVM_SET_FPU"))?;
+    let mut lapic = fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
+    registers::wire_local_interrupts(&mut lapic);
+    fd.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))?;
+    if index == 0 {
+        let reset = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+        fd.set_sregs(&entry.sregs(&reset))
+            .map_err(call("KVM_SET_SREGS"))?;
+        fd.set_regs(&entry.regs()).map_err(call("KVM_SET_REGS"))?;
+    }
+    Ok(())
+}

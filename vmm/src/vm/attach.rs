@@ -1,0 +1,174 @@
+//! Wiring of devices, one short function each.
+
+use std::fs::{File, OpenOptions};
+use std::sync::{Arc, Mutex};
+
+use event_manager::MutEventSubscriber;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::LaunchError;
+use super::events::ExitSlot;
+use super::sink::LazySink;
+use crate::arch::acpi::{self, VirtioWindow};
+use crate::arch::layout;
+use crate::bus::{Bus, ExitReason};
+use crate::config::{BalloonConfig, SerialConfig};
+use crate::devices::platform::{I8042, Power, PvPanic};
+use crate::devices::serial::{ConsoleInput, Output, RawMode, SerialPort};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
+use crate::devices::virtio::blk::{Block, Disk};
+use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::kvm;
+
+/// The devices of a machine while it is being built.
+#[derive(Default)]
+pub struct Devices {
+    /// I/O ports.
+    pub ports: Bus,
+    /// Memory-mapped devices.
+    pub mmio: Bus,
+    /// Where the virtio devices are, for the ACPI tables.
+    pub windows: Vec<VirtioWindow>,
+    /// The virtio devices, to shut them down.
+    pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
+}
+
+/// The operator's side of the serial port.
+pub struct Console {
+    /// Restores the terminal when dropped.
+    pub raw_mode: Option<RawMode>,
+    /// Feeds standard input to the port.
+    pub input: Box<dyn MutEventSubscriber>,
+}
+
+impl Devices {
+    /// Power, reset and panic ports.
+    pub fn attach_platform(&mut self) -> Result<(), LaunchError> {
+        let power = Power {
+            off: acpi::S5,
+            reset: acpi::RESET_VALUE,
+        };
+        self.ports.insert(
+            layout::POWER_PORT,
+            layout::POWER_PORT_LEN,
+            Arc::new(Mutex::new(power)),
+        )?;
+        self.ports
+            .insert(layout::PVPANIC_PORT, 1, Arc::new(Mutex::new(PvPanic)))?;
+        self.ports.insert(
+            layout::I8042_PORT,
+            layout::I8042_PORT_LEN,
+            Arc::new(Mutex::new(I8042)),
+        )?;
+        Ok(())
+    }
+
+    /// The serial port; with a console when it goes to the terminal.
+    pub fn attach_serial(
+        &mut self,
+        machine: &kvm::Machine,
+        config: &SerialConfig,
+        exit: &Arc<ExitSlot>,
+    ) -> Result<Option<Console>, LaunchError> {
+        let interrupt = Arc::new(machine.interrupt(layout::SERIAL_GSI)?);
+        let drained = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(LaunchError::system("eventfd"))?;
+        let input_drained = drained
+            .try_clone()
+            .map_err(LaunchError::system("eventfd"))?;
+        let output = open_output(config)?;
+        let port = Arc::new(Mutex::new(SerialPort::new(interrupt, output, drained)));
+        self.ports
+            .insert(layout::SERIAL_PORT, layout::SERIAL_PORT_LEN, port.clone())?;
+        if *config != SerialConfig::Tty {
+            return Ok(None);
+        }
+        let raw_mode = RawMode::enter().map_err(LaunchError::system("terminal"))?;
+        let exit = Arc::clone(exit);
+        let quit = Box::new(move || exit.request(ExitReason::Stop));
+        let input = ConsoleInput::new(port, input_drained, raw_mode.is_some(), quit);
+        Ok(Some(Console {
+            raw_mode,
+            input: Box::new(input),
+        }))
+    }
+}
+
+impl Devices {
+    /// A balloon that hands its pages to `sink`.
+    pub fn attach_balloon(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+        config: &BalloonConfig,
+        sink: LazySink,
+    ) -> Result<BalloonHandle, LaunchError> {
+        let balloon = Balloon::new(config, Arc::new(sink))?;
+        let handle = balloon.handle();
+        self.attach_virtio(machine, memory, Box::new(balloon))?;
+        Ok(handle)
+    }
+
+    /// Block devices, in the order of the command line.
+    pub fn attach_disks(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+        disks: Vec<Disk>,
+    ) -> Result<(), LaunchError> {
+        for (index, disk) in disks.into_iter().enumerate() {
+            self.attach_virtio(machine, memory, Box::new(Block::new(index, disk)))?;
+        }
+        Ok(())
+    }
+
+    /// Gives a virtio device its window, its interrupt and a doorbell for each queue.
+    fn attach_virtio(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), LaunchError> {
+        let index = self.windows.len() as u32;
+        let gsi = layout::VIRTIO_GSI + index;
+        if gsi >= layout::GSI_END {
+            let most = layout::GSI_END - layout::VIRTIO_GSI;
+            return Err(LaunchError::TooManyDevices { most });
+        }
+        let base = layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_SIZE;
+        let line = Arc::new(machine.interrupt(gsi)?);
+        let transport = MmioTransport::new(device, Arc::clone(memory), line)?;
+        for (queue, event) in transport.queue_notifiers() {
+            machine.doorbell(base + QUEUE_NOTIFY, queue, event)?;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        self.mmio
+            .insert(base, layout::VIRTIO_MMIO_SIZE, transport.clone())?;
+        self.virtio.push(transport);
+        self.windows.push(VirtioWindow { base, gsi });
+        Ok(())
+    }
+}
+
+fn open_output(config: &SerialConfig) -> Result<Output, LaunchError> {
+    match config {
+        SerialConfig::Tty => Ok(Output::Stdout),
+        SerialConfig::Null => Ok(Output::Null),
+        SerialConfig::File(path) => {
+            let open = |path| -> std::io::Result<File> {
+                OpenOptions::new()
+                    .write(true)
+                    .create(true)
+                    .truncate(true)
+                    .open(path)
+            };
+            let file = open(path).map_err(|source| LaunchError::SerialFile {
+                path: path.clone(),
+                source,
+            })?;
+            Ok(Output::File(file))
+        }
+    }
+}

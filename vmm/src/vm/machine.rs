@@ -1,0 +1,361 @@
+//! A machine from its first mapping to the last page freed.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_manager::MutEventSubscriber;
+use hypercall_abi::Interface;
+use kvm_ioctls::VcpuFd;
+use vm_memory::GuestMemoryMmap;
+
+use super::LaunchError;
+use super::attach::{Console, Devices};
+use super::control::Control;
+use super::events::{self, ExitSlot};
+use super::lazy_ops::TrackedMemory;
+use super::sink::LazySink;
+use crate::api;
+use crate::arch::registers::Entry;
+use crate::arch::{acpi, layout, reset};
+use crate::boot::{self, BootError, Payload};
+use crate::bus::ExitReason;
+use crate::config::{
+    BalloonConfig, DiskConfig, LazyConfig, LazyMode, MachineConfig, MemoryConfig, Reporting,
+};
+use crate::devices::serial::RawMode;
+use crate::devices::virtio::blk::Disk;
+use crate::generation::{Gate, VmGeneration};
+use crate::hypercall::{self, Hypercalls};
+use crate::kvm::{self, Hypervisor, KickTable};
+use crate::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
+use crate::memory::{Backing, GpaRange, GuestRam};
+use crate::reclaim::{
+    Mode, Pages, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
+};
+use crate::sys::{self, TerminationSignals};
+use crate::teardown;
+use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
+
+/// Time between two looks for something to take in the eager mode.
+const EAGER_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A running machine. The fields stand in the order in which [`Vm::shut_down`] lets them go: first those
+/// who give orders, then those who touch guest memory, then KVM, and the memory last.
+pub struct Vm {
+    input: Option<Box<dyn MutEventSubscriber>>,
+    api: Option<api::Server>,
+    vcpus: Vcpus,
+    devices: DeviceStop,
+    reclaim: Option<ReclaimThread>,
+    kvm: kvm::Machine,
+    ram: Arc<GuestRam>,
+    exit: Arc<ExitSlot>,
+    /// Restores the terminal, however we leave.
+    _raw_mode: Option<RawMode>,
+}
+
+/// Guest memory and what keeps account of it.
+struct Memory {
+    ram: Arc<GuestRam>,
+    guest: Arc<GuestMemoryMmap>,
+    layout: Vec<GpaRange>,
+    lazy: Arc<LazyMemory>,
+    reclaimer: Arc<Reclaimer>,
+    gate: Arc<Gate>,
+    kicks: Arc<KickTable>,
+    reported: Arc<ReportedMemory>,
+}
+
+impl Memory {
+    fn allocate(config: &MachineConfig, layout: Vec<GpaRange>) -> Result<Self, LaunchError> {
+        let MemoryConfig {
+            size: _,
+            thp,
+            hugepages,
+            prefault,
+        } = config.memory;
+        let vcpus = config.vcpus as usize;
+        let ram = Arc::new(GuestRam::allocate(
+            Backing {
+                thp,
+                hugepages,
+                prefault,
+            },
+            &layout,
+        )?);
+        let generation = Arc::new(VmGeneration::default());
+        let kicks = Arc::new(KickTable::new(vcpus));
+        let kick = Box::new(Arc::clone(&kicks));
+        let gate = Arc::new(Gate::new(vcpus, Arc::clone(&generation), kick));
+        let lazy = Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation));
+        let pages: Arc<dyn Pages> = ram.clone();
+        let reclaimer = Arc::new(Reclaimer::new(
+            Arc::clone(&lazy),
+            pages,
+            Arc::clone(&gate),
+            tuning(config.lazy),
+        ));
+        let release = release(config.balloon.as_ref());
+        let reported = ReportedMemory::new(Arc::clone(&lazy), Arc::clone(&ram), release);
+        Ok(Self {
+            guest: ram.memory(),
+            ram,
+            layout,
+            lazy,
+            reclaimer,
+            gate,
+            kicks,
+            reported: Arc::new(reported),
+        })
+    }
+
+    /// The way of the guest's calls to this memory.
+    fn hypercalls(&self, interface: Interface) -> Arc<Hypercalls> {
+        let ops = TrackedMemory {
+            lazy: Arc::clone(&self.lazy),
+            ram: Arc::clone(&self.ram),
+        };
+        let guest = Arc::clone(&self.guest);
+        Arc::new(Hypercalls::new(interface, guest, Box::new(ops)))
+    }
+
+    fn sink(&self) -> LazySink {
+        LazySink {
+            lazy: Arc::clone(&self.lazy),
+            reclaimer: Arc::clone(&self.reclaimer),
+            reported: Arc::clone(&self.reported),
+            ram: Arc::clone(&self.ram),
+        }
+    }
+}
+
+/// What is left of the devices once the machine runs: the way to stop them.
+struct DeviceStop(Vec<Arc<std::sync::Mutex<crate::devices::virtio::mmio::MmioTransport>>>);
+
+impl DeviceStop {
+    fn stop(&self) {
+        for transport in &self.0 {
+            transport
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .shut_down();
+        }
+    }
+}
+
+impl Vm {
+    /// Builds the machine and starts its vCPUs.
+    ///
+    /// # Errors
+    /// [`LaunchError`].
+    pub fn build(config: MachineConfig) -> Result<Self, LaunchError> {
+        let started = Instant::now();
+        let host = Hypervisor::open()?;
+        let layout = layout::ram(config.memory.size);
+        host.check_limits(config.vcpus, layout.last().map_or(0, |range| range.end()))?;
+        let disks = open_disks(&config.disks)?;
+        let memory = Memory::allocate(&config, layout)?;
+        let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
+        let mut machine = host.create_machine()?;
+        machine.map_memory(Arc::clone(&memory.ram))?;
+
+        let mut devices = Devices::default();
+        devices.attach_platform()?;
+        devices.attach_disks(&machine, &memory.guest, disks)?;
+        let balloon = match &config.balloon {
+            Some(balloon) => {
+                Some(devices.attach_balloon(&machine, &memory.guest, balloon, memory.sink())?)
+            }
+            None => None,
+        };
+
+        let entry = load_guest(&config, &memory, &devices)?;
+        let interface = hypercall::offer(host.take_hypercalls(&machine)?);
+        let setup = VcpuSetup {
+            index: 0,
+            vcpus: config.vcpus,
+            entry,
+            interface,
+        };
+        let vcpus = create_vcpus(&host, &machine, setup)?;
+        // Late: what fails before this leaves no file behind and the terminal as it was.
+        let console = devices.attach_serial(&machine, &config.serial, &exit)?;
+        let control = Control {
+            started,
+            exit: Arc::clone(&exit),
+            balloon,
+            lazy: Arc::clone(&memory.lazy),
+            gate: Arc::clone(&memory.gate),
+            reclaimer: Arc::clone(&memory.reclaimer),
+            hypercalls: memory.hypercalls(interface),
+            reported: Arc::clone(&memory.reported),
+            config,
+        };
+        Self::start(machine, memory, devices, console, vcpus, control)
+    }
+
+    fn start(
+        kvm: kvm::Machine,
+        memory: Memory,
+        devices: Devices,
+        console: Option<Console>,
+        vcpus: Vec<VcpuFd>,
+        control: Control,
+    ) -> Result<Self, LaunchError> {
+        let Devices {
+            ports,
+            mmio,
+            virtio,
+            ..
+        } = devices;
+        let exit = Arc::clone(&control.exit);
+        let hypercalls = Arc::clone(&control.hypercalls);
+        let reclaim = start_reclaim(memory.reclaimer)?;
+        let socket = control.config.api_socket.clone();
+        let api = socket
+            .map(|path| api::serve(&path, Arc::new(control)))
+            .transpose()?;
+        let on_exit = {
+            let exit = Arc::clone(&exit);
+            Box::new(move |reason| exit.request(reason))
+        };
+        let shared = Arc::new(Shared {
+            ports,
+            mmio,
+            gate: memory.gate,
+            kicks: memory.kicks,
+            hypercalls,
+            on_exit,
+        });
+        let vcpus = Vcpus::start(vcpus, &shared).map_err(LaunchError::system("vCPU thread"))?;
+        let (raw_mode, input) = console.map_or((None, None), |c| (c.raw_mode, Some(c.input)));
+        Ok(Self {
+            input,
+            api,
+            vcpus,
+            devices: DeviceStop(virtio),
+            reclaim,
+            kvm,
+            ram: memory.ram,
+            exit,
+            _raw_mode: raw_mode,
+        })
+    }
+
+    /// Waits for the machine to end.
+    ///
+    /// # Errors
+    /// [`LaunchError::Loop`].
+    pub fn run(&mut self, signals: TerminationSignals) -> Result<ExitReason, LaunchError> {
+        let reason = events::run(&self.exit, signals, self.input.take())?;
+        tracing::info!("machine ends: {reason:?}");
+        Ok(reason)
+    }
+
+    /// Stops everything and frees the guest's memory: here memory is freed at the end.
+    ///
+    /// KVM's descriptors are closed beside the workers that free the memory: KVM releases its own tables
+    /// serially, so that time is hidden rather than added.
+    pub fn shut_down(mut self) {
+        drop(self.api.take());
+        self.vcpus.stop();
+        self.devices.stop();
+        drop(self.reclaim.take());
+        let Self {
+            vcpus,
+            devices,
+            kvm,
+            ram,
+            ..
+        } = self;
+        drop((vcpus, devices));
+        let resident = sys::resident_bytes();
+        let plan = teardown::plan(
+            ram.regions().iter().map(|r| r.gpa),
+            teardown::Tuning::default(),
+        );
+        let report = teardown::execute(&plan, &ram, move || drop(kvm));
+        let freed = resident
+            .zip(sys::resident_bytes())
+            .map_or(0, |(a, b)| a.saturating_sub(b));
+        tracing::info!(
+            "teardown: freed {freed} bytes in {:.3} ms with {} workers",
+            report.duration.as_secs_f64() * 1e3,
+            report.workers,
+        );
+        if report.failures > 0 {
+            tracing::warn!(
+                "teardown: {} batches go with the process only",
+                report.failures
+            );
+        }
+    }
+}
+
+fn tuning(config: LazyConfig) -> Tuning {
+    Tuning {
+        mode: match config.mode {
+            LazyMode::Pressure => Mode::Pressure,
+            LazyMode::Eager => Mode::Eager,
+            LazyMode::Age => Mode::Age(Duration::from_secs(config.age_s.into())),
+            LazyMode::Off => Mode::Off,
+        },
+        pause: Duration::from_micros(config.pause_us.into()),
+        slice: config.slice as usize,
+        share: config.share,
+    }
+}
+
+fn start_reclaim(reclaimer: Arc<Reclaimer>) -> Result<Option<ReclaimThread>, LaunchError> {
+    let source = match reclaimer.tuning().mode {
+        Mode::Off => return Ok(None),
+        Mode::Eager => PressureSource::every(EAGER_INTERVAL),
+        Mode::Pressure | Mode::Age(_) => PressureSource::open(),
+    };
+    Ok(Some(ReclaimThread::start(reclaimer, source)?))
+}
+
+/// When the host gets the pages that the guest reports free.
+fn release(balloon: Option<&BalloonConfig>) -> Release {
+    let reporting = balloon.and_then(|balloon| balloon.free_page_reporting);
+    match reporting.unwrap_or_default() {
+        Reporting::Eager => Release::AtOnce,
+        Reporting::Lazy => Release::WhenNeeded,
+    }
+}
+
+fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {
+    configs
+        .iter()
+        .map(|config| Ok(Disk::open(config)?))
+        .collect()
+}
+
+/// Writes the tables, the kernel and what comes with it to guest memory.
+fn load_guest(
+    config: &MachineConfig,
+    memory: &Memory,
+    devices: &Devices,
+) -> Result<Entry, LaunchError> {
+    let rsdp = acpi::write(&memory.guest, config.vcpus, &devices.windows)?;
+    reset::write(&memory.guest).map_err(BootError::Write)?;
+    let payload = Payload {
+        kernel: &config.kernel,
+        initramfs: config.initramfs.as_deref(),
+        cmdline: &config.cmdline,
+    };
+    Ok(boot::load(&memory.guest, &memory.layout, &payload, rsdp)?)
+}
+
+fn create_vcpus(
+    host: &Hypervisor,
+    machine: &kvm::Machine,
+    setup: VcpuSetup,
+) -> Result<Vec<VcpuFd>, LaunchError> {
+    let create = |index| {
+        let mut fd = machine.create_vcpu(index)?;
+        vcpu::configure(&mut fd, host, VcpuSetup { index, ..setup })?;
+        Ok(fd)
+    };
+    (0..setup.vcpus).map(create).collect()
+}

@@ -1,0 +1,104 @@
+//! The machine: the only place where its parts are wired together.
+
+mod attach;
+mod control;
+mod events;
+mod lazy_ops;
+mod machine;
+mod sink;
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::api::ApiError;
+use crate::arch::acpi::AcpiError;
+use crate::boot::BootError;
+use crate::bus::{ExitReason, Overlap};
+use crate::config::MachineConfig;
+use crate::devices::virtio::balloon::BalloonError;
+use crate::devices::virtio::blk::DiskError;
+use crate::devices::virtio::mmio::TransportError;
+use crate::kvm::{self, KvmError};
+use crate::memory::MemoryError;
+use crate::reclaim;
+use crate::sys::TerminationSignals;
+use machine::Vm;
+
+/// The machine could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// KVM cannot do it.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// There is nothing to boot.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The ACPI tables cannot be written.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The balloon cannot be built.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// A virtio device has no queues to work with.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// There are more devices than interrupts.
+    #[error("the machine has room for {most} virtio devices; give fewer --disk options")]
+    TooManyDevices {
+        /// How many there can be.
+        most: u32,
+    },
+    /// The API cannot be served.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// Reclaim cannot be started.
+    #[error(transparent)]
+    Reclaim(#[from] reclaim::StartError),
+    /// Two devices collide: a mistake of ours.
+    #[error(transparent)]
+    Bus(#[from] Overlap),
+    /// The serial port's file cannot be written.
+    #[error("serial file {path}: {source}; give a writable path with --serial file=")]
+    SerialFile {
+        /// The file.
+        path: PathBuf,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// A system call failed.
+    #[error("{what} failed")]
+    System {
+        /// What it was for.
+        what: &'static str,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The main loop failed.
+    #[error("the event loop failed")]
+    Loop(#[from] event_manager::Error),
+}
+
+impl LaunchError {
+    fn system(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::System { what, source }
+    }
+}
+
+/// Builds the machine, runs it until it ends, and frees all that it took.
+///
+/// # Errors
+/// [`LaunchError`]; nothing is left behind.
+pub fn run(config: MachineConfig) -> Result<ExitReason, LaunchError> {
+    let signals = TerminationSignals::block().map_err(LaunchError::system("signalfd"))?;
+    kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
+    let mut vm = Vm::build(config)?;
+    let reason = vm.run(signals);
+    vm.shut_down();
+    reason
+}
