@@ -1,0 +1,90 @@
+//! The kernel, its modules and the images that tests boot; made by `cargo xtask setup`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::bzimage::unxz;
+use crate::error::{Context, Result};
+use crate::modules::{Index, module_name};
+
+/// Paths of everything that boots.
+#[derive(Clone, Debug)]
+pub struct Assets {
+    /// The kernel as the distribution ships it, a bzImage.
+    pub vmlinuz: PathBuf,
+    /// The ELF kernel that was inside it.
+    pub vmlinux: PathBuf,
+    /// The kernel's configuration.
+    pub config: PathBuf,
+    /// What `uname -r` says under this kernel.
+    pub release: String,
+    /// The folder with modules.dep.
+    pub modules: PathBuf,
+    /// A static busybox.
+    pub busybox: PathBuf,
+    /// An ext4 image with a small Debian.
+    pub root_disk: PathBuf,
+    /// The static agent of the nested machine.
+    pub nested_agent: PathBuf,
+    /// The static `ebb-guest`.
+    pub guest_agent: PathBuf,
+    /// The guest's initramfs.
+    pub guest_initramfs: PathBuf,
+}
+
+/// A kernel module, ready to load.
+#[derive(Clone, Debug)]
+pub struct Module {
+    /// Its name, with `_` for `-`.
+    pub name: String,
+    /// The decompressed file.
+    pub image: Vec<u8>,
+}
+
+impl Assets {
+    /// Where everything lies for the repository `root` and this kernel release.
+    pub fn locate(root: &Path, release: &str) -> Self {
+        let kernel = root.join(".cache/kernel").join(release);
+        let agents = root.join("target/static/x86_64-unknown-linux-gnu/release");
+        Self {
+            vmlinuz: kernel.join(format!("boot/vmlinuz-{release}")),
+            vmlinux: kernel.join("vmlinux"),
+            config: kernel.join(format!("boot/config-{release}")),
+            release: release.to_owned(),
+            modules: kernel.join("lib/modules").join(release),
+            busybox: "/bin/busybox".into(),
+            root_disk: root.join(".cache/rootdisk.ext4"),
+            nested_agent: agents.join("nested-agent"),
+            guest_agent: agents.join("ebb-guest"),
+            guest_initramfs: root.join("target/guest/initramfs.cpio"),
+        }
+    }
+
+    /// The modules `names` and all they need, in load order.
+    ///
+    /// # Errors
+    /// When a module is unknown, or a file cannot be read or unpacked.
+    pub fn load_modules(&self, names: &[&str]) -> Result<Vec<Module>> {
+        let read = |file: &str| {
+            let path = self.modules.join(file);
+            fs::read_to_string(&path).context(|| format!("read {}", path.display()))
+        };
+        let index = Index::parse(&read("modules.dep")?, &read("modules.builtin")?);
+        let files = index.load_order(names)?;
+        files.iter().map(|file| self.load_module(file)).collect()
+    }
+
+    fn load_module(&self, file: &str) -> Result<Module> {
+        let path = self.modules.join(file);
+        let data = fs::read(&path).context(|| format!("read {}", path.display()))?;
+        let image = if file.ends_with(".xz") {
+            unxz(&data).context(|| format!("unpack {}", path.display()))?
+        } else {
+            data
+        };
+        Ok(Module {
+            name: module_name(file),
+            image,
+        })
+    }
+}

@@ -1,0 +1,83 @@
+//! Chooses the kernel package among those that the distribution's index offers.
+
+use std::cmp::Ordering;
+
+/// The newest `linux-image-6.12.*-cloud-amd64` among package names; not unsigned, not debug symbols.
+pub fn newest_kernel<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let newest = names
+        .into_iter()
+        .filter_map(|name| Some((release(name)?, name)))
+        .max_by(|(a, _), (b, _)| compare(a, b));
+    newest.map(|(_, name)| name)
+}
+
+/// The kernel release a package name stands for, such as `6.12.117+deb12-cloud-amd64`.
+pub fn release(package: &str) -> Option<&str> {
+    let release = package.strip_prefix("linux-image-")?;
+    let version = release.strip_suffix("-cloud-amd64")?;
+    let plain = version.starts_with("6.12.") && !version.contains("unsigned");
+    plain.then_some(release)
+}
+
+/// Orders two versions: runs of digits by value, other runs as text (deb-version(7), in short).
+fn compare(a: &str, b: &str) -> Ordering {
+    runs(a).cmp(runs(b))
+}
+
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Run<'a> {
+    Text(&'a str),
+    Number(u64),
+}
+
+fn runs(mut text: &str) -> impl Iterator<Item = Run<'_>> {
+    std::iter::from_fn(move || {
+        let digit = text.chars().next()?.is_ascii_digit();
+        let end = text
+            .find(|c: char| c.is_ascii_digit() != digit)
+            .unwrap_or(text.len());
+        let (run, rest) = text.split_at(end);
+        text = rest;
+        Some(if digit {
+            Run::Number(run.parse().unwrap_or(u64::MAX))
+        } else {
+            Run::Text(run)
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_signed_cloud_kernel_is_chosen() {
+        let names = [
+            "linux-image-6.12-cloud-amd64",
+            "linux-image-6.12.9+deb12-cloud-amd64",
+            "linux-image-6.12.117+deb12-cloud-amd64",
+            "linux-image-6.12.101+deb12-cloud-amd64",
+            "linux-image-6.12.118+deb12-amd64",
+            "linux-image-6.12.118+deb12-cloud-amd64-unsigned",
+            "linux-image-6.12.118+deb12-cloud-amd64-dbg",
+            "linux-image-6.12.118+deb12-rt-amd64",
+            "linux-image-6.13.1+deb12-cloud-amd64",
+            "linux-image-6.12.118+deb12-cloud-arm64",
+        ];
+        assert_eq!(
+            newest_kernel(names),
+            Some("linux-image-6.12.117+deb12-cloud-amd64")
+        );
+    }
+
+    #[test]
+    fn nothing_is_chosen_from_nothing() {
+        assert_eq!(newest_kernel(["linux-image-amd64", ""]), None);
+    }
+
+    #[test]
+    fn the_release_is_the_name_without_its_prefix() {
+        let name = "linux-image-6.12.117+deb12-cloud-amd64";
+        assert_eq!(release(name), Some("6.12.117+deb12-cloud-amd64"));
+    }
+}

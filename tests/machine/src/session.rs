@@ -1,0 +1,202 @@
+//! Commands in the nested machine, seen from the host.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::frame::{CHUNK, Exec, Exit, Frame};
+use crate::machine::Link;
+
+/// A command to run, here or in the nested machine.
+#[derive(Clone, Debug, Default)]
+pub struct Command {
+    /// The program, found through PATH, and its arguments.
+    pub argv: Vec<String>,
+    /// Working directory; `/` when `None`.
+    pub cwd: Option<PathBuf>,
+    /// Variables added to the environment.
+    pub env: Vec<(String, String)>,
+    /// A pseudo-terminal of (rows, columns) in place of pipes; ignored when run here.
+    pub tty: Option<(u16, u16)>,
+}
+
+impl Command {
+    /// A command from its program and arguments.
+    pub fn new<S: Into<String>>(argv: impl IntoIterator<Item = S>) -> Self {
+        Self {
+            argv: argv.into_iter().map(Into::into).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Adds one variable.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    pub(crate) fn exec(&self) -> Exec {
+        let cwd = self
+            .cwd
+            .as_ref()
+            .map(|path| path.to_string_lossy().into_owned());
+        Exec {
+            argv: self.argv.clone(),
+            cwd: cwd.unwrap_or_default(),
+            env: self.env.clone(),
+            tty: self.tty,
+        }
+    }
+}
+
+/// Which stream bytes came from; a terminal has only `Stdout`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// What a finished command left.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: Exit,
+    /// All of its standard output.
+    pub stdout: Vec<u8>,
+    /// All of its standard error.
+    pub stderr: Vec<u8>,
+}
+
+/// Something a session reports.
+#[derive(Debug)]
+pub enum Event {
+    /// Bytes from a stream.
+    Output(Stream, Vec<u8>),
+    /// The end; nothing comes after it.
+    Exited(Exit),
+}
+
+/// A command that runs in the machine. Dropping it kills the command's process group.
+pub struct Session {
+    link: Arc<Link>,
+    id: u32,
+    events: Receiver<Frame>,
+    what: String,
+    ended: bool,
+}
+
+impl Session {
+    pub(crate) fn start(link: Arc<Link>, command: &Command) -> Result<Self> {
+        let (id, events) = link.register()?;
+        let what = command.argv.join(" ");
+        let session = Self {
+            link,
+            id,
+            events,
+            what,
+            ended: false,
+        };
+        session.send(Frame::Exec(command.exec()))?;
+        Ok(session)
+    }
+
+    /// Hands bytes to the command's standard input.
+    ///
+    /// # Errors
+    /// When the machine is gone.
+    pub fn write_stdin(&self, bytes: &[u8]) -> Result<()> {
+        bytes
+            .chunks(CHUNK)
+            .try_for_each(|chunk| self.send(Frame::Stdin(chunk.to_vec())))
+    }
+
+    /// Ends the command's standard input.
+    ///
+    /// # Errors
+    /// When the machine is gone.
+    pub fn close_stdin(&self) -> Result<()> {
+        self.send(Frame::StdinEof)
+    }
+
+    /// Sends a signal to the command's process group.
+    ///
+    /// # Errors
+    /// When the machine is gone.
+    pub fn signal(&self, number: i32) -> Result<()> {
+        self.send(Frame::Signal(number))
+    }
+
+    /// Tells the command's terminal its new size.
+    ///
+    /// # Errors
+    /// When the machine is gone.
+    pub fn resize(&self, rows: u16, columns: u16) -> Result<()> {
+        self.send(Frame::Resize(rows, columns))
+    }
+
+    /// The next event, or `None` when none came within `timeout`.
+    ///
+    /// # Errors
+    /// When the command could not be started, or the machine is gone.
+    pub fn next_event(&mut self, timeout: Duration) -> Result<Option<Event>> {
+        match self.events.recv_timeout(timeout) {
+            Ok(Frame::Stdout(bytes)) => Ok(Some(Event::Output(Stream::Stdout, bytes))),
+            Ok(Frame::Stderr(bytes)) => Ok(Some(Event::Output(Stream::Stderr, bytes))),
+            Ok(Frame::Exited(exit)) => {
+                self.ended = true;
+                Ok(Some(Event::Exited(exit)))
+            }
+            Ok(Frame::Failed(text)) => {
+                self.ended = true;
+                Err(Error::new(text))
+            }
+            Ok(other) => Err(Error::new(format!(
+                "unexpected message from the agent: {other:?}"
+            ))),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(self.link.gone(&self.what)),
+        }
+    }
+
+    /// Waits for the end, handing output on as it comes.
+    ///
+    /// # Errors
+    /// When the command could not be started, ran past `timeout`, or the machine is gone.
+    pub fn wait(
+        mut self,
+        timeout: Duration,
+        on_output: &mut dyn FnMut(Stream, &[u8]),
+    ) -> Result<Exit> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.next_event(left)? {
+                Some(Event::Output(stream, bytes)) => on_output(stream, &bytes),
+                Some(Event::Exited(exit)) => return Ok(exit),
+                None => {
+                    let seconds = timeout.as_secs_f32();
+                    let text = format!("{:?} was killed after {seconds} s", self.what);
+                    return Err(Error::new(text));
+                }
+            }
+        }
+    }
+
+    fn send(&self, frame: Frame) -> Result<()> {
+        self.link.send(self.id, frame)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.send(Frame::Kill); // A machine that is gone runs nothing.
+        }
+        self.link.forget(self.id);
+    }
+}

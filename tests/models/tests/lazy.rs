@@ -1,0 +1,348 @@
+//! Models of vCPUs, gate, tracker and reclaimers, and the mistakes that they must catch.
+#![cfg(loom)]
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ebb_models::generation::{Gate, NoKick, VmGeneration};
+use ebb_models::lazy::{LazyMemory, Pieces, Sweep};
+use ebb_models::memory::{GpaRange, PAGE_SIZE};
+use ebb_models::slice::{Limits, Pages, Slicer, Stage, Treated};
+use ebb_models::sync::{Mutant, set_mutant};
+use loom::cell::UnsafeCell;
+use loom::sync::atomic::{AtomicBool, Ordering};
+use loom::thread;
+
+/// The mistakes are switched for the whole process.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn explore(preemptions: usize, model: fn()) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.check(model);
+}
+
+/// The model holds, and each of the mistakes makes it fail.
+fn check(preemptions: usize, model: fn(), mistakes: &[Mutant]) {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    set_mutant(None);
+    explore(preemptions, model);
+    for &mistake in mistakes {
+        set_mutant(Some(mistake));
+        let result = catch_unwind(AssertUnwindSafe(|| explore(preemptions, model)));
+        set_mutant(None);
+        let Err(panic) = result else {
+            panic!("{mistake:?} is not noticed");
+        };
+        let message = panic.downcast_ref::<String>().map(String::as_str);
+        let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+        println!("{mistake:?} is caught: {}", message.unwrap_or("a panic"));
+    }
+}
+
+fn page(index: u64) -> GpaRange {
+    GpaRange::new(index * PAGE_SIZE, (index + 1) * PAGE_SIZE).unwrap()
+}
+
+/// A page of the guest and the second-level entry that leads to it.
+struct Page {
+    mapped: AtomicBool,
+    content: UnsafeCell<u64>,
+}
+
+impl Page {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            mapped: AtomicBool::new(true),
+            content: UnsafeCell::new(0),
+        })
+    }
+
+    /// The guest, inside, uses it if it finds it mapped.
+    fn touch(&self) {
+        if self.mapped.load(Ordering::Relaxed) {
+            self.content.with_mut(|_| ());
+        }
+    }
+}
+
+fn gate(vcpus: usize) -> (Arc<VmGeneration>, Arc<Gate>) {
+    let generation = Arc::new(VmGeneration::default());
+    let gate = Gate::new(vcpus, Arc::clone(&generation), Box::new(NoKick));
+    (generation, Arc::new(gate))
+}
+
+/// What is freed once its generation is quiescent is used by no vCPU any more.
+fn quiescence_is_real() {
+    let ((generation, gate), page) = (gate(2), Page::new());
+    let vcpu = {
+        let (gate, page) = (Arc::clone(&gate), Arc::clone(&page));
+        thread::spawn(move || {
+            for _ in 0..2 {
+                let inside = gate.enter(0);
+                page.touch();
+                drop(inside);
+            }
+        })
+    };
+    page.mapped.store(false, Ordering::Relaxed);
+    let invalidated = generation.advance();
+    if gate.quiescent(invalidated) {
+        // Somebody else's from here on.
+        page.content.with_mut(|_| ());
+    }
+    vcpu.join().unwrap();
+}
+
+#[test]
+fn quiescence() {
+    let mistakes = [Mutant::RelaxedSeen, Mutant::NoFence];
+    check(5, quiescence_is_real, &mistakes);
+}
+
+/// A closer that waits for those who are behind gets what it waits for.
+fn catching_up_ends() {
+    let ((generation, gate), page) = (gate(2), Page::new());
+    let vcpu = {
+        let (gate, page) = (Arc::clone(&gate), Arc::clone(&page));
+        thread::spawn(move || {
+            for _ in 0..2 {
+                let inside = gate.enter(0);
+                page.touch();
+                drop(inside);
+            }
+        })
+    };
+    page.mapped.store(false, Ordering::Relaxed);
+    let invalidated = generation.advance();
+    assert!(gate.catch_up(invalidated, Duration::MAX));
+    page.content.with_mut(|_| ());
+    vcpu.join().unwrap();
+}
+
+#[test]
+fn catching_up() {
+    check(4, catching_up_ends, &[Mutant::RelaxedSeen, Mutant::NoFence]);
+}
+
+/// While the gate is held no vCPU is inside, and everybody gets on afterwards.
+fn a_hold_excludes_vcpus() {
+    let ((_, gate), page) = (gate(2), Page::new());
+    let vcpus = [0, 1].map(|index| {
+        let (gate, page) = (Arc::clone(&gate), Arc::clone(&page));
+        thread::spawn(move || {
+            let inside = gate.enter(index);
+            page.content.with(|_| ());
+            drop(inside);
+        })
+    });
+    let hold = gate.hold(Duration::MAX).expect("nobody stops");
+    page.content.with_mut(|_| ());
+    drop(hold);
+    for vcpu in vcpus {
+        vcpu.join().unwrap();
+    }
+}
+
+#[test]
+fn holding() {
+    // A relaxed word makes no difference here: the fences on both sides order what it leaves open.
+    let mistakes = [Mutant::NoFence, Mutant::SilentOpening];
+    check(2, a_hold_excludes_vcpus, &mistakes);
+}
+
+/// Whatever a closer and a vCPU are at, stopping ends it.
+fn stopping_ends_every_wait() {
+    let (_, gate) = gate(1);
+    let vcpu = {
+        let gate = Arc::clone(&gate);
+        thread::spawn(move || {
+            while gate.enter(0).is_some() {
+                thread::yield_now();
+            }
+        })
+    };
+    let closer = {
+        let gate = Arc::clone(&gate);
+        thread::spawn(move || drop(gate.hold(Duration::MAX)))
+    };
+    gate.stop();
+    vcpu.join().unwrap();
+    closer.join().unwrap();
+    assert!(gate.enter(0).is_none());
+}
+
+#[test]
+fn stopping() {
+    check(2, stopping_ends_every_wait, &[]);
+}
+
+/// Memory of a few pages: to treat one is to write to it.
+struct Cells(Vec<UnsafeCell<u64>>);
+
+// SAFETY: loom runs one thread at a time, and reports accesses that are not ordered: that is the test.
+unsafe impl Send for Cells {}
+// SAFETY: as above.
+unsafe impl Sync for Cells {}
+
+impl Cells {
+    fn new(pages: u64) -> Arc<Self> {
+        Arc::new(Self((0..pages).map(UnsafeCell::new).collect()))
+    }
+
+    fn write(&self, range: GpaRange) {
+        for index in range.start() / PAGE_SIZE..range.end() / PAGE_SIZE {
+            self.0[index as usize].with_mut(|_| ());
+        }
+    }
+}
+
+impl Pages for Cells {
+    fn can_invalidate(&self) -> bool {
+        true
+    }
+
+    fn batch(&self) -> usize {
+        2
+    }
+
+    fn treat(&self, ranges: &[GpaRange], _: Stage) -> Treated {
+        ranges.iter().for_each(|&range| self.write(range));
+        Treated {
+            bytes: ranges.iter().map(|range| range.len()).collect(),
+            calls: 1,
+            failures: 0,
+        }
+    }
+}
+
+struct World {
+    gate: Arc<Gate>,
+    lazy: LazyMemory,
+    cells: Arc<Cells>,
+}
+
+fn world(pages: u64) -> Arc<World> {
+    let (generation, gate) = gate(1);
+    Arc::new(World {
+        gate,
+        lazy: LazyMemory::new(16, generation),
+        cells: Cells::new(pages),
+    })
+}
+
+impl World {
+    fn slice(&self, mut sweep: Sweep, stage: Stage, held: bool) {
+        let cost = AtomicU64::new(0);
+        let slicer = Slicer {
+            lazy: &self.lazy,
+            gate: &self.gate,
+            pages: &*self.cells,
+            cost: &cost,
+        };
+        let limits = Limits {
+            ranges: 8,
+            bytes: u64::MAX,
+            pause: Duration::MAX,
+        };
+        if held {
+            slicer.held(&mut sweep, stage, limits);
+        } else {
+            slicer.open(&mut sweep, stage, limits);
+        }
+    }
+
+    /// Bytes are in one state each, and none is lost or made up.
+    fn check_books(&self) {
+        let stats = self.lazy.snapshot();
+        let tracked = stats.lazy_bytes + stats.unmapped_bytes + stats.discarded_bytes;
+        let gone =
+            stats.reused_bytes_total + stats.given_up_bytes_total + stats.forgotten_bytes_total;
+        assert_eq!(stats.freed_bytes_total, tracked + gone, "{stats:?}");
+        assert_eq!(stats.reclaiming_bytes, 0);
+    }
+}
+
+/// A vCPU frees, reuses in an exit, and uses what is its own; two reclaimers run beside it.
+fn owned_data_is_never_discarded() {
+    let world = world(2);
+    world.lazy.free(&[page(0)]);
+    let reclaimers = [false, true].map(|held| {
+        let world = Arc::clone(&world);
+        thread::spawn(move || {
+            world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Discard, held);
+        })
+    });
+    world.lazy.reuse(&[page(0)]);
+    let inside = world.gate.enter(0);
+    world.cells.write(page(0));
+    drop(inside);
+    for reclaimer in reclaimers {
+        reclaimer.join().unwrap();
+    }
+    world.check_books();
+    assert_eq!(world.lazy.snapshot().ranges, 0);
+}
+
+#[test]
+fn owned_data() {
+    let mistakes = [Mutant::DiscardAfterReuse];
+    check(3, owned_data_is_never_discarded, &mistakes);
+}
+
+/// Two reclaimers at one range: never both.
+fn one_reclaimer_a_range() {
+    let world = world(2);
+    world.lazy.free(&[page(0), page(1)]);
+    let other = {
+        let world = Arc::clone(&world);
+        thread::spawn(move || {
+            world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Invalidate, false);
+        })
+    };
+    world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Discard, false);
+    other.join().unwrap();
+    world.check_books();
+    let stats = world.lazy.snapshot();
+    assert_eq!(stats.unmapped_bytes + stats.discarded_bytes, 2 * PAGE_SIZE);
+}
+
+#[test]
+fn one_reclaimer() {
+    check(4, one_reclaimer_a_range, &[Mutant::CheckThenAct]);
+}
+
+/// The whole way: free, invalidate at the gate, discard what is quiescent, while the vCPU goes in and out
+/// and takes half of it back. Nothing is stuck, nothing is lost.
+fn the_whole_way() {
+    let world = world(2);
+    world.lazy.free(&[page(0), page(1)]);
+    let vcpu = {
+        let world = Arc::clone(&world);
+        thread::spawn(move || {
+            drop(world.gate.enter(0));
+            world.lazy.reuse(&[page(1)]);
+            let inside = world.gate.enter(0);
+            world.cells.write(page(1));
+            drop(inside);
+        })
+    };
+    world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Invalidate, true);
+    let quiescent = world.gate.quiescent_generation();
+    world.slice(
+        Sweep::unmapped(Pieces::Any, quiescent),
+        Stage::Discard,
+        false,
+    );
+    vcpu.join().unwrap();
+    world.check_books();
+    let stats = world.lazy.snapshot();
+    assert_eq!(stats.unmapped_bytes + stats.discarded_bytes, PAGE_SIZE);
+}
+
+#[test]
+fn whole_way() {
+    check(3, the_whole_way, &[Mutant::DiscardAfterReuse]);
+}

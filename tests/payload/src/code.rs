@@ -1,0 +1,319 @@
+//! The guest's code: an interpreter of steps, in assembly, that knows its own address and nothing else.
+
+use std::arch::global_asm;
+use std::ptr;
+use std::slice;
+
+use hypercall_abi::call::{Attributes, Operation};
+use hypercall_abi::discovery::PORT;
+use hypercall_abi::stubs;
+
+/// Where the code is, and is entered.
+pub const BASE: u64 = 0x10_0000;
+/// Not 0 for privilege level 3.
+const USER: u64 = 0x10_f000;
+/// The copied stubs.
+const VMCALL_STUB: u64 = 0x10_8000;
+const VMMCALL_STUB: u64 = 0x10_8100;
+const PORT_STUB: u64 = 0x10_8200;
+/// Bytes that are copied of a stub; none is longer.
+const STUB_SIZE: usize = 64;
+/// Page tables: three levels, four pages of the third.
+const PML4: u64 = 0x11_0000;
+const PDPT: u64 = 0x11_1000;
+const PD: u64 = 0x11_2000;
+const STACK: u64 = 0x12_0000;
+/// The steps.
+pub const PROGRAM: u64 = 0x20_0000;
+
+pub const VMCALL: u64 = 1;
+pub const VMMCALL: u64 = 2;
+pub const PORT_CALL: u64 = 3;
+pub const STORE: u64 = 4;
+pub const LOAD: u64 = 5;
+pub const CPUID: u64 = 6;
+pub const FILL: u64 = 7;
+pub const COUNT_FILLED: u64 = 8;
+pub const COUNT_EQUAL: u64 = 9;
+pub const QUERY_UNTIL: u64 = 10;
+pub const INPUT_BYTE: u64 = 11;
+pub const OUTPUT: u64 = 12;
+pub const TIME: u64 = 13;
+
+global_asm!(
+    ".pushsection .rodata.ebb_payload, \"a\"",
+    ".globl ebb_payload_start",
+    ".globl ebb_payload_end",
+    "ebb_payload_start:",
+    // Our own page tables and descriptors; the monitor's are for kernels.
+    "mov rax, {pml4}",
+    "mov cr3, rax",
+    "lgdt [rip + 90f]",
+    "mov rsp, {stack}",
+    "mov rax, {user}",
+    "cmp qword ptr [rax], 0",
+    "je 40f",
+    // To privilege level 3 with I/O privilege level 3.
+    "mov rax, rsp",
+    "push 0x23",
+    "push rax",
+    "push 0x3002",
+    "push 0x1b",
+    "lea rax, [rip + 40f]",
+    "push rax",
+    "iretq",
+    "40:",
+    "mov r12, {program}",
+    // The next step; its kind, three arguments, and how often.
+    "41:",
+    "mov r13, [r12 + 32]",
+    "12:",
+    "mov rdi, [r12 + 8]",
+    "mov rsi, [r12 + 16]",
+    "mov rdx, [r12 + 24]",
+    "mov rcx, [r12]",
+    "xor eax, eax",
+    "cmp rcx, 0",
+    "je 80f",
+    "cmp rcx, {vmcall}",
+    "je 21f",
+    "cmp rcx, {vmmcall}",
+    "je 22f",
+    "cmp rcx, {port_call}",
+    "je 23f",
+    "cmp rcx, {store}",
+    "je 24f",
+    "cmp rcx, {load}",
+    "je 25f",
+    "cmp rcx, {cpuid}",
+    "je 26f",
+    "cmp rcx, {fill}",
+    "je 27f",
+    "cmp rcx, {count_filled}",
+    "je 28f",
+    "cmp rcx, {count_equal}",
+    "je 29f",
+    "cmp rcx, {query_until}",
+    "je 30f",
+    "cmp rcx, {input_byte}",
+    "je 31f",
+    "cmp rcx, {output}",
+    "je 32f",
+    "cmp rcx, {time}",
+    "je 33f",
+    "ud2",
+    // Calls.
+    "21:",
+    "mov rax, {vmcall_stub}",
+    "call rax",
+    "jmp 70f",
+    "22:",
+    "mov rax, {vmmcall_stub}",
+    "call rax",
+    "jmp 70f",
+    "23:",
+    "mov rax, {port_stub}",
+    "mov rcx, {port}",
+    "call rax",
+    "jmp 70f",
+    // Store, load.
+    "24:",
+    "mov [rdi], rsi",
+    "jmp 70f",
+    "25:",
+    "mov rax, [rdi]",
+    "jmp 70f",
+    // CPUID: register number in rsi.
+    "26:",
+    "mov eax, edi",
+    "xor ecx, ecx",
+    "cpuid",
+    "cmp rsi, 1",
+    "cmove eax, ebx",
+    "cmp rsi, 2",
+    "cmove eax, ecx",
+    "cmp rsi, 3",
+    "cmove eax, edx",
+    "jmp 70f",
+    // Fill.
+    "27:",
+    "lea rcx, [rdi + rdx]",
+    "mov [rdi], rcx",
+    "add rdi, 4096",
+    "dec rsi",
+    "jnz 27b",
+    "jmp 70f",
+    // Count the filled.
+    "28:",
+    "lea rcx, [rdi + rdx]",
+    "cmp [rdi], rcx",
+    "jne 281f",
+    "inc rax",
+    "281:",
+    "add rdi, 4096",
+    "dec rsi",
+    "jnz 28b",
+    "jmp 70f",
+    // Count the equal.
+    "29:",
+    "cmp [rdi], rdx",
+    "jne 291f",
+    "inc rax",
+    "291:",
+    "add rdi, 4096",
+    "dec rsi",
+    "jnz 29b",
+    "jmp 70f",
+    // Query until.
+    "30:",
+    "mov rsi, 1",
+    "mov rdx, {query}",
+    "mov rcx, {port}",
+    "mov rax, {port_stub}",
+    "call rax",
+    "test rax, rax",
+    "jnz 70f",
+    "mov rdi, [r12 + 8]",
+    "mov rsi, [r12 + 16]",
+    "mov rdx, [r12 + 24]",
+    "cmp [rdi + rdx], rsi",
+    "jb 30b",
+    "jmp 70f",
+    "31:",
+    "mov edx, edi",
+    "in al, dx",
+    "jmp 70f",
+    "32:",
+    "mov edx, edi",
+    "mov eax, esi",
+    "out dx, eax",
+    "jmp 70f",
+    "33:",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rax, rdx",
+    // The result goes to the serial port.
+    "70:",
+    "dec r13",
+    "jnz 12b",
+    "mov rbx, rax",
+    "mov ecx, 8",
+    "mov edx, 0x3f8",
+    "71:",
+    "mov al, bl",
+    "out dx, al",
+    "shr rbx, 8",
+    "dec ecx",
+    "jnz 71b",
+    "add r12, 40",
+    "jmp 41b",
+    // Power off: sleep type 5, sleep enable.
+    "80:",
+    "mov edx, 0x600",
+    "mov al, 0x34",
+    "out dx, al",
+    "81:",
+    "jmp 81b",
+    ".balign 8",
+    // Null, code, data, and code and data for privilege level 3.
+    "91:",
+    ".quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00affb000000ffff, 0x00cff3000000ffff",
+    "90:",
+    ".word 39",
+    ".quad {base} + (91b - ebb_payload_start)",
+    "ebb_payload_end:",
+    ".popsection",
+    pml4 = const PML4,
+    stack = const STACK,
+    user = const USER,
+    program = const PROGRAM,
+    base = const BASE,
+    port = const PORT,
+    query = const Attributes::new(Operation::Query).encode(),
+    vmcall_stub = const VMCALL_STUB,
+    vmmcall_stub = const VMMCALL_STUB,
+    port_stub = const PORT_STUB,
+    vmcall = const VMCALL,
+    vmmcall = const VMMCALL,
+    port_call = const PORT_CALL,
+    store = const STORE,
+    load = const LOAD,
+    cpuid = const CPUID,
+    fill = const FILL,
+    count_filled = const COUNT_FILLED,
+    count_equal = const COUNT_EQUAL,
+    query_until = const QUERY_UNTIL,
+    input_byte = const INPUT_BYTE,
+    output = const OUTPUT,
+    time = const TIME,
+);
+
+unsafe extern "C" {
+    static ebb_payload_start: u8;
+    static ebb_payload_end: u8;
+}
+
+fn interpreter() -> Vec<u8> {
+    let (start, end) = (&raw const ebb_payload_start, &raw const ebb_payload_end);
+    // SAFETY: the two symbols bound the bytes of one section, the start before the end.
+    unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }.to_vec()
+}
+
+/// The first bytes of a function.
+fn stub(function: *const ()) -> Vec<u8> {
+    let mut bytes = vec![0u8; STUB_SIZE];
+    let from = function.cast::<u8>();
+    for (offset, byte) in bytes.iter_mut().enumerate() {
+        // SAFETY: the function lies in this program's text, which is readable and, with what the compiler
+        // adds, longer than a stub on every side that we read.
+        *byte = unsafe { ptr::read(from.add(offset)) };
+    }
+    bytes
+}
+
+/// What every payload consists of, as addresses and bytes.
+pub fn segments(user: bool) -> Vec<(u64, Vec<u8>)> {
+    const PRESENT_WRITABLE_USER: u64 = 7;
+    const LARGE: u64 = 1 << 7;
+    let words = |words: Vec<u64>| words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let directories = (0..4).map(|n| (PD + n * 0x1000) | PRESENT_WRITABLE_USER);
+    let blocks = (0..4 * 512u64).map(|n| n << 21 | LARGE | PRESENT_WRITABLE_USER);
+    vec![
+        (BASE, interpreter()),
+        (VMCALL_STUB, stub(stubs::vmcall as *const ())),
+        (VMMCALL_STUB, stub(stubs::vmmcall as *const ())),
+        (PORT_STUB, stub(stubs::port as *const ())),
+        (USER, words(vec![u64::from(user)])),
+        (PML4, words(vec![PDPT | PRESENT_WRITABLE_USER])),
+        (PDPT, words(directories.collect())),
+        (PD, words(blocks.collect())),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_do_not_overlap_and_stubs_are_whole() {
+        let mut segments = segments(true);
+        segments.sort_by_key(|(address, _)| *address);
+        for pair in segments.windows(2) {
+            assert!(
+                pair[0].0 + pair[0].1.len() as u64 <= pair[1].0,
+                "{:#x}",
+                pair[0].0
+            );
+        }
+        const RET: u8 = 0xc3;
+        for function in [
+            stubs::vmcall as *const (),
+            stubs::vmmcall as *const (),
+            stubs::port as *const (),
+        ] {
+            let pop_ret = [0x5b, RET];
+            let bytes = stub(function);
+            assert!(bytes.windows(2).any(|pair| pair == pop_ret), "{bytes:x?}");
+        }
+    }
+}

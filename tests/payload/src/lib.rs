@@ -1,0 +1,208 @@
+//! Tiny guests for tests. A [`Program`] is a list of steps: calls to the monitor, loads, stores. It becomes
+//! an ELF file that `ebb run --kernel` starts like a kernel, in 64-bit mode; the guest runs the steps one
+//! by one, without an operating system, writes the result of each to the serial port, and powers off.
+//!
+//! The calls are made by the very stubs of `hypercall-abi`, copied into the guest.
+
+mod code;
+mod elf;
+
+use std::io;
+use std::path::Path;
+
+use hypercall_abi::discovery::PORT;
+use hypercall_abi::{Attributes, Operation, PAGE_SIZE};
+
+/// First address that programs may use as they like; what lies below belongs to the payload.
+pub const FREE_START: u64 = 8 << 20;
+
+/// Bytes that a step writes to the serial port.
+pub const RESULT_SIZE: usize = 8;
+
+/// How a call is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// By VMCALL.
+    Vmcall,
+    /// By VMMCALL.
+    Vmmcall,
+    /// By reading the port.
+    Port,
+}
+
+/// A register that CPUID answers in.
+#[derive(Clone, Copy, Debug)]
+pub enum Register {
+    /// EAX.
+    Eax,
+    /// EBX.
+    Ebx,
+    /// ECX.
+    Ecx,
+    /// EDX.
+    Edx,
+}
+
+/// The index of a step, and so of its result.
+pub type Step = usize;
+
+/// What a guest does.
+#[derive(Clone, Debug, Default)]
+pub struct Program {
+    steps: Vec<[u64; 5]>,
+    data: Vec<(u64, Vec<u8>)>,
+    user: bool,
+}
+
+impl Program {
+    /// A guest that runs its steps at privilege level 0.
+    #[must_use]
+    pub fn kernel() -> Self {
+        Self::default()
+    }
+
+    /// A guest that runs its steps at privilege level 3, with all I/O ports open.
+    #[must_use]
+    pub fn user() -> Self {
+        Self {
+            user: true,
+            ..Self::default()
+        }
+    }
+
+    /// Bytes that are in memory from the beginning.
+    pub fn data(&mut self, gpa: u64, bytes: Vec<u8>) {
+        self.data.push((gpa, bytes));
+    }
+
+    /// The same for 64-bit numbers.
+    pub fn words(&mut self, gpa: u64, words: &[u64]) {
+        let bytes = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.data(gpa, bytes);
+    }
+
+    /// A call with any numbers; the result is its status.
+    pub fn raw_call(&mut self, by: Transport, gpa: u64, pages: u64, attributes: u64) -> Step {
+        self.repeated_call(by, [gpa, pages, attributes], 1)
+    }
+
+    /// A call.
+    pub fn call(&mut self, by: Transport, what: Operation, gpa: u64, pages: u64) -> Step {
+        self.raw_call(by, gpa, pages, Attributes::new(what).encode())
+    }
+
+    /// The same call `times` times, at least once; the result is the last status.
+    pub fn repeated_call(&mut self, by: Transport, arguments: [u64; 3], times: u64) -> Step {
+        let kind = match by {
+            Transport::Vmcall => code::VMCALL,
+            Transport::Vmmcall => code::VMMCALL,
+            Transport::Port => code::PORT_CALL,
+        };
+        let [gpa, pages, attributes] = arguments;
+        self.push([kind, gpa, pages, attributes, times.max(1)])
+    }
+
+    /// Stores `value` at `gpa`.
+    pub fn store(&mut self, gpa: u64, value: u64) -> Step {
+        self.push([code::STORE, gpa, value, 0, 1])
+    }
+
+    /// The result is what stands at `gpa`.
+    pub fn load(&mut self, gpa: u64) -> Step {
+        self.push([code::LOAD, gpa, 0, 0, 1])
+    }
+
+    /// Stores `value` plus its own address at the beginning of each page.
+    pub fn fill(&mut self, gpa: u64, pages: u64, value: u64) -> Step {
+        self.push([code::FILL, gpa, pages, value, 1])
+    }
+
+    /// The result is how many of the pages begin as [`Program::fill`] left them.
+    pub fn count_filled(&mut self, gpa: u64, pages: u64, value: u64) -> Step {
+        self.push([code::COUNT_FILLED, gpa, pages, value, 1])
+    }
+
+    /// The result is how many of the pages begin with `value`.
+    pub fn count_equal(&mut self, gpa: u64, pages: u64, value: u64) -> Step {
+        self.push([code::COUNT_EQUAL, gpa, pages, value, 1])
+    }
+
+    /// The result is a register after CPUID.
+    pub fn cpuid(&mut self, leaf: u32, register: Register) -> Step {
+        let shift = register as u64;
+        self.push([code::CPUID, leaf.into(), shift, 0, 1])
+    }
+
+    /// Makes the query in the block at `gpa`, by port, until its word number `word` is at least `value`.
+    pub fn query_until(&mut self, gpa: u64, word: u64, value: u64) -> Step {
+        self.push([code::QUERY_UNTIL, gpa, value, word * 8, 1])
+    }
+
+    /// Reads one byte from the calls' port, which is no call.
+    pub fn input_byte(&mut self) -> Step {
+        self.push([code::INPUT_BYTE, PORT.into(), 0, 0, 1])
+    }
+
+    /// Writes 32 bits to the calls' port, which is no call.
+    pub fn output(&mut self, value: u32) -> Step {
+        self.push([code::OUTPUT, PORT.into(), value.into(), 0, 1])
+    }
+
+    /// The result is the time stamp counter.
+    pub fn time(&mut self) -> Step {
+        self.push([code::TIME, 0, 0, 0, 1])
+    }
+
+    /// Number of results that it writes.
+    #[must_use]
+    pub const fn results(&self) -> usize {
+        self.steps.len()
+    }
+
+    fn push(&mut self, step: [u64; 5]) -> Step {
+        self.steps.push(step);
+        self.steps.len() - 1
+    }
+
+    /// Writes the guest as an ELF file.
+    ///
+    /// # Errors
+    /// The error of the system call; `InvalidInput` when there are too many steps.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let steps = self.steps.as_flattened();
+        if steps.len() as u64 * 8 >= FREE_START - code::PROGRAM {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        let mut segments = code::segments(self.user);
+        let mut program: Vec<u8> = steps.iter().flat_map(|word| word.to_le_bytes()).collect();
+        // A step of kind 0 ends the program.
+        program.extend([0; 8]);
+        segments.push((code::PROGRAM, program));
+        segments.extend(self.data.iter().cloned());
+        std::fs::write(path, elf::file(code::BASE, &segments))
+    }
+}
+
+/// The results that are in what a guest wrote to the serial port.
+#[must_use]
+pub fn results(serial: &[u8]) -> Vec<u64> {
+    let (results, _) = serial.as_chunks::<RESULT_SIZE>();
+    results
+        .iter()
+        .map(|bytes| u64::from_le_bytes(*bytes))
+        .collect()
+}
+
+/// A batch block for these ranges, each an address and a number of pages.
+#[must_use]
+pub fn batch(ranges: &[(u64, u64)]) -> Vec<u64> {
+    let header = [ranges.len() as u64, 0];
+    let ranges = ranges.iter().flat_map(|&(gpa, pages)| [gpa, pages]);
+    header.into_iter().chain(ranges).collect()
+}
+
+/// Address of a page counted from [`FREE_START`].
+#[must_use]
+pub const fn page(number: u64) -> u64 {
+    FREE_START + number * PAGE_SIZE
+}

@@ -1,0 +1,60 @@
+//! Benchmarks that `cargo xtask bench` runs where KVM is. One benchmark, one file.
+
+pub mod boot;
+mod guest;
+mod host;
+mod overhead;
+mod process;
+pub mod report;
+pub mod reporting;
+
+use std::path::PathBuf;
+
+pub use guest::Guest;
+
+/// A benchmark cannot be run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// A variable that xtask sets is missing.
+    #[error("{0} is not set; start benchmarks with `cargo xtask bench`")]
+    Variable(&'static str),
+    /// A system call or a file failed.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: String,
+        /// The error.
+        source: std::io::Error,
+    },
+    /// The harness says so.
+    #[error(transparent)]
+    Harness(#[from] crate::Error),
+    /// A system under test did not do what it should.
+    #[error("{system} ({case}): {reason}; the end of its output:\n{output}")]
+    Failed {
+        /// The system.
+        system: &'static str,
+        /// The case.
+        case: &'static str,
+        /// What went wrong.
+        reason: String,
+        /// The last lines it wrote.
+        output: String,
+    },
+}
+
+/// Says what was being done when an error of the system came up.
+fn system<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> BenchError {
+    let what = what.into();
+    move |source| BenchError::System {
+        what,
+        source: source.into(),
+    }
+}
+
+/// A path that xtask hands over.
+fn path(name: &'static str) -> Result<PathBuf, BenchError> {
+    std::env::var_os(name)
+        .map(PathBuf::from)
+        .ok_or(BenchError::Variable(name))
+}

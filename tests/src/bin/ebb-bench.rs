@@ -1,0 +1,36 @@
+//! `ebb-bench`: benchmarks against other monitors; started by `cargo xtask bench`.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ebb_tests::bench::{boot, reporting};
+
+/// Benchmarks against other monitors. Start them with `cargo xtask bench`.
+#[derive(Parser)]
+#[command(name = "ebb-bench")]
+struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Boot of the same guest, from the start of the process to its end, and memory overhead
+    Boot(boot::Arguments),
+    /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
+    Reporting(reporting::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().bench {
+        Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::Reporting(arguments) => reporting::run(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

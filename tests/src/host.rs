@@ -1,0 +1,282 @@
+//! What the host's kernel says of a process and its virtual machine.
+
+use std::fs;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use crate::error::{Context, Error, Result};
+
+/// Where KVM keeps its counters.
+const DEBUGFS: &str = "/sys/kernel/debug/kvm";
+
+fn read(path: &str) -> Result<String> {
+    fs::read_to_string(path).context(path)
+}
+
+/// Resident bytes of a process, counted page by page.
+///
+/// # Errors
+/// When the process is gone.
+pub fn rss(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    field(&read(&path)?, "Rss").context(format_args!("{path} has no Rss"))
+}
+
+/// Resident bytes of a process that the kernel may drop when it is short of memory (`MADV_FREE`).
+///
+/// # Errors
+/// When the process is gone.
+pub fn lazy_free(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    field(&read(&path)?, "LazyFree").context(format_args!("{path} has no LazyFree"))
+}
+
+/// Page faults of a process that needed no disk.
+///
+/// # Errors
+/// When the process is gone.
+pub fn minor_faults(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/stat");
+    let text = read(&path)?;
+    // The second field is the program's name in parentheses, which may hold anything.
+    let count = text
+        .rsplit_once(") ")
+        .and_then(|(_, rest)| rest.split(' ').nth(7)?.parse().ok());
+    count.context(format_args!("{path}: {text:?}"))
+}
+
+/// Resident bytes of a process by the kernel's running count: cheap, and a little behind.
+///
+/// # Errors
+/// When the process is gone.
+pub fn rss_estimate(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/statm");
+    let text = read(&path)?;
+    let pages = text
+        .split(' ')
+        .nth(1)
+        .and_then(|pages| pages.parse::<u64>().ok());
+    let page = rustix::param::page_size() as u64;
+    pages
+        .map(|pages| pages * page)
+        .context(format_args!("{path}: {text:?}"))
+}
+
+/// Resident bytes of everything in a process but its guest's memory, which are the anonymous mappings of
+/// `guest_bytes` in all.
+///
+/// # Errors
+/// When the process is gone, or no such mappings are found.
+pub fn overhead(pid: u32, guest_bytes: u64) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps");
+    beside_guest(&mappings(&read(&path)?), guest_bytes).context(format_args!(
+        "{path} has no mapping for {guest_bytes} bytes of guest memory"
+    ))
+}
+
+/// Where the guest's memory lies in a process: anonymous mappings of `guest_bytes` in all.
+///
+/// # Errors
+/// When the process is gone, or no such mappings are found.
+pub fn guest_memory(pid: u32, guest_bytes: u64) -> Result<Vec<Range<u64>>> {
+    let path = format!("/proc/{pid}/smaps");
+    let mappings = mappings(&read(&path)?);
+    let (guest, _) = split_guest(&mappings, guest_bytes).context(format_args!(
+        "{path} has no mapping for {guest_bytes} bytes of guest memory"
+    ))?;
+    Ok(guest.iter().map(|m| m.start..m.start + m.size).collect())
+}
+
+/// One mapping of a process.
+#[derive(Debug, PartialEq, Eq)]
+struct Mapping {
+    start: u64,
+    anonymous: bool,
+    size: u64,
+    rss: u64,
+}
+
+/// The mappings of /proc/PID/smaps.
+fn mappings(smaps: &str) -> Vec<Mapping> {
+    let mut found = Vec::new();
+    let mut part = String::new();
+    // A mapping's first line starts with its address, the others with a name and a colon.
+    for line in smaps.lines().chain(["0-0 end"]) {
+        let is_head = line
+            .split(' ')
+            .next()
+            .is_some_and(|word| !word.ends_with(':'));
+        if is_head && !part.is_empty() {
+            let words = part
+                .lines()
+                .next()
+                .map_or(0, |head| head.split_whitespace().count());
+            found.push(Mapping {
+                start: start(&part),
+                anonymous: words == 5,
+                size: field(&part, "Size").unwrap_or(0),
+                rss: field(&part, "Rss").unwrap_or(0),
+            });
+            part.clear();
+        }
+        part.push_str(line);
+        part.push('\n');
+    }
+    found
+}
+
+/// The address that a mapping's part of /proc/PID/smaps starts with.
+fn start(part: &str) -> u64 {
+    let digits = part.split('-').next().unwrap_or_default();
+    u64::from_str_radix(digits, 16).unwrap_or(0)
+}
+
+/// Resident bytes outside of the guest's memory.
+fn beside_guest(mappings: &[Mapping], guest_bytes: u64) -> Option<u64> {
+    let (_, others) = split_guest(mappings, guest_bytes)?;
+    Some(others.iter().map(|mapping| mapping.rss).sum())
+}
+
+/// The guest's memory, and the rest: the largest anonymous mapping that is not larger than the guest's is
+/// the guest's, and so on until all of it is found.
+fn split_guest(mappings: &[Mapping], guest_bytes: u64) -> Option<(Vec<&Mapping>, Vec<&Mapping>)> {
+    let mut sorted: Vec<&Mapping> = mappings.iter().collect();
+    sorted.sort_by_key(|mapping| std::cmp::Reverse(mapping.size));
+    let mut left = guest_bytes;
+    let (guest, others) = sorted.into_iter().partition(|mapping| {
+        let guest = mapping.anonymous && mapping.size <= left && mapping.size >= 1 << 20;
+        if guest {
+            left -= mapping.size;
+        }
+        guest
+    });
+    (left == 0).then_some((guest, others))
+}
+
+/// The bytes of a line `Name:  123 kB`.
+fn field(text: &str, name: &str) -> Option<u64> {
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+}
+
+/// KVM's own counters for one virtual machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvmCounters {
+    /// Flushes that were sent to vCPUs.
+    pub remote_tlb_flush: u64,
+    /// Flushes that were asked for.
+    pub remote_tlb_flush_requests: u64,
+    /// Exits of all vCPUs.
+    pub exits: u64,
+}
+
+/// Reads KVM's counters for the machine of a process.
+///
+/// # Errors
+/// When debugfs is not there or not readable, or the process has no machine.
+pub fn kvm_counters(pid: u32) -> Result<KvmCounters> {
+    let folder = kvm_folder(pid)?;
+    let count = |name: &str| {
+        let path = folder.join(name);
+        let text = fs::read_to_string(&path).context(path.display())?;
+        text.trim().parse().context(path.display())
+    };
+    Ok(KvmCounters {
+        remote_tlb_flush: count("remote_tlb_flush")?,
+        remote_tlb_flush_requests: count("remote_tlb_flush_requests")?,
+        exits: count("exits")?,
+    })
+}
+
+/// How many pages of 4 KiB and of 2 MiB KVM maps into the machine of a process just now.
+///
+/// # Errors
+/// As for [`kvm_counters`].
+pub fn kvm_pages(pid: u32) -> Result<(u64, u64)> {
+    let folder = kvm_folder(pid)?;
+    let count = |name: &str| {
+        let path = folder.join(name);
+        let text = fs::read_to_string(&path).context(path.display())?;
+        text.trim().parse().context(path.display())
+    };
+    Ok((count("pages_4k")?, count("pages_2m")?))
+}
+
+fn kvm_folder(pid: u32) -> Result<PathBuf> {
+    let entries = fs::read_dir(DEBUGFS).context(format_args!(
+        "{DEBUGFS}: mount debugfs and run the tests as root"
+    ))?;
+    let prefix = format!("{pid}-");
+    let mut entries = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    entries
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+        })
+        .ok_or_else(|| Error::new(format!("{DEBUGFS} has no machine of process {pid}")))
+}
+
+/// The names of a process's threads.
+///
+/// # Errors
+/// When the process is gone.
+pub fn threads(pid: u32) -> Result<Vec<String>> {
+    let path = format!("/proc/{pid}/task");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&path).context(&path)? {
+        let comm = entry.context(&path)?.path().join("comm");
+        // A thread may end at any time.
+        names.extend(fs::read_to_string(comm).map(|name| name.trim().to_owned()));
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+55d0-55e0 r-xp 00000000 fe:01 123   /bin/ebb
+Size:               2048 kB
+Rss:                 700 kB
+VmFlags: rd ex
+7f00-7f80 rw-p 00000000 00:00 0
+Size:             131072 kB
+Rss:               90000 kB
+7f90-7fa0 rw-p 00000000 00:00 0          [heap]
+Size:                132 kB
+Rss:                  40 kB
+";
+
+    #[test]
+    fn mappings_of_smaps() {
+        let found = mappings(SMAPS);
+        assert_eq!(found.len(), 3);
+        let ram = Mapping {
+            start: 0x7f00,
+            anonymous: true,
+            size: 128 << 20,
+            rss: 90_000 << 10,
+        };
+        assert_eq!(found[1], ram);
+        assert!(!found[0].anonymous && !found[2].anonymous);
+    }
+
+    #[test]
+    fn overhead_is_what_the_guest_does_not_account_for() {
+        let found = mappings(SMAPS);
+        assert_eq!(beside_guest(&found, 128 << 20), Some(740 << 10));
+        assert_eq!(beside_guest(&found, 256 << 20), None);
+    }
+
+    #[test]
+    fn this_process_has_memory_and_threads() {
+        let pid = std::process::id();
+        assert!(rss(pid).unwrap() > 1 << 20 && rss_estimate(pid).unwrap() > 1 << 20);
+        assert!(lazy_free(pid).is_ok() && minor_faults(pid).unwrap() > 10);
+        assert!(!threads(pid).unwrap().is_empty());
+        assert!(kvm_counters(pid).is_err());
+    }
+}

@@ -1,0 +1,48 @@
+//! What is booted, and where results go: the environment that `cargo xtask` makes.
+
+use std::path::PathBuf;
+
+use crate::error::{Context, Result};
+
+/// Paths of the monitor, kernels and file systems.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// The monitor.
+    pub ebb: PathBuf,
+    /// The kernel as its distribution ships it, a bzImage.
+    pub vmlinuz: PathBuf,
+    /// The ELF that was inside it.
+    pub vmlinux: PathBuf,
+    /// The guests' initramfs, see resources/guest-init.sh.
+    pub initramfs: PathBuf,
+    /// An ext4 image with a small Debian.
+    pub root_disk: PathBuf,
+    /// What `uname -r` says in the guest.
+    pub release: String,
+    /// `direct` or `nested`.
+    pub platform: String,
+}
+
+impl Images {
+    /// Reads the environment.
+    ///
+    /// # Errors
+    /// When a variable is not set.
+    pub fn from_environment() -> Result<Self> {
+        let text = |name: &str| {
+            std::env::var(name).context(format!(
+                "{name} is not set; `cargo xtask test`, `demo` and `exec` set it"
+            ))
+        };
+        let path = |name: &str| text(name).map(PathBuf::from);
+        Ok(Self {
+            ebb: path("EBB_BIN")?,
+            vmlinuz: path("EBB_GUEST_VMLINUZ")?,
+            vmlinux: path("EBB_GUEST_VMLINUX")?,
+            initramfs: path("EBB_GUEST_INITRAMFS")?,
+            root_disk: path("EBB_GUEST_ROOTDISK")?,
+            release: text("EBB_GUEST_RELEASE")?,
+            platform: text("EBB_PLATFORM")?,
+        })
+    }
+}

@@ -1,0 +1,168 @@
+//! Puts together the command line of a monitor and starts it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+use crate::error::{Context, Result};
+use crate::images::Images;
+use crate::monitor::Monitor;
+use crate::terminal::Terminal;
+
+/// A monitor that is about to start.
+#[derive(Debug)]
+pub struct Launch {
+    images: Images,
+    kernel: PathBuf,
+    initramfs: Option<PathBuf>,
+    mode: String,
+    cmdline: String,
+    memory: String,
+    cpus: u32,
+    serial: String,
+    more: Vec<String>,
+    folder: TempDir,
+}
+
+impl Launch {
+    /// 1 vCPU, 256 MiB, the distribution's kernel, and the workload on the console.
+    ///
+    /// # Errors
+    /// When the environment lacks something, or there is no room for temporary files.
+    pub fn new() -> Result<Self> {
+        let images = Images::from_environment()?;
+        let folder = TempDir::with_prefix("ebb-").context("make a temporary folder")?;
+        Ok(Self {
+            kernel: images.vmlinuz.clone(),
+            initramfs: Some(images.initramfs.clone()),
+            images,
+            mode: "run".to_owned(),
+            cmdline: String::new(),
+            memory: "size=256M".to_owned(),
+            cpus: 1,
+            serial: "tty".to_owned(),
+            more: Vec::new(),
+            folder,
+        })
+    }
+
+    /// What there is to boot.
+    pub fn images(&self) -> &Images {
+        &self.images
+    }
+
+    /// A folder that lives as long as the monitor.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Another kernel.
+    #[must_use]
+    pub fn kernel(mut self, path: &Path) -> Self {
+        self.kernel = path.to_owned();
+        self
+    }
+
+    /// `ebb.mode=`, see resources/guest-init.sh; or what else is to be said to the kernel.
+    #[must_use]
+    pub fn mode(mut self, mode: &str) -> Self {
+        mode.clone_into(&mut self.mode);
+        self
+    }
+
+    /// More words for the kernel's command line.
+    #[must_use]
+    pub fn cmdline(mut self, words: &str) -> Self {
+        self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// `--memory`.
+    #[must_use]
+    pub fn memory(mut self, options: &str) -> Self {
+        options.clone_into(&mut self.memory);
+        self
+    }
+
+    /// `--cpus boot=`.
+    #[must_use]
+    pub fn cpus(mut self, count: u32) -> Self {
+        self.cpus = count;
+        self
+    }
+
+    /// `--serial`.
+    #[must_use]
+    pub fn serial(mut self, options: &str) -> Self {
+        options.clone_into(&mut self.serial);
+        self
+    }
+
+    /// Another option and its value.
+    #[must_use]
+    pub fn option(mut self, name: &str, value: &str) -> Self {
+        self.more.extend([name.to_owned(), value.to_owned()]);
+        self
+    }
+
+    /// `--disk`.
+    #[must_use]
+    pub fn disk(self, path: &Path, readonly: bool) -> Self {
+        let toggle = if readonly { "on" } else { "off" };
+        self.option(
+            "--disk",
+            &format!("path={},readonly={toggle}", path.display()),
+        )
+    }
+
+    /// Starts the monitor with its console on pipes.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(self) -> Result<Monitor> {
+        self.start_with(Stdio::piped(), Stdio::piped())
+    }
+
+    /// Starts the monitor with its console in a terminal.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_in(self, terminal: &Terminal) -> Result<Monitor> {
+        self.start_with(terminal.near()?, terminal.near()?)
+    }
+
+    fn start_with(self, stdin: Stdio, stdout: Stdio) -> Result<Monitor> {
+        let socket = self.folder.path().join("api");
+        let log = self.folder.path().join("log");
+        let stderr = self.folder.path().join("stderr");
+        let words = format!(
+            "console=ttyS0 quiet loglevel=3 panic=-1 ebb.mode={}",
+            self.mode
+        );
+        let mut command = Command::new(&self.images.ebb);
+        command.arg("run").arg("--kernel").arg(&self.kernel);
+        if let Some(initramfs) = &self.initramfs {
+            command.arg("--initramfs").arg(initramfs);
+        }
+        command
+            .args(["--cmdline", &format!("{words}{}", self.cmdline)])
+            .args([
+                "--memory",
+                &self.memory,
+                "--cpus",
+                &format!("boot={}", self.cpus),
+            ])
+            .args(["--serial", &self.serial, "-v", "--log-file"])
+            .arg(&log)
+            .arg("--api-socket")
+            .arg(&socket)
+            .args(&self.more)
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(File::create(&stderr).context(stderr.display())?);
+        let child = command.spawn().context(self.images.ebb.display())?;
+        Ok(Monitor::new(child, self.images, self.folder))
+    }
+}

@@ -1,0 +1,24 @@
+//! Harness of the tests that cross crates: a running monitor, its guest, its API, and what the host's
+//! kernel says of them. The demo stands on it too.
+
+pub mod api;
+pub mod bench;
+pub mod console;
+pub mod error;
+pub mod guest;
+pub mod host;
+pub mod images;
+pub mod launch;
+pub mod monitor;
+pub mod refusal;
+pub mod size;
+pub mod strace;
+pub mod terminal;
+pub mod wait;
+
+pub use api::Api;
+pub use error::{Error, Result};
+pub use guest::Guest;
+pub use images::Images;
+pub use launch::Launch;
+pub use monitor::Monitor;

@@ -1,0 +1,184 @@
+//! A host that is short of memory takes what the guest has handed over, and nothing else.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use ebb_tests::Launch;
+use ebb_tests::error::{Context, Result};
+use ebb_tests::size::MIB;
+use ebb_tests::wait::{LONG, until};
+
+/// A cgroup of our own (v2), with the memory controller; removed at the end.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new() -> Result<Self> {
+        let root = Path::new("/sys/fs/cgroup");
+        let controllers = root.join("cgroup.subtree_control");
+        fs::write(&controllers, "+memory").context(controllers.display())?;
+        let own = root.join(format!("ebb-test-{}", std::process::id()));
+        fs::create_dir(&own).context(own.display())?;
+        Ok(Self(own))
+    }
+
+    fn number(&self, file: &str) -> Result<u64> {
+        let path = self.0.join(file);
+        let text = fs::read_to_string(&path).context(path.display())?;
+        text.trim()
+            .parse()
+            .ok()
+            .context(format_args!("{text:?} in {}", path.display()))
+    }
+
+    fn set(&self, file: &str, value: u64) -> Result<()> {
+        let path = self.0.join(file);
+        fs::write(&path, value.to_string()).context(path.display())
+    }
+
+    /// Runs `start` as a member, so that what it starts is one from its first page on.
+    fn within<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
+        let join = |folder: &Path| {
+            let procs = folder.join("cgroup.procs");
+            fs::write(&procs, std::process::id().to_string()).context(procs.display())
+        };
+        let before = fs::read_to_string("/proc/self/cgroup").context("/proc/self/cgroup")?;
+        let before = before.lines().find_map(|line| line.strip_prefix("0::"));
+        let before = before.context("this process is in no cgroup of version 2")?;
+        join(&self.0)?;
+        let started = start();
+        join(&Path::new("/sys/fs/cgroup").join(before.trim_start_matches('/')))?;
+        started
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Busy for as long as a member has not been reaped: then it stays, and says so by its name.
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The monitor's own cgroup is over its limit: pressure reports arrive, and the lazy memory goes until
+/// the guest can go on.
+#[test]
+fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
+    let cgroup = Cgroup::new()?;
+    let launch = Launch::new()?
+        .memory("size=512M")
+        .option("--balloon", "size=0");
+    let mut monitor = cgroup.within(|| launch.start())?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    let checksum = guest.checksum("keep 64M")?;
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    api.set_balloon(160 * MIB)?;
+    let before = until("the guest hands its memory over", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.lazy_bytes == 160 * MIB))
+    })?;
+    assert_eq!(
+        before.pressure_events_total, 0,
+        "nothing has happened yet: {before:?}"
+    );
+
+    cgroup.set("memory.high", cgroup.number("memory.current")? - 32 * MIB)?;
+    guest.ask("fill 96M")?;
+    let after = until("the host takes lazy memory", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.reclaimed_bytes_total >= 64 * MIB))
+    })?;
+    assert!(after.pressure_events_total > 0, "{after:?}");
+    assert_eq!(after.discard_failures_total, 0, "{after:?}");
+
+    cgroup.set("memory.high", 4096 * MIB)?;
+    guest.ask("drop")?;
+    api.set_balloon(0)?;
+    until("the guest takes its memory back", LONG, || {
+        let state = api.lazy()?;
+        Ok((state.lazy_bytes + state.discarded_bytes == 0).then_some(()))
+    })?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
+/// Pages of 2 MiB that the host keeps for hugetlb; as before at the end.
+struct HugePages(String);
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(count: u64) -> Result<Self> {
+        let before = fs::read_to_string(NR_HUGEPAGES).context(NR_HUGEPAGES)?;
+        let reserved = Self(before);
+        let free = Self::free()?;
+        let total: u64 = reserved.0.trim().parse().ok().context(NR_HUGEPAGES)?;
+        fs::write(
+            NR_HUGEPAGES,
+            (total + count.saturating_sub(free)).to_string(),
+        )
+        .context(NR_HUGEPAGES)?;
+        Ok(reserved)
+    }
+
+    fn free() -> Result<u64> {
+        let text = fs::read_to_string("/proc/meminfo").context("/proc/meminfo")?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("HugePages_Free:"));
+        line.and_then(|number| number.trim().parse().ok())
+            .context("HugePages_Free")
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // The host may refuse, and then keeps the pages: nothing that a test can mend.
+        let _ = fs::write(NR_HUGEPAGES, &self.0);
+    }
+}
+
+/// hugetlb pages go back to the host's pool whole, and come back zeroed and usable.
+#[test]
+fn hugetlb_pages_are_taken_and_given_back() -> Result<()> {
+    let _reserved = HugePages::reserve(192)?;
+    let free = HugePages::free()?;
+    assert!(free >= 192, "the host has only {free} free pages of 2 MiB");
+    let launch = Launch::new()?
+        .memory("size=384M,hugepages=on")
+        .option("--balloon", "size=0");
+    let mut monitor = launch.start()?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    let checksum = guest.checksum("keep 64M")?;
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    let touched = HugePages::free()?;
+    api.set_balloon(160 * MIB)?;
+    until("the guest hands its memory over", LONG, || {
+        Ok((api.lazy()?.lazy_bytes == 160 * MIB).then_some(()))
+    })?;
+    assert_eq!(
+        HugePages::free()?,
+        touched,
+        "lazily: the pool has not changed"
+    );
+    let taken = api.reclaim(160 * MIB)?.reclaimed_bytes;
+    let freed = (HugePages::free()? - touched) * 2 * MIB;
+    assert!(
+        freed >= 96 * MIB && freed <= taken,
+        "{taken} bytes taken, {freed} in the pool"
+    );
+    api.set_balloon(0)?;
+    until("the guest takes its memory back", LONG, || {
+        let state = api.lazy()?;
+        Ok((state.lazy_bytes + state.discarded_bytes == 0).then_some(()))
+    })?;
+    guest.ask("fill 160M")?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    let end = HugePages::free()?;
+    assert_eq!(end, free, "every page is back in the pool");
+    Ok(())
+}

@@ -1,0 +1,38 @@
+//! `cargo xtask bench NAME`: runs one benchmark.
+
+use std::time::Duration;
+
+use nested_machine::error::Result;
+use nested_machine::session::Command;
+
+use crate::cargo::build;
+use crate::project::{binary, environment, output_folder, root, start_runner};
+use crate::{setup, test};
+
+/// How long a benchmark may take.
+const TIME_LIMIT: Duration = Duration::from_secs(60 * 60);
+
+/// Arguments of `bench`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Which benchmark, such as `boot`
+    name: String,
+    /// Passed on to ebb-bench
+    #[arg(last = true)]
+    more: Vec<String>,
+}
+
+/// Runs the subcommand.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let assets = setup::ensure()?;
+    build(&["vmm", "ebb-tests"])?;
+    let out = output_folder("bench")?;
+    let runner = start_runner(&assets)?;
+    let program = binary("ebb-bench").to_string_lossy().into_owned();
+    let mut command = Command::new([program, arguments.name.clone()]);
+    command.argv.extend(arguments.more.iter().cloned());
+    command.env = environment(&assets, runner.platform(), &out);
+    command.cwd = Some(root());
+    let exit = runner.run(&command, TIME_LIMIT, &mut test::show)?;
+    Ok(exit.code() as u8)
+}

@@ -1,0 +1,62 @@
+//! Calls cargo.
+
+use std::process::Command;
+
+use nested_machine::error::{Error, Result};
+
+use crate::project::root;
+use crate::shell::{command, progress, visibly};
+
+/// `cargo` with these words, in the repository's root and its `target` folder.
+pub fn cargo<'a>(words: impl IntoIterator<Item = &'a str>) -> Command {
+    let program = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let mut command = command(&program, words);
+    command
+        .current_dir(root())
+        .env("CARGO_TARGET_DIR", root().join("target"));
+    command
+}
+
+/// Builds the release binaries of these packages.
+pub fn build(packages: &[&str]) -> Result<()> {
+    progress(format_args!(
+        "building {} (release; minutes the first time)",
+        packages.join(", ")
+    ));
+    let mut command = cargo(["build", "--release", "--bins"]);
+    packages.iter().for_each(|package| {
+        command.args(["-p", package]);
+    });
+    must(command)
+}
+
+/// Builds a static binary of a package into `target/static`.
+pub fn build_static(package: &str, binary: &str, more: &[&str]) -> Result<()> {
+    let mut command = cargo([
+        "build",
+        "--release",
+        "--quiet",
+        "-p",
+        package,
+        "--bin",
+        binary,
+    ]);
+    command
+        .args(["--target", "x86_64-unknown-linux-gnu"])
+        .args(more)
+        .env("CARGO_TARGET_DIR", root().join("target/static"))
+        .env(
+            "RUSTFLAGS",
+            "-C target-feature=+crt-static -C strip=symbols",
+        );
+    must(command)
+}
+
+fn must(command: Command) -> Result<()> {
+    let what = format!("{command:?}");
+    if visibly(command)? {
+        Ok(())
+    } else {
+        Err(Error::new(format!("failed: {what}")))
+    }
+}

@@ -1,0 +1,43 @@
+//! `cargo xtask demo`: the whole story of lazy memory, narrated.
+
+use std::time::Duration;
+
+use nested_machine::error::Result;
+use nested_machine::session::Command;
+
+use crate::cargo::build;
+use crate::project::{binary, environment, output_folder, root, start_runner};
+use crate::shell::progress;
+use crate::{setup, test};
+
+/// How long the demo may take.
+const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
+
+/// Arguments of `demo`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Passed on to ebb-demo
+    #[arg(last = true)]
+    more: Vec<String>,
+}
+
+/// Runs the subcommand.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let assets = setup::ensure()?;
+    build(&["vmm", "ebb-tests"])?;
+    let out = output_folder("demo")?;
+    let runner = start_runner(&assets)?;
+    let program = binary("ebb-demo").to_string_lossy().into_owned();
+    let mut command = Command::new([program, "--out".into(), out.to_string_lossy().into_owned()]);
+    command.argv.extend(arguments.more.iter().cloned());
+    command.env = environment(&assets, runner.platform(), &out);
+    command.cwd = Some(root());
+    let exit = runner.run(&command, TIME_LIMIT, &mut test::show)?;
+    if exit.success() {
+        progress(format_args!(
+            "pictures and numbers are in {}",
+            out.display()
+        ));
+    }
+    Ok(exit.code() as u8)
+}

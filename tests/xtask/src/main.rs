@@ -1,0 +1,62 @@
+//! `cargo xtask`: sets up, demonstrates, tests and measures Ebb. One subcommand, one file.
+
+mod bench;
+mod cargo;
+mod demo;
+mod exec;
+mod guest;
+mod project;
+mod selftest;
+mod setup;
+mod shell;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use nested_machine::error::chain;
+
+/// Sets up, demonstrates, tests and measures Ebb.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install and cache what is missing: QEMU, a Debian kernel, a root file system
+    Setup(setup::Arguments),
+    /// Show lazy memory end to end, with a picture and a summary in target/demo
+    Demo(demo::Arguments),
+    /// Check the source and run every test, those that need KVM in the nested machine if need be
+    Test(test::Arguments),
+    /// Open a shell in a guest
+    Guest(guest::Arguments),
+    /// Run a command where KVM is: on this host or in the nested machine
+    Exec(exec::Arguments),
+    /// Check the nested machine itself
+    Selftest(selftest::Arguments),
+    /// Run a benchmark
+    Bench(bench::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Setup(arguments) => setup::run(&arguments),
+        Task::Demo(arguments) => demo::run(&arguments),
+        Task::Test(arguments) => test::run(&arguments),
+        Task::Guest(arguments) => guest::run(&arguments),
+        Task::Exec(arguments) => exec::run(&arguments),
+        Task::Selftest(arguments) => selftest::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! Where things lie in the repository, and the environment that test programs get.
+
+use std::path::{Path, PathBuf};
+
+use nested_machine::assets::Assets;
+use nested_machine::error::{Context, Result};
+use nested_machine::machine::Options;
+use nested_machine::platform::Platform;
+use nested_machine::runner::Runner;
+
+use crate::shell::{Seconds, progress};
+
+/// The repository's root folder.
+pub fn root() -> PathBuf {
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
+    let here = here.unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    here.ancestors()
+        .nth(2)
+        .unwrap_or(Path::new("/"))
+        .to_path_buf()
+}
+
+/// A release binary of the workspace.
+pub fn binary(name: &str) -> PathBuf {
+    root().join("target/release").join(name)
+}
+
+/// Creates `target/NAME` and returns its path.
+pub fn output_folder(name: &str) -> Result<PathBuf> {
+    let path = root().join("target").join(name);
+    std::fs::create_dir_all(&path).context(|| format!("create {}", path.display()))?;
+    Ok(path)
+}
+
+/// What tests, demo and benchmarks find in their environment.
+pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(String, String)> {
+    let path = |path: &Path| path.to_string_lossy().into_owned();
+    let mut variables = vec![
+        ("EBB_BIN", path(&binary("ebb"))),
+        ("EBB_GUEST_VMLINUZ", path(&assets.vmlinuz)),
+        ("EBB_GUEST_VMLINUX", path(&assets.vmlinux)),
+        ("EBB_GUEST_INITRAMFS", path(&assets.guest_initramfs)),
+        ("EBB_GUEST_ROOTDISK", path(&assets.root_disk)),
+        ("EBB_GUEST_RELEASE", assets.release.clone()),
+        ("EBB_OUT", path(out)),
+        ("EBB_PLATFORM", platform.to_string()),
+        ("RUST_BACKTRACE", "1".to_owned()),
+    ];
+    if let Ok(term) = std::env::var("TERM") {
+        variables.push(("TERM", term));
+    }
+    variables
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
+}
+
+/// Starts the runner that fits the host, and says which.
+pub fn start_runner(assets: &Assets) -> Result<Runner> {
+    let options = Options::for_repository(&root());
+    if Platform::probe()? == Platform::Nested {
+        progress(format_args!(
+            "no stock Linux guest runs on this host: booting the nested machine \
+             ({} CPUs, {} MiB, emulated by QEMU)",
+            options.cpus, options.memory_mib
+        ));
+    }
+    let runner = Runner::start(assets, &options)?;
+    match &runner {
+        Runner::Direct => progress("guests run directly on this host"),
+        Runner::Nested(machine) => {
+            let time = Seconds(machine.boot_time());
+            progress(format_args!(
+                "nested machine up in {time} ({})",
+                machine.description()
+            ));
+        }
+    }
+    Ok(runner)
+}

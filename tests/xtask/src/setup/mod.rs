@@ -1,0 +1,83 @@
+//! `cargo xtask setup`: installs and caches what is missing.
+
+mod apt;
+mod kernel;
+mod root_disk;
+
+use nested_machine::assets::Assets;
+use nested_machine::error::{Context, Result};
+use nested_machine::initramfs;
+use rustix::fs::{FlockOperation, flock};
+
+use crate::cargo::build_static;
+use crate::project::root;
+use crate::shell::{Seconds, Size, progress};
+
+/// Debian packages that tests and images are made with.
+const PACKAGES: &[&str] = &[
+    "qemu-system-x86",
+    "busybox-static",
+    "mmdebstrap",
+    "e2fsprogs",
+    "kmod",
+    "mount",
+    "strace",
+    "util-linux",
+    "gcc",
+    "libc6-dev",
+];
+
+/// Arguments of `setup`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Look for a newer kernel even where one is cached
+    #[arg(long)]
+    refresh: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let start = std::time::Instant::now();
+    let assets = prepare(arguments.refresh)?;
+    progress(format_args!(
+        "ready in {}: {}",
+        Seconds(start.elapsed()),
+        assets.release
+    ));
+    Ok(0)
+}
+
+/// Sets up what is missing and says where it is; every other subcommand calls it first.
+pub fn ensure() -> Result<Assets> {
+    prepare(false)
+}
+
+fn prepare(refresh: bool) -> Result<Assets> {
+    let root = root();
+    let cache = root.join(".cache");
+    std::fs::create_dir_all(&cache).context(|| format!("create {}", cache.display()))?;
+    let _lock = lock(&cache)?;
+    apt::install(PACKAGES)?;
+    let release = kernel::ensure(&cache, refresh)?;
+    let assets = Assets::locate(&root, &release);
+    root_disk::ensure(&root, &assets.root_disk)?;
+    progress("building the guest's and the nested machine's agents (static)");
+    build_static("nested-machine", "nested-agent", &["--no-default-features"])?;
+    build_static("guest-agent", "ebb-guest", &[])?;
+    initramfs::write_guest(&assets)?;
+    let size = std::fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
+    progress(format_args!("guest initramfs: {}", Size(size)));
+    Ok(assets)
+}
+
+/// Keeps two setups of one repository from getting in each other's way.
+fn lock(cache: &std::path::Path) -> Result<std::fs::File> {
+    let path = cache.join("lock");
+    let what = || format!("lock {}", path.display());
+    let file = std::fs::File::create(&path).context(what)?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        progress("another setup is running: waiting for it");
+        flock(&file, FlockOperation::LockExclusive).context(what)?;
+    }
+    Ok(file)
+}

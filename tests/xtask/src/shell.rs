@@ -1,0 +1,61 @@
+//! Runs the host's programs, and says what goes on.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nested_machine::error::{Context, Error, Result};
+
+/// Prints one line of progress.
+pub fn progress(text: impl fmt::Display) {
+    println!("==> {text}");
+}
+
+/// A length in a unit that people read: `12.3 MiB`.
+pub struct Size(pub u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0..0x10_0000 => write!(f, "{} KiB", self.0.div_ceil(1024)),
+            bytes => write!(f, "{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+        }
+    }
+}
+
+/// A duration in seconds: `1.2 s`.
+pub struct Seconds(pub Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1} s", self.0.as_secs_f32())
+    }
+}
+
+/// A command from its words.
+pub fn command<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(program);
+    command.args(words).stdin(Stdio::null());
+    command
+}
+
+/// Runs a command that must succeed; shows what it said only when it fails.
+pub fn quietly(mut command: Command) -> Result<String> {
+    let what = format!("run {command:?}");
+    let output = command.output().context(|| what.clone())?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    let lines: Vec<&str> = said.lines().collect();
+    let last = lines[lines.len().saturating_sub(20)..].join("\n  ");
+    Err(Error::new(format!("{what}: {}\n  {last}", output.status)))
+}
+
+/// Runs a command whose output the user sees; whether it succeeded.
+pub fn visibly(mut command: Command) -> Result<bool> {
+    let status = command.status().context(|| format!("run {command:?}"))?;
+    Ok(status.success())
+}

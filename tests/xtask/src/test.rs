@@ -1,0 +1,327 @@
+//! `cargo xtask test`: checks of the source, host tests, and KVM tests where KVM is.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command as Process, Stdio};
+use std::time::{Duration, Instant};
+
+use nested_machine::assets::Assets;
+use nested_machine::error::{Context, Error, Result, chain};
+use nested_machine::frame::Exit;
+use nested_machine::platform::Platform;
+use nested_machine::runner::{Runner, run_here};
+use nested_machine::session::{Command, Stream};
+use serde_json::Value;
+
+use crate::cargo::{build, cargo};
+use crate::project::{environment, output_folder, root, start_runner};
+use crate::shell::{Seconds, progress, visibly};
+use crate::{selftest, setup};
+
+/// How long one test binary may take.
+const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
+
+/// Arguments of `test`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Tests only: leave out formatting, clippy and documentation
+    #[arg(long)]
+    quick: bool,
+    /// Run only tests whose names contain one of these
+    filters: Vec<String>,
+}
+
+/// A test binary of the package ebb-tests.
+struct Binary {
+    name: String,
+    path: PathBuf,
+}
+
+/// What was run, and how it went.
+#[derive(Default)]
+struct Report(Vec<(String, Result<bool>, Duration)>);
+
+impl Report {
+    fn step(&mut self, name: &str, run: impl FnOnce() -> Result<bool>) {
+        progress(name);
+        let start = Instant::now();
+        let result = run();
+        if let Err(error) = &result {
+            println!("error: {}", chain(error));
+        }
+        self.0.push((name.to_owned(), result, start.elapsed()));
+    }
+
+    /// Prints the summary; whether everything passed.
+    fn finish(&self) -> bool {
+        progress("summary");
+        for (name, result, time) in &self.0 {
+            let word = match result {
+                Ok(true) => "ok    ",
+                Ok(false) => "FAILED",
+                Err(_) => "ERROR ",
+            };
+            println!("    {word} {name} ({})", Seconds(*time));
+        }
+        self.0
+            .iter()
+            .all(|(_, result, _)| matches!(result, Ok(true)))
+    }
+}
+
+/// Runs the subcommand.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let start = Instant::now();
+    let assets = setup::ensure()?;
+    let mut report = Report::default();
+    if arguments.quick {
+        progress("--quick: formatting, clippy and documentation are not checked");
+    } else {
+        check_source(&mut report);
+    }
+    report.step("unit tests", || unit_tests(&arguments.filters));
+    report.step("models", models);
+    report.step("documentation tests", || {
+        visibly(cargo(["test", "--workspace", "--doc", "-q"]))
+    });
+    build(&["vmm", "ebb-tests"])?;
+    let binaries = test_binaries()?;
+    let (kvm, host): (Vec<_>, Vec<_>) = binaries
+        .into_iter()
+        .partition(|binary| binary.name.starts_with("kvm_"));
+    let tests = Tests {
+        assets,
+        filters: arguments.filters.clone(),
+        out: output_folder("test")?,
+    };
+    let platform = Platform::probe()?;
+    for binary in host {
+        let command = tests.command(&binary, platform);
+        report.step(&format!("{} (host)", binary.name), || {
+            run_here(&command, TIME_LIMIT, &mut show).map(Exit::success)
+        });
+    }
+    let mut runner = None;
+    if platform == Platform::Nested {
+        report.step("nested machine", || {
+            let machine = runner.insert(start_runner(&tests.assets)?);
+            selftest::check(machine)
+        });
+    }
+    tests.on_kvm(&kvm, runner, &mut report);
+    let passed = report.finish();
+    let word = if passed {
+        "everything passed"
+    } else {
+        "something FAILED"
+    };
+    progress(format_args!("{word} in {}", Seconds(start.elapsed())));
+    Ok(u8::from(!passed))
+}
+
+/// Hands a command's output on as it is.
+pub fn show(stream: Stream, bytes: &[u8]) {
+    // A closed standard output ends nothing here.
+    let _ = match stream {
+        Stream::Stdout => write_out(std::io::stdout().lock(), bytes),
+        Stream::Stderr => write_out(std::io::stderr().lock(), bytes),
+    };
+}
+
+fn write_out(mut to: impl Write, bytes: &[u8]) -> std::io::Result<()> {
+    to.write_all(bytes)?;
+    to.flush()
+}
+
+fn check_source(report: &mut Report) {
+    report.step("formatting", || visibly(cargo(["fmt", "--all", "--check"])));
+    report.step("clippy", || {
+        let words = [
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        visibly(cargo(words))
+    });
+    report.step("documentation", || {
+        let mut doc = cargo(["doc", "--workspace", "--no-deps", "--quiet"]);
+        doc.args(["--document-private-items"])
+            .env("RUSTDOCFLAGS", "-D warnings");
+        visibly(doc)
+    });
+}
+
+fn unit_tests(filters: &[String]) -> Result<bool> {
+    let has_nextest = Process::new("cargo-nextest")
+        .args(["nextest", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    let mut tests = if has_nextest {
+        cargo(["nextest", "run", "--no-tests", "pass"])
+    } else {
+        cargo(["test", "--all-targets"])
+    };
+    tests.args([
+        "--workspace",
+        "--exclude",
+        "ebb-tests",
+        "--exclude",
+        "ebb-models",
+    ]);
+    if has_nextest {
+        tests.args(filters);
+    } else {
+        tests.arg("--").args(filters);
+    }
+    visibly(tests)
+}
+
+/// The models of the lazy memory, run by loom: with a folder of their own, as the flag rebuilds everything.
+fn models() -> Result<bool> {
+    let mut models = cargo(["test", "--release", "-p", "ebb-models"]);
+    models
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", root().join("target/loom"));
+    visibly(models)
+}
+
+/// Whether a failed test has shown a kernel that broke. QEMU 7.2 emulates the patching of running code with
+/// a race, which kills a kernel with several processors now and then; the nested machine suffers it too.
+fn kernel_broke(printed: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(printed);
+    ["Oops:", "Kernel panic - not syncing", "BUG: "]
+        .iter()
+        .any(|sign| text.contains(sign))
+}
+
+/// Builds the tests of ebb-tests and says where cargo put them.
+fn test_binaries() -> Result<Vec<Binary>> {
+    progress("building the tests of ebb-tests (release)");
+    let mut build = cargo(["test", "-p", "ebb-tests", "--release", "--no-run"]);
+    build
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit());
+    let output = build
+        .output()
+        .context(|| "build the tests of ebb-tests".into())?;
+    if !output.status.success() {
+        return Err(Error::new(format!(
+            "building the tests of ebb-tests: {}",
+            output.status
+        )));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut binaries: Vec<Binary> = text.lines().filter_map(test_binary).collect();
+    binaries.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(binaries)
+}
+
+fn test_binary(line: &str) -> Option<Binary> {
+    let message: Value = serde_json::from_str(line).ok()?;
+    if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
+        return None;
+    }
+    let name = message["target"]["name"].as_str()?.to_owned();
+    Some(Binary {
+        name,
+        path: message["executable"].as_str()?.into(),
+    })
+}
+
+struct Tests {
+    assets: Assets,
+    filters: Vec<String>,
+    out: PathBuf,
+}
+
+impl Tests {
+    fn command(&self, binary: &Binary, platform: Platform) -> Command {
+        let mut command = Command::new([binary.path.to_string_lossy().into_owned()]);
+        command.argv.extend(self.filters.iter().cloned());
+        command.env = environment(&self.assets, platform, &self.out);
+        if platform == Platform::Nested {
+            // The machine's CPUs are emulated by what is usually fewer.
+            command.env.push(("RUST_TEST_THREADS".into(), "2".into()));
+        }
+        command.cwd = Some(root().join("tests"));
+        command
+    }
+
+    fn on_kvm(&self, binaries: &[Binary], mut runner: Option<Runner>, report: &mut Report) {
+        if binaries.is_empty() {
+            progress("ebb-tests has no test binary named kvm_*");
+        }
+        for binary in binaries {
+            report.step(&format!("{} (KVM)", binary.name), || {
+                self.on_runner(binary, &mut runner)
+            });
+        }
+    }
+
+    /// Runs one binary; again, twice at most and saying so, when the emulated machine itself broke.
+    fn on_runner(&self, binary: &Binary, runner: &mut Option<Runner>) -> Result<bool> {
+        for last in [false, false, true] {
+            let running = match runner.take() {
+                Some(running) => running,
+                None => start_runner(&self.assets)?,
+            };
+            let (command, platform) =
+                (self.command(binary, running.platform()), running.platform());
+            let mut printed = Vec::new();
+            let mut keep = |stream, bytes: &[u8]| {
+                printed.extend_from_slice(bytes);
+                show(stream, bytes);
+            };
+            match running.run(&command, TIME_LIMIT, &mut keep) {
+                Ok(exit) => {
+                    *runner = Some(running);
+                    let emulated = platform == Platform::Nested && kernel_broke(&printed);
+                    if exit.success() || last || !emulated {
+                        return Ok(exit.success());
+                    }
+                    progress("a guest's kernel broke on the emulated processor: once more");
+                }
+                // After an error the machine is not trusted: what comes next gets a fresh one.
+                Err(error) if last || running.is_alive() => return Err(error),
+                Err(error) => {
+                    println!("error: {}", chain(&error));
+                    progress("the nested machine itself broke: once more in a fresh one");
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_broken_kernel_is_told_from_a_failed_assertion() {
+        assert!(kernel_broke(
+            b"[    1.2] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"
+        ));
+        assert!(!kernel_broke(b"assertion `left == right` failed"));
+    }
+
+    #[test]
+    fn only_test_executables_are_taken_from_cargos_messages() {
+        let line = r#"{"reason":"compiler-artifact","profile":{"test":true},
+            "target":{"name":"kvm_boot"},"executable":"/t/kvm_boot-1"}"#;
+        let binary = test_binary(line).unwrap();
+        assert_eq!(
+            (binary.name.as_str(), binary.path.to_str()),
+            ("kvm_boot", Some("/t/kvm_boot-1"))
+        );
+        assert!(test_binary(&line.replace("true", "false")).is_none());
+        assert!(test_binary(&line.replace("\"/t/kvm_boot-1\"", "null")).is_none());
+        assert!(test_binary("warning: not JSON").is_none());
+    }
+}
