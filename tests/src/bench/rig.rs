@@ -115,6 +115,9 @@ impl Rig {
             ..Backing::default()
         };
         let ram = Arc::new(GuestRam::allocate(backing, &[all]).context("guest memory")?);
+        // Else the guest's first reads would map the zero page, and each first write would flush.
+        let own = GpaRange::new(0, FIRST).context("no memory")?;
+        ram.populate(own).context("guest memory")?;
         let mut machine = host.create_machine().context("KVM")?;
         machine.map_memory(Arc::clone(&ram)).context("KVM")?;
         let entry = Entry::Pvh { rip: busy::ENTRY };

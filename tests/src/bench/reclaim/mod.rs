@@ -13,6 +13,8 @@ use super::samples::Samples;
 use super::{BenchError, path};
 use crate::error::Result;
 
+const SLICES: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+
 /// Arguments of the benchmark.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
@@ -22,6 +24,9 @@ pub struct Arguments {
     /// Scattered ranges of 64 KiB in a round
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(8..=4096))]
     ranges: u64,
+    /// Sizes of a slice in ranges, for the curve
+    #[arg(long, value_delimiter = ',', default_values_t = SLICES)]
+    slices: Vec<usize>,
     /// MiB of guest memory in a round of throughput in pages of 4 KiB; four times as much in blocks of 2 MiB
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(16..=512))]
     mib: u64,
@@ -47,6 +52,7 @@ impl Arguments {
         Self {
             runs: 1,
             ranges: 64,
+            slices: vec![512],
             mib: 16,
             pause: 5000,
             windows: 1,
