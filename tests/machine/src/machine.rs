@@ -240,8 +240,13 @@ fn start_qemu(
     let memory = options.memory_mib;
     let console = options.log_dir.join("console.log");
     let log = log_file(&options.log_dir, "qemu.log")?;
-    let mut command = Process::new("qemu-system-x86_64");
+    let (program, data) = assets
+        .qemu
+        .split_first()
+        .context(|| "find an emulator".into())?;
+    let mut command = Process::new(program);
     command
+        .args(data)
         .args([
             "-name",
             "ebb-nested",
