@@ -16,7 +16,7 @@ use payload::{FREE_START, PAIR_RANGES, Program, RESULT_SIZE, Step, Transport, pa
 
 use super::counters::{Counters, above};
 use super::report::{Host, Ratio, Report};
-use super::samples::{Metric, Samples, median};
+use super::samples::{Metric, Samples};
 use super::{BenchError, bare, path};
 use crate::error::{Context, Error, Result};
 use crate::wait::LONG;
@@ -34,6 +34,9 @@ const CONTROL: u64 = page(ALL_PAGES);
 const CONTROL_PAGES: u64 = 64;
 /// Where the guest's query block lies, beyond that.
 const QUERY: u64 = page(ALL_PAGES + CONTROL_PAGES);
+
+/// Pieces of a round whose time is taken.
+const PIECES: u64 = 10;
 
 /// Arguments of the benchmark.
 #[derive(Clone, Debug, clap::Args)]
@@ -190,37 +193,39 @@ fn check(guest: &Payload, frees: u64) -> Result<()> {
     }
 }
 
-/// One round under Ebb and one in the bare loop.
+/// One round under Ebb and one in the bare loop, each in many short pieces: what else the host does then
+/// falls on both alike.
 fn time_calls(
     arguments: &Arguments,
     transports: &[(&'static str, Transport)],
     samples: &mut Samples,
 ) -> Result<()> {
-    let calls = arguments.pairs;
+    let pairs = (arguments.pairs / 2 / PIECES).max(1);
     let mut program = Program::kernel();
     program.fill(FREE_START, ALL_PAGES, 1);
     let mut times = vec![program.time()];
-    for &(_, by) in transports {
-        nothing(&mut program, by, calls);
-        times.push(program.time());
-        program.pairs(by, (FREE_START, PAGES), calls.div_ceil(2));
-        times.push(program.time());
+    for _ in 0..PIECES {
+        for &(_, by) in transports {
+            nothing(&mut program, by, 2 * pairs);
+            times.push(program.time());
+            program.pairs(by, (FREE_START, PAGES), pairs);
+            times.push(program.time());
+        }
     }
     let bare = bare::run(&program, MEMORY)?;
     let mut guest = Payload::start(&program)?;
     guest.wait_for(program.results() - 1)?;
     let ebb = guest.results();
     guest.finish()?;
+    let each = 2.0 * pairs as f64 * f64::from(bare.tsc_khz) / 1e3;
     for (system, results) in [("bare", bare.results), ("ebb", ebb)] {
         let ticks: Vec<u64> = times.iter().map(|step| results[*step]).collect();
-        for (pair, (name, _)) in ticks.windows(3).step_by(2).zip(transports) {
-            let each = |ticks: u64, calls: u64| {
-                ticks as f64 / calls as f64 / f64::from(bare.tsc_khz) * 1e3
-            };
+        let names = transports.iter().map(|(name, _)| *name).cycle();
+        for (piece, name) in ticks.windows(3).step_by(2).zip(names) {
             let [pairs, idle] = cases(name);
-            samples.add((system, &idle), TIME, each(pair[1] - pair[0], calls));
-            let in_pairs = calls.div_ceil(2) * 2;
-            samples.add((system, &pairs), TIME, each(pair[2] - pair[1], in_pairs));
+            let time = |from: usize| (piece[from + 1] - piece[from]) as f64 / each;
+            samples.add((system, &idle), TIME, time(0));
+            samples.add((system, &pairs), TIME, time(1));
         }
     }
     Ok(())
@@ -245,10 +250,8 @@ fn ratios(
         let noise = noise.iter().copied().fold(0.0, f64::max);
         let found = samples.median("ebb", &case, DISTURBED.0).context(missing)?;
         disturbed = disturbed.max(above(found, noise) * per_10k);
-        let ours = samples.of("ebb", &case, TIME.0);
-        let empty = samples.of("bare", &idle, TIME.0);
-        let rounds: Vec<f64> = ours.iter().zip(empty).map(|(a, b)| a / b).collect();
-        let value = median(&rounds).context(missing)?;
+        let ours = samples.median("ebb", &case, TIME.0).context(missing)?;
+        let value = ours / samples.median("bare", &idle, TIME.0).context(missing)?;
         time = time.max(value);
         ratios.push((format!("hypercall_us_{name}"), value));
     }
