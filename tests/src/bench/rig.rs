@@ -96,6 +96,8 @@ pub struct Rig {
     pub lazy: Arc<LazyMemory>,
     /// Guest memory.
     pub ram: Arc<GuestRam>,
+    /// What the kernel names the machine's counters by: the thread that has made it.
+    pub owner: u32,
     ranges: Ranges,
     count: usize,
     _machine: Machine,
@@ -152,6 +154,10 @@ impl Rig {
             gate,
             lazy: Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation)),
             ram,
+            owner: rustix::thread::gettid()
+                .as_raw_nonzero()
+                .get()
+                .unsigned_abs(),
             ranges,
             count: vcpus,
             _machine: machine,

@@ -159,7 +159,7 @@ struct Step {
 fn step(rig: &Rig, action: impl FnOnce() -> Outcome) -> Result<Step> {
     let before = rig.gate.stats();
     let mut after = before;
-    let measured = count(std::process::id(), || {
+    let measured = count(rig.owner, || {
         let outcome = action();
         after = rig.gate.stats();
         if outcome.bytes == rig.ranges().bytes() {
