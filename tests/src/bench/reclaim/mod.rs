@@ -1,6 +1,6 @@
 //! `ebb-bench reclaim`: what taking lazily freed memory from a running guest costs.
 //!
-//! The machine is made of the monitor's own parts, in this process ([`super::rig`]), so that each step can be
+//! The machine is made of the monitor's own parts, in this process (module `rig`), so that each step can be
 //! had alone; its vCPUs work without ever leaving the guest, which is the worst case. Reclaim goes through
 //! `Reclaimer`, as in `ebb run`.
 
