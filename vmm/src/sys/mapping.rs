@@ -219,6 +219,21 @@ impl Mapping {
         }
     }
 
+    /// Whether there is a page behind the byte at `offset`, by mincore(2).
+    ///
+    /// # Errors
+    /// mincore(2)'s; `EINVAL` also for an offset outside of the mapping.
+    pub fn is_present(&self, offset: usize) -> io::Result<bool> {
+        self.check(offset, 1)?;
+        let page = pointer(self.address + offset / SMALL_PAGE * SMALL_PAGE);
+        let mut present = 0u8;
+        // SAFETY: the page lies in this mapping, and one page's answer is one byte.
+        match unsafe { libc::mincore(page, SMALL_PAGE, &raw mut present) } {
+            0 => Ok(present & 1 == 1),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// How many bytes the host holds, by mincore(2).
     #[cfg(test)]
     pub(crate) fn resident(&self) -> usize {

@@ -4,8 +4,10 @@ pub mod mapping;
 pub mod pressure;
 mod signals;
 mod usage;
+mod userfault;
 
 pub use mapping::{Advice, Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;
-pub use usage::{own_process, resident_bytes};
+pub use usage::{own_process, resident_bytes, thread_name};
+pub use userfault::{Fault, Userfault};
