@@ -6,6 +6,7 @@
 
 mod code;
 mod elf;
+pub mod trespass;
 
 use std::io;
 use std::path::Path;
