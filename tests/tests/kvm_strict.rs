@@ -246,6 +246,7 @@ fn the_monitor_that_touches_freed_memory_for_the_guest_is_named() {
 /// The stock driver keeps its promise, so strict mode is silent; and the guest, with its interrupts and its sleep, runs.
 #[test]
 fn a_stock_guest_with_a_balloon_is_not_reported() -> Result<()> {
+    const BALLOON: u64 = 16 * MIB;
     let launch = Launch::new()?
         .memory("size=256M")
         .option("--balloon", "size=0,free_page_reporting=on")
@@ -255,20 +256,20 @@ fn a_stock_guest_with_a_balloon_is_not_reported() -> Result<()> {
     let api = monitor.api();
     let checksum = guest.checksum("keep 32M")?;
     for _ in 0..2 {
-        api.set_balloon(64 * MIB)?;
+        api.set_balloon(BALLOON)?;
         until("the balloon is full", LONG, || {
-            Ok((api.lazy()?.discarded_bytes == 64 * MIB).then_some(()))
+            Ok((api.lazy()?.discarded_bytes == BALLOON).then_some(()))
         })?;
         api.set_balloon(0)?;
         until("the balloon is empty", LONG, || {
             Ok((api.lazy()?.discarded_bytes == 0).then_some(()))
         })?;
     }
-    guest.ask("fill 64M")?;
+    guest.ask("fill 16M")?;
     guest.ask("drop")?;
     assert_eq!(guest.checksum("verify")?, checksum);
     let strict = api.lazy()?.strict.expect("strict mode is on");
-    assert!(strict.faults_total > 64 * MIB / PAGE_SIZE, "{strict:?}");
+    assert!(strict.faults_total > BALLOON / PAGE_SIZE, "{strict:?}");
     assert_eq!(strict.vcpu_violations_total, 0, "{}", monitor.log());
     assert_eq!(strict.device_violations_total, 0, "{}", monitor.log());
     guest.ask("exit")?;

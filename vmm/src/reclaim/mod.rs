@@ -16,7 +16,7 @@ pub mod thread;
 mod stress;
 
 pub use execute::{Order, Outcome, ReclaimStats, Reclaimer};
-pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Sample, Tuning, decide};
+pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Room, Sample, Tuning, decide};
 pub use reported::{Release, ReportedMemory, ReportedStats};
 pub use sample::PressureSource;
 pub use slice::Pages;
