@@ -61,13 +61,13 @@ impl Sweep {
         }
     }
 
-    /// A sweep for all that is lazy in `range`.
+    /// The same sweep from its beginning, in `range` only.
     #[must_use]
-    pub const fn within(range: GpaRange) -> Self {
+    pub const fn within(self, range: GpaRange) -> Self {
         Self {
             at: range.start(),
             end: range.end(),
-            ..Self::new(Pieces::Any, u64::MAX)
+            ..self
         }
     }
 

@@ -447,6 +447,36 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Locks `range`: the host refuses to drop its pages then.
+    #[cfg(test)]
+    pub(crate) fn lock(&self, range: GpaRange) {
+        self.on_parts(range, Mapping::lock);
+    }
+
+    /// Undoes [`GuestRam::lock`].
+    #[cfg(test)]
+    pub(crate) fn unlock(&self, range: GpaRange) {
+        self.on_parts(range, Mapping::unlock);
+    }
+
+    /// Makes a hole where `range` is, which nobody may touch afterwards.
+    #[cfg(test)]
+    pub(crate) fn unmap(&self, range: GpaRange) {
+        self.on_parts(range, Mapping::unmap);
+    }
+
+    #[cfg(test)]
+    fn on_parts(&self, range: GpaRange, action: fn(&Mapping, usize, usize)) {
+        for (index, part) in self.parts(range) {
+            let offset = part.start() - self.regions[index].gpa.start();
+            action(
+                &self.mappings[index],
+                usize::try_from(offset).unwrap(),
+                usize::try_from(part.len()).unwrap(),
+            );
+        }
+    }
+
     /// How many bytes of it the host holds.
     #[cfg(test)]
     pub(crate) fn resident(&self) -> u64 {

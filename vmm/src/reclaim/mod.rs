@@ -13,6 +13,8 @@ pub mod slice;
 pub mod thread;
 
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod stress;
 
 pub use execute::{Order, Outcome, ReclaimStats, Reclaimer};

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::faults::GuestFaults;
 use crate::generation::Kick;
 use crate::kvm::KickTable;
-use crate::lazy::{Freed, LazyMemory, Sweep};
+use crate::lazy::{Freed, LazyMemory, Pieces, Sweep};
 use crate::memory::{GpaRange, GuestRam, MissingPage};
 
 pub use thread::{StartError, StrictThread};
@@ -114,7 +114,7 @@ impl Strict {
         self.lazy.reuse(ranges);
         let freed = self.lazy.free(ranges);
         for &range in ranges {
-            let mut sweep = Sweep::within(range);
+            let mut sweep = Sweep::new(Pieces::Any, u64::MAX).within(range);
             while let Some(chunk) = self.lazy.take_chunk(&mut sweep, CHUNK) {
                 match self.ram.discard(chunk.range()) {
                     Ok(_) => chunk.discarded(),

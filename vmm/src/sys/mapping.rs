@@ -234,6 +234,30 @@ impl Mapping {
         }
     }
 
+    /// Locks a part in memory (mlock(2)): advice that drops its pages is refused with `EINVAL` then.
+    #[cfg(test)]
+    pub(crate) fn lock(&self, offset: usize, len: usize) {
+        self.check(offset, len).unwrap();
+        // SAFETY: the part lies in this mapping; nothing changes but where its pages may go.
+        unsafe { rustix::mm::mlock(pointer(self.address + offset), len).unwrap() };
+    }
+
+    /// Undoes [`Mapping::lock`].
+    #[cfg(test)]
+    pub(crate) fn unlock(&self, offset: usize, len: usize) {
+        self.check(offset, len).unwrap();
+        // SAFETY: as for `lock`.
+        unsafe { rustix::mm::munlock(pointer(self.address + offset), len).unwrap() };
+    }
+
+    /// Makes a hole: advice for what is around it is answered with `ENOMEM` then. Nobody may touch it afterwards.
+    #[cfg(test)]
+    pub(crate) fn unmap(&self, offset: usize, len: usize) {
+        self.check(offset, len).unwrap();
+        // SAFETY: the part lies in this mapping, and the test that asks for it keeps away from it.
+        unsafe { rustix::mm::munmap(pointer(self.address + offset), len).unwrap() };
+    }
+
     /// How many bytes the host holds, by mincore(2).
     #[cfg(test)]
     pub(crate) fn resident(&self) -> usize {
