@@ -249,7 +249,6 @@ fn a_stock_guest_with_a_balloon_is_not_reported() -> Result<()> {
     const BALLOON: u64 = 8 * MIB;
     let launch = Launch::new()?
         .memory("size=192M")
-        .cmdline("idle=poll")
         .option("--balloon", "size=0,free_page_reporting=on")
         .option("--lazy", "strict=on");
     let mut monitor = launch.start()?;

@@ -19,6 +19,9 @@ use crate::memory::{GpaRange, GuestRam, MissingPage};
 
 pub use thread::{StartError, StrictThread};
 
+#[cfg(test)]
+mod tests;
+
 /// Chunks that are discarded are never bigger: a reuse may have to wait for one.
 const CHUNK: u64 = 8 << 20;
 
