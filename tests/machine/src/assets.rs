@@ -16,6 +16,8 @@ pub struct Assets {
     pub vmlinux: PathBuf,
     /// The kernel's configuration.
     pub config: PathBuf,
+    /// The emulator, with the options that say where its data lie.
+    pub qemu: Vec<String>,
     /// What `uname -r` says under this kernel.
     pub release: String,
     /// The folder with modules.dep.
@@ -30,6 +32,23 @@ pub struct Assets {
     pub guest_agent: PathBuf,
     /// The guest's initramfs.
     pub guest_initramfs: PathBuf,
+}
+
+/// Where `cargo xtask setup` unpacks an emulator that is newer than the distribution's.
+pub fn qemu_folder(cache: &Path) -> PathBuf {
+    cache.join("qemu")
+}
+
+fn qemu(cache: &Path) -> Vec<String> {
+    let folder = qemu_folder(cache);
+    if !folder.exists() {
+        return vec!["qemu-system-x86_64".into()];
+    }
+    let below = |path: &str| folder.join(path).to_string_lossy().into_owned();
+    let program = below("usr/bin/qemu-system-x86_64");
+    let data = ["usr/share/qemu", "usr/share/seabios"];
+    let options = data.iter().flat_map(|path| ["-L".to_owned(), below(path)]);
+    std::iter::once(program).chain(options).collect()
 }
 
 /// A kernel module, ready to load.
@@ -50,6 +69,7 @@ impl Assets {
             vmlinuz: kernel.join(format!("boot/vmlinuz-{release}")),
             vmlinux: kernel.join("vmlinux"),
             config: kernel.join(format!("boot/config-{release}")),
+            qemu: qemu(&root.join(".cache")),
             release: release.to_owned(),
             modules: kernel.join("lib/modules").join(release),
             busybox: "/bin/busybox".into(),

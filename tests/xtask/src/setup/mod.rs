@@ -2,6 +2,7 @@
 
 mod apt;
 mod kernel;
+mod qemu;
 mod root_disk;
 
 use nested_machine::assets::Assets;
@@ -58,6 +59,7 @@ fn prepare(refresh: bool) -> Result<Assets> {
     std::fs::create_dir_all(&cache).context(|| format!("create {}", cache.display()))?;
     let _lock = lock(&cache)?;
     apt::install(PACKAGES)?;
+    qemu::ensure(&cache)?;
     let release = kernel::ensure(&cache, refresh)?;
     let assets = Assets::locate(&root, &release);
     root_disk::ensure(&root, &assets.root_disk)?;
