@@ -301,7 +301,7 @@ fn a_host_that_does_not_permit_it_is_told_about() {
         .unwrap();
     let mode = fs::metadata(DEVICE).map(|device| device.permissions());
     if mode.is_ok() {
-        fs::set_permissions(DEVICE, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(DEVICE, fs::Permissions::from_mode(0o000)).unwrap();
     }
     let output = Command::new("setpriv")
         .args([

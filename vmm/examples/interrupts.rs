@@ -150,6 +150,7 @@ fn start(count: usize, ranges: u64) -> Result<Guest> {
             ram.memory(),
             Box::new(NoCalls),
         )),
+        strict: None,
         on_exit: Box::new(|reason| eprintln!("guest ends: {reason:?}")),
     };
     let guest = Guest {
