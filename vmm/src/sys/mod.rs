@@ -1,10 +1,13 @@
 //! The host kernel's interfaces that Ebb needs and no crate offers safely. Nothing here knows of guests.
 
+pub mod heir;
 pub mod mapping;
 pub mod pressure;
+pub mod process;
 mod signals;
 mod usage;
 
+pub use heir::{Board, Heir, Legacy};
 pub use mapping::{Advice, Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;
