@@ -39,6 +39,7 @@ pub const QUERY_UNTIL: u64 = 10;
 pub const INPUT_BYTE: u64 = 11;
 pub const OUTPUT: u64 = 12;
 pub const TIME: u64 = 13;
+pub const HALT: u64 = 14;
 
 global_asm!(
     ".pushsection .rodata.ebb_payload, \"a\"",
@@ -101,6 +102,8 @@ global_asm!(
     "je 32f",
     "cmp rcx, {time}",
     "je 33f",
+    "cmp rcx, {halt}",
+    "je 34f",
     "ud2",
     // Calls.
     "21:",
@@ -192,6 +195,11 @@ global_asm!(
     "rdtsc",
     "shl rdx, 32",
     "or rax, rdx",
+    "jmp 70f",
+    // No interrupt ends it.
+    "34:",
+    "hlt",
+    "jmp 34b",
     // The result goes to the serial port.
     "70:",
     "dec r13",
@@ -246,6 +254,7 @@ global_asm!(
     input_byte = const INPUT_BYTE,
     output = const OUTPUT,
     time = const TIME,
+    halt = const HALT,
 );
 
 unsafe extern "C" {

@@ -235,7 +235,7 @@ extern "C" fn help(estate: *mut c_void) -> c_int {
     // SAFETY: as in `live`.
     let estate = unsafe { &*estate.cast_const().cast::<Estate>() };
     let _ = rustix::thread::set_name(WORKER_NAME);
-    let _ = rustix::process::setpriority_process(None, NICENESS);
+    let _ = rustix::process::nice(NICENESS);
     estate.free();
     if estate.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
         let _ = rustix::thread::futex::wake(&estate.busy, rustix::thread::futex::Flags::PRIVATE, 1);
@@ -305,10 +305,13 @@ impl Estate {
         let Some(legacy) = self.legacy() else {
             return;
         };
-        while let Some(&(address, len)) = legacy.parts.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(&(address, len)) =
+            legacy.parts.get(self.next.fetch_add(1, Ordering::Relaxed))
+        {
             let start = ptr::with_exposed_provenance_mut(address);
             // SAFETY: who entrusted the part has said that nobody else uses it; the advice unmaps nothing.
-            let freed = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxDontNeed) };
+            let freed =
+                unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxDontNeed) };
             if freed.is_err() {
                 self.board.failures.fetch_add(1, Ordering::Relaxed);
             }
@@ -373,7 +376,9 @@ mod tests {
 
     fn touched() -> Mapping {
         let mapping = Mapping::new(LEN, 0, MappingKind::Small).unwrap();
-        mapping.advise(0, LEN, crate::sys::Advice::NoHugePage).unwrap();
+        mapping
+            .advise(0, LEN, crate::sys::Advice::NoHugePage)
+            .unwrap();
         mapping.populate().unwrap();
         mapping
     }

@@ -2,6 +2,7 @@
 
 pub mod heir;
 pub mod mapping;
+pub mod nodes;
 pub mod pressure;
 pub mod process;
 mod signals;

@@ -11,6 +11,7 @@ use vm_memory::GuestMemoryMmap;
 use super::LaunchError;
 use super::attach::{Console, Devices};
 use super::control::Control;
+use super::ending::Ending;
 use super::events::{self, ExitSlot};
 use super::lazy_ops::TrackedMemory;
 use super::sink::LazySink;
@@ -25,6 +26,7 @@ use crate::config::{
 use crate::devices::serial::RawMode;
 use crate::devices::virtio::blk::Disk;
 use crate::generation::{Gate, VmGeneration};
+use crate::guardian::Guardian;
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable};
 use crate::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
@@ -32,8 +34,7 @@ use crate::memory::{Backing, GpaRange, GuestRam};
 use crate::reclaim::{
     Mode, Pages, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
 };
-use crate::sys::{self, TerminationSignals};
-use crate::teardown;
+use crate::sys::TerminationSignals;
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
 /// Time between two looks for something to take in the eager mode.
@@ -48,7 +49,7 @@ pub struct Vm {
     devices: DeviceStop,
     reclaim: Option<ReclaimThread>,
     kvm: kvm::Machine,
-    ram: Arc<GuestRam>,
+    ending: Arc<Ending>,
     exit: Arc<ExitSlot>,
     /// Restores the terminal, however we leave.
     _raw_mode: Option<RawMode>,
@@ -148,13 +149,15 @@ impl Vm {
     ///
     /// # Errors
     /// [`LaunchError`].
-    pub fn build(config: MachineConfig) -> Result<Self, LaunchError> {
+    pub fn build(config: MachineConfig, guardian: &'static Guardian) -> Result<Self, LaunchError> {
         let started = Instant::now();
         let host = Hypervisor::open()?;
         let layout = layout::ram(config.memory.size);
         host.check_limits(config.vcpus, layout.last().map_or(0, |range| range.end()))?;
         let disks = open_disks(&config.disks)?;
         let memory = Memory::allocate(&config, layout)?;
+        let ram = Arc::clone(&memory.ram);
+        let ending = Arc::new(Ending::new(guardian, ram, &config.memory));
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(&memory.ram))?;
@@ -189,9 +192,14 @@ impl Vm {
             reclaimer: Arc::clone(&memory.reclaimer),
             hypercalls: memory.hypercalls(interface),
             reported: Arc::clone(&memory.reported),
+            ending,
             config,
         };
-        Self::start(machine, memory, devices, console, vcpus, control)
+        let vm = Self::start(machine, memory, devices, console, vcpus, control)?;
+        if let Some(api) = &vm.api {
+            guardian.watch_socket(api.identity());
+        }
+        Ok(vm)
     }
 
     fn start(
@@ -210,6 +218,7 @@ impl Vm {
         } = devices;
         let exit = Arc::clone(&control.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
+        let ending = Arc::clone(&control.ending);
         let reclaim = start_reclaim(memory.reclaimer)?;
         let socket = control.config.api_socket.clone();
         let api = socket
@@ -236,7 +245,7 @@ impl Vm {
             devices: DeviceStop(virtio),
             reclaim,
             kvm,
-            ram: memory.ram,
+            ending,
             exit,
             _raw_mode: raw_mode,
         })
@@ -252,10 +261,7 @@ impl Vm {
         Ok(reason)
     }
 
-    /// Stops everything and frees the guest's memory: here memory is freed at the end.
-    ///
-    /// KVM's descriptors are closed beside the workers that free the memory: KVM releases its own tables
-    /// serially, so that time is hidden rather than added.
+    /// Stops everything and frees the guest's memory, or leaves that to the heir: see [`Ending::free`].
     pub fn shut_down(mut self) {
         drop(self.api.take());
         self.vcpus.stop();
@@ -265,30 +271,11 @@ impl Vm {
             vcpus,
             devices,
             kvm,
-            ram,
+            ending,
             ..
         } = self;
         drop((vcpus, devices));
-        let resident = sys::resident_bytes();
-        let plan = teardown::plan(
-            ram.regions().iter().map(|r| r.gpa),
-            teardown::Tuning::default(),
-        );
-        let report = teardown::execute(&plan, &ram, move || drop(kvm));
-        let freed = resident
-            .zip(sys::resident_bytes())
-            .map_or(0, |(a, b)| a.saturating_sub(b));
-        tracing::info!(
-            "teardown: freed {freed} bytes in {:.3} ms with {} workers",
-            report.duration.as_secs_f64() * 1e3,
-            report.workers,
-        );
-        if report.failures > 0 {
-            tracing::warn!(
-                "teardown: {} batches go with the process only",
-                report.failures
-            );
-        }
+        ending.free(kvm);
     }
 }
 
