@@ -59,7 +59,8 @@ impl Place {
         fs::read_to_string(self.path(name)).unwrap_or_default()
     }
 
-    /// Starts a machine with this `--memory`, this `--guardian`, and more words.
+    /// Starts a machine with this `--memory`, this `--guardian`, and more words, without which the
+    /// serial port goes nowhere.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -68,14 +69,18 @@ impl Place {
         let _ = fs::remove_file(self.path("log"));
         let mut command = Command::new(&self.ebb);
         command
-            .args(["run", "--serial", "null", "-v", "--memory", memory])
+            .args(["run", "-v", "--memory", memory])
             .args(["--guardian", guardian, "--kernel"])
             .arg(self.path("kernel"))
             .arg("--api-socket")
             .arg(self.path("api"))
             .arg("--log-file")
             .arg(self.path("log"))
-            .args(more)
+            .args(if more.is_empty() {
+                &["--serial", "null"]
+            } else {
+                more
+            })
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);

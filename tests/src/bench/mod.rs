@@ -4,9 +4,11 @@ pub mod boot;
 mod guest;
 mod host;
 mod overhead;
+mod plot;
 mod process;
 pub mod report;
 pub mod reporting;
+pub mod teardown;
 
 use std::path::PathBuf;
 

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_tests::bench::{boot, reporting};
+use ebb_tests::bench::{boot, reporting, teardown};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -19,12 +19,15 @@ enum Bench {
     Boot(boot::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
     Reporting(reporting::Arguments),
+    /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, beside QEMU
+    Teardown(teardown::Arguments),
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
         Bench::Boot(arguments) => boot::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
+        Bench::Teardown(arguments) => teardown::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
