@@ -13,9 +13,9 @@ pub const BASE: u64 = 0x10_0000;
 /// Not 0 for privilege level 3.
 const USER: u64 = 0x10_f000;
 /// The copied stubs.
-const VMCALL_STUB: u64 = 0x10_8000;
-const VMMCALL_STUB: u64 = 0x10_8100;
-const PORT_STUB: u64 = 0x10_8200;
+pub const VMCALL_STUB: u64 = 0x10_8000;
+pub const VMMCALL_STUB: u64 = 0x10_8100;
+pub const PORT_STUB: u64 = 0x10_8200;
 /// Bytes that are copied of a stub; none is longer.
 const STUB_SIZE: usize = 64;
 /// Page tables: three levels, four pages of the third.
@@ -39,7 +39,8 @@ pub const QUERY_UNTIL: u64 = 10;
 pub const INPUT_BYTE: u64 = 11;
 pub const OUTPUT: u64 = 12;
 pub const TIME: u64 = 13;
-pub const HALT: u64 = 14;
+pub const PAIR: u64 = 14;
+pub const HALT: u64 = 15;
 
 global_asm!(
     ".pushsection .rodata.ebb_payload, \"a\"",
@@ -102,8 +103,10 @@ global_asm!(
     "je 32f",
     "cmp rcx, {time}",
     "je 33f",
-    "cmp rcx, {halt}",
+    "cmp rcx, {pair}",
     "je 34f",
+    "cmp rcx, {halt}",
+    "je 35f",
     "ud2",
     // Calls.
     "21:",
@@ -196,10 +199,29 @@ global_asm!(
     "shl rdx, 32",
     "or rax, rdx",
     "jmp 70f",
-    // No interrupt ends it.
+    // LAZY_FREE, REUSE by the stub in rdx, and a store, of one of 1024 ranges.
     "34:",
+    "mov rbp, rdx",
+    "mov rbx, r13",
+    "and ebx, 1023",
+    "imul rbx, rsi",
+    "shl rbx, 13",
+    "add rbx, rdi",
+    "mov rdi, rbx",
+    "mov rdx, {lazy_free}",
+    "mov rcx, {port}",
+    "call rbp",
+    "mov rdi, rbx",
+    "mov rsi, [r12 + 16]",
+    "mov rdx, {reuse}",
+    "mov rcx, {port}",
+    "call rbp",
+    "mov [rbx], r13",
+    "jmp 70f",
+    // No interrupt ends it.
+    "35:",
     "hlt",
-    "jmp 34b",
+    "jmp 35b",
     // The result goes to the serial port.
     "70:",
     "dec r13",
@@ -254,6 +276,9 @@ global_asm!(
     input_byte = const INPUT_BYTE,
     output = const OUTPUT,
     time = const TIME,
+    pair = const PAIR,
+    lazy_free = const Attributes::new(Operation::LazyFree).encode(),
+    reuse = const Attributes::new(Operation::Reuse).encode(),
     halt = const HALT,
 );
 

@@ -1,13 +1,19 @@
 //! Benchmarks that `cargo xtask bench` runs where KVM is. One benchmark, one file.
 
+mod bare;
 pub mod boot;
+mod counters;
 mod guest;
 mod host;
+pub mod lazy;
 mod overhead;
 mod plot;
 mod process;
+pub mod reclaim;
 pub mod report;
 pub mod reporting;
+mod rig;
+mod samples;
 pub mod teardown;
 
 use std::path::PathBuf;

@@ -108,7 +108,8 @@ impl Costs {
 /// Finds the constants of the published series: least squares of relative errors, by a search whose steps shrink.
 fn fit() -> Costs {
     let error = |costs: &Costs| -> f64 {
-        let miss = |(workers, seconds): (u32, f64)| (costs.published(workers, 1) / seconds).ln().powi(2);
+        let miss =
+            |(workers, seconds): (u32, f64)| (costs.published(workers, 1) / seconds).ln().powi(2);
         PUBLISHED.into_iter().map(miss).sum()
     };
     let mut best = Costs {
