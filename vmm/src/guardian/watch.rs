@@ -57,6 +57,10 @@ impl Watch<'_> {
             let _ = rustix::stdio::dup2_stderr(nothing);
         }
         self.attend();
+        if !clean {
+            // The heir had it open: only now can one be told from a served one that the monitor had just made.
+            self.remove_socket();
+        }
         self.sum_up();
         0
     }

@@ -39,6 +39,11 @@ impl Ending {
         ending
     }
 
+    /// The API's socket, by device and inode, is removed even if the monitor is killed.
+    pub fn watch_socket(&self, identity: (u64, u64)) {
+        self.guardian.watch_socket(identity);
+    }
+
     /// How it is done.
     pub fn state(&self) -> TeardownState {
         let tuning = self.tuning();

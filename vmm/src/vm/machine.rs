@@ -195,11 +195,7 @@ impl Vm {
             ending,
             config,
         };
-        let vm = Self::start(machine, memory, devices, console, vcpus, control)?;
-        if let Some(api) = &vm.api {
-            guardian.watch_socket(api.identity());
-        }
-        Ok(vm)
+        Self::start(machine, memory, devices, console, vcpus, control)
     }
 
     fn start(
@@ -224,6 +220,9 @@ impl Vm {
         let api = socket
             .map(|path| api::serve(&path, Arc::new(control)))
             .transpose()?;
+        if let Some(api) = &api {
+            ending.watch_socket(api.identity());
+        }
         let on_exit = {
             let exit = Arc::clone(&exit);
             Box::new(move |reason| exit.request(reason))
