@@ -40,6 +40,7 @@ pub const INPUT_BYTE: u64 = 11;
 pub const OUTPUT: u64 = 12;
 pub const TIME: u64 = 13;
 pub const PAIR: u64 = 14;
+pub const HALT: u64 = 15;
 
 global_asm!(
     ".pushsection .rodata.ebb_payload, \"a\"",
@@ -104,6 +105,8 @@ global_asm!(
     "je 33f",
     "cmp rcx, {pair}",
     "je 34f",
+    "cmp rcx, {halt}",
+    "je 35f",
     "ud2",
     // Calls.
     "21:",
@@ -214,6 +217,11 @@ global_asm!(
     "mov rcx, {port}",
     "call rbp",
     "mov [rbx], r13",
+    "jmp 70f",
+    // No interrupt ends it.
+    "35:",
+    "hlt",
+    "jmp 35b",
     // The result goes to the serial port.
     "70:",
     "dec r13",
@@ -271,6 +279,7 @@ global_asm!(
     pair = const PAIR,
     lazy_free = const Attributes::new(Operation::LazyFree).encode(),
     reuse = const Attributes::new(Operation::Reuse).encode(),
+    halt = const HALT,
 );
 
 unsafe extern "C" {
