@@ -225,6 +225,7 @@ impl Vm {
         } = devices;
         let exit = Arc::clone(&control.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
+        let way_in = Arc::clone(&memory.reclaimer);
         let reclaim = start_reclaim(memory.reclaimer)?;
         let strict = memory.strict.clone();
         let watch = |strict| StrictThread::start(strict, Arc::clone(&memory.ram));
@@ -241,6 +242,7 @@ impl Vm {
             ports,
             mmio,
             gate: memory.gate,
+            way_in,
             kicks: memory.kicks,
             hypercalls,
             strict,
