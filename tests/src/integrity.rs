@@ -49,9 +49,9 @@ pub fn cases(operations: u64, seed: u64) -> Vec<Case> {
     };
     vec![
         case(1, 40, "mode=age,age=1,pause=5000", 1),
-        case(2, 30, "mode=eager,pause=5000,slice=16", 0),
+        case(2, 45, "mode=eager,pause=5000,slice=16", 0),
         case(2, 10, "mode=pressure,pause=1000,slice=64", 1),
-        case(4, 20, "mode=age,age=1,pause=20000,slice=128", 1),
+        case(4, 5, "mode=eager,pause=20000,slice=128", 0),
     ]
 }
 
