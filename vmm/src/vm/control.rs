@@ -203,6 +203,7 @@ impl Control {
             invalidate_failures_total: reclaim.invalidate_failures_total,
             eager_calls_total: reclaim.eager_calls_total,
             held_slices_total: reclaim.held_slices_total,
+            passing_slices_total: reclaim.passing_slices_total,
             open_slices_total: reclaim.open_slices_total,
             slice_ranges_total: reclaim.slice_ranges_total,
             pressure_events_total: reclaim.pressure_events_total,
