@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+use hypercall_abi::arena::ArenaInfo;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::arch::registers::Entry;
@@ -39,6 +40,18 @@ const PROGRAM: [u8; 26] = [
 struct NoCalls;
 
 impl LazyOps for NoCalls {
+    fn is_granules(&self, _: GpaRange) -> bool {
+        false
+    }
+
+    fn arenas(&self) -> u64 {
+        0
+    }
+
+    fn arena(&self, _: u64) -> Option<ArenaInfo> {
+        None
+    }
+
     fn is_ram(&self, _: GpaRange) -> bool {
         false
     }
@@ -146,7 +159,7 @@ fn start(count: usize, ranges: u64) -> Result<Guest> {
         gate: Arc::clone(&gate),
         kicks,
         hypercalls: Arc::new(Hypercalls::new(
-            offer(None),
+            offer(None, false),
             ram.memory(),
             Box::new(NoCalls),
         )),

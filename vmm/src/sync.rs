@@ -85,6 +85,10 @@ pub enum Mutant {
     NoFence,
     /// The gate is opened without waking who waits at it.
     SilentOpening,
+    /// A granule is marked as taken only after its word says so.
+    GranuleMarkedLate,
+    /// A reuse of a granule does not wait while it is being discarded.
+    GranuleReuseDoesNotWait,
 }
 
 /// Whether this mistake is on.

@@ -18,7 +18,7 @@ const VMMCALL_STUB: u64 = 0x10_8100;
 const PORT_STUB: u64 = 0x10_8200;
 /// Bytes that are copied of a stub; none is longer.
 const STUB_SIZE: usize = 64;
-/// Page tables: three levels, four pages of the third.
+/// Page tables: three levels, eight pages of the third: 8 GiB.
 const PML4: u64 = 0x11_0000;
 const PDPT: u64 = 0x11_1000;
 const PD: u64 = 0x11_2000;
@@ -39,6 +39,12 @@ pub const QUERY_UNTIL: u64 = 10;
 pub const INPUT_BYTE: u64 = 11;
 pub const OUTPUT: u64 = 12;
 pub const TIME: u64 = 13;
+pub const COMPARE_EXCHANGE: u64 = 14;
+pub const AWAIT: u64 = 15;
+pub const SCRIBBLE: u64 = 16;
+
+/// Times two words that a step of this kind writes.
+const SCRIBBLES: u64 = 1 << 16;
 
 global_asm!(
     ".pushsection .rodata.ebb_payload, \"a\"",
@@ -101,6 +107,12 @@ global_asm!(
     "je 32f",
     "cmp rcx, {time}",
     "je 33f",
+    "cmp rcx, {compare_exchange}",
+    "je 34f",
+    "cmp rcx, {await}",
+    "je 35f",
+    "cmp rcx, {scribble}",
+    "je 36f",
     "ud2",
     // Calls.
     "21:",
@@ -192,6 +204,35 @@ global_asm!(
     "rdtsc",
     "shl rdx, 32",
     "or rax, rdx",
+    "jmp 70f",
+    "34:",
+    "mov rax, rsi",
+    "lock cmpxchg [rdi], rdx",
+    "jmp 70f",
+    "35:",
+    "pause",
+    "cmp [rdi], rsi",
+    "jne 35b",
+    "jmp 70f",
+    // Scribble: pseudo-random words, every other one of the four states.
+    "36:",
+    "mov ecx, {scribbles}",
+    "361:",
+    "imul rdx, rdx, 0x5851f42d",
+    "add rdx, 0x14057b7f",
+    "mov rax, rdx",
+    "shr rax, 33",
+    "and rax, rsi",
+    "mov r8, rdx",
+    "shr r8, 20",
+    "and r8, 3",
+    "mov [rdi + rax * 8], r8",
+    "inc rax",
+    "and rax, rsi",
+    "mov [rdi + rax * 8], rdx",
+    "dec ecx",
+    "jnz 361b",
+    "xor eax, eax",
     // The result goes to the serial port.
     "70:",
     "dec r13",
@@ -246,6 +287,10 @@ global_asm!(
     input_byte = const INPUT_BYTE,
     output = const OUTPUT,
     time = const TIME,
+    compare_exchange = const COMPARE_EXCHANGE,
+    await = const AWAIT,
+    scribble = const SCRIBBLE,
+    scribbles = const SCRIBBLES,
 );
 
 unsafe extern "C" {
@@ -276,8 +321,8 @@ pub fn segments(user: bool) -> Vec<(u64, Vec<u8>)> {
     const PRESENT_WRITABLE_USER: u64 = 7;
     const LARGE: u64 = 1 << 7;
     let words = |words: Vec<u64>| words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let directories = (0..4).map(|n| (PD + n * 0x1000) | PRESENT_WRITABLE_USER);
-    let blocks = (0..4 * 512u64).map(|n| n << 21 | LARGE | PRESENT_WRITABLE_USER);
+    let directories = (0..8).map(|n| (PD + n * 0x1000) | PRESENT_WRITABLE_USER);
+    let blocks = (0..8 * 512u64).map(|n| n << 21 | LARGE | PRESENT_WRITABLE_USER);
     vec![
         (BASE, interpreter()),
         (VMCALL_STUB, stub(stubs::vmcall as *const ())),

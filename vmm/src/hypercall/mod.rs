@@ -10,6 +10,8 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+use hypercall_abi::arena::ArenaInfo;
+
 use crate::memory::GpaRange;
 
 pub use decode::{Arguments, Request, decode};
@@ -47,11 +49,20 @@ pub trait LazyOps: Send + Sync {
     /// Whether every page of `range` is RAM.
     fn is_ram(&self, range: GpaRange) -> bool;
 
+    /// Whether `range` names granules of one arena, no more than a call may reuse.
+    fn is_granules(&self, range: GpaRange) -> bool;
+
+    /// How many arenas there are.
+    fn arenas(&self) -> u64;
+
+    /// Tells about arena number `index`; the count is the caller's to fill in.
+    fn arena(&self, index: u64) -> Option<ArenaInfo>;
+
     /// The guest promises not to touch `ranges` before it reuses them; one batch. Returns how many bytes
     /// stay in use because the book is full.
     fn lazy_free(&self, ranges: &[GpaRange]) -> u64;
 
-    /// `ranges` are in use when this returns. Whether no lazy range is left.
+    /// `ranges`, of RAM or granules, are in use when this returns. Whether no lazy range of RAM is left.
     fn reuse(&self, ranges: &[GpaRange]) -> bool;
 
     /// Everything is in use when this returns.

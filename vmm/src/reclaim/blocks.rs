@@ -118,7 +118,7 @@ impl<'a> BlockPass<'a> {
 
 /// The size of the next chunk after one of `len` bytes took `took`: such that one takes about
 /// [`CHUNK_TIME`], whatever the page size and the host.
-fn next_chunk(chunk: u64, len: u64, took: Duration) -> u64 {
+pub(super) fn next_chunk(chunk: u64, len: u64, took: Duration) -> u64 {
     if took > CHUNK_TIME {
         (chunk / 2).max(BLOCK_SIZE)
     } else if len == chunk && took < CHUNK_TIME * 2 / 5 {

@@ -5,6 +5,7 @@
 
 mod blocks;
 pub mod execute;
+mod granules;
 pub mod policy;
 mod ram;
 pub mod reported;

@@ -35,6 +35,15 @@ pub struct Sample {
     pub aged: u64,
 }
 
+impl Sample {
+    /// So far from need that [`decide`] under pressure does nothing, whatever there is to take: no watermark is above a
+    /// quarter, and none is near above twice of that.
+    #[must_use]
+    pub const fn is_calm(&self) -> bool {
+        !self.stalled && self.available >= self.total / 2
+    }
+}
+
 /// When memory is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -283,6 +292,21 @@ mod tests {
         );
         let later = replay(&[stall, stall, stall, quiet, quiet, quiet, stall]);
         assert_eq!(later.last(), Some(&(256, false)), "calm ends it");
+    }
+
+    #[test]
+    fn calm_is_calm_whatever_there_is_to_take() {
+        for total in [0, MIB, 512 * MIB, 16 * GIB, 1 << 50] {
+            let calm = Sample {
+                total,
+                available: total / 2,
+                lazy: u64::MAX,
+                ..Sample::default()
+            };
+            assert!(calm.is_calm());
+            let decision = decide(Mode::Pressure, calm, PolicyState::default()).0;
+            assert_eq!(decision, Decision::NOTHING, "{total}");
+        }
     }
 
     #[test]
