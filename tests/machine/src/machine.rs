@@ -67,7 +67,7 @@ impl Options {
     }
 }
 
-/// How often a boot is tried. QEMU 7.2 emulates code patching with a race that kills the outer kernel in
+/// How often a boot is tried: an emulated kernel with several processors dies now and then, with QEMU before 8.1 in
 /// about one boot of a dozen on a busy host.
 const BOOT_ATTEMPTS: u32 = 3;
 
