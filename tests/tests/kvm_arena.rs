@@ -1,6 +1,7 @@
 //! Arenas: what a guest finds, how the monitor takes granules, and a guest that scribbles over its table.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ebb_tests::error::{Context, Result};
@@ -234,27 +235,72 @@ fn a_stock_linux_guest_has_a_dax_device() -> Result<()> {
         .option("--arena", "size=64M,id=second");
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
-    println!(
-        "{:?}",
-        guest.must(
-            "cat /proc/iomem; dmesg | grep -i 'e820\\|BIOS-\\|soft\\|dax\\|hmem'; cat /proc/modules"
-        )
-    );
     let reserved = guest.must("grep -c 'Soft Reserved' /proc/iomem")?;
     assert_eq!(reserved.trim_end_matches("\\n"), "2");
-    for (number, size) in [(0, 512 * MIB), (1, 64 * MIB)] {
-        let device = format!("dax{number}.0");
-        guest.must(&format!(
-            "echo {device} >/sys/bus/dax/drivers/device_dax/new_id"
-        ))?;
-        assert_eq!(
-            guest
-                .must(&format!("cat /sys/bus/dax/devices/{device}/size"))?
-                .trim_end_matches("\\n"),
-            size.to_string()
-        );
-        guest.must(&format!("test -c /dev/{device}"))?;
+    let said = guest.must("ebb-guest setup --mode 0666 && ebb-guest status")?;
+    for (device, name, size) in [
+        ("dax0.0", "arena0", 512 * MIB),
+        ("dax1.0", "second", 64 * MIB),
+    ] {
+        let line = format!("arena: /dev/{device} {name} size={size} granule={GRANULE}");
+        assert_eq!(said.matches(&line).count(), 2, "{said}");
     }
+    assert!(guest.must("ls -l /dev/dax0.0")?.starts_with("crw-rw-rw-"));
+    let (status, output) = guest.shell("ebb-guest setup --mode 999 2>&1")?;
+    assert!(status == "2" && output.contains("octal"), "{output}");
+    guest.send("exit")?;
+    assert_eq!(monitor.wait()?, 0);
+    Ok(())
+}
+
+#[test]
+fn a_guest_without_an_arena_is_told_so() -> Result<()> {
+    let mut monitor = Launch::new()?.start()?;
+    let mut guest = monitor.guest()?;
+    let (status, output) = guest.shell("ebb-guest setup 2>&1")?;
+    assert!(
+        status == "1" && output.contains("start it with --arena"),
+        "{output}"
+    );
+    let (status, output) = guest.shell("ebb-guest stress /dev/dax0.0 1 1 1 2>&1")?;
+    assert!(
+        status == "1" && output.contains("there is no such device"),
+        "{output}"
+    );
+    guest.send("exit")?;
+    assert_eq!(monitor.wait()?, 0);
+    Ok(())
+}
+
+/// Four processes of four threads in a small arena, killed at random, while the host takes what it can all the time.
+#[test]
+fn processes_that_share_an_arena_lose_nothing() -> Result<()> {
+    let launch = Launch::new()?.memory("size=512M").cpus(2);
+    let mut monitor = launch.option("--arena", "size=128M").start()?;
+    let mut guest = monitor.guest()?;
+    guest.must("ebb-guest setup")?;
+    let done = AtomicBool::new(false);
+    let said = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                // It may end before it hears us.
+                let _ = monitor.ctl(&["reclaim", "1G"]);
+            }
+        });
+        let said = guest.must("ebb-guest stress /dev/dax0.0 4 4 20 2>&1");
+        done.store(true, Ordering::Relaxed);
+        said
+    })?;
+    println!("{said}");
+    assert!(said.contains("lost=0 corrupt=0"), "{said}");
+    let status: Value =
+        serde_json::from_slice(&monitor.ctl(&["status", "--json"])?.stdout).context("json")?;
+    let arena = &status["arenas"][0];
+    assert!(
+        arena["reclaimed_bytes_total"].as_u64() > Some(10 * GRANULE),
+        "{arena}"
+    );
+    println!("{arena}");
     guest.send("exit")?;
     assert_eq!(monitor.wait()?, 0);
     Ok(())
