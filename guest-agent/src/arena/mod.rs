@@ -266,16 +266,9 @@ impl Arena {
     fn find(&self) -> Option<Granule<'_>> {
         let (first, len) = (self.first(), self.granules() - self.first());
         let start = self.hint.load(Ordering::Relaxed);
-        let me = self.slot.owner().raw();
         let order = (0..len).map(|offset| first + (start + offset) % len);
         for index in order {
-            let owner = self.owner(index);
-            let free = owner.load(Ordering::Relaxed) == 0;
-            if !free
-                || owner
-                    .compare_exchange(0, me, Ordering::AcqRel, Ordering::Relaxed)
-                    .is_err()
-            {
+            if !self.own(index) {
                 continue;
             }
             self.hint.store(index - first + 1, Ordering::Relaxed);
@@ -288,6 +281,14 @@ impl Arena {
             return Some(granule);
         }
         None
+    }
+
+    /// Makes a granule ours that nobody owns; whether it was so.
+    fn own(&self, index: usize) -> bool {
+        let (owner, me) = (self.owner(index), self.slot.owner().raw());
+        let (success, failure) = (Ordering::AcqRel, Ordering::Relaxed);
+        owner.load(Ordering::Relaxed) == 0
+            && owner.compare_exchange(0, me, success, failure).is_ok()
     }
 
     /// Frees granule `index`, whose owner is `owner`, for good.

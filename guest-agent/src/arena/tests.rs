@@ -8,12 +8,19 @@ use super::*;
 const GRANULE: u64 = 2 << 20;
 const SIZE: u64 = 32 * GRANULE;
 
+/// Rounds of what is tried many times.
+const ROUNDS: usize = 800;
+
 /// An arena in a file.
 fn device() -> tempfile::NamedTempFile {
+    device_of(SIZE)
+}
+
+fn device_of(size: u64) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
-    let layout = Layout::new(SIZE, GRANULE).unwrap();
+    let layout = Layout::new(size, GRANULE).unwrap();
     write(file.as_file(), &Header::new(layout, 0, 4 << 30, "test"));
-    file.as_file().set_len(SIZE).unwrap();
+    file.as_file().set_len(size).unwrap();
     file
 }
 
@@ -59,6 +66,37 @@ fn granules_are_claimed_once_and_come_back_when_dropped() {
     drop(all);
     let census = arena.census();
     assert_eq!((census.owned, census.lazy), (0, 31));
+}
+
+#[test]
+fn of_all_that_want_a_granule_at_once_one_gets_it() {
+    const THREADS: usize = 4;
+    const GRANULES: usize = 8191;
+    let device = device_of((GRANULES as u64 + 1) * GRANULE);
+    // Half of the threads are as good as another process: they have a slot of their own.
+    let arenas = [(); 2].map(|()| Arena::open(device.path()).unwrap());
+    let together = std::sync::Barrier::new(THREADS);
+    let owned = thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|number| {
+                let (arena, together) = (&arenas[number % 2], &together);
+                scope.spawn(move || {
+                    let mut owned = 0;
+                    for _ in 0..ROUNDS {
+                        together.wait();
+                        let all = arena.first()..arena.granules();
+                        owned += all.clone().filter(|index| arena.own(*index)).count();
+                        together.wait();
+                        all.for_each(|index| arena.owner(index).store(0, Ordering::Release));
+                    }
+                    owned
+                })
+            })
+            .collect();
+        let owned = threads.into_iter().map(|thread| thread.join().unwrap());
+        owned.sum::<usize>()
+    });
+    assert_eq!(owned, ROUNDS * GRANULES);
 }
 
 #[test]
