@@ -1,6 +1,7 @@
 //! `ebb-guest`: what runs inside an Ebb guest.
 
 mod balloon;
+mod bench;
 mod data;
 mod discovery;
 mod meminfo;
@@ -18,6 +19,8 @@ ebb-guest: what runs inside an Ebb guest
 
   ebb-guest status    whether this machine runs under Ebb, which interface it offers, and its arenas
   ebb-guest setup     as root: make the arenas' devices, /dev/daxN.M; --mode 0666 lets every user use them
+  ebb-guest bench DEVICE
+                      what freeing and taking back a granule costs, and what it costs without an arena
   ebb-guest stress DEVICE PROCESSES THREADS SECONDS
                       processes that share an arena, check what they hold, and are killed at random
   ebb-guest workload  take commands on standard input, one a line; `help` lists them";
@@ -31,6 +34,7 @@ fn main() -> ExitCode {
             found
         }
         ["setup", ref words @ ..] => setup::main(words),
+        ["bench", ref words @ ..] => bench::main(words),
         ["stress", ref words @ ..] => stress::main(words),
         ["stress-worker", ref words @ ..] => stress::worker(words),
         ["workload"] => workload::serve(),

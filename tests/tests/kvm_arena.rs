@@ -279,6 +279,16 @@ fn processes_that_share_an_arena_lose_nothing() -> Result<()> {
     let mut monitor = launch.option("--arena", "size=128M").start()?;
     let mut guest = monitor.guest()?;
     guest.must("ebb-guest setup")?;
+    let bench = guest.must("ebb-guest bench /dev/dax0.0")?;
+    println!("{bench}");
+    let ratio = bench
+        .split("pair_vs_dontneed=")
+        .nth(1)
+        .and_then(|rest| rest.split('\\').next());
+    let ratio: f64 = ratio
+        .and_then(|text| text.trim().parse().ok())
+        .context("a ratio")?;
+    assert!(ratio > 1.0, "freeing through the arena is no gain: {bench}");
     let done = AtomicBool::new(false);
     let said = std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -71,6 +71,14 @@ impl Deadline {
     }
 }
 
+/// Waits for `done`, without sleeping, until `limit` at most; others get the processor. Under loom, where
+/// there is no time, it does not wait.
+pub fn linger(limit: Deadline, mut done: impl FnMut() -> bool) {
+    while !cfg!(loom) && !done() && !limit.passed() {
+        std::thread::yield_now();
+    }
+}
+
 /// A mistake that the models must catch, see `tests/models`. Outside of loom no mistake is ever on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]

@@ -13,9 +13,9 @@ pub const BASE: u64 = 0x10_0000;
 /// Not 0 for privilege level 3.
 const USER: u64 = 0x10_f000;
 /// The copied stubs.
-const VMCALL_STUB: u64 = 0x10_8000;
-const VMMCALL_STUB: u64 = 0x10_8100;
-const PORT_STUB: u64 = 0x10_8200;
+pub const VMCALL_STUB: u64 = 0x10_8000;
+pub const VMMCALL_STUB: u64 = 0x10_8100;
+pub const PORT_STUB: u64 = 0x10_8200;
 /// Bytes that are copied of a stub; none is longer.
 const STUB_SIZE: usize = 64;
 /// Page tables: three levels, eight pages of the third: 8 GiB.
@@ -42,6 +42,7 @@ pub const TIME: u64 = 13;
 pub const COMPARE_EXCHANGE: u64 = 14;
 pub const AWAIT: u64 = 15;
 pub const SCRIBBLE: u64 = 16;
+pub const PAIR: u64 = 17;
 
 /// Times two words that a step of this kind writes.
 const SCRIBBLES: u64 = 1 << 16;
@@ -113,6 +114,8 @@ global_asm!(
     "je 35f",
     "cmp rcx, {scribble}",
     "je 36f",
+    "cmp rcx, {pair}",
+    "je 37f",
     "ud2",
     // Calls.
     "21:",
@@ -233,6 +236,25 @@ global_asm!(
     "dec ecx",
     "jnz 361b",
     "xor eax, eax",
+    "jmp 70f",
+    // LAZY_FREE, REUSE by the stub in rdx, and a store, of one of 1024 ranges.
+    "37:",
+    "mov rbp, rdx",
+    "mov rbx, r13",
+    "and ebx, 1023",
+    "imul rbx, rsi",
+    "shl rbx, 13",
+    "add rbx, rdi",
+    "mov rdi, rbx",
+    "mov rdx, {lazy_free}",
+    "mov rcx, {port}",
+    "call rbp",
+    "mov rdi, rbx",
+    "mov rsi, [r12 + 16]",
+    "mov rdx, {reuse}",
+    "mov rcx, {port}",
+    "call rbp",
+    "mov [rbx], r13",
     // The result goes to the serial port.
     "70:",
     "dec r13",
@@ -291,6 +313,9 @@ global_asm!(
     await = const AWAIT,
     scribble = const SCRIBBLE,
     scribbles = const SCRIBBLES,
+    pair = const PAIR,
+    lazy_free = const Attributes::new(Operation::LazyFree).encode(),
+    reuse = const Attributes::new(Operation::Reuse).encode(),
 );
 
 unsafe extern "C" {

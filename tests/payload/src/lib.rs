@@ -4,6 +4,7 @@
 //!
 //! The calls are made by the very stubs of `hypercall-abi`, copied into the guest.
 
+pub mod busy;
 mod code;
 mod elf;
 
@@ -15,6 +16,12 @@ use hypercall_abi::{Attributes, Operation, PAGE_SIZE};
 
 /// First address that programs may use as they like; what lies below belongs to the payload.
 pub const FREE_START: u64 = 8 << 20;
+
+/// Where the guest is entered, in 64-bit mode.
+pub const ENTRY: u64 = code::BASE;
+
+/// Ranges of [`Program::pairs`].
+pub const PAIR_RANGES: u64 = 1024;
 
 /// Bytes that a step writes to the serial port.
 pub const RESULT_SIZE: usize = 8;
@@ -102,6 +109,18 @@ impl Program {
         self.push([kind, gpa, pages, attributes, times.max(1)])
     }
 
+    /// `times` times, at least once: LAZY_FREE and REUSE of a range of `pages`, then a store to it. There are
+    /// [`PAIR_RANGES`] of them from `gpa` on, each as far from the next as it is long, and each has its turn.
+    /// The result is the last status.
+    pub fn pairs(&mut self, by: Transport, (gpa, pages): (u64, u64), times: u64) -> Step {
+        let stub = match by {
+            Transport::Vmcall => code::VMCALL_STUB,
+            Transport::Vmmcall => code::VMMCALL_STUB,
+            Transport::Port => code::PORT_STUB,
+        };
+        self.push([code::PAIR, gpa, pages, stub, times.max(1)])
+    }
+
     /// Stores `value` at `gpa`.
     pub fn store(&mut self, gpa: u64, value: u64) -> Step {
         self.push([code::STORE, gpa, value, 0, 1])
@@ -180,11 +199,11 @@ impl Program {
         self.steps.len() - 1
     }
 
-    /// Writes the guest as an ELF file.
+    /// What is in memory when the guest is entered at [`ENTRY`]: addresses and bytes.
     ///
     /// # Errors
-    /// The error of the system call; `InvalidInput` when there are too many steps.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
+    /// `InvalidInput` when there are too many steps.
+    pub fn segments(&self) -> io::Result<Vec<(u64, Vec<u8>)>> {
         let steps = self.steps.as_flattened();
         if steps.len() as u64 * 8 >= FREE_START - code::PROGRAM {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -195,7 +214,15 @@ impl Program {
         program.extend([0; 8]);
         segments.push((code::PROGRAM, program));
         segments.extend(self.data.iter().cloned());
-        std::fs::write(path, elf::file(code::BASE, &segments))
+        Ok(segments)
+    }
+
+    /// Writes the guest as an ELF file.
+    ///
+    /// # Errors
+    /// The error of the system call; as for [`Program::segments`].
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        std::fs::write(path, elf::file(ENTRY, &self.segments()?))
     }
 }
 

@@ -1,12 +1,18 @@
 //! Benchmarks that `cargo xtask bench` runs where KVM is. One benchmark, one file.
 
+mod bare;
 pub mod boot;
+mod counters;
 mod guest;
 mod host;
+pub mod lazy;
 mod overhead;
 mod process;
+pub mod reclaim;
 pub mod report;
 pub mod reporting;
+mod rig;
+mod samples;
 
 use std::path::PathBuf;
 

@@ -111,15 +111,27 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let head = ["system", "case", "metric", "median", "min", "max", "runs"];
-        let [a, b, c, d, e, g, h] = head;
-        writeln!(f, "{a:<12} {b:<10} {c:<10} {d:>12} {e:>12} {g:>12} {h:>5}")?;
+        let width = |of: fn(&Row) -> &str| {
+            let longest = self.rows.iter().map(|row| of(row).len()).max();
+            longest.unwrap_or(0).max(8)
+        };
+        let (a, b, c) = (
+            width(|row| &row.system),
+            width(|row| &row.case),
+            width(|row| &row.metric),
+        );
+        let [system, case, metric] = ["system", "case", "metric"];
+        writeln!(
+            f,
+            "{system:<a$} {case:<b$} {metric:<c$} {:>14} {:>14} {:>14} {:>5}",
+            "median", "min", "max", "runs"
+        )?;
         for row in &self.rows {
             let value = |value| Value(value, &row.unit).to_string();
             let (median, min, max) = (value(row.median), value(row.min), value(row.max));
             writeln!(
                 f,
-                "{:<12} {:<10} {:<10} {median:>12} {min:>12} {max:>12} {:>5}",
+                "{:<a$} {:<b$} {:<c$} {median:>14} {min:>14} {max:>14} {:>5}",
                 row.system, row.case, row.metric, row.runs
             )?;
         }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_tests::bench::{boot, reporting};
+use ebb_tests::bench::{boot, lazy, reclaim, reporting};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -17,6 +17,10 @@ struct Arguments {
 enum Bench {
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
+    /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time beside an empty exit
+    Lazy(lazy::Arguments),
+    /// What reclaim costs: interrupts, pauses, throughput beside plain madvise, work of a busy guest
+    Reclaim(reclaim::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
     Reporting(reporting::Arguments),
 }
@@ -24,6 +28,8 @@ enum Bench {
 fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
         Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::Lazy(arguments) => lazy::run(&arguments),
+        Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
     };
     match result {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::{PAUSE_BUCKETS, Pauses, VcpuWords, VmGeneration, count};
 use crate::sync::{
-    AtomicU32, Condvar, Deadline, Mutant, Mutex, MutexGuard, Ordering, fence, lock, mutant, wait,
-    wait_until,
+    AtomicU32, Condvar, Deadline, Mutant, Mutex, MutexGuard, Ordering, fence, linger, lock, mutant,
+    wait, wait_until,
 };
 
 /// vCPUs that come in wait.
@@ -62,6 +62,8 @@ struct Counters {
     closings: AtomicU64,
     missed: AtomicU64,
     waits: AtomicU64,
+    /// vCPU threads that wait at the gate, or are about to. Nothing but a closer's patience depends on it.
+    asleep: AtomicU64,
     pauses: Pauses,
 }
 
@@ -146,7 +148,7 @@ impl Gate {
         count(&self.counters.waits, 1);
         let mut sleepers = lock(&self.sleepers);
         // A closer may be waiting for the word that was "in" for a moment.
-        self.left.notify_all();
+        self.notify_left();
         loop {
             let state = self.state.load(Ordering::Acquire);
             if state & STOPPED != 0 {
@@ -155,7 +157,10 @@ impl Gate {
             if state & CLOSED == 0 {
                 return true;
             }
+            count(&self.counters.asleep, 1);
             sleepers = wait(&self.opened, sleepers);
+            let asleep = &self.counters.asleep;
+            asleep.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
         }
     }
 
@@ -171,7 +176,16 @@ impl Gate {
     #[cold]
     fn tell_left(&self) {
         let _sleepers = lock(&self.sleepers);
-        self.left.notify_all();
+        self.notify_left();
+    }
+
+    /// Wakes who waits for vCPUs to come out; a closer, who waits for all, by the last one only: each wake
+    /// is an interrupt. The caller holds `sleepers`: of two that come out at once, the later sees both out.
+    fn notify_left(&self) {
+        let watched = self.state.load(Ordering::Acquire) & WATCHED != 0;
+        if watched || self.words.quiescent(u64::MAX) {
+            self.left.notify_all();
+        }
     }
 
     /// Closes the gate, brings out the vCPUs that are in the guest (and interrupts no other) and returns
@@ -197,7 +211,16 @@ impl Gate {
             kicked,
             _turn: turn,
         };
+        // A vCPU takes a few microseconds to come out: no time to sleep and be woken by an interrupt.
+        linger(Deadline::after(budget / 4), || {
+            self.words.quiescent(u64::MAX)
+        });
         if self.wait_until_quiescent(u64::MAX, deadline) {
+            // The kernel interrupts threads that still run for each page that is taken; not sleeping ones.
+            let asleep = &self.counters.asleep;
+            linger(Deadline::after(budget / 8), || {
+                asleep.load(std::sync::atomic::Ordering::Relaxed) >= kicked
+            });
             return Some(hold);
         }
         count(&self.counters.missed, 1);
@@ -295,8 +318,10 @@ impl Gate {
     }
 
     fn open(&self) {
-        let _sleepers = lock(&self.sleepers);
+        let sleepers = lock(&self.sleepers);
         self.state.fetch_and(!CLOSED, Ordering::AcqRel);
+        // Those who are woken take the lock: it is to be free by then.
+        drop(sleepers);
         if !mutant(Mutant::SilentOpening) {
             self.opened.notify_all();
         }

@@ -9,7 +9,7 @@ use super::slice::{Pages, Stage};
 use crate::lazy::{Chunk, LazyMemory, Sweep};
 use crate::memory::BLOCK_SIZE;
 
-/// How long a reuse may have to wait for a chunk.
+/// How long a reuse may have to wait for a chunk, unless a call takes that long whatever its size.
 const CHUNK_TIME: Duration = Duration::from_millis(1);
 
 /// Chunks are never bigger.
@@ -92,11 +92,12 @@ impl<'a> BlockPass<'a> {
     }
 
     /// Takes chunks until none is left, each of about [`CHUNK_TIME`].
-    fn work(&self, mut size: u64) -> u64 {
-        while let Some(chunk) = self.take(size) {
+    fn work(&self, size: u64) -> u64 {
+        let mut pace = Pace::new(size);
+        while let Some(chunk) = self.take(pace.size) {
             let (range, start) = (chunk.range(), Instant::now());
             let treated = self.pages.treat(&[range], self.stage);
-            size = next_chunk(size, range.len(), start.elapsed());
+            pace.learn(range.len(), start.elapsed());
             let bytes = treated.bytes.first().copied().unwrap_or(0);
             // With hugetlb less may be gone than was asked for.
             if bytes == range.len() {
@@ -112,19 +113,47 @@ impl<'a> BlockPass<'a> {
                 todo.outcome.failures += treated.failures;
             });
         }
-        size
+        pace.size
     }
 }
 
-/// The size of the next chunk after one of `len` bytes took `took`: such that one takes about
-/// [`CHUNK_TIME`], whatever the page size and the host.
-pub(super) fn next_chunk(chunk: u64, len: u64, took: Duration) -> u64 {
-    if took > CHUNK_TIME {
-        (chunk / 2).max(BLOCK_SIZE)
-    } else if len == chunk && took < CHUNK_TIME * 2 / 5 {
-        (chunk * 2).min(MAX_CHUNK)
-    } else {
-        chunk
+/// Finds the size of chunks such that one takes about [`CHUNK_TIME`], whatever the page size and the host.
+///
+/// Where smaller chunks are not quicker, what takes time is the call itself: it interrupts every vCPU that
+/// runs, and an emulated or a crowded host takes milliseconds for that. Smaller chunks are then no gain for
+/// a reuse and a loss for reclaim, so a chunk may take a few times as long as a call does anyway.
+pub(super) struct Pace {
+    /// Bytes of the next chunk.
+    pub size: u64,
+    /// Bytes of the last one, and the time that it took.
+    last: (u64, Duration),
+    /// What a call takes whatever its size, as far as that has shown.
+    call: Duration,
+}
+
+impl Pace {
+    pub const fn new(size: u64) -> Self {
+        Self {
+            size,
+            last: (0, Duration::ZERO),
+            call: Duration::ZERO,
+        }
+    }
+
+    /// A chunk of `len` bytes took `took`.
+    pub fn learn(&mut self, len: u64, took: Duration) {
+        let (last_len, last_took) = self.last;
+        if len <= last_len / 2 && took >= last_took * 3 / 4 {
+            self.call = took;
+        }
+        self.call = self.call.min(took);
+        self.last = (len, took);
+        let aim = CHUNK_TIME.max(self.call * 4);
+        if took > aim {
+            self.size = (self.size / 2).max(BLOCK_SIZE);
+        } else if len == self.size && took < aim * 2 / 5 {
+            self.size = (self.size * 2).min(MAX_CHUNK);
+        }
     }
 }
 
@@ -136,12 +165,42 @@ mod tests {
 
     #[test]
     fn chunks_aim_at_a_millisecond() {
-        let next = |chunk, len, micros| next_chunk(chunk, len, Duration::from_micros(micros));
+        let next = |chunk, len, micros| {
+            let mut pace = Pace::new(chunk);
+            pace.learn(len, Duration::from_micros(micros));
+            pace.size
+        };
         assert_eq!(next(8 * MIB, 8 * MIB, 20), 16 * MIB);
         assert_eq!(next(8 * MIB, 4096, 20), 8 * MIB, "a small one says little");
         assert_eq!(next(8 * MIB, 8 * MIB, 700), 8 * MIB);
         assert_eq!(next(8 * MIB, 8 * MIB, 1500), 4 * MIB);
         assert_eq!(next(2 * MIB, 2 * MIB, 90_000), 2 * MIB);
         assert_eq!(next(MAX_CHUNK, MAX_CHUNK, 20), MAX_CHUNK);
+    }
+
+    /// The sizes of chunks where a call takes `call` and a MiB takes `mib` microseconds.
+    fn sizes(call: u64, mib: u64) -> Vec<u64> {
+        let mut pace = Pace::new(8 * MIB);
+        let mut step = || {
+            let took = call + pace.size / MIB * mib;
+            pace.learn(pace.size, Duration::from_micros(took));
+            pace.size / MIB
+        };
+        (0..12).map(|_| step()).collect()
+    }
+
+    #[test]
+    fn calls_that_take_long_by_themselves_do_not_make_chunks_small() {
+        // Quick calls: a millisecond, no more.
+        assert!(sizes(4, 80)[6..].iter().all(|size| *size == 8));
+        assert!(sizes(100, 400)[6..].iter().all(|size| *size == 2));
+        // Slow calls: most of the time goes to the pages.
+        assert!(sizes(15_000, 500)[6..].iter().all(|size| *size >= 16));
+        // Twice a call took long for another reason: the next ones tell.
+        let mut pace = Pace::new(8 * MIB);
+        for took in [4000, 4000, 300, 300, 650, 650, 1300] {
+            pace.learn(pace.size, Duration::from_micros(took));
+        }
+        assert!(pace.size <= 16 * MIB, "{}", pace.size);
     }
 }

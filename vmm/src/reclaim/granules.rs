@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::Outcome;
-use super::blocks::next_chunk;
+use super::blocks::Pace;
 use super::slice::{Pages, Stage};
 use crate::arena::Arena;
 
@@ -18,24 +18,25 @@ pub(super) struct GranulePass<'a> {
 }
 
 impl GranulePass<'_> {
-    /// Runs it with chunks of `chunk` bytes, which is adapted so that one takes about as long as a reuse may wait.
+    /// Runs it with chunks of `chunk` bytes to begin with; leaves there what the next pass should begin with.
     pub fn run(&self, chunk: &mut u64) -> Outcome {
-        let (mut outcome, mut cursor) = (Outcome::default(), 0);
+        let (mut outcome, mut cursor, mut pace) = (Outcome::default(), 0, Pace::new(*chunk));
         let granule = self.arena.place().layout.granule();
         while outcome.bytes < self.bytes {
-            let most = (*chunk).max(granule).min(self.bytes - outcome.bytes);
+            let most = pace.size.max(granule).min(self.bytes - outcome.bytes);
             let Some(taken) = self.arena.take(&mut cursor, self.newest, most) else {
                 break;
             };
             let len = taken.ranges().iter().map(|range| range.len()).sum();
             let start = Instant::now();
             let treated = self.pages.treat(taken.ranges(), Stage::Discard);
-            *chunk = next_chunk(*chunk, len, start.elapsed());
+            pace.learn(len, start.elapsed());
             taken.finish(&treated.bytes);
             outcome.bytes += treated.bytes.iter().sum::<u64>();
             outcome.calls += treated.calls;
             outcome.failures += treated.failures;
         }
+        *chunk = pace.size;
         outcome
     }
 }
