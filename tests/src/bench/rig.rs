@@ -146,8 +146,13 @@ impl Rig {
             mmio: Bus::default(),
             gate: Arc::clone(&gate),
             kicks,
-            hypercalls: Arc::new(Hypercalls::new(offer(None), memory, Box::new(NoCalls))),
+            hypercalls: Arc::new(Hypercalls::new(
+                offer(None, false),
+                memory,
+                Box::new(NoCalls),
+            )),
             on_exit: Box::new(|reason| eprintln!("the guest has ended: {reason:?}")),
+            strict: None,
         };
         let rig = Self {
             vcpus: Vcpus::start(fds, &Arc::new(shared)).context("vCPU threads")?,

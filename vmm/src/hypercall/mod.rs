@@ -49,14 +49,20 @@ pub trait LazyOps: Send + Sync {
     /// Whether every page of `range` is RAM.
     fn is_ram(&self, range: GpaRange) -> bool;
 
-    /// Whether `range` names granules of one arena, no more than a call may reuse.
-    fn is_granules(&self, range: GpaRange) -> bool;
+    /// Whether `_range` names granules of one arena, no more than a call may reuse.
+    fn is_granules(&self, _range: GpaRange) -> bool {
+        false
+    }
 
-    /// How many arenas there are.
-    fn arenas(&self) -> u64;
+    /// How many arenas there are: none, unless a machine says otherwise.
+    fn arenas(&self) -> u64 {
+        0
+    }
 
-    /// Tells about arena number `index`; the count is the caller's to fill in.
-    fn arena(&self, index: u64) -> Option<ArenaInfo>;
+    /// Tells about arena number `_index`; the count is the caller's to fill in.
+    fn arena(&self, _index: u64) -> Option<ArenaInfo> {
+        None
+    }
 
     /// The guest promises not to touch `ranges` before it reuses them; one batch. Returns how many bytes
     /// stay in use because the book is full.

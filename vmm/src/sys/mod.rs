@@ -1,11 +1,15 @@
 //! The host kernel's interfaces that Ebb needs and no crate offers safely. Nothing here knows of guests.
 
+pub mod cgroup;
 pub mod mapping;
 pub mod pressure;
 mod signals;
 mod usage;
+mod userfault;
 
+pub use cgroup::{Cgroup, MemoryLimit};
 pub use mapping::{Advice, Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;
-pub use usage::{own_process, resident_bytes};
+pub use usage::{own_process, resident_bytes, thread_name};
+pub use userfault::{Fault, Userfault};

@@ -8,6 +8,7 @@ use crate::arena::{Arena, Arenas};
 use crate::hypercall::{LazyOps, States, Survey};
 use crate::lazy::{LazyMemory, Surveyed};
 use crate::memory::{GpaRange, GuestRam};
+use crate::strict::Strict;
 
 /// Carries out the guest's calls on the machine's memory.
 pub struct TrackedMemory {
@@ -17,6 +18,8 @@ pub struct TrackedMemory {
     pub ram: Arc<GuestRam>,
     /// Memory beside the RAM.
     pub arenas: Arenas,
+    /// Strict mode, where it is on.
+    pub strict: Option<Arc<Strict>>,
 }
 
 impl TrackedMemory {
@@ -53,7 +56,11 @@ impl LazyOps for TrackedMemory {
     }
 
     fn lazy_free(&self, ranges: &[GpaRange]) -> u64 {
-        self.lazy.free(ranges).refused
+        match &self.strict {
+            Some(strict) => strict.free(ranges),
+            None => self.lazy.free(ranges),
+        }
+        .refused
     }
 
     fn reuse(&self, ranges: &[GpaRange]) -> bool {

@@ -34,6 +34,7 @@ use crate::memory::{Backing, GpaRange, GuestRam};
 use crate::reclaim::{
     Mode, Pages, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
 };
+use crate::strict::{Strict, StrictThread};
 use crate::sys::{self, TerminationSignals};
 use crate::teardown;
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
@@ -49,6 +50,7 @@ pub struct Vm {
     vcpus: Vcpus,
     devices: DeviceStop,
     reclaim: Option<ReclaimThread>,
+    strict: Option<StrictThread>,
     kvm: kvm::Machine,
     ram: Arc<GuestRam>,
     exit: Arc<ExitSlot>,
@@ -101,6 +103,7 @@ struct Memory {
     gate: Arc<Gate>,
     kicks: Arc<KickTable>,
     reported: Arc<ReportedMemory>,
+    strict: Option<Arc<Strict>>,
 }
 
 impl Memory {
@@ -131,6 +134,10 @@ impl Memory {
         let reclaimer = Arc::new(reclaimer.with_arenas(Arc::clone(&arenas)));
         let release = release(config.balloon.as_ref());
         let reported = ReportedMemory::new(Arc::clone(&lazy), Arc::clone(&ram), release);
+        let strict = config.lazy.strict.then(|| {
+            let (lazy, ram, kicks) = (Arc::clone(&lazy), Arc::clone(&ram), Arc::clone(&kicks));
+            Arc::new(Strict::new(lazy, ram, kicks, vcpus))
+        });
         Ok(Self {
             guest: ram.memory(),
             ram,
@@ -141,6 +148,7 @@ impl Memory {
             gate,
             kicks,
             reported: Arc::new(reported),
+            strict,
         })
     }
 
@@ -150,6 +158,7 @@ impl Memory {
             lazy: Arc::clone(&self.lazy),
             ram: Arc::clone(&self.ram),
             arenas: Arc::clone(&self.arenas),
+            strict: self.strict.clone(),
         };
         let guest = Arc::clone(&self.guest);
         Arc::new(Hypercalls::new(interface, guest, Box::new(ops)))
@@ -161,6 +170,7 @@ impl Memory {
             reclaimer: Arc::clone(&self.reclaimer),
             reported: Arc::clone(&self.reported),
             ram: Arc::clone(&self.ram),
+            strict: self.strict.clone(),
         }
     }
 }
@@ -186,7 +196,7 @@ impl Vm {
     /// [`LaunchError`].
     pub fn build(config: MachineConfig) -> Result<Self, LaunchError> {
         let started = Instant::now();
-        let host = Hypervisor::open()?;
+        let mut host = Hypervisor::open()?;
         let layout = Layout::new(&config);
         host.check_limits(config.vcpus, layout.end())?;
         let disks = open_disks(&config.disks)?;
@@ -194,6 +204,10 @@ impl Vm {
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(&memory.ram))?;
+        if memory.strict.is_some() {
+            host.hide_async_faults();
+            machine.fault_synchronously()?;
+        }
 
         let mut devices = Devices::default();
         devices.attach_platform()?;
@@ -230,6 +244,7 @@ impl Vm {
             reclaimer: Arc::clone(&memory.reclaimer),
             hypercalls: memory.hypercalls(interface),
             reported: Arc::clone(&memory.reported),
+            strict: memory.strict.clone(),
             config,
         };
         Self::start(machine, memory, devices, console, vcpus, control)
@@ -252,6 +267,9 @@ impl Vm {
         let exit = Arc::clone(&control.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
         let reclaim = start_reclaim(memory.reclaimer)?;
+        let strict = memory.strict.clone();
+        let watch = |strict| StrictThread::start(strict, Arc::clone(&memory.ram));
+        let strict_thread = strict.clone().map(watch).transpose()?;
         let socket = control.config.api_socket.clone();
         let api = socket
             .map(|path| api::serve(&path, Arc::new(control)))
@@ -266,6 +284,7 @@ impl Vm {
             gate: memory.gate,
             kicks: memory.kicks,
             hypercalls,
+            strict,
             on_exit,
         });
         let vcpus = Vcpus::start(vcpus, &shared).map_err(LaunchError::system("vCPU thread"))?;
@@ -276,6 +295,7 @@ impl Vm {
             vcpus,
             devices: DeviceStop(virtio),
             reclaim,
+            strict: strict_thread,
             kvm,
             ram: memory.ram,
             exit,
@@ -302,6 +322,7 @@ impl Vm {
         self.vcpus.stop();
         self.devices.stop();
         drop(self.reclaim.take());
+        drop(self.strict.take());
         let Self {
             vcpus,
             devices,
