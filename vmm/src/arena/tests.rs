@@ -189,7 +189,8 @@ fn a_guest_that_scribbles_over_the_table_harms_nobody_else() {
                 }
             });
         }
-        for round in 0..200 {
+        // On a crowded host it may take the guest a while to begin.
+        for round in (0..).take_while(|&n| n < 200 || arena.stats().reclaimed_bytes_total == 0) {
             let mut cursor = 0;
             while let Some(taken) = arena.take(&mut cursor, u64::MAX, 16 * GRANULE) {
                 let inside = |r: &GpaRange| arena.may_reuse(range(r.start(), PAGE_SIZE));
@@ -208,7 +209,6 @@ fn a_guest_that_scribbles_over_the_table_harms_nobody_else() {
     });
     arena.reset();
     let stats = arena.stats();
-    assert!(stats.reclaimed_bytes_total > 0);
     assert_eq!(
         (stats.lazy_bytes, stats.discarded_bytes),
         (0, 0),
@@ -239,7 +239,8 @@ fn nothing_is_lost_while_everything_is_taken() {
         let len = usize::try_from(arena.place().layout.granules()).unwrap();
         let words = GuestWords::new(Arc::clone(&arena.memory), word(&arena, 0).0, len).unwrap();
         let swap = |index, old: Word, new: Word| words.swap(index as usize, old.raw(), new.raw());
-        for round in 1..2000_u64 {
+        let taken = || arena.stats().reclaimed_bytes_total > 0;
+        for round in (1..).take_while(|&n| n < 2000_u64 || !taken()) {
             for index in indices.clone() {
                 let at = GuestAddress(START + index * GRANULE);
                 arena.memory.store(round, at, Ordering::Relaxed).unwrap();
@@ -277,5 +278,4 @@ fn nothing_is_lost_while_everything_is_taken() {
         }
         done.store(true, Ordering::Relaxed);
     });
-    assert!(arena.stats().reclaimed_bytes_total > 0);
 }
