@@ -7,6 +7,7 @@ pub mod console;
 pub mod error;
 pub mod guest;
 pub mod host;
+pub mod idle;
 pub mod images;
 pub mod launch;
 pub mod monitor;

@@ -19,6 +19,27 @@ pub const LONG: Duration = Duration::from_secs(120);
 pub fn until<T>(
     what: impl Display,
     limit: Duration,
+    probe: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    every(PERIOD, what, limit, probe)
+}
+
+/// As [`until`], but looks each millisecond: for what is measured, or soon to come.
+///
+/// # Errors
+/// As for [`until`].
+pub fn until_often<T>(
+    what: impl Display,
+    limit: Duration,
+    probe: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    every(Duration::from_millis(1), what, limit, probe)
+}
+
+fn every<T>(
+    period: Duration,
+    what: impl Display,
+    limit: Duration,
     mut probe: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
     let deadline = Instant::now() + limit;
@@ -32,7 +53,7 @@ pub fn until<T>(
                 limit.as_secs_f32()
             )));
         }
-        thread::sleep(PERIOD);
+        thread::sleep(period);
     }
 }
 

@@ -35,6 +35,15 @@ pub enum Command {
         /// Upper bound in bytes.
         bytes: u64,
     },
+    /// How memory will be freed at the end.
+    Teardown,
+    /// How memory is to be freed at the end; what is not given stays as it is.
+    SetTeardown {
+        /// Threads.
+        workers: Option<usize>,
+        /// Bytes that one takes at a time.
+        batch: Option<u64>,
+    },
     /// End the machine.
     Stop,
 }
@@ -58,6 +67,8 @@ pub enum Response {
     Arenas(Vec<ArenaState>),
     /// To [`Command::Reclaim`].
     Reclaimed(ReclaimOutcome),
+    /// To [`Command::Teardown`].
+    Teardown(TeardownState),
 }
 
 /// A command was understood but cannot be carried out.
@@ -365,4 +376,15 @@ pub struct ReclaimOutcome {
     pub reclaimed_bytes: u64,
     /// Time it took in microseconds.
     pub duration_us: u64,
+}
+
+/// How memory will be freed at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct TeardownState {
+    /// Threads that free it.
+    pub workers: usize,
+    /// Bytes that one takes at a time.
+    pub batch_bytes: u64,
+    /// It is freed behind the monitor's end, and as fast when the monitor is killed.
+    pub guardian: bool,
 }

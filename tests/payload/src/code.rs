@@ -43,6 +43,7 @@ pub const COMPARE_EXCHANGE: u64 = 14;
 pub const AWAIT: u64 = 15;
 pub const SCRIBBLE: u64 = 16;
 pub const PAIR: u64 = 17;
+pub const HALT: u64 = 18;
 
 /// Times two words that a step of this kind writes.
 const SCRIBBLES: u64 = 1 << 16;
@@ -116,6 +117,8 @@ global_asm!(
     "je 36f",
     "cmp rcx, {pair}",
     "je 37f",
+    "cmp rcx, {halt}",
+    "je 38f",
     "ud2",
     // Calls.
     "21:",
@@ -255,6 +258,11 @@ global_asm!(
     "mov rcx, {port}",
     "call rbp",
     "mov [rbx], r13",
+    "jmp 70f",
+    // No interrupt ends it.
+    "38:",
+    "hlt",
+    "jmp 38b",
     // The result goes to the serial port.
     "70:",
     "dec r13",
@@ -316,6 +324,7 @@ global_asm!(
     pair = const PAIR,
     lazy_free = const Attributes::new(Operation::LazyFree).encode(),
     reuse = const Attributes::new(Operation::Reuse).encode(),
+    halt = const HALT,
 );
 
 unsafe extern "C" {

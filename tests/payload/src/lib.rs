@@ -189,6 +189,11 @@ impl Program {
         self.push([code::SCRIBBLE, gpa, words - 1, 1, times.max(1)])
     }
 
+    /// Sleeps for ever; at privilege level 0.
+    pub fn halt(&mut self) {
+        self.push([code::HALT, 0, 0, 0, 1]);
+    }
+
     /// Number of results that it writes.
     #[must_use]
     pub const fn results(&self) -> usize {

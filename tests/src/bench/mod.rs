@@ -7,12 +7,14 @@ mod guest;
 mod host;
 pub mod lazy;
 mod overhead;
+mod plot;
 mod process;
 pub mod reclaim;
 pub mod report;
 pub mod reporting;
 mod rig;
 mod samples;
+pub mod teardown;
 
 use std::path::PathBuf;
 

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_tests::bench::{boot, lazy, reclaim, reporting};
+use ebb_tests::bench::{boot, lazy, reclaim, reporting, teardown};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -23,6 +23,8 @@ enum Bench {
     Reclaim(reclaim::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
     Reporting(reporting::Arguments),
+    /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, beside QEMU
+    Teardown(teardown::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
         Bench::Lazy(arguments) => lazy::run(&arguments),
         Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
+        Bench::Teardown(arguments) => teardown::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,7 @@ mod cargo;
 mod demo;
 mod exec;
 mod guest;
+mod model;
 mod project;
 mod selftest;
 mod setup;
@@ -40,6 +41,8 @@ enum Task {
     Selftest(selftest::Arguments),
     /// Run a benchmark
     Bench(bench::Arguments),
+    /// Compute what cannot be measured here, with its error
+    Model(model::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Task::Exec(arguments) => exec::run(&arguments),
         Task::Selftest(arguments) => selftest::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Model(arguments) => model::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -73,6 +73,8 @@ const ROUTES: &[(Method, &str, Handler)] = &[
     (Method::GET, "/lazy-memory", get_lazy_memory),
     (Method::PUT, "/lazy-memory/reclaim", put_reclaim),
     (Method::GET, "/arenas", get_arenas),
+    (Method::GET, "/teardown", get_teardown),
+    (Method::PATCH, "/teardown", patch_teardown),
 ];
 
 /// Finds the handler of a request.
@@ -211,6 +213,23 @@ fn put_reclaim(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault>
         return Err(Fault::bad_request("the amount is 0; give 1 or more"));
     }
     ask!(controller, Command::Reclaim { bytes }, Response::Reclaimed(outcome) => Reply::json(&outcome))
+}
+
+fn get_teardown(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
+    ask!(controller, Command::Teardown, Response::Teardown(state) => Reply::json(&state))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TeardownUpdate {
+    workers: Option<usize>,
+    batch_bytes: Option<u64>,
+}
+
+fn patch_teardown(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+    let update: TeardownUpdate = parse(body)?;
+    let (workers, batch) = (update.workers, update.batch_bytes);
+    ask!(controller, Command::SetTeardown { workers, batch }, Response::Done => Ok(Reply::Done))
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {

@@ -78,6 +78,12 @@ impl Server {
     pub fn path(&self) -> &Path {
         &self.socket.path
     }
+
+    /// Device and inode of the socket.
+    #[must_use]
+    pub const fn identity(&self) -> (u64, u64) {
+        self.socket.identity
+    }
 }
 
 impl Drop for Server {

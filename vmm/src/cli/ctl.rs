@@ -1,13 +1,15 @@
 //! `ebb ctl`: asks a running machine through its API.
 
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
 use hyper::Method;
 use serde_json::{Value, json};
 use vmm::api::{self, ClientError};
-use vmm::config::{SocketSpec, format_size, parse_size};
+use vmm::config::{SocketSpec, TeardownSpec, format_size, parse_size};
 use vmm::exit;
+use vmm::guardian::lock;
 
 /// How long a command may take that only looks or notes.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,8 +48,20 @@ enum Command {
         #[arg(value_parser = parse_size)]
         size: u64,
     },
+    /// Say how memory will be freed at the end, or change it: workers=N, batch=SIZE
+    Teardown {
+        /// For instance workers=4 or batch=1G
+        #[arg(value_name = "KEY=VALUE")]
+        settings: Vec<TeardownSpec>,
+    },
     /// End the machine
     Stop,
+    /// Wait until the machine has ended
+    Wait {
+        /// And until its memory is free, too; also for one that has ended already
+        #[arg(long, required = true)]
+        memory_free: bool,
+    },
 }
 
 /// Runs the subcommand and returns the exit status.
@@ -68,7 +82,10 @@ pub fn main(args: Args) -> u8 {
             return exit::BAD_ARGUMENTS;
         }
         Command::Reclaim { size } => reclaim(&socket, size),
+        Command::Teardown { settings } if settings.is_empty() => teardown(&socket),
+        Command::Teardown { settings } => set_teardown(&socket, &settings),
         Command::Stop => stop(&socket),
+        Command::Wait { memory_free: _ } => return wait(&socket),
     };
     match done {
         Ok(text) => {
@@ -125,6 +142,67 @@ fn stop(socket: &Path) -> Result<String, ClientError> {
     let body = json!({ "action_type": "InstanceStop" });
     api::request(socket, Method::PUT, "/actions", Some(&body), PATIENCE)?;
     Ok(String::new())
+}
+
+fn teardown(socket: &Path) -> Result<String, ClientError> {
+    let state = get(socket, "/teardown")?;
+    let behind = if state["guardian"] == true {
+        "behind the monitor's end"
+    } else {
+        "before the monitor ends"
+    };
+    Ok(format!(
+        "{} workers in batches of {}, {behind}",
+        number(&state, "workers"),
+        human(number(&state, "batch_bytes")),
+    ))
+}
+
+fn set_teardown(socket: &Path, settings: &[TeardownSpec]) -> Result<String, ClientError> {
+    let mut body = json!({});
+    for spec in settings {
+        if let Some(workers) = spec.workers {
+            body["workers"] = workers.into();
+        }
+        if let Some(batch) = spec.batch {
+            body["batch_bytes"] = batch.into();
+        }
+    }
+    api::request(socket, Method::PATCH, "/teardown", Some(&body), PATIENCE)?;
+    Ok(String::new())
+}
+
+/// Waits until the memory is free, with a bar where somebody looks.
+fn wait(socket: &Path) -> u8 {
+    let shown = io::stderr().is_terminal();
+    let mut last = None;
+    let waited = lock::wait(socket, |done, total| {
+        if shown && total > 0 && last != Some(done) {
+            last = Some(done);
+            let filled = usize::try_from(done.saturating_mul(40) / total)
+                .unwrap_or(40)
+                .min(40);
+            let (done, total) = (human(done), human(total));
+            let _ = write!(
+                io::stderr(),
+                "\r[{:<40}] {done} of {total}  ",
+                "#".repeat(filled)
+            );
+        }
+    });
+    if last.is_some() {
+        let _ = writeln!(io::stderr());
+    }
+    match waited {
+        Ok(()) => exit::STOP,
+        Err(error) => {
+            super::complain(&format!(
+                "the lock beside {}: {error}; wait as the user who runs the machine",
+                socket.display()
+            ));
+            exit::FAILED
+        }
+    }
 }
 
 fn get(socket: &Path, path: &str) -> Result<Value, ClientError> {

@@ -2,13 +2,15 @@
 
 use std::fs::OpenOptions;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tracing::Level;
 use vmm::config::{
     ArenaSpec, BalloonConfig, CpusSpec, DiskConfig, KernelEntry, LazyConfig, MachineSpec,
-    MemorySpec, SerialConfig, SocketSpec,
+    MemorySpec, SerialConfig, SocketSpec, Toggle,
 };
 use vmm::exit;
+use vmm::guardian::Log;
 
 /// Start a guest and stay with it until it ends
 ///
@@ -55,6 +57,10 @@ pub struct Args {
     /// Serve the REST API on this unix socket: path=PATH, or the path alone
     #[arg(long, value_name = "PATH", alias = "api-sock")]
     api_socket: Option<SocketSpec>,
+    /// on or off: helpers that free the machine's memory and clean up behind the monitor's end, also when it is
+    /// killed
+    #[arg(long, value_name = "on|off", default_value = "on")]
+    guardian: Toggle,
     /// Name of the machine: letters, digits and hyphens
     #[arg(long, default_value = MachineSpec::DEFAULT_ID)]
     id: String,
@@ -77,11 +83,14 @@ pub fn main(mut args: Args) -> u8 {
         }
     };
     // Only now: a command line with a mistake leaves no file behind.
-    if let Err(error) = start_log(log_file, verbose) {
-        super::complain(&error);
-        return exit::BAD_ARGUMENTS;
-    }
-    match vmm::vm::run(config) {
+    let log = match start_log(log_file, verbose) {
+        Ok(log) => log,
+        Err(error) => {
+            super::complain(&error);
+            return exit::BAD_ARGUMENTS;
+        }
+    };
+    match vmm::vm::run(config, &log) {
         Ok(reason) => exit::status(reason),
         Err(error) => {
             super::complain_of(&error);
@@ -106,12 +115,13 @@ impl Args {
             balloon: self.balloon,
             lazy: self.lazy,
             api_socket: self.api_socket.map(|socket| socket.0),
+            guardian: self.guardian.0,
         }
     }
 }
 
 /// Sends the log where the operator wants it.
-fn start_log(path: Option<PathBuf>, verbose: u8) -> Result<(), String> {
+fn start_log(path: Option<PathBuf>, verbose: u8) -> Result<Log, String> {
     let level = match verbose {
         0 => Level::WARN,
         1 => Level::INFO,
@@ -121,7 +131,7 @@ fn start_log(path: Option<PathBuf>, verbose: u8) -> Result<(), String> {
     let log = tracing_subscriber::fmt().with_max_level(level);
     let Some(path) = path else {
         log.with_writer(std::io::stderr).init();
-        return Ok(());
+        return Ok(None);
     };
     let file = OpenOptions::new()
         .create(true)
@@ -133,6 +143,7 @@ fn start_log(path: Option<PathBuf>, verbose: u8) -> Result<(), String> {
                 path.display()
             )
         })?;
-    log.with_writer(std::sync::Mutex::new(file)).init();
-    Ok(())
+    let file = Arc::new(file);
+    log.with_writer(Arc::clone(&file)).init();
+    Ok(Some(file))
 }

@@ -31,6 +31,8 @@ pub struct MachineConfig {
     pub lazy: LazyConfig,
     /// Socket on which the API is served.
     pub api_socket: Option<PathBuf>,
+    /// Helpers free memory and clean up behind the monitor's end, also when it is killed.
+    pub guardian: bool,
 }
 
 /// The guest's kernel.

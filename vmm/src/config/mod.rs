@@ -12,5 +12,5 @@ pub use machine::{
     MachineConfig, MemoryConfig, Reporting, SerialConfig,
 };
 pub use options::{format_size, parse_size};
-pub use spec::{ArenaSpec, CpusSpec, MachineSpec, MemorySpec, SocketSpec};
+pub use spec::{ArenaSpec, CpusSpec, MachineSpec, MemorySpec, SocketSpec, TeardownSpec, Toggle};
 pub use validate::{SocketPath, check_socket};

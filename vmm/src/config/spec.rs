@@ -40,6 +40,8 @@ pub struct MachineSpec {
     pub lazy: LazyConfig,
     /// Socket of the API.
     pub api_socket: Option<PathBuf>,
+    /// Helpers that outlive the monitor.
+    pub guardian: bool,
 }
 
 impl MachineSpec {
@@ -68,6 +70,7 @@ impl MachineSpec {
             balloon: None,
             lazy: LazyConfig::default(),
             api_socket: None,
+            guardian: true,
         }
     }
 }
@@ -321,6 +324,46 @@ impl FromStr for SocketSpec {
     }
 }
 
+/// `workers=N,batch=SIZE`, either or both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TeardownSpec {
+    /// Threads that free memory at the end.
+    pub workers: Option<u32>,
+    /// Bytes that one takes at a time.
+    pub batch: Option<u64>,
+}
+
+impl FromStr for TeardownSpec {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let options = Options::parse(text, &["workers", "batch"])?;
+        Ok(Self {
+            workers: options.number("workers", u32::MAX)?,
+            batch: options.size("batch")?,
+        })
+    }
+}
+
+/// `on` or `off`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Toggle(pub bool);
+
+impl FromStr for Toggle {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "on" => Ok(Self(true)),
+            "off" => Ok(Self(false)),
+            _ => Err(ConfigError::NotAChoice {
+                value: text.to_owned(),
+                choices: "on or off",
+            }),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -378,6 +421,12 @@ mod tests {
         }
         assert_eq!("file=/l".parse(), Ok(SerialConfig::File("/l".into())));
         assert_eq!("null".parse(), Ok(SerialConfig::Null));
+        let teardown = TeardownSpec {
+            workers: Some(4),
+            batch: Some(1 << 30),
+        };
+        assert_eq!("workers=4,batch=1G".parse(), Ok(teardown));
+        assert_eq!("off".parse(), Ok(Toggle(false)));
         assert_eq!("image".parse(), Ok(KernelEntry::Image));
         for text in ["/s", "path=/s"] {
             assert_eq!(text.parse(), Ok(SocketSpec("/s".into())), "{text}");
@@ -430,6 +479,12 @@ mod tests {
             (message::<SerialConfig>("pty"), "tty, null or file=PATH"),
             (message::<SerialConfig>("file="), "file has no value"),
             (message::<KernelEntry>("elf"), "auto or image"),
+            (
+                message::<TeardownSpec>("worker=4"),
+                "did you mean 'workers'?",
+            ),
+            (message::<TeardownSpec>("batch=x"), "'x' is not a size"),
+            (message::<Toggle>("yes"), "write on or off"),
             (message::<SocketSpec>("path="), "path has no value"),
         ];
         for (message, part) in cases {

@@ -74,6 +74,7 @@ impl MachineSpec {
             balloon: self.balloon,
             lazy: self.lazy,
             api_socket: self.api_socket,
+            guardian: self.guardian,
         })
     }
 }

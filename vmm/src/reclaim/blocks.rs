@@ -1,13 +1,14 @@
 //! Whole blocks, in big chunks, by several workers when there is much to do.
 
 use std::sync::{Mutex, PoisonError};
-use std::thread::{self, Builder};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Outcome;
 use super::slice::{Pages, Stage};
 use crate::lazy::{Chunk, LazyMemory, Sweep};
 use crate::memory::{BLOCK_SIZE, GpaRange};
+use crate::workers::share;
 
 /// How long a reuse may have to wait for a chunk, unless a call takes that long whatever its size.
 const CHUNK_TIME: Duration = Duration::from_millis(1);
@@ -63,16 +64,10 @@ impl<'a> BlockPass<'a> {
         let bytes = most.min(stats.lazy_bytes + stats.unmapped_bytes);
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         let workers = (bytes / BYTES_PER_WORKER).min(cores).min(MAX_WORKERS);
-        thread::scope(|scope| {
-            for index in 1..workers {
-                let worker = Builder::new().name(format!("ebb-take{index}"));
-                // Those that cannot be started are done without.
-                if worker.spawn_scoped(scope, || self.work(chunk)).is_err() {
-                    break;
-                }
-            }
-            self.work(chunk)
-        })
+        let workers = usize::try_from(workers).unwrap_or(1);
+        let shared = share(workers, "take", || {}, || self.work(chunk));
+        self.with(|todo| todo.outcome.failures += shared.panicked as u64);
+        shared.own
     }
 
     pub fn outcome(&self) -> Outcome {

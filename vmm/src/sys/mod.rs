@@ -1,13 +1,17 @@
 //! The host kernel's interfaces that Ebb needs and no crate offers safely. Nothing here knows of guests.
 
 pub mod cgroup;
+pub mod heir;
 pub mod mapping;
+pub mod nodes;
 pub mod pressure;
+pub mod process;
 mod signals;
 mod usage;
 mod userfault;
 
 pub use cgroup::{Cgroup, MemoryLimit};
+pub use heir::{Board, Heir, Legacy};
 pub use mapping::{Advice, Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;

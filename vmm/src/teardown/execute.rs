@@ -1,18 +1,18 @@
-//! Frees the guest's memory.
+//! Frees the guest's memory with threads of this process.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::thread::{self, Builder};
 use std::time::{Duration, Instant};
 
 use super::Plan;
 use crate::memory::{GpaRange, GuestRam, MemoryError};
+use crate::workers::share;
 
 /// What a teardown did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Bytes returned to the host.
     pub bytes: u64,
-    /// Threads that took part; 0: the caller alone.
+    /// Threads that took part, the caller among them.
     pub workers: usize,
     /// Batches that the kernel would not free; they go with the mapping.
     pub failures: u64,
@@ -20,62 +20,37 @@ pub struct Report {
     pub duration: Duration,
 }
 
+impl Report {
+    /// Logs it.
+    pub fn log(&self) {
+        let seconds = self.duration.as_secs_f64().max(1e-9);
+        #[allow(clippy::cast_precision_loss, reason = "three digits are shown")]
+        let rate = self.bytes as f64 / f64::from(1 << 30) / seconds;
+        tracing::info!(
+            "teardown: freed {} bytes in {:.3} ms with {} workers, {rate:.2} GiB/s",
+            self.bytes,
+            seconds * 1e3,
+            self.workers,
+        );
+        if self.failures > 0 {
+            let failures = self.failures;
+            tracing::warn!("teardown: {failures} batches went with the address space only");
+        }
+    }
+}
+
 /// Frees all batches of `plan` and runs `beside` at the same time on the calling thread: the release of
 /// what else the machine holds. Closing KVM's descriptors takes long by itself, and is cheaper beside the
 /// workers than before or after them.
 ///
 /// Nobody may need the memory any more: the vCPUs are stopped. Each batch is freed once. Workers that
-/// cannot be started are done without; the caller frees what is left when `beside` has returned. The
-/// mapping itself goes when `ram` is dropped.
+/// cannot be started are done without. The mapping itself goes when `ram` is dropped.
 pub fn execute(plan: &Plan, ram: &GuestRam, beside: impl FnOnce()) -> Report {
     let start = Instant::now();
     let freeing = Freeing::new(plan.batches(), |range| ram.discard(range));
-    let spawn_limit = plan.workers();
-    let workers = run(&freeing, spawn_limit, beside);
-    Report {
-        bytes: freeing.bytes.into_inner(),
-        workers,
-        failures: freeing.failures.into_inner(),
-        duration: start.elapsed(),
-    }
-}
-
-/// Starts up to `workers` threads, runs `beside`, helps, and returns how many threads there were.
-fn run<F>(freeing: &Freeing<'_, F>, workers: usize, beside: impl FnOnce()) -> usize
-where
-    F: Fn(GpaRange) -> Result<u64, MemoryError> + Sync,
-{
-    thread::scope(|scope| {
-        let mut threads = Vec::new();
-        for index in 0..workers {
-            let worker = Builder::new().name(format!("ebb-free{index}"));
-            match worker.spawn_scoped(scope, || freeing.work()) {
-                Ok(thread) => threads.push(thread),
-                Err(error) => {
-                    tracing::warn!(%error, started = index, wanted = workers, "fewer workers");
-                    break;
-                }
-            }
-        }
-        beside();
-        if threads.is_empty() {
-            freeing.work();
-        }
-        let started = threads.len();
-        let panicked = threads
-            .into_iter()
-            .filter_map(|thread| thread.join().err())
-            .count();
-        if panicked > 0 {
-            // The batch that it was at goes with the mapping; the others are taken here.
-            tracing::error!(panicked, "workers that free memory have panicked");
-            freeing
-                .failures
-                .fetch_add(panicked as u64, Ordering::Relaxed);
-            freeing.work();
-        }
-        started
-    })
+    let mut report = freeing.run(plan.workers(), beside);
+    report.duration = start.elapsed();
+    report
 }
 
 /// Batches that are being freed. A batch belongs to whoever has drawn its index.
@@ -87,7 +62,7 @@ struct Freeing<'a, F> {
     free: F,
 }
 
-impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError>> Freeing<'a, F> {
+impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError> + Sync> Freeing<'a, F> {
     fn new(batches: &'a [GpaRange], free: F) -> Self {
         Self {
             batches,
@@ -95,6 +70,18 @@ impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError>> Freeing<'a, F> {
             bytes: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             free,
+        }
+    }
+
+    fn run(&self, workers: usize, beside: impl FnOnce()) -> Report {
+        let shared = share(workers, "free", beside, || self.work());
+        // The batch that a panicking worker was at goes with the mapping.
+        let failures = self.failures.load(Ordering::Relaxed) + shared.panicked as u64;
+        Report {
+            bytes: self.bytes.load(Ordering::Relaxed),
+            workers: shared.workers,
+            failures,
+            duration: Duration::ZERO,
         }
     }
 
@@ -118,10 +105,11 @@ impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError>> Freeing<'a, F> {
 mod tests {
     use std::collections::BTreeSet;
     use std::sync::Mutex;
+    use std::thread;
 
     use super::*;
     use crate::memory::Backing;
-    use crate::teardown::{Tuning, plan};
+    use crate::teardown::{Pages, Region, Tuning, plan};
 
     const MIB: u64 = 1 << 20;
 
@@ -129,46 +117,47 @@ mod tests {
         GpaRange::new(start * MIB, end * MIB).unwrap()
     }
 
-    fn touched(layout: &[GpaRange]) -> GuestRam {
+    fn touched(layout: &[GpaRange], thp: bool) -> GuestRam {
         let backing = Backing {
             prefault: true,
+            thp,
             ..Backing::default()
         };
         GuestRam::allocate(backing, layout).unwrap()
     }
 
-    fn tuning(workers: usize, batch: u64) -> Tuning {
-        Tuning {
+    fn planned(ram: &GuestRam, workers: usize, batch: u64) -> Plan {
+        let tuning = Tuning {
             workers,
-            batch: batch * MIB,
-        }
-    }
-
-    fn regions(ram: &GuestRam) -> impl Iterator<Item = GpaRange> {
-        ram.regions().iter().map(|region| region.gpa)
+            batch: Some(batch * MIB),
+        };
+        let regions = ram.regions().iter().map(|region| Region {
+            range: region.gpa,
+            pages: Pages::Small,
+        });
+        plan(regions, tuning, |_| 0)
     }
 
     #[test]
     fn workers_free_everything_beside_the_caller() {
-        let ram = touched(&[range(0, 48), range(64, 112)]);
-        assert_eq!(ram.resident(), 96 * MIB);
-        let plan = plan(regions(&ram), tuning(2, 16));
-        let mut name = None;
-        let report = execute(&plan, &ram, || name = thread::current().id().into());
-        assert_eq!(name, Some(thread::current().id()));
-        assert_eq!(
-            (report.bytes, report.workers, report.failures),
-            (96 * MIB, 2, 0)
-        );
-        assert_eq!(ram.resident(), 0);
+        for thp in [false, true] {
+            let ram = touched(&[range(0, 48), range(64, 112)], thp);
+            assert_eq!(ram.resident(), 96 * MIB);
+            let mut name = None;
+            let plan = planned(&ram, 2, 16);
+            let report = execute(&plan, &ram, || name = thread::current().id().into());
+            assert_eq!(name, Some(thread::current().id()));
+            let found = (report.bytes, report.workers, report.failures);
+            assert_eq!(found, (96 * MIB, 2, 0));
+            assert_eq!(ram.resident(), 0);
+        }
     }
 
     #[test]
     fn a_small_machine_is_freed_by_the_caller() {
-        let ram = touched(&[range(0, 16)]);
-        let plan = plan(regions(&ram), Tuning::default());
-        let report = execute(&plan, &ram, || {});
-        assert_eq!((report.bytes, report.workers), (16 * MIB, 0));
+        let ram = touched(&[range(0, 16)], true);
+        let report = execute(&planned(&ram, 8, 16), &ram, || {});
+        assert_eq!((report.bytes, report.workers), (16 * MIB, 1));
         assert_eq!(ram.resident(), 0);
     }
 
@@ -183,9 +172,9 @@ mod tests {
                 .then_some(range.len())
                 .ok_or(error)
         });
-        assert_eq!(run(&freeing, 4, || {}), 4);
-        assert_eq!(freeing.failures.load(Ordering::Relaxed), 50);
-        assert_eq!(freeing.bytes.load(Ordering::Relaxed), 450 * MIB);
+        let report = freeing.run(4, || {});
+        assert_eq!((report.workers, report.failures), (4, 50));
+        assert_eq!(report.bytes, 450 * MIB);
         assert_eq!(freed.lock().unwrap().len(), 500);
     }
 
@@ -193,14 +182,13 @@ mod tests {
     fn a_worker_that_panics_leaves_the_rest_to_the_caller() {
         let batches: Vec<_> = (0..50).map(|batch| range(batch, batch + 1)).collect();
         let freeing = Freeing::new(&batches, |range| {
-            let worker = thread::current()
-                .name()
-                .is_some_and(|name| name == "ebb-free0");
+            let worker = thread::current().name() == Some("ebb-free1");
             assert!(!worker, "on purpose");
             Ok(range.len())
         });
-        assert_eq!(run(&freeing, 1, || {}), 1);
-        assert_eq!(freeing.failures.load(Ordering::Relaxed), 1);
-        assert_eq!(freeing.bytes.load(Ordering::Relaxed), 49 * MIB);
+        // The worker has its batch before the caller begins.
+        let drawn = || while freeing.next.load(Ordering::Relaxed) == 0 {};
+        let report = freeing.run(2, drawn);
+        assert_eq!((report.failures, report.bytes), (1, 49 * MIB));
     }
 }

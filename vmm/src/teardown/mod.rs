@@ -7,4 +7,4 @@ pub mod execute;
 pub mod plan;
 
 pub use execute::{Report, execute};
-pub use plan::{Plan, Tuning, plan};
+pub use plan::{Pages, Plan, Region, Tuning, plan};

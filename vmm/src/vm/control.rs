@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use hypercall_abi::Operation;
 
+use super::ending::Ending;
 use super::events::ExitSlot;
 use crate::arena::{Arena, Arenas};
 use crate::bus::ExitReason;
@@ -46,6 +47,8 @@ pub struct Control {
     pub reported: Arc<ReportedMemory>,
     /// Strict mode, where it is on.
     pub strict: Option<Arc<Strict>>,
+    /// Frees the machine's memory at its end.
+    pub ending: Arc<Ending>,
 }
 
 impl Controller for Control {
@@ -68,6 +71,11 @@ impl Controller for Control {
             Command::LazyMemory => Response::LazyMemory(Box::new(self.lazy_memory())),
             Command::Arenas => Response::Arenas(self.arenas()),
             Command::Reclaim { bytes } => Response::Reclaimed(self.reclaim(bytes)),
+            Command::Teardown => Response::Teardown(self.ending.state()),
+            Command::SetTeardown { workers, batch } => {
+                self.ending.tune(workers, batch)?;
+                Response::Done
+            }
             Command::Stop => {
                 self.exit.request(ExitReason::Stop);
                 Response::Done

@@ -11,6 +11,7 @@ use vm_memory::GuestMemoryMmap;
 use super::LaunchError;
 use super::attach::{Console, Devices};
 use super::control::Control;
+use super::ending::Ending;
 use super::events::{self, ExitSlot};
 use super::lazy_ops::TrackedMemory;
 use super::sink::LazySink;
@@ -27,6 +28,7 @@ use crate::config::{
 use crate::devices::serial::RawMode;
 use crate::devices::virtio::blk::Disk;
 use crate::generation::{Gate, VmGeneration};
+use crate::guardian::Guardian;
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable};
 use crate::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
@@ -35,8 +37,7 @@ use crate::reclaim::{
     Mode, Pages, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
 };
 use crate::strict::{Strict, StrictThread};
-use crate::sys::{self, TerminationSignals};
-use crate::teardown;
+use crate::sys::TerminationSignals;
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
 /// Time between two looks for something to take in the eager mode.
@@ -52,7 +53,7 @@ pub struct Vm {
     reclaim: Option<ReclaimThread>,
     strict: Option<StrictThread>,
     kvm: kvm::Machine,
-    ram: Arc<GuestRam>,
+    ending: Arc<Ending>,
     exit: Arc<ExitSlot>,
     /// Restores the terminal, however we leave.
     _raw_mode: Option<RawMode>,
@@ -194,13 +195,15 @@ impl Vm {
     ///
     /// # Errors
     /// [`LaunchError`].
-    pub fn build(config: MachineConfig) -> Result<Self, LaunchError> {
+    pub fn build(config: MachineConfig, guardian: &'static Guardian) -> Result<Self, LaunchError> {
         let started = Instant::now();
         let mut host = Hypervisor::open()?;
         let layout = Layout::new(&config);
         host.check_limits(config.vcpus, layout.end())?;
         let disks = open_disks(&config.disks)?;
         let memory = Memory::allocate(&config, layout)?;
+        let ram = Arc::clone(&memory.ram);
+        let ending = Arc::new(Ending::new(guardian, ram, &config.memory));
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(&memory.ram))?;
@@ -245,6 +248,7 @@ impl Vm {
             hypercalls: memory.hypercalls(interface),
             reported: Arc::clone(&memory.reported),
             strict: memory.strict.clone(),
+            ending,
             config,
         };
         Self::start(machine, memory, devices, console, vcpus, control)
@@ -266,6 +270,7 @@ impl Vm {
         } = devices;
         let exit = Arc::clone(&control.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
+        let ending = Arc::clone(&control.ending);
         let reclaim = start_reclaim(memory.reclaimer)?;
         let strict = memory.strict.clone();
         let watch = |strict| StrictThread::start(strict, Arc::clone(&memory.ram));
@@ -274,6 +279,9 @@ impl Vm {
         let api = socket
             .map(|path| api::serve(&path, Arc::new(control)))
             .transpose()?;
+        if let Some(api) = &api {
+            ending.watch_socket(api.identity());
+        }
         let on_exit = {
             let exit = Arc::clone(&exit);
             Box::new(move |reason| exit.request(reason))
@@ -297,7 +305,7 @@ impl Vm {
             reclaim,
             strict: strict_thread,
             kvm,
-            ram: memory.ram,
+            ending,
             exit,
             _raw_mode: raw_mode,
         })
@@ -313,10 +321,7 @@ impl Vm {
         Ok(reason)
     }
 
-    /// Stops everything and frees the guest's memory: here memory is freed at the end.
-    ///
-    /// KVM's descriptors are closed beside the workers that free the memory: KVM releases its own tables
-    /// serially, so that time is hidden rather than added.
+    /// Stops everything and frees the guest's memory, or leaves that to the heir: see [`Ending::free`].
     pub fn shut_down(mut self) {
         drop(self.api.take());
         self.vcpus.stop();
@@ -327,30 +332,11 @@ impl Vm {
             vcpus,
             devices,
             kvm,
-            ram,
+            ending,
             ..
         } = self;
         drop((vcpus, devices));
-        let resident = sys::resident_bytes();
-        let plan = teardown::plan(
-            ram.regions().iter().map(|r| r.gpa),
-            teardown::Tuning::default(),
-        );
-        let report = teardown::execute(&plan, &ram, move || drop(kvm));
-        let freed = resident
-            .zip(sys::resident_bytes())
-            .map_or(0, |(a, b)| a.saturating_sub(b));
-        tracing::info!(
-            "teardown: freed {freed} bytes in {:.3} ms with {} workers",
-            report.duration.as_secs_f64() * 1e3,
-            report.workers,
-        );
-        if report.failures > 0 {
-            tracing::warn!(
-                "teardown: {} batches go with the process only",
-                report.failures
-            );
-        }
+        ending.free(kvm);
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod attach;
 mod control;
+mod ending;
 mod events;
 mod lazy_ops;
 mod machine;
@@ -19,6 +20,7 @@ use crate::config::MachineConfig;
 use crate::devices::virtio::balloon::BalloonError;
 use crate::devices::virtio::blk::DiskError;
 use crate::devices::virtio::mmio::TransportError;
+use crate::guardian::{Guardian, Log};
 use crate::kvm::{self, KvmError};
 use crate::memory::MemoryError;
 use crate::reclaim;
@@ -98,14 +100,27 @@ impl LaunchError {
     }
 }
 
-/// Builds the machine, runs it until it ends, and frees all that it took.
+/// Builds the machine, runs it until it ends, and frees all that it took, or has that done by its heir when
+/// this process ends. `log` is where the log goes. The process must have one thread.
 ///
 /// # Errors
 /// [`LaunchError`]; nothing is left behind.
-pub fn run(config: MachineConfig) -> Result<ExitReason, LaunchError> {
+pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> {
     let signals = TerminationSignals::block().map_err(LaunchError::system("signalfd"))?;
     kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
-    let mut vm = Vm::build(config)?;
+    let socket = config.api_socket.as_deref();
+    let guardian = Guardian::start(config.guardian, &config.id, socket, log);
+    let reason = build_and_run(config, guardian, signals);
+    guardian.farewell();
+    reason
+}
+
+fn build_and_run(
+    config: MachineConfig,
+    guardian: &'static Guardian,
+    signals: TerminationSignals,
+) -> Result<ExitReason, LaunchError> {
+    let mut vm = Vm::build(config, guardian).inspect_err(|_| guardian.disinherit())?;
     let reason = vm.run(signals);
     vm.shut_down();
     reason

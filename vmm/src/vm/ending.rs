@@ -1,0 +1,145 @@
+//! How the guest's memory is freed, and by whom.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::config::MemoryConfig;
+use crate::control::{CommandError, TeardownState};
+use crate::guardian::Guardian;
+use crate::kvm;
+use crate::memory::{GpaRange, GuestRam};
+use crate::sys::heir::MAX_WORKERS;
+use crate::sys::{self, Legacy, nodes};
+use crate::teardown::plan::{DEFAULT_BATCH, DEFAULT_HUGE_BATCH};
+use crate::teardown::{self, Pages, Plan, Region, Tuning, plan};
+
+/// What is needed to free the guest's memory at the end, whoever will do it.
+pub struct Ending {
+    guardian: &'static Guardian,
+    ram: Arc<GuestRam>,
+    pages: Pages,
+    tuning: Mutex<Tuning>,
+}
+
+impl Ending {
+    /// From here on `ram` is freed fast even if the monitor is killed.
+    pub fn new(guardian: &'static Guardian, ram: Arc<GuestRam>, config: &MemoryConfig) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let pages = if config.hugepages {
+            Pages::Huge
+        } else {
+            Pages::Small
+        };
+        let ending = Self {
+            guardian,
+            ram,
+            pages,
+            tuning: Mutex::new(Tuning::for_host(cores, nodes::count())),
+        };
+        ending.entrust(&ending.plan(|_| 0));
+        ending
+    }
+
+    /// The API's socket, by device and inode, is removed even if the monitor is killed.
+    pub fn watch_socket(&self, identity: (u64, u64)) {
+        self.guardian.watch_socket(identity);
+    }
+
+    /// How it is done.
+    pub fn state(&self) -> TeardownState {
+        let tuning = self.tuning();
+        let default = match self.pages {
+            Pages::Small => DEFAULT_BATCH,
+            Pages::Huge => DEFAULT_HUGE_BATCH,
+        };
+        TeardownState {
+            workers: tuning.workers,
+            batch_bytes: tuning.batch.unwrap_or(default),
+            guardian: self.guardian.is_there(),
+        }
+    }
+
+    /// Does it otherwise from now on.
+    ///
+    /// # Errors
+    /// [`CommandError::OutOfBounds`].
+    pub fn tune(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError> {
+        let mut tuning = self.tuning();
+        if let Some(workers) = workers {
+            if !(1..=MAX_WORKERS).contains(&workers) {
+                return Err(CommandError::OutOfBounds {
+                    what: "workers",
+                    value: workers as u64,
+                    bound: format!("there can be 1 to {MAX_WORKERS}"),
+                });
+            }
+            tuning.workers = workers;
+        }
+        if batch == Some(0) {
+            return Err(CommandError::OutOfBounds {
+                what: "the batch",
+                value: 0,
+                bound: "it must be 2 MiB or more".to_owned(),
+            });
+        }
+        tuning.batch = batch.or(tuning.batch);
+        *self.tuning.lock().unwrap_or_else(PoisonError::into_inner) = tuning;
+        self.entrust(&self.plan(|_| 0));
+        Ok(())
+    }
+
+    /// Frees the memory, or leaves that to the heir: then this returns at once. Whoever does it closes `kvm`
+    /// beside: KVM releases its own tables serially, so that time is hidden rather than added.
+    ///
+    /// No thread may need the memory or `kvm` any more.
+    pub fn free(&self, kvm: kvm::Machine) {
+        let plan = if nodes::count() > 1 {
+            self.plan(|batch| nodes::node_at(self.host(batch)).unwrap_or(0))
+        } else {
+            self.plan(|_| 0)
+        };
+        if plan.workers() > 1 && self.guardian.frees() {
+            self.entrust(&plan);
+            // The heir closes its descriptors: they are one process's as much as the other's.
+            std::mem::forget(kvm);
+            return;
+        }
+        self.guardian.disinherit();
+        let before = sys::resident_bytes();
+        let mut report = teardown::execute(&plan, &self.ram, move || drop(kvm));
+        let freed = before.zip(sys::resident_bytes());
+        report.bytes = freed.map_or(report.bytes, |(a, b)| a.saturating_sub(b));
+        report.log();
+    }
+
+    fn tuning(&self) -> Tuning {
+        *self.tuning.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn plan(&self, node_of: impl FnMut(GpaRange) -> u32) -> Plan {
+        let regions = self.ram.regions().iter().map(|region| Region {
+            range: region.gpa,
+            pages: self.pages,
+        });
+        plan(regions, self.tuning(), node_of)
+    }
+
+    fn entrust(&self, plan: &Plan) {
+        let len = |batch: &GpaRange| usize::try_from(batch.len()).unwrap_or(usize::MAX);
+        let part = |batch: &GpaRange| (self.host(*batch), len(batch));
+        self.guardian.entrust(Legacy {
+            parts: plan.batches().iter().map(part).collect(),
+            workers: plan.workers(),
+        });
+    }
+
+    /// Where a batch lies in this process.
+    fn host(&self, batch: GpaRange) -> usize {
+        let regions = self.ram.regions();
+        let region = regions.iter().find(|region| region.gpa.contains(batch));
+        // A batch is a part of a region, and a region fits the address space.
+        region.map_or(0, |region| {
+            let offset = batch.start() - region.gpa.start();
+            region.host + usize::try_from(offset).unwrap_or(0)
+        })
+    }
+}
