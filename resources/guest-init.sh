@@ -9,10 +9,15 @@
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
-while read -r module parameters; do
-    # Word splitting of the parameters is wanted.
-    /bin/busybox insmod "$module" $parameters || echo "EBB-GUEST-WARN cannot load $module"
-done </etc/modules
+load_modules() {
+    while read -r module parameters; do
+        # Word splitting of the parameters is wanted.
+        /bin/busybox insmod "$module" $parameters || echo "EBB-GUEST-WARN cannot load $module"
+    done
+}
+load_modules </etc/modules
+# Only an arena is soft-reserved.
+! /bin/busybox grep -q 'Soft Reserved' /proc/iomem || load_modules </etc/modules.arena
 read -r uptime rest </proc/uptime
 echo "EBB-GUEST-READY uptime=$uptime"
 

@@ -1,11 +1,14 @@
 //! `ebb-guest`: what runs inside an Ebb guest.
 
 mod balloon;
+mod bench;
 mod data;
 mod discovery;
 mod meminfo;
+mod setup;
 mod shell;
 mod size;
+mod stress;
 mod terminal;
 mod workload;
 
@@ -14,13 +17,26 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 ebb-guest: what runs inside an Ebb guest
 
-  ebb-guest status    whether this machine runs under Ebb, and which interface it offers
+  ebb-guest status    whether this machine runs under Ebb, which interface it offers, and its arenas
+  ebb-guest setup     as root: make the arenas' devices, /dev/daxN.M; --mode 0666 lets every user use them
+  ebb-guest bench DEVICE
+                      what freeing and taking back a granule costs, and what it costs without an arena
+  ebb-guest stress DEVICE PROCESSES THREADS SECONDS
+                      processes that share an arena, check what they hold, and are killed at random
   ebb-guest workload  take commands on standard input, one a line; `help` lists them";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["status"] => discovery::report(),
+        ["status"] => {
+            let found = discovery::report();
+            setup::report();
+            found
+        }
+        ["setup", ref words @ ..] => setup::main(words),
+        ["bench", ref words @ ..] => bench::main(words),
+        ["stress", ref words @ ..] => stress::main(words),
+        ["stress-worker", ref words @ ..] => stress::worker(words),
         ["workload"] => workload::serve(),
         ["help" | "--help" | "-h"] => {
             println!("{USAGE}");

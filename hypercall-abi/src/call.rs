@@ -38,7 +38,8 @@ pub enum Operation {
     Query = 6,
     /// Everything is in use again, for instance before another kernel takes over. No range.
     Reset = 7,
-    /// Where the arena is. Reserved: answers [`Error::NoSuchCall`] where [`crate::Features::ARENA`] is off.
+    /// Tells where an arena is, in an arena block; [`Error::NoSuchCall`] where [`crate::Features::ARENA`] is
+    /// off.
     ArenaInfo = 8,
 }
 

@@ -20,7 +20,7 @@ pub const CPUID_VERSION_OFFSET: u32 = 1;
 
 /// Version of the interface: major in the upper 16 bits, minor in the lower. A guest refuses a major
 /// version that it does not know; minor versions only add.
-pub const VERSION: u32 = 1 << 16;
+pub const VERSION: u32 = 1 << 16 | 1;
 
 /// The I/O port of the second transport, as the monitor sets it. Guests read it from CPUID.
 pub const PORT: u16 = 0x0eb0;
@@ -55,7 +55,7 @@ impl Features {
     pub const PREFAULT: Self = Self(1 << 5);
     /// `QUERY`.
     pub const QUERY: Self = Self(1 << 6);
-    /// `ARENA_INFO`, the arena and its table of granules.
+    /// `ARENA_INFO`: the machine has an arena, or several.
     pub const ARENA: Self = Self(1 << 7);
 
     /// These bits.

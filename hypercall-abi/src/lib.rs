@@ -3,9 +3,10 @@
 //!
 //! A guest finds the interface by CPUID ([`discovery`]), makes calls ([`call`]) by one of two transports,
 //! and reads a [`status`]. What does not fit into registers stands in blocks of guest memory ([`block`]).
-//! [`granule`] is the word of the shared table, which needs no call at all.
+//! [`granule`] is the word of the table in the head of an [`arena`], which needs no call at all.
 #![no_std]
 
+pub mod arena;
 pub mod block;
 pub mod call;
 pub mod discovery;

@@ -154,7 +154,7 @@ fn start(count: usize, ranges: u64) -> Result<Guest> {
         gate: Arc::clone(&gate),
         kicks,
         hypercalls: Arc::new(Hypercalls::new(
-            offer(None),
+            offer(None, false),
             ram.memory(),
             Box::new(NoCalls),
         )),

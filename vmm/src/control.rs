@@ -28,6 +28,8 @@ pub enum Command {
     },
     /// Bytes by state, generation and counters of lazy memory.
     LazyMemory,
+    /// The arenas: what they hold, and what has happened to it.
+    Arenas,
     /// Return up to this many lazily freed bytes to the host now.
     Reclaim {
         /// Upper bound in bytes.
@@ -61,6 +63,8 @@ pub enum Response {
     BalloonStatistics(BalloonStatistics),
     /// To [`Command::LazyMemory`].
     LazyMemory(Box<LazyMemoryState>),
+    /// To [`Command::Arenas`].
+    Arenas(Vec<ArenaState>),
     /// To [`Command::Reclaim`].
     Reclaimed(ReclaimOutcome),
     /// To [`Command::Teardown`].
@@ -305,6 +309,8 @@ pub struct HypercallState {
     pub reset_total: u64,
     /// `FEATURES`.
     pub features_total: u64,
+    /// `ARENA_INFO`.
+    pub arena_info_total: u64,
     /// Calls that failed, unknown ones included.
     pub failed_total: u64,
     /// Bytes populated because a reuse asked for it.
@@ -334,6 +340,35 @@ pub struct ReportingState {
     pub discarded_bytes_total: u64,
     /// Bytes that the host may take when it is short of memory, unless the guest wrote to them first.
     pub marked_bytes_total: u64,
+}
+
+/// An arena. The table was counted for this; what the guest does with it meanwhile may or may not be in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ArenaState {
+    /// Its name.
+    pub id: String,
+    /// Its guest-physical address.
+    pub gpa: u64,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Bytes of a granule.
+    pub granule_bytes: u64,
+    /// Bytes that the guest has freed, still with the guest's pages.
+    pub lazy_bytes: u64,
+    /// Bytes that the monitor has returned to the host and the guest has not taken back.
+    pub discarded_bytes: u64,
+    /// Bytes ever returned to the host.
+    pub reclaimed_bytes_total: u64,
+    /// Bytes that had been returned and that the guest was seen to have taken back.
+    pub reused_bytes_total: u64,
+    /// Granules made in use by calls.
+    pub reuse_calls_total: u64,
+    /// Of these, granules that were being discarded, so that the call waited.
+    pub reuse_waits_total: u64,
+    /// How often the table was counted.
+    pub scans_total: u64,
+    /// Time that this count took, in microseconds.
+    pub scan_us: u64,
 }
 
 /// What one reclaim did.

@@ -4,6 +4,7 @@
 
 pub mod api;
 pub mod arch;
+pub mod arena;
 pub mod boot;
 pub mod bus;
 pub mod config;

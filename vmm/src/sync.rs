@@ -106,6 +106,10 @@ pub enum Mutant {
     LookOnce,
     /// Who waits for an offered slice is not told when it was run.
     SilentOffer,
+    /// A granule is marked as taken only after its word says so.
+    GranuleMarkedLate,
+    /// A reuse of a granule does not wait while it is being discarded.
+    GranuleReuseDoesNotWait,
 }
 
 /// Whether this mistake is on.

@@ -18,6 +18,9 @@ const GUEST_MODULES: &[&str] = &[
     "pvpanic-mmio",
 ];
 
+/// What makes `/dev/daxN.M` of an arena; loaded where there is one.
+const ARENA_MODULES: &[&str] = &["device_dax", "dax_hmem"];
+
 /// What makes the nested machine a KVM host.
 const OUTER_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
 
@@ -86,6 +89,12 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
         &mut archive,
         &assets.load_modules(GUEST_MODULES)?,
         "/etc/modules",
+        &[],
+    );
+    add_modules(
+        &mut archive,
+        &assets.load_modules(ARENA_MODULES)?,
+        "/etc/modules.arena",
         &[],
     );
     Ok(archive.finish())

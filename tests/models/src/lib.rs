@@ -5,6 +5,8 @@
 //! `RUSTFLAGS="--cfg loom" cargo test --release -p ebb-models --target-dir target/loom`; `cargo xtask test`
 //! does that.
 
+#[path = "../../../vmm/src/arena/table.rs"]
+pub mod arena;
 #[path = "../../../vmm/src/generation/mod.rs"]
 pub mod generation;
 #[path = "../../../vmm/src/lazy/mod.rs"]

@@ -20,7 +20,7 @@ pub const VMMCALL_STUB: u64 = 0x10_8100;
 pub const PORT_STUB: u64 = 0x10_8200;
 /// Bytes that are copied of a stub; none is longer.
 const STUB_SIZE: usize = 64;
-/// Page tables: three levels, four pages of the third.
+/// Page tables: three levels, eight pages of the third: 8 GiB.
 pub const PML4: u64 = 0x11_0000;
 const PDPT: u64 = 0x11_1000;
 const PD: u64 = 0x11_2000;
@@ -41,8 +41,14 @@ pub const QUERY_UNTIL: u64 = 10;
 pub const INPUT_BYTE: u64 = 11;
 pub const OUTPUT: u64 = 12;
 pub const TIME: u64 = 13;
-pub const PAIR: u64 = 14;
-pub const HALT: u64 = 15;
+pub const COMPARE_EXCHANGE: u64 = 14;
+pub const AWAIT: u64 = 15;
+pub const SCRIBBLE: u64 = 16;
+pub const PAIR: u64 = 17;
+pub const HALT: u64 = 18;
+
+/// Times two words that a step of this kind writes.
+const SCRIBBLES: u64 = 1 << 16;
 
 global_asm!(
     ".pushsection .rodata.ebb_payload, \"a\"",
@@ -105,10 +111,16 @@ global_asm!(
     "je 32f",
     "cmp rcx, {time}",
     "je 33f",
-    "cmp rcx, {pair}",
+    "cmp rcx, {compare_exchange}",
     "je 34f",
-    "cmp rcx, {halt}",
+    "cmp rcx, {await}",
     "je 35f",
+    "cmp rcx, {scribble}",
+    "je 36f",
+    "cmp rcx, {pair}",
+    "je 37f",
+    "cmp rcx, {halt}",
+    "je 38f",
     "ud2",
     // Calls.
     "21:",
@@ -201,8 +213,37 @@ global_asm!(
     "shl rdx, 32",
     "or rax, rdx",
     "jmp 70f",
-    // LAZY_FREE, REUSE by the stub in rdx, and a store, of one of 1024 ranges.
     "34:",
+    "mov rax, rsi",
+    "lock cmpxchg [rdi], rdx",
+    "jmp 70f",
+    "35:",
+    "pause",
+    "cmp [rdi], rsi",
+    "jne 35b",
+    "jmp 70f",
+    // Scribble: pseudo-random words, every other one of the four states.
+    "36:",
+    "mov ecx, {scribbles}",
+    "361:",
+    "imul rdx, rdx, 0x5851f42d",
+    "add rdx, 0x14057b7f",
+    "mov rax, rdx",
+    "shr rax, 33",
+    "and rax, rsi",
+    "mov r8, rdx",
+    "shr r8, 20",
+    "and r8, 3",
+    "mov [rdi + rax * 8], r8",
+    "inc rax",
+    "and rax, rsi",
+    "mov [rdi + rax * 8], rdx",
+    "dec ecx",
+    "jnz 361b",
+    "xor eax, eax",
+    "jmp 70f",
+    // LAZY_FREE, REUSE by the stub in rdx, and a store, of one of 1024 ranges.
+    "37:",
     "mov rbp, rdx",
     "mov rbx, r13",
     "and ebx, 1023",
@@ -221,9 +262,9 @@ global_asm!(
     "mov [rbx], r13",
     "jmp 70f",
     // No interrupt ends it.
-    "35:",
+    "38:",
     "hlt",
-    "jmp 35b",
+    "jmp 38b",
     // The result goes to the serial port.
     "70:",
     "dec r13",
@@ -278,6 +319,10 @@ global_asm!(
     input_byte = const INPUT_BYTE,
     output = const OUTPUT,
     time = const TIME,
+    compare_exchange = const COMPARE_EXCHANGE,
+    await = const AWAIT,
+    scribble = const SCRIBBLE,
+    scribbles = const SCRIBBLES,
     pair = const PAIR,
     lazy_free = const Attributes::new(Operation::LazyFree).encode(),
     reuse = const Attributes::new(Operation::Reuse).encode(),
@@ -309,7 +354,7 @@ fn stub(function: *const ()) -> Vec<u8> {
 
 /// What every payload consists of, as addresses and bytes.
 pub fn segments(user: bool) -> Vec<(u64, Vec<u8>)> {
-    let mut segments = elf::page_tables([PML4, PDPT, PD]);
+    let mut segments = elf::page_tables([PML4, PDPT, PD], 8);
     segments.extend([
         (BASE, interpreter()),
         (VMCALL_STUB, stub(stubs::vmcall as *const ())),

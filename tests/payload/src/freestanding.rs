@@ -27,7 +27,7 @@ pub fn write(path: &Path, parameters: &Parameters) -> io::Result<()> {
         parameters.seed,
     ];
     let words = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let mut segments = elf::page_tables([map::PML4, map::PDPT, map::PD]);
+    let mut segments = elf::page_tables([map::PML4, map::PDPT, map::PD], 4);
     segments.push((map::IMAGE, IMAGE.to_vec()));
     segments.push((map::PARAMETERS, words));
     std::fs::write(path, elf::file(map::IMAGE, &segments))

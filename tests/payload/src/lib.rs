@@ -174,6 +174,22 @@ impl Program {
         self.push([code::TIME, 0, 0, 0, 1])
     }
 
+    /// Stores `new` at `gpa` if `old` stands there, at once; the result is what stood there.
+    pub fn compare_exchange(&mut self, gpa: u64, old: u64, new: u64) -> Step {
+        self.push([code::COMPARE_EXCHANGE, gpa, old, new, 1])
+    }
+
+    /// Waits until `value` stands at `gpa`.
+    pub fn wait_for(&mut self, gpa: u64, value: u64) -> Step {
+        self.push([code::AWAIT, gpa, value, 0, 1])
+    }
+
+    /// Writes pseudo-random words, every other one a small number, all over the `words` words at `gpa`, `times` times
+    /// 131,072 of them. `words` is a power of two.
+    pub fn scribble(&mut self, gpa: u64, words: u64, times: u64) -> Step {
+        self.push([code::SCRIBBLE, gpa, words - 1, 1, times.max(1)])
+    }
+
     /// Sleeps for ever; at privilege level 0.
     pub fn halt(&mut self) {
         self.push([code::HALT, 0, 0, 0, 1]);

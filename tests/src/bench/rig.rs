@@ -154,7 +154,11 @@ impl Rig {
             gate: Arc::clone(&gate),
             way_in: Arc::new(NothingToDo),
             kicks,
-            hypercalls: Arc::new(Hypercalls::new(offer(None), memory, Box::new(NoCalls))),
+            hypercalls: Arc::new(Hypercalls::new(
+                offer(None, false),
+                memory,
+                Box::new(NoCalls),
+            )),
             on_exit: Box::new(|reason| eprintln!("the guest has ended: {reason:?}")),
             strict: None,
         };

@@ -72,6 +72,7 @@ const ROUTES: &[(Method, &str, Handler)] = &[
     (Method::PUT, "/actions", put_action),
     (Method::GET, "/lazy-memory", get_lazy_memory),
     (Method::PUT, "/lazy-memory/reclaim", put_reclaim),
+    (Method::GET, "/arenas", get_arenas),
     (Method::GET, "/teardown", get_teardown),
     (Method::PATCH, "/teardown", patch_teardown),
 ];
@@ -184,6 +185,10 @@ fn put_action(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> 
 
 fn get_lazy_memory(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
     ask!(controller, Command::LazyMemory, Response::LazyMemory(state) => Reply::json(&*state))
+}
+
+fn get_arenas(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
+    ask!(controller, Command::Arenas, Response::Arenas(arenas) => Reply::json(&arenas))
 }
 
 #[derive(Deserialize)]

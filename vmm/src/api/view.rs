@@ -53,6 +53,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "kernel_entry": config.kernel.entry,
             "thp": config.memory.thp,
             "prefault": config.memory.prefault,
+            "arenas": config.arenas,
             "lazy": config.lazy,
             "serial": config.serial,
             "api_socket": config.api_socket,

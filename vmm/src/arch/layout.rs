@@ -67,6 +67,10 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042_PORT: u64 = 0x60;
 /// Its number of ports.
 pub const I8042_PORT_LEN: u64 = 5;
+/// PCI configuration: address, then data.
+pub const PCI_PORT: u64 = 0xcf8;
+/// Its number of ports.
+pub const PCI_PORT_LEN: u64 = 8;
 /// pvpanic (QEMU, `docs/specs/pvpanic.rst`).
 pub const PVPANIC_PORT: u64 = 0x505;
 /// ACPI sleep control (+0), sleep status (+1) and reset (+2).
@@ -99,11 +103,26 @@ pub enum MemoryKind {
     Ram = 1,
     /// Not to be used.
     Reserved = 2,
+    /// For a driver to hand out (Linux, `E820_TYPE_SOFT_RESERVED`): `/dev/daxN.M`.
+    SoftReserved = 0xefff_ffff,
+}
+
+/// Where arenas of `sizes` bytes lie: above `ram` and the hole, each at a multiple of 1 GiB, and none next to another, for
+/// a kernel would make one of two neighbours. `sizes` are multiples of the page size and not 0.
+#[must_use]
+pub fn arenas(ram: &[GpaRange], sizes: &[u64]) -> Vec<GpaRange> {
+    let mut end = ram.last().map_or(0, |range| range.end()).max(HOLE_END - 1);
+    let place = |size: &u64| {
+        let start = (end + 1).next_multiple_of(GIB);
+        end = start + size;
+        GpaRange::new(start, end)
+    };
+    sizes.iter().filter_map(place).collect()
 }
 
 /// The memory map that the guest is told: start, length in bytes, kind.
 #[must_use]
-pub fn memory_map(ram: &[GpaRange]) -> Vec<(u64, u64, MemoryKind)> {
+pub fn memory_map(ram: &[GpaRange], arenas: &[GpaRange]) -> Vec<(u64, u64, MemoryKind)> {
     let mut map = vec![
         (0, LOW_RAM_END, MemoryKind::Ram),
         (
@@ -117,6 +136,8 @@ pub fn memory_map(ram: &[GpaRange]) -> Vec<(u64, u64, MemoryKind)> {
         map.push((start, range.end().saturating_sub(start), MemoryKind::Ram));
     }
     map.retain(|(_, len, _)| *len > 0);
+    let arena = |range: &GpaRange| (range.start(), range.len(), MemoryKind::SoftReserved);
+    map.extend(arenas.iter().map(arena));
     map
 }
 
@@ -141,9 +162,24 @@ mod tests {
     }
 
     #[test]
+    fn arenas_lie_apart_above_everything() {
+        let places = |memory, sizes: &[u64]| {
+            let places = arenas(&ram(memory), sizes);
+            places.iter().map(|r| r.start() / GIB).collect::<Vec<_>>()
+        };
+        assert_eq!(places(GIB, &[GIB, 4 * MIB, GIB]), [4, 6, 7]);
+        assert_eq!(places(5 * GIB, &[GIB]), [7], "RAM ends at 6 GiB");
+        assert_eq!(places(GIB, &[1 << 45, 1 << 45]), [4, 4 + (1 << 15) + 1]);
+        assert_eq!(places(GIB, &[]), [0; 0]);
+        let arena = arenas(&ram(GIB), &[GIB]);
+        let last = memory_map(&ram(GIB), &arena).pop();
+        assert_eq!(last, Some((4 * GIB, GIB, MemoryKind::SoftReserved)));
+    }
+
+    #[test]
     fn the_memory_map_never_calls_the_bios_area_ram() {
         for size in [2 * MIB, GIB, 8 * GIB] {
-            for (start, len, kind) in memory_map(&ram(size)) {
+            for (start, len, kind) in memory_map(&ram(size), &[]) {
                 let bios = start < HIGH_RAM_START && start + len > LOW_RAM_END;
                 assert_eq!(bios, kind == MemoryKind::Reserved, "{start:#x}+{len:#x}");
             }

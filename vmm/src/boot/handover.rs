@@ -16,6 +16,8 @@ use crate::memory::GpaRange;
 pub struct Handover<'a> {
     /// The guest's RAM.
     pub ram: &'a [GpaRange],
+    /// Its arenas.
+    pub arenas: &'a [GpaRange],
     /// Address and size in bytes of the initial RAM disk.
     pub initramfs: Option<(u64, u64)>,
     /// Length in bytes of the command line, without its terminating zero.
@@ -35,7 +37,7 @@ impl Handover<'_> {
     /// Writes the PVH start info (Linux, `include/xen/interface/hvm/start_info.h`, version 1).
     pub fn write_start_info(&self, memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
         const MAGIC: u32 = 0x336e_c578;
-        let map: Vec<_> = layout::memory_map(self.ram)
+        let map: Vec<_> = layout::memory_map(self.ram, self.arenas)
             .into_iter()
             .map(|(addr, size, kind)| hvm_memmap_table_entry {
                 addr,
@@ -85,7 +87,7 @@ impl Handover<'_> {
             page.hdr.ramdisk_image = start as u32;
             page.hdr.ramdisk_size = size as u32;
         }
-        let map = layout::memory_map(self.ram);
+        let map = layout::memory_map(self.ram, self.arenas);
         page.e820_entries = map.len() as u8;
         for (slot, (addr, size, kind)) in page.e820_table.iter_mut().zip(map) {
             *slot = boot_e820_entry {

@@ -77,6 +77,8 @@ pub struct Payload<'a> {
     pub initramfs: Option<&'a Path>,
     /// The kernel's command line.
     pub cmdline: &'a str,
+    /// Memory that is told to be soft-reserved.
+    pub arenas: &'a [GpaRange],
 }
 
 /// Loads the payload and everything that its entry needs. `rsdp` is where the ACPI tables are.
@@ -98,6 +100,7 @@ pub fn load(
     write_cmdline(memory, payload.cmdline)?;
     let handover = handover::Handover {
         ram,
+        arenas: payload.arenas,
         initramfs,
         cmdline_len: payload.cmdline.len(),
         rsdp,

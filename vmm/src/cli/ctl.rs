@@ -105,8 +105,11 @@ fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
     let info = get(socket, "/")?;
     let balloon = if_present(get(socket, "/balloon"))?;
     let lazy = if_present(get(socket, "/lazy-memory"))?;
+    let arenas = get(socket, "/arenas")?;
     if json {
-        let all = json!({ "info": info, "balloon": balloon, "lazy_memory": lazy });
+        let all = json!({
+            "info": info, "balloon": balloon, "lazy_memory": lazy, "arenas": arenas,
+        });
         return Ok(format!("{all:#}"));
     }
     let mut lines = vec![
@@ -115,6 +118,8 @@ fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
         format!("lazy memory  {}", describe_lazy(&lazy)),
     ];
     lines.extend(describe_reporting(&lazy).map(|text| format!("reporting    {text}")));
+    let arenas = arenas.as_array().into_iter().flatten();
+    lines.extend(arenas.map(describe_arena));
     Ok(lines.join("\n"))
 }
 
@@ -262,6 +267,18 @@ fn describe_lazy(lazy: &Value) -> String {
         bytes("discarded_bytes"),
         bytes("freed_bytes_total"),
         bytes("reused_bytes_total"),
+        bytes("reclaimed_bytes_total"),
+    )
+}
+
+fn describe_arena(arena: &Value) -> String {
+    let bytes = |key| human(number(arena, key));
+    format!(
+        "arena        {}, {}: {} free and still here, {} returned to the host; so far {} reclaimed",
+        text(arena, "id"),
+        bytes("size_bytes"),
+        bytes("lazy_bytes"),
+        bytes("discarded_bytes"),
         bytes("reclaimed_bytes_total"),
     )
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use tracing::Level;
 use vmm::config::{
-    BalloonConfig, CpusSpec, DiskConfig, KernelEntry, LazyConfig, MachineSpec, MemorySpec,
-    SerialConfig, SocketSpec, Toggle,
+    ArenaSpec, BalloonConfig, CpusSpec, DiskConfig, KernelEntry, LazyConfig, MachineSpec,
+    MemorySpec, SerialConfig, SocketSpec, Toggle,
 };
 use vmm::exit;
 use vmm::guardian::Log;
@@ -36,6 +36,10 @@ pub struct Args {
     /// size=N[K|M|G|T],thp=on|off,hugepages=on|off,prefault=on|off
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
     memory: MemorySpec,
+    /// size=N[M|G|T],granule=N,id=NAME: memory beside the RAM, /dev/daxN.M in a Linux guest, that is freed and reused
+    /// without a call; may be bigger than the host; repeat it for more arenas
+    #[arg(long = "arena", value_name = "OPTIONS")]
+    arenas: Vec<ArenaSpec>,
     /// path=PATH,readonly=on|off: raw disk image or block device; repeat it for more disks
     #[arg(long = "disk", value_name = "OPTIONS")]
     disks: Vec<DiskConfig>,
@@ -105,6 +109,7 @@ impl Args {
             cmdline: self.cmdline,
             cpus: self.cpus,
             memory: self.memory,
+            arenas: self.arenas,
             disks: self.disks,
             serial: self.serial,
             balloon: self.balloon,

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use hypercall_abi::arena::{DEFAULT_GRANULE, MAX_GRANULE, MAX_ID};
+
 use super::format_size;
 
 /// A mistake in what the operator asked for; the message is one line that names the value and the remedy.
@@ -63,6 +65,22 @@ pub enum ConfigError {
         "--memory hugepages=on,thp=on: hugetlb pages are never transparent; remove one of them"
     )]
     ThpWithHugepages,
+    #[error("--arena size={}: choose at most {}, all arenas together", format_size(*.0), format_size(super::validate::MAX_MEMORY))]
+    ArenaTooLarge(u64),
+    #[error("--arena granule={}: choose a power of two from {} to {}", format_size(*.0), format_size(DEFAULT_GRANULE), format_size(MAX_GRANULE))]
+    ArenaGranule(u64),
+    #[error("--arena size={}: not a multiple of the granule of {}; the nearest below is {}", format_size(*.size), format_size(*.granule), format_size(.size / .granule * .granule))]
+    ArenaSize { size: u64, granule: u64 },
+    #[error("--arena size={}: no granule of {} is left behind the table; choose at least {}", format_size(*.size), format_size(*.granule), format_size(.granule * 2))]
+    ArenaTooSmall { size: u64, granule: u64 },
+    #[error("--arena id={0}: use 1 to {MAX_ID} letters, digits or hyphens")]
+    ArenaId(String),
+    #[error("--arena id={0} is given twice; give each its own")]
+    ArenaIdTwice(String),
+    #[error("--cmdline has pci=off, with which Linux finds no --arena; remove one of them")]
+    ArenaWithoutPci,
+    #[error("--arena is given {given} times; at most {max} fit into the guest's memory map", max = super::validate::MAX_ARENAS)]
+    TooManyArenas { given: usize },
     #[error(
         "--lazy strict=on,{key}: strict mode discards at once and needs no tuning; remove {key}"
     )]

@@ -19,6 +19,8 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// The guest's RAM.
     pub memory: MemoryConfig,
+    /// Arenas beside the RAM, in the order of the command line.
+    pub arenas: Vec<ArenaConfig>,
     /// Block devices, in the order of the command line: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
     /// Where the first serial port goes.
@@ -64,6 +66,17 @@ pub struct MemoryConfig {
     pub hugepages: bool,
     /// Populate it before the guest starts.
     pub prefault: bool,
+}
+
+/// Memory beside the RAM whose granules the guest frees and reuses without a call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ArenaConfig {
+    /// Size in bytes; a multiple of the granule.
+    pub size: u64,
+    /// Bytes of a granule.
+    pub granule: u64,
+    /// Name.
+    pub id: String,
 }
 
 /// A block device backed by a raw file.

@@ -8,9 +8,9 @@ mod validate;
 
 pub use error::ConfigError;
 pub use machine::{
-    BalloonConfig, DiskConfig, KernelConfig, KernelEntry, LazyConfig, LazyMode, MachineConfig,
-    MemoryConfig, Reporting, SerialConfig,
+    ArenaConfig, BalloonConfig, DiskConfig, KernelConfig, KernelEntry, LazyConfig, LazyMode,
+    MachineConfig, MemoryConfig, Reporting, SerialConfig,
 };
 pub use options::{format_size, parse_size};
-pub use spec::{CpusSpec, MachineSpec, MemorySpec, SocketSpec, TeardownSpec, Toggle};
+pub use spec::{ArenaSpec, CpusSpec, MachineSpec, MemorySpec, SocketSpec, TeardownSpec, Toggle};
 pub use validate::{SocketPath, check_socket};

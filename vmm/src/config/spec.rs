@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use hypercall_abi::arena;
+
 use super::options::Options;
 use super::{
     BalloonConfig, ConfigError, DiskConfig, KernelEntry, LazyConfig, LazyMode, Reporting,
@@ -26,6 +28,8 @@ pub struct MachineSpec {
     pub cpus: CpusSpec,
     /// The guest's RAM.
     pub memory: MemorySpec,
+    /// Arenas beside the RAM.
+    pub arenas: Vec<ArenaSpec>,
     /// Block devices.
     pub disks: Vec<DiskConfig>,
     /// The first serial port.
@@ -60,6 +64,7 @@ impl MachineSpec {
             cmdline: Self::DEFAULT_CMDLINE.to_owned(),
             cpus: CpusSpec::default(),
             memory: MemorySpec::default(),
+            arenas: Vec::new(),
             disks: Vec::new(),
             serial: SerialConfig::Tty,
             balloon: None,
@@ -132,6 +137,31 @@ impl FromStr for MemorySpec {
             thp: options.toggle("thp")?,
             hugepages: options.toggle("hugepages")?.unwrap_or(default.hugepages),
             prefault: options.toggle("prefault")?.unwrap_or(default.prefault),
+        })
+    }
+}
+
+/// `--arena size=,granule=,id=`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArenaSpec {
+    /// Bytes.
+    pub size: u64,
+    /// Bytes of a granule.
+    pub granule: u64,
+    /// Name; `None`: `arena` and its number.
+    pub id: Option<String>,
+}
+
+impl FromStr for ArenaSpec {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let options = Options::parse(text, &["size", "granule", "id"])?;
+        options.required("size", "size=64G")?;
+        Ok(Self {
+            size: options.size("size")?.unwrap_or(0),
+            granule: options.size("granule")?.unwrap_or(arena::DEFAULT_GRANULE),
+            id: options.text("id").map(str::to_owned),
         })
     }
 }

@@ -7,9 +7,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::spec::{MachineSpec, MemorySpec};
+use hypercall_abi::arena::{DEFAULT_GRANULE, Layout, MAX_GRANULE, MAX_ID};
+
+use super::spec::{ArenaSpec, MachineSpec, MemorySpec};
 use super::{
-    BalloonConfig, ConfigError, DiskConfig, KernelConfig, MachineConfig, MemoryConfig, SerialConfig,
+    ArenaConfig, BalloonConfig, ConfigError, DiskConfig, KernelConfig, MachineConfig, MemoryConfig,
+    SerialConfig,
 };
 
 /// Longest kernel command line in bytes: `COMMAND_LINE_SIZE` of x86 less the final zero.
@@ -18,6 +21,8 @@ pub(super) const MAX_CMDLINE: usize = 2047;
 pub(super) const MAX_VCPUS: u32 = 255;
 /// Most memory in bytes, the physical address width of common hosts; this host's may be less.
 pub(super) const MAX_MEMORY: u64 = 1 << 46;
+/// Most arenas: a memory map has room for 128 entries, KVM for some more slots.
+pub(super) const MAX_ARENAS: usize = 16;
 /// Longest path of a unix socket in bytes: `sun_path` less the final zero.
 const MAX_SOCKET_PATH: usize = 107;
 /// A disk is at least one sector long.
@@ -37,6 +42,8 @@ impl MachineSpec {
             });
         }
         let memory = check_memory(self.memory, self.lazy.strict)?;
+        let arenas = check_arenas(self.arenas)?;
+        let cmdline = cmdline(self.cmdline, !arenas.is_empty())?;
         if let Some(balloon) = &self.balloon {
             check_balloon(balloon, memory.size)?;
         }
@@ -58,9 +65,10 @@ impl MachineSpec {
                 entry: self.kernel_entry,
             },
             initramfs: self.initramfs,
-            cmdline: self.cmdline,
+            cmdline,
             vcpus: self.cpus.boot,
             memory,
+            arenas,
             disks: self.disks,
             serial: self.serial,
             balloon: self.balloon,
@@ -113,6 +121,51 @@ fn check_memory(spec: MemorySpec, strict: bool) -> Result<MemoryConfig, ConfigEr
         hugepages: spec.hugepages,
         prefault: spec.prefault,
     })
+}
+
+/// The command line that the guest gets: Linux finds no arena without PCI.
+fn cmdline(given: String, arenas: bool) -> Result<String, ConfigError> {
+    const NO_PCI: &str = "pci=off";
+    if !arenas || !given.split(' ').any(|word| word == NO_PCI) {
+        return Ok(given);
+    }
+    if given != MachineSpec::DEFAULT_CMDLINE {
+        return Err(ConfigError::ArenaWithoutPci);
+    }
+    let words: Vec<&str> = given.split(' ').filter(|word| *word != NO_PCI).collect();
+    Ok(words.join(" "))
+}
+
+fn check_arenas(specs: Vec<ArenaSpec>) -> Result<Vec<ArenaConfig>, ConfigError> {
+    if specs.len() > MAX_ARENAS {
+        let given = specs.len();
+        return Err(ConfigError::TooManyArenas { given });
+    }
+    let (mut arenas, mut total): (Vec<ArenaConfig>, u64) = (Vec::new(), 0);
+    for (number, ArenaSpec { size, granule, id }) in specs.into_iter().enumerate() {
+        total = total.saturating_add(size);
+        if total > MAX_MEMORY {
+            return Err(ConfigError::ArenaTooLarge(size));
+        }
+        if !(DEFAULT_GRANULE..=MAX_GRANULE).contains(&granule) || !granule.is_power_of_two() {
+            return Err(ConfigError::ArenaGranule(granule));
+        }
+        if !size.is_multiple_of(granule) {
+            return Err(ConfigError::ArenaSize { size, granule });
+        }
+        if Layout::new(size, granule).is_none() {
+            return Err(ConfigError::ArenaTooSmall { size, granule });
+        }
+        let id = id.unwrap_or_else(|| format!("arena{number}"));
+        if id.len() > MAX_ID || check_id(&id).is_err() {
+            return Err(ConfigError::ArenaId(id.escape_debug().to_string()));
+        }
+        if arenas.iter().any(|other| other.id == id) {
+            return Err(ConfigError::ArenaIdTwice(id));
+        }
+        arenas.push(ArenaConfig { size, granule, id });
+    }
+    Ok(arenas)
 }
 
 fn check_balloon(balloon: &BalloonConfig, memory: u64) -> Result<(), ConfigError> {
@@ -432,6 +485,56 @@ mod tests {
         for id in ["", "a b", &"a".repeat(65), "a\nb"] {
             let message = complaint(&bench, |spec| spec.id = id.to_owned());
             assert!(message.contains("use 1 to 64"), "{message}");
+        }
+    }
+
+    #[test]
+    fn arenas_that_are_none() {
+        let bench = Bench::new();
+        let arenas = |texts: &[&str]| {
+            let parsed = texts.iter().map(|text| text.parse().unwrap());
+            complaint(&bench, |spec| spec.arenas = parsed.collect())
+        };
+        assert_eq!(arenas(&["size=8T", "size=64M,granule=32M,id=heap"]), "");
+        for (text, part) in [
+            (
+                "size=0",
+                "size=0: no granule of 2M is left behind the table; choose at least 4M",
+            ),
+            ("size=2M", "no granule of 2M is left"),
+            (
+                "size=3M",
+                "size=3M: not a multiple of the granule of 2M; the nearest below is 2M",
+            ),
+            ("size=65T", "size=65T: choose at most 64T"),
+            (
+                "size=1G,granule=4K",
+                "granule=4K: choose a power of two from 2M to 1G",
+            ),
+            ("size=9M,granule=3M", "granule=3M: choose a power of two"),
+            ("size=8G,granule=2G", "granule=2G: choose a power of two"),
+            ("size=1G,id=a b", "id=a b: use 1 to 32"),
+            (
+                "size=1G,id=abcdefghijklmnopqrstuvwxyz0123456",
+                "use 1 to 32",
+            ),
+        ] {
+            let message = arenas(&[text]);
+            assert!(message.contains(part), "{text}: {message}");
+        }
+        let mut spec = bench.spec();
+        spec.arenas = vec!["size=1G".parse().unwrap()];
+        let machine = spec.clone().validate().unwrap();
+        assert_eq!(machine.cmdline, "console=ttyS0 panic=-1");
+        spec.cmdline = "quiet pci=off".to_owned();
+        assert_eq!(spec.validate().unwrap_err(), ConfigError::ArenaWithoutPci);
+        assert!(
+            arenas(&["size=40T", "size=40T"]).contains("choose at most 64T, all arenas together")
+        );
+        assert!(arenas(&["size=1G,id=arena1", "size=1G"]).contains("id=arena1 is given twice"));
+        assert!(arenas(&["size=1G"; 17]).contains("given 17 times; at most 16"));
+        for text in ["", "granule=2M", "size=x", "size=1G,sise=2"] {
+            assert!(text.parse::<ArenaSpec>().is_err(), "{text}");
         }
     }
 

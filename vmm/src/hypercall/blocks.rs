@@ -4,6 +4,7 @@
 use std::mem::{offset_of, size_of};
 
 use hypercall_abi::Error;
+use hypercall_abi::arena::ArenaInfo;
 use hypercall_abi::block::{BatchHeader, Descriptor, Query, batch_capacity};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -74,6 +75,27 @@ pub(super) fn read_query(
         0 => Ok((query, None)),
         _ => Ok((query, Some(range(gpa, pages)?))),
     }
+}
+
+/// Reads the number of the arena that the block asks about.
+pub(super) fn read_arena_index(memory: &GuestMemoryMmap, block: GpaRange) -> Result<u64, Error> {
+    let mut bytes = [0; WORD];
+    let at = GuestAddress(block.start());
+    memory.read_slice(&mut bytes, at).map_err(fault)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// Writes what there is to say about an arena; of `info` the count alone when there is no such arena.
+pub(super) fn write_arena(
+    memory: &GuestMemoryMmap,
+    block: GpaRange,
+    info: ArenaInfo,
+) -> Result<(), Error> {
+    let words = info.to_words().map(u64::to_le_bytes);
+    let answer = &words.as_flattened()[WORD..];
+    let len = if info.size == 0 { WORD } else { answer.len() };
+    let at = GuestAddress(block.start() + WORD as u64);
+    memory.write_slice(&answer[..len], at).map_err(fault)
 }
 
 /// Writes the answer to `query` behind what the guest has asked.

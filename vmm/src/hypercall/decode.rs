@@ -43,6 +43,8 @@ pub enum Request {
     Query(GpaRange),
     /// Everything is in use.
     Reset,
+    /// Tell about an arena in the block.
+    ArenaInfo(GpaRange),
 }
 
 impl Request {
@@ -57,6 +59,7 @@ impl Request {
             Self::ReuseBatch { .. } => Operation::ReuseBatch,
             Self::Query(_) => Operation::Query,
             Self::Reset => Operation::Reset,
+            Self::ArenaInfo(_) => Operation::ArenaInfo,
         }
     }
 }
@@ -78,9 +81,6 @@ pub fn decode(arguments: Arguments) -> Result<Request, Error> {
         attributes,
     } = arguments;
     let Attributes { operation, flags } = Attributes::decode(attributes)?;
-    if operation == Operation::ArenaInfo {
-        return Err(Error::NoSuchCall);
-    }
     let range = range(gpa, pages)?;
     let prefault = flags.contains(Flags::PREFAULT);
     let nowhere = gpa == 0 && pages == 1;
@@ -93,6 +93,7 @@ pub fn decode(arguments: Arguments) -> Result<Request, Error> {
             prefault,
         },
         Operation::Query if range.len() == PAGE_SIZE => Request::Query(range),
+        Operation::ArenaInfo if range.len() == PAGE_SIZE => Request::ArenaInfo(range),
         Operation::Features if nowhere => Request::Features,
         Operation::Reset if nowhere => Request::Reset,
         _ => return Err(Error::Invalid),

@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use hypercall_abi::block::{BATCH_MAX, Descriptor};
+use hypercall_abi::arena::ArenaInfo;
+use hypercall_abi::block::BATCH_MAX;
 use hypercall_abi::call::PREFAULT_MAX_PAGES;
 use hypercall_abi::discovery::{PORT, VERSION};
 use hypercall_abi::{Error, Features, Interface, Success, status};
 use vm_memory::GuestMemoryMmap;
 
-use super::blocks::{read_batch, read_query, write_done, write_query};
+use super::blocks::{
+    read_arena_index, read_batch, read_query, write_arena, write_done, write_query,
+};
 use super::decode::{Arguments, Request, decode, range};
 use super::stats::{Counters, HypercallStats, add};
 use super::{LazyOps, Survey};
@@ -16,9 +19,9 @@ use crate::faults::GuestFaults;
 use crate::memory::{GpaRange, PAGE_SIZE};
 
 /// What a machine offers its guest. `instruction` is the feature bit of the instruction that brings a
-/// hypercall to the monitor, where the host lets one through.
+/// hypercall to the monitor, where the host lets one through; `arenas`: there are some.
 #[must_use]
-pub fn offer(instruction: Option<Features>) -> Interface {
+pub fn offer(instruction: Option<Features>, arenas: bool) -> Interface {
     let always = [
         Features::PORT,
         Features::LAZY,
@@ -29,6 +32,7 @@ pub fn offer(instruction: Option<Features>) -> Interface {
     let features = always
         .into_iter()
         .chain(instruction)
+        .chain(arenas.then_some(Features::ARENA))
         .fold(Features::default(), Features::union);
     Interface {
         version: VERSION,
@@ -85,16 +89,22 @@ impl Hypercalls {
         match request {
             Request::Features => Ok(Success::Value(self.interface.features.bits())),
             Request::LazyFree(range) => self.free(&[self.ram(range)?]),
-            Request::Reuse { range, prefault } => Ok(self.reuse(&[self.ram(range)?], prefault)),
-            Request::LazyFreeBatch(block) => self.batch(block, |ranges| self.free(ranges)),
+            Request::Reuse { range, prefault } => {
+                Ok(self.reuse(&[self.reusable(range)?], prefault))
+            }
+            Request::LazyFreeBatch(block) => {
+                self.batch(block, Self::ram, |ranges| self.free(ranges))
+            }
             Request::ReuseBatch { block, prefault } => {
-                self.batch(block, |ranges| Ok(self.reuse(ranges, prefault)))
+                let apply = |ranges: &[GpaRange]| Ok(self.reuse(ranges, prefault));
+                self.batch(block, Self::reusable, apply)
             }
             Request::Query(block) => self.query(block),
             Request::Reset => {
                 self.ops.reset();
                 Ok(Success::LastRange)
             }
+            Request::ArenaInfo(block) => self.arena_info(block),
         }
     }
 
@@ -103,6 +113,14 @@ impl Hypercalls {
             .is_ram(range)
             .then_some(range)
             .ok_or(Error::Invalid)
+    }
+
+    /// What may be reused: RAM, or granules of an arena.
+    fn reusable(&self, range: GpaRange) -> Result<GpaRange, Error> {
+        let granules = self.ops.is_granules(range);
+        granules
+            .then_some(range)
+            .map_or_else(|| self.ram(range), Ok)
     }
 
     fn block(&self, block: GpaRange) -> Result<GpaRange, Error> {
@@ -146,17 +164,18 @@ impl Hypercalls {
         }
     }
 
-    /// Gives the good descriptors of the batch in `block`, up to the first bad one, to `apply`.
+    /// Gives the descriptors of the batch in `block` that `check` finds good, up to the first bad one, to `apply`.
     fn batch(
         &self,
         block: GpaRange,
+        check: fn(&Self, GpaRange) -> Result<GpaRange, Error>,
         apply: impl FnOnce(&[GpaRange]) -> Result<Success, Error>,
     ) -> Result<Success, Error> {
         let block = self.block(block)?;
         let descriptors = read_batch(&self.memory, block)?;
         let good: Vec<GpaRange> = descriptors
             .iter()
-            .map_while(|descriptor| self.check(descriptor).ok())
+            .map_while(|descriptor| check(self, range(descriptor.gpa, descriptor.pages).ok()?).ok())
             .collect();
         let result = if good.is_empty() {
             Ok(Success::Done)
@@ -170,8 +189,20 @@ impl Hypercalls {
         result
     }
 
-    fn check(&self, descriptor: &Descriptor) -> Result<GpaRange, Error> {
-        self.ram(range(descriptor.gpa, descriptor.pages)?)
+    fn arena_info(&self, block: GpaRange) -> Result<Success, Error> {
+        let count = self.ops.arenas();
+        if count == 0 {
+            return Err(Error::NoSuchCall);
+        }
+        let block = self.block(block)?;
+        let index = read_arena_index(&self.memory, block)?;
+        let known = self.ops.arena(index);
+        let info = ArenaInfo {
+            count,
+            ..known.unwrap_or_default()
+        };
+        write_arena(&self.memory, block, info)?;
+        known.map(|_| Success::Done).ok_or(Error::Invalid)
     }
 
     fn query(&self, block: GpaRange) -> Result<Success, Error> {

@@ -10,6 +10,8 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+use hypercall_abi::arena::ArenaInfo;
+
 use crate::memory::GpaRange;
 
 pub use decode::{Arguments, Request, decode};
@@ -47,11 +49,26 @@ pub trait LazyOps: Send + Sync {
     /// Whether every page of `range` is RAM.
     fn is_ram(&self, range: GpaRange) -> bool;
 
+    /// Whether `_range` names granules of one arena, no more than a call may reuse.
+    fn is_granules(&self, _range: GpaRange) -> bool {
+        false
+    }
+
+    /// How many arenas there are: none, unless a machine says otherwise.
+    fn arenas(&self) -> u64 {
+        0
+    }
+
+    /// Tells about arena number `_index`; the count is the caller's to fill in.
+    fn arena(&self, _index: u64) -> Option<ArenaInfo> {
+        None
+    }
+
     /// The guest promises not to touch `ranges` before it reuses them; one batch. Returns how many bytes
     /// stay in use because the book is full.
     fn lazy_free(&self, ranges: &[GpaRange]) -> u64;
 
-    /// `ranges` are in use when this returns. Whether no lazy range is left.
+    /// `ranges`, of RAM or granules, are in use when this returns. Whether no lazy range of RAM is left.
     fn reuse(&self, ranges: &[GpaRange]) -> bool;
 
     /// Everything is in use when this returns.

@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
+use hypercall_abi::arena::ArenaInfo;
 use hypercall_abi::block::{BATCH_MAX, Descriptor};
 use hypercall_abi::status::{self, LAST_RANGE};
 use hypercall_abi::{Attributes, Error, Features, Flags, Operation, Success};
@@ -22,6 +23,8 @@ struct Model {
     lazy: Mutex<BTreeSet<u64>>,
     prefaulted: Mutex<Vec<GpaRange>>,
     full: bool,
+    arenas: bool,
+    reused_granules: Mutex<Vec<GpaRange>>,
 }
 
 /// The model, shared with the test.
@@ -31,7 +34,33 @@ fn pages(range: GpaRange) -> impl Iterator<Item = u64> {
     range.start() / PAGE..range.end() / PAGE
 }
 
+/// Where [`ARENAS`] are, in pages; the first eight of each are its head.
+const ARENAS: [(u64, u64); 2] = [(128, 160), (192, 256)];
+
 impl LazyOps for Shared {
+    fn is_granules(&self, range: GpaRange) -> bool {
+        let (start, end) = (range.start() / PAGE, range.end() / PAGE);
+        let inside = |(from, to): &(u64, u64)| from + 8 <= start && end <= *to;
+        self.0.arenas && ARENAS.iter().any(inside)
+    }
+
+    fn arenas(&self) -> u64 {
+        if self.0.arenas { 2 } else { 0 }
+    }
+
+    fn arena(&self, index: u64) -> Option<ArenaInfo> {
+        let (from, to) = ARENAS.get(usize::try_from(index).ok()?)?;
+        Some(ArenaInfo {
+            index,
+            gpa: from * PAGE,
+            size: (to - from) * PAGE,
+            granule: 4 * PAGE,
+            first: 2,
+            table: PAGE,
+            ..ArenaInfo::default()
+        })
+    }
+
     fn is_ram(&self, range: GpaRange) -> bool {
         let (start, end) = (range.start() / PAGE, range.end() / PAGE);
         REGIONS
@@ -50,7 +79,10 @@ impl LazyOps for Shared {
     }
 
     fn reuse(&self, ranges: &[GpaRange]) -> bool {
-        assert!(!ranges.is_empty() && ranges.iter().all(|range| self.is_ram(*range)));
+        let (granules, ranges): (Vec<_>, Vec<_>) =
+            ranges.iter().partition(|range| self.is_granules(**range));
+        assert!(ranges.iter().all(|range| self.is_ram(*range)));
+        self.0.reused_granules.lock().unwrap().extend(granules);
         let mut lazy = self.0.lazy.lock().unwrap();
         for page in ranges.iter().flat_map(|range| pages(*range)) {
             lazy.remove(&page);
@@ -104,7 +136,7 @@ impl Bench {
         let model = Arc::new(model);
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
         let ops = Box::new(Shared(Arc::clone(&model)));
-        let interface = offer(Some(Features::VMMCALL));
+        let interface = offer(Some(Features::VMMCALL), model.arenas);
         Self {
             calls: Hypercalls::new(interface, Arc::clone(&memory), ops),
             model,
@@ -182,14 +214,78 @@ fn free_and_reuse_and_the_last_range() {
 #[test]
 fn features_are_those_of_cpuid() {
     let bench = bench();
-    let bits = offer(Some(Features::VMMCALL)).features.bits();
+    let bits = offer(Some(Features::VMMCALL), false).features.bits();
     let features = bench.call(Operation::Features, 0, 1);
     assert_eq!(features, Ok(Success::Value(bits)));
-    assert!(!offer(None).features.contains(Features::VMMCALL));
-    assert!(!offer(None).features.contains(Features::VMCALL));
-    assert!(!offer(None).features.contains(Features::ARENA));
+    assert!(!offer(None, false).features.contains(Features::VMMCALL));
+    assert!(!offer(None, false).features.contains(Features::VMCALL));
+    assert!(!offer(None, false).features.contains(Features::ARENA));
     let arena = bench.call(Operation::ArenaInfo, 0, 1);
     assert_eq!(arena, Err(Error::NoSuchCall));
+}
+
+#[test]
+fn arenas_are_told_and_their_granules_reused() {
+    let bench = Bench::new(Model {
+        arenas: true,
+        ..Model::default()
+    });
+    let Ok(Success::Value(bits)) = bench.call(Operation::Features, 0, 1) else {
+        panic!("features are bits")
+    };
+    assert!(Features::from_bits(bits).contains(Features::ARENA));
+    let ask = |index: u64| {
+        let block = [index, 99, 99, 99, 99, 99, 99, 99];
+        bench
+            .memory
+            .write_slice(&words(&block), GuestAddress(BLOCK))
+            .unwrap();
+        let status = bench.call(Operation::ArenaInfo, BLOCK, 1);
+        let word = |n| bench.memory.read_obj(GuestAddress(BLOCK + n * 8)).unwrap();
+        (status, std::array::from_fn(|n| word(n as u64)))
+    };
+    let second: [u64; 8] = [1, 2, 192 * PAGE, 64 * PAGE, 4 * PAGE, 2, PAGE, 0];
+    assert_eq!(ask(1), (Ok(Success::Done), second));
+    for index in [2, u64::MAX] {
+        assert_eq!(
+            ask(index),
+            (Err(Error::Invalid), [index, 2, 99, 99, 99, 99, 99, 99])
+        );
+    }
+    let info = |gpa, pages| bench.call(Operation::ArenaInfo, gpa, pages);
+    assert_eq!(info(BLOCK, 2), Err(Error::Invalid));
+    assert_eq!(
+        info(130 * PAGE, 1),
+        Err(Error::Fault),
+        "an arena is not RAM"
+    );
+
+    let call = |operation, page, pages| bench.call(operation, page * PAGE, pages);
+    assert_eq!(call(Operation::Reuse, 140, 4), Ok(Success::LastRange));
+    bench.write_batch(3, &[(150 * PAGE, 4), (8 * PAGE, 1), (130 * PAGE, 1)]);
+    assert_eq!(
+        bench.call(Operation::ReuseBatch, BLOCK, 1),
+        Err(Error::Invalid)
+    );
+    assert_eq!(bench.done(), 2, "the last one is in the head");
+    let granules = |page: u64| GpaRange::new(page * PAGE, (page + 4) * PAGE).unwrap();
+    assert_eq!(
+        *bench.model.reused_granules.lock().unwrap(),
+        [granules(140), granules(150)]
+    );
+    for operation in [Operation::LazyFree, Operation::Query] {
+        assert!(call(operation, 140, 1).is_err(), "{operation:?}");
+    }
+    assert_eq!(
+        call(Operation::Reuse, 130, 1),
+        Err(Error::Invalid),
+        "the head"
+    );
+    assert_eq!(
+        call(Operation::Reuse, 150, 60),
+        Err(Error::Invalid),
+        "two arenas"
+    );
 }
 
 #[test]

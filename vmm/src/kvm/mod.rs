@@ -48,7 +48,8 @@ pub enum KvmError {
     },
     /// More memory than guests can address.
     #[error(
-        "the guest's memory would end at {end:#x}, but guests can address {bits} bits here; lower --memory size="
+        "the guest's memory would end at {end:#x}, but guests can address {bits} bits here; lower --memory size= \
+         or --arena size="
     )]
     AddressWidth {
         /// First address after the memory.
@@ -65,6 +66,9 @@ pub enum KvmError {
         source: io::Error,
     },
 }
+
+/// Most bytes of a memory slot: KVM takes less than 2^31 pages (Linux, `KVM_MEM_MAX_NR_PAGES`).
+const MAX_SLOT: u64 = 4 << 40;
 
 /// Turns the error of a KVM call into ours.
 pub(crate) fn call(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
@@ -197,18 +201,22 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes all of `ram` the guest's memory, one slot a region.
+    /// Makes all of `ram` the guest's memory, one slot a region, or several for a region that is too big for one.
     ///
     /// # Errors
     /// [`KvmError::Call`].
     pub fn map_memory(&mut self, ram: Arc<GuestRam>) -> Result<(), KvmError> {
-        for (slot, region) in ram.regions().iter().enumerate() {
+        let parts = ram.regions().iter().flat_map(|region| {
+            let offsets = (0..region.gpa.len()).step_by(MAX_SLOT as usize);
+            offsets.map(move |offset| (region, offset))
+        });
+        for (slot, (region, offset)) in parts.enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: slot as u32,
                 flags: 0,
-                guest_phys_addr: region.gpa.start(),
-                memory_size: region.gpa.len(),
-                userspace_addr: region.host as u64,
+                guest_phys_addr: region.gpa.start() + offset,
+                memory_size: (region.gpa.len() - offset).min(MAX_SLOT),
+                userspace_addr: region.host as u64 + offset,
             };
             // SAFETY: the region is a mapping that `ram` owns, and we hold `ram` for as long as the
             // machine can be entered: vCPUs borrow nothing, but are dropped before their machine.

@@ -103,8 +103,8 @@ pub enum MemoryError {
         /// What was given.
         layout: Vec<GpaRange>,
     },
-    /// A range is not wholly RAM.
-    #[error("{start:#x}..{end:#x} is not guest RAM")]
+    /// A range is not wholly guest memory.
+    #[error("{start:#x}..{end:#x} is not guest memory")]
     NotRam {
         /// First address.
         start: u64,
@@ -132,7 +132,7 @@ pub struct RamRegion {
     pub host: usize,
 }
 
-/// The guest's RAM. It owns one private anonymous mapping per region and unmaps them on drop.
+/// The guest's RAM, and its arenas. It owns one private anonymous mapping per region and unmaps them on drop.
 ///
 /// Others use the memory through [`GuestRam::memory`]: volatile or atomic accesses, never references. So
 /// a discard under them changes what they read and nothing else. The mappings themselves are unmapped
@@ -144,6 +144,8 @@ pub struct GuestRam {
     memory: Option<Arc<GuestMemoryMmap>>,
     mappings: Vec<Mapping>,
     regions: Vec<RamRegion>,
+    /// So many regions, the first ones, are RAM; arenas follow.
+    ram: usize,
     /// Discards work in units of this many bytes.
     unit: u64,
     vectored: Vectored,
@@ -216,18 +218,39 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError`]; nothing stays mapped then.
     pub fn allocate(backing: Backing, layout: &[GpaRange]) -> Result<Self, MemoryError> {
+        Self::with_arenas(backing, layout, &[])
+    }
+
+    /// The same with memory for `arenas`, which lie above all RAM. These have small or transparent huge pages, and
+    /// only where they are touched, whatever the RAM has.
+    ///
+    /// # Errors
+    /// As for [`GuestRam::allocate`].
+    pub fn with_arenas(
+        backing: Backing,
+        ram: &[GpaRange],
+        arenas: &[GpaRange],
+    ) -> Result<Self, MemoryError> {
+        let layout = &[ram, arenas].concat();
+        let on_touch = Backing {
+            thp: backing.thp || backing.hugepages,
+            ..Backing::default()
+        };
+        let backings = ram.iter().map(|_| backing);
+        let backings = backings.chain(arenas.iter().map(|_| on_touch));
         let ordered = layout
             .windows(2)
             .all(|pair| pair[0].end() <= pair[1].start());
         let bad_layout = || MemoryError::Layout {
             layout: layout.to_vec(),
         };
-        if layout.is_empty() || !ordered {
+        if ram.is_empty() || !ordered {
             return Err(bad_layout());
         }
         let mappings = layout
             .iter()
-            .map(|&gpa| map_region(backing, gpa))
+            .zip(backings)
+            .map(|(&gpa, backing)| map_region(backing, gpa))
             .collect::<Result<Vec<_>, _>>()?;
         let views = layout
             .iter()
@@ -245,6 +268,7 @@ impl GuestRam {
         Ok(Self {
             memory: Some(Arc::new(memory)),
             regions: regions.collect(),
+            ram: ram.len(),
             mappings,
             unit: if backing.hugepages { BLOCK_SIZE } else { 1 },
             vectored: Vectored::default(),
@@ -267,7 +291,7 @@ impl GuestRam {
         &self.regions
     }
 
-    /// Size of all regions in bytes.
+    /// Size of all regions in bytes, arenas included.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.regions.iter().map(|region| region.gpa.len()).sum()
@@ -279,11 +303,16 @@ impl GuestRam {
         self.regions.is_empty()
     }
 
-    /// Whether every page of `range` is RAM.
+    /// Whether every page of `range` is RAM, and none is in an arena.
     #[must_use]
     pub fn is_ram(&self, range: GpaRange) -> bool {
-        let covered: u64 = self.parts(range).map(|(_, part)| part.len()).sum();
-        covered == range.len()
+        let parts = self.parts(range).filter(|(index, _)| *index < self.ram);
+        parts.map(|(_, part)| part.len()).sum::<u64>() == range.len()
+    }
+
+    /// Whether every page of `range` is RAM or in an arena.
+    fn is_mapped(&self, range: GpaRange) -> bool {
+        self.parts(range).map(|(_, part)| part.len()).sum::<u64>() == range.len()
     }
 
     /// Drops the pages behind `range` (`MADV_DONTNEED`) and returns how many bytes that were asked of
@@ -308,7 +337,7 @@ impl GuestRam {
     }
 
     fn drop_pages(&self, range: GpaRange, advice: Advice) -> Result<u64, MemoryError> {
-        if !self.is_ram(range) {
+        if !self.is_mapped(range) {
             return Err(MemoryError::NotRam {
                 start: range.start(),
                 end: range.end(),
@@ -355,7 +384,7 @@ impl GuestRam {
         };
         let mut parts = Vec::with_capacity(ranges.len());
         for (range, &gpa) in ranges.iter().enumerate() {
-            if !self.is_ram(gpa) {
+            if !self.is_mapped(gpa) {
                 released.failures += 1;
                 continue;
             }
@@ -427,7 +456,7 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError::NotRam`]; [`MemoryError::Populate`] when the host has too few pages.
     pub fn populate(&self, range: GpaRange) -> Result<(), MemoryError> {
-        if !self.is_ram(range) {
+        if !self.is_mapped(range) {
             return Err(MemoryError::NotRam {
                 start: range.start(),
                 end: range.end(),

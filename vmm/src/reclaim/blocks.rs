@@ -145,9 +145,9 @@ impl<'a> BlockPass<'a> {
 /// Where smaller chunks are not quicker, what takes time is the call itself: it interrupts every vCPU that
 /// runs, and an emulated or a crowded host takes milliseconds for that. Smaller chunks are then no gain for
 /// a reuse and a loss for reclaim, so a chunk may take a few times as long as a call does anyway.
-struct Pace {
+pub(super) struct Pace {
     /// Bytes of the next chunk.
-    size: u64,
+    pub size: u64,
     /// Bytes of the last one, and the time that it took.
     last: (u64, Duration),
     /// What a call takes whatever its size, as far as that has shown.
@@ -155,7 +155,7 @@ struct Pace {
 }
 
 impl Pace {
-    const fn new(size: u64) -> Self {
+    pub const fn new(size: u64) -> Self {
         Self {
             size,
             last: (0, Duration::ZERO),
@@ -164,7 +164,7 @@ impl Pace {
     }
 
     /// A chunk of `len` bytes took `took`.
-    fn learn(&mut self, len: u64, took: Duration) {
+    pub fn learn(&mut self, len: u64, took: Duration) {
         let (last_len, last_took) = self.last;
         if len <= last_len / 2 && took >= last_took * 3 / 4 {
             self.call = took;

@@ -5,9 +5,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::blocks::BlockPass;
+use super::granules::GranulePass;
 use super::offer::{Offer, Work};
 use super::slice::{Limits, Pages, Slice, Slicer, Stage};
-use super::{Reach, Sample, Tuning};
+use super::{Mode, Reach, Sample, Tuning};
+use crate::arena::Arenas;
 use crate::generation::{Gate, GateStats};
 use crate::lazy::{LazyMemory, Pieces, Sweep};
 use crate::memory::{BLOCK_SIZE, GpaRange};
@@ -123,6 +125,7 @@ pub struct Reclaimer {
     lazy: Arc<LazyMemory>,
     pages: Arc<dyn Pages>,
     gate: Arc<Gate>,
+    arenas: Arenas,
     tuning: Tuning,
     round: Mutex<Round>,
     cost: AtomicU64,
@@ -146,6 +149,7 @@ impl Reclaimer {
             lazy,
             pages,
             gate,
+            arenas: Arenas::from([]),
             tuning,
             round: Mutex::new(Round {
                 chunk: FIRST_CHUNK,
@@ -158,6 +162,15 @@ impl Reclaimer {
             stopped: Condvar::new(),
             counters: Counters::default(),
         }
+    }
+
+    /// The same with these arenas, whose addresses are those of its pages.
+    #[must_use]
+    pub fn with_arenas(self, arenas: Arenas) -> Self {
+        let reclaimer = Self { arenas, ..self };
+        // What is freed from now on has not survived a reclaim.
+        reclaimer.next_generation();
+        reclaimer
     }
 
     /// How it goes about it.
@@ -179,18 +192,22 @@ impl Reclaimer {
 
     /// Discards what `order` says. What could not be discarded stays what it was and is left alone until
     /// the next call. The passes: unmapped and quiescent; unmapped, after those vCPUs that are behind were
-    /// brought out; lazy blocks that have survived a reclaim; all lazy blocks; lazy fragments; a piece of a
-    /// block. Each is one sweep, and a sweep meets nothing twice, so this ends whatever fails.
+    /// brought out; lazy blocks, then granules, that have survived a reclaim; all lazy blocks, then granules; lazy
+    /// fragments; a piece of a block. Each is one sweep, and a sweep meets nothing twice, so this ends whatever
+    /// fails.
     pub fn discard(&self, order: Order) -> Outcome {
         let start = Instant::now();
         let mut round = self.round();
         let now = self.lazy.generation();
         let old = std::mem::replace(&mut round.old, now);
+        self.next_generation();
         let mut job = self.job(order, Stage::Discard, &mut round);
         job.unmapped();
         let newest = now.min(order.newest);
         job.blocks(Sweep::new(Pieces::Blocks, old.min(newest)));
+        job.arenas(old.min(order.newest));
         job.blocks(Sweep::new(Pieces::Blocks, newest));
+        job.arenas(order.newest);
         if order.reach >= Reach::Fragments {
             job.slices(Sweep::new(Pieces::Fragments, newest));
         }
@@ -249,12 +266,29 @@ impl Reclaimer {
         self.stopped.notify_all();
     }
 
-    /// `sample` with the machine's lazy memory filled in.
+    /// What is freed in arenas from now on bears a later generation than what is free already. The tracker does that by
+    /// itself, at each free; an arena's frees are seen by nobody.
+    fn next_generation(&self) {
+        if !self.arenas.is_empty() {
+            let generation = self.lazy.begin_generation();
+            self.arenas
+                .iter()
+                .for_each(|arena| arena.publish(generation));
+        }
+    }
+
+    /// `sample` with the machine's lazy memory filled in. Arenas are counted for it, unless nothing depends on it.
     #[must_use]
     pub fn sampled(&self, sample: Sample) -> Sample {
         let lazy = self.lazy.snapshot();
+        if matches!(self.tuning.mode, Mode::Age(_)) {
+            self.next_generation();
+        }
+        let counted = self.tuning.mode != Mode::Pressure || !sample.is_calm();
+        let arenas = self.arenas.iter().filter(|_| counted);
+        let granules: u64 = arenas.map(|arena| arena.lazy_bytes()).sum();
         Sample {
-            lazy: lazy.lazy_bytes,
+            lazy: lazy.lazy_bytes + granules,
             unmapped: lazy.unmapped_bytes,
             generation: lazy.generation,
             ..sample
@@ -396,6 +430,22 @@ impl Job<'_> {
         self.outcome.bytes += done.bytes;
         self.outcome.calls += done.calls;
         self.outcome.failures += done.failures;
+    }
+
+    /// One sweep over the granules that were freed at `newest` or before, with the vCPUs running.
+    fn arenas(&mut self, newest: u64) {
+        for arena in self.reclaimer.arenas.iter() {
+            let pass = GranulePass {
+                arena,
+                pages: &*self.reclaimer.pages,
+                newest,
+                bytes: self.left(),
+            };
+            let done = pass.run(&mut self.round.chunk);
+            self.outcome.bytes += done.bytes;
+            self.outcome.calls += done.calls;
+            self.outcome.failures += done.failures;
+        }
     }
 
     /// One sweep over what is smaller, in slices with the vCPUs out.

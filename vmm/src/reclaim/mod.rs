@@ -5,6 +5,7 @@
 
 mod blocks;
 pub mod execute;
+mod granules;
 pub mod offer;
 pub mod policy;
 mod ram;

@@ -68,6 +68,19 @@ impl Room {
     }
 }
 
+impl Sample {
+    /// So far from need that [`decide`] under pressure does nothing, whatever there is to take.
+    #[must_use]
+    pub fn is_calm(&self) -> bool {
+        let host = Room {
+            total: self.total,
+            available: self.available,
+        };
+        let roomy = |room: Room| room.missing() == 0 && !room.is_near();
+        !self.stalled && roomy(host) && roomy(self.cgroup)
+    }
+}
+
 /// When memory is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -319,6 +332,31 @@ mod tests {
         );
         let later = replay(&[stall, stall, stall, quiet, quiet, quiet, stall]);
         assert_eq!(later.last(), Some(&(256, false)), "calm ends it");
+    }
+
+    #[test]
+    fn calm_is_calm_whatever_there_is_to_take() {
+        for total in [0, MIB, 512 * MIB, 16 * GIB, 1 << 50] {
+            let calm = Sample {
+                total,
+                available: total / 2,
+                lazy: u64::MAX,
+                ..Sample::default()
+            };
+            assert!(calm.is_calm());
+            let decide = |sample| decide(Mode::Pressure, sample, PolicyState::default()).0;
+            assert_eq!(decide(calm), Decision::NOTHING, "{total}");
+            let near = Room {
+                total: 4 * GIB,
+                available: 300 * MIB,
+            };
+            let near = Sample {
+                cgroup: near,
+                lazy: GIB,
+                ..calm
+            };
+            assert!(!near.is_calm() && decide(near) != Decision::NOTHING);
+        }
     }
 
     #[test]

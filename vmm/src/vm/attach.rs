@@ -14,7 +14,7 @@ use crate::arch::acpi::{self, VirtioWindow};
 use crate::arch::layout;
 use crate::bus::{Bus, ExitReason};
 use crate::config::{BalloonConfig, SerialConfig};
-use crate::devices::platform::{I8042, Power, PvPanic};
+use crate::devices::platform::{I8042, PciConfig, Power, PvPanic};
 use crate::devices::serial::{ConsoleInput, Output, RawMode, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
@@ -62,6 +62,14 @@ impl Devices {
             layout::I8042_PORT_LEN,
             Arc::new(Mutex::new(I8042)),
         )?;
+        Ok(())
+    }
+
+    /// What it takes for Linux to find arenas, see [`PciConfig`].
+    pub fn attach_pci(&mut self) -> Result<(), LaunchError> {
+        let config = Arc::new(Mutex::new(PciConfig::default()));
+        self.ports
+            .insert(layout::PCI_PORT, layout::PCI_PORT_LEN, config)?;
         Ok(())
     }
 

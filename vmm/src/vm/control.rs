@@ -7,11 +7,13 @@ use hypercall_abi::Operation;
 
 use super::ending::Ending;
 use super::events::ExitSlot;
+use crate::arena::{Arena, Arenas};
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
 use crate::control::{
-    BalloonState, BalloonStatistics, Command, CommandError, Controller, GateState, HypercallState,
-    InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingState, Response, StrictState,
+    ArenaState, BalloonState, BalloonStatistics, Command, CommandError, Controller, GateState,
+    HypercallState, InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingState, Response,
+    StrictState,
 };
 use crate::devices::virtio::balloon::{BalloonHandle, ReportStats};
 use crate::generation::{Gate, GateStats};
@@ -35,6 +37,8 @@ pub struct Control {
     pub lazy: Arc<LazyMemory>,
     /// Where its vCPUs enter the guest.
     pub gate: Arc<Gate>,
+    /// Its arenas.
+    pub arenas: Arenas,
     /// Takes that memory.
     pub reclaimer: Arc<Reclaimer>,
     /// The guest's calls.
@@ -65,6 +69,7 @@ impl Controller for Control {
                 Response::Done
             }
             Command::LazyMemory => Response::LazyMemory(Box::new(self.lazy_memory())),
+            Command::Arenas => Response::Arenas(self.arenas()),
             Command::Reclaim { bytes } => Response::Reclaimed(self.reclaim(bytes)),
             Command::Teardown => Response::Teardown(self.ending.state()),
             Command::SetTeardown { workers, batch } => {
@@ -227,10 +232,32 @@ impl Control {
             query_total: stats.calls(Operation::Query),
             reset_total: stats.calls(Operation::Reset),
             features_total: stats.calls(Operation::Features),
+            arena_info_total: stats.calls(Operation::ArenaInfo),
             failed_total: stats.failed,
             prefaulted_bytes_total: stats.prefaulted_bytes,
             prefault_failures_total: stats.prefault_failures,
         }
+    }
+
+    fn arenas(&self) -> Vec<ArenaState> {
+        let state = |arena: &Arc<Arena>| {
+            let (place, stats) = (arena.place(), arena.stats());
+            ArenaState {
+                id: place.id.clone(),
+                gpa: place.gpa.start(),
+                size_bytes: place.layout.size(),
+                granule_bytes: place.layout.granule(),
+                lazy_bytes: stats.lazy_bytes,
+                discarded_bytes: stats.discarded_bytes,
+                reclaimed_bytes_total: stats.reclaimed_bytes_total,
+                reused_bytes_total: stats.reused_bytes_total,
+                reuse_calls_total: stats.reuse_calls_total,
+                reuse_waits_total: stats.reuse_waits_total,
+                scans_total: stats.scans_total,
+                scan_us: u64::try_from(stats.last_scan.as_micros()).unwrap_or(u64::MAX),
+            }
+        };
+        self.arenas.iter().map(state).collect()
     }
 
     fn reporting(&self) -> ReportingState {

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use hypercall_abi::arena::ArenaInfo;
+
+use crate::arena::{Arena, Arenas};
 use crate::hypercall::{LazyOps, States, Survey};
 use crate::lazy::{LazyMemory, Surveyed};
 use crate::memory::{GpaRange, GuestRam};
@@ -15,13 +18,43 @@ pub struct TrackedMemory {
     pub lazy: Arc<LazyMemory>,
     /// Tells what is RAM, and populates it.
     pub ram: Arc<GuestRam>,
+    /// Memory beside the RAM.
+    pub arenas: Arenas,
     /// Strict mode, where it is on.
     pub strict: Option<Arc<Strict>>,
+}
+
+impl TrackedMemory {
+    fn arena_of(&self, range: GpaRange) -> Option<&Arena> {
+        let mut arenas = self.arenas.iter().map(|arena| &**arena);
+        arenas.find(|arena| arena.may_reuse(range))
+    }
 }
 
 impl LazyOps for TrackedMemory {
     fn is_ram(&self, range: GpaRange) -> bool {
         self.ram.is_ram(range)
+    }
+
+    fn is_granules(&self, range: GpaRange) -> bool {
+        self.arena_of(range).is_some()
+    }
+
+    fn arenas(&self) -> u64 {
+        self.arenas.len() as u64
+    }
+
+    fn arena(&self, index: u64) -> Option<ArenaInfo> {
+        let place = self.arenas.get(usize::try_from(index).ok()?)?.place();
+        Some(ArenaInfo {
+            index,
+            gpa: place.gpa.start(),
+            size: place.layout.size(),
+            granule: place.layout.granule(),
+            first: place.layout.first(),
+            table: place.layout.table(),
+            ..ArenaInfo::default()
+        })
     }
 
     fn lazy_free(&self, ranges: &[GpaRange]) -> u64 {
@@ -33,11 +66,19 @@ impl LazyOps for TrackedMemory {
     }
 
     fn reuse(&self, ranges: &[GpaRange]) -> bool {
-        self.lazy.reuse(ranges).last
+        let mut ram = Vec::with_capacity(ranges.len());
+        for &range in ranges {
+            match self.arena_of(range) {
+                Some(arena) => arena.reuse(range),
+                None => ram.push(range),
+            }
+        }
+        self.lazy.reuse(&ram).last
     }
 
     fn reset(&self) {
         self.lazy.reset();
+        self.arenas.iter().for_each(|arena| arena.reset());
     }
 
     fn prefault(&self, range: GpaRange) -> bool {

@@ -18,10 +18,12 @@ use super::sink::LazySink;
 use crate::api;
 use crate::arch::registers::Entry;
 use crate::arch::{acpi, layout, reset};
+use crate::arena::{Arena, Arenas};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::ExitReason;
 use crate::config::{
-    BalloonConfig, DiskConfig, LazyConfig, LazyMode, MachineConfig, MemoryConfig, Reporting,
+    ArenaConfig, BalloonConfig, DiskConfig, LazyConfig, LazyMode, MachineConfig, MemoryConfig,
+    Reporting,
 };
 use crate::devices::serial::RawMode;
 use crate::devices::virtio::blk::Disk;
@@ -57,11 +59,46 @@ pub struct Vm {
     _raw_mode: Option<RawMode>,
 }
 
+/// Where guest memory lies.
+struct Layout {
+    ram: Vec<GpaRange>,
+    arenas: Vec<GpaRange>,
+}
+
+impl Layout {
+    fn new(config: &MachineConfig) -> Self {
+        let ram = layout::ram(config.memory.size);
+        let sizes: Vec<u64> = config.arenas.iter().map(|arena| arena.size).collect();
+        let arenas = layout::arenas(&ram, &sizes);
+        Self { ram, arenas }
+    }
+
+    fn end(&self) -> u64 {
+        let last = self.arenas.last().or(self.ram.last());
+        last.map_or(0, |range| range.end())
+    }
+}
+
+/// The arenas at `places`.
+fn arenas(
+    configs: &[ArenaConfig],
+    places: &[GpaRange],
+    memory: &Arc<GuestMemoryMmap>,
+) -> Result<Arenas, LaunchError> {
+    let arena = |(index, (config, &gpa)): (u32, (&ArenaConfig, &GpaRange))| {
+        let id = config.id.clone();
+        let arena = Arena::new(index, id, gpa, config.granule, Arc::clone(memory))?;
+        Ok(Arc::new(arena))
+    };
+    (0..).zip(configs.iter().zip(places)).map(arena).collect()
+}
+
 /// Guest memory and what keeps account of it.
 struct Memory {
     ram: Arc<GuestRam>,
     guest: Arc<GuestMemoryMmap>,
-    layout: Vec<GpaRange>,
+    layout: Layout,
+    arenas: Arenas,
     lazy: Arc<LazyMemory>,
     reclaimer: Arc<Reclaimer>,
     gate: Arc<Gate>,
@@ -71,7 +108,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn allocate(config: &MachineConfig, layout: Vec<GpaRange>) -> Result<Self, LaunchError> {
+    fn allocate(config: &MachineConfig, layout: Layout) -> Result<Self, LaunchError> {
         let MemoryConfig {
             size: _,
             thp,
@@ -79,26 +116,23 @@ impl Memory {
             prefault,
         } = config.memory;
         let vcpus = config.vcpus as usize;
-        let ram = Arc::new(GuestRam::allocate(
-            Backing {
-                thp,
-                hugepages,
-                prefault,
-            },
-            &layout,
-        )?);
+        let backing = Backing {
+            thp,
+            hugepages,
+            prefault,
+        };
+        let ram = GuestRam::with_arenas(backing, &layout.ram, &layout.arenas)?;
+        let ram = Arc::new(ram);
+        let arenas = arenas(&config.arenas, &layout.arenas, &ram.memory())?;
         let generation = Arc::new(VmGeneration::default());
         let kicks = Arc::new(KickTable::new(vcpus));
         let kick = Box::new(Arc::clone(&kicks));
         let gate = Arc::new(Gate::new(vcpus, Arc::clone(&generation), kick));
         let lazy = Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation));
         let pages: Arc<dyn Pages> = ram.clone();
-        let reclaimer = Arc::new(Reclaimer::new(
-            Arc::clone(&lazy),
-            pages,
-            Arc::clone(&gate),
-            tuning(config.lazy),
-        ));
+        let (frees, entries) = (Arc::clone(&lazy), Arc::clone(&gate));
+        let reclaimer = Reclaimer::new(frees, pages, entries, tuning(config.lazy));
+        let reclaimer = Arc::new(reclaimer.with_arenas(Arc::clone(&arenas)));
         let release = release(config.balloon.as_ref());
         let reported = ReportedMemory::new(Arc::clone(&lazy), Arc::clone(&ram), release);
         let strict = config.lazy.strict.then(|| {
@@ -109,6 +143,7 @@ impl Memory {
             guest: ram.memory(),
             ram,
             layout,
+            arenas,
             lazy,
             reclaimer,
             gate,
@@ -123,6 +158,7 @@ impl Memory {
         let ops = TrackedMemory {
             lazy: Arc::clone(&self.lazy),
             ram: Arc::clone(&self.ram),
+            arenas: Arc::clone(&self.arenas),
             strict: self.strict.clone(),
         };
         let guest = Arc::clone(&self.guest);
@@ -162,8 +198,8 @@ impl Vm {
     pub fn build(config: MachineConfig, guardian: &'static Guardian) -> Result<Self, LaunchError> {
         let started = Instant::now();
         let mut host = Hypervisor::open()?;
-        let layout = layout::ram(config.memory.size);
-        host.check_limits(config.vcpus, layout.last().map_or(0, |range| range.end()))?;
+        let layout = Layout::new(&config);
+        host.check_limits(config.vcpus, layout.end())?;
         let disks = open_disks(&config.disks)?;
         let memory = Memory::allocate(&config, layout)?;
         let ram = Arc::clone(&memory.ram);
@@ -178,6 +214,9 @@ impl Vm {
 
         let mut devices = Devices::default();
         devices.attach_platform()?;
+        if !memory.arenas.is_empty() {
+            devices.attach_pci()?;
+        }
         devices.attach_disks(&machine, &memory.guest, disks)?;
         let balloon = match &config.balloon {
             Some(balloon) => {
@@ -187,7 +226,8 @@ impl Vm {
         };
 
         let entry = load_guest(&config, &memory, &devices)?;
-        let interface = hypercall::offer(host.take_hypercalls(&machine)?);
+        let instruction = host.take_hypercalls(&machine)?;
+        let interface = hypercall::offer(instruction, !memory.arenas.is_empty());
         let setup = VcpuSetup {
             index: 0,
             vcpus: config.vcpus,
@@ -202,6 +242,7 @@ impl Vm {
             exit: Arc::clone(&exit),
             balloon,
             lazy: Arc::clone(&memory.lazy),
+            arenas: Arc::clone(&memory.arenas),
             gate: Arc::clone(&memory.gate),
             reclaimer: Arc::clone(&memory.reclaimer),
             hypercalls: memory.hypercalls(interface),
@@ -352,8 +393,14 @@ fn load_guest(
         kernel: &config.kernel,
         initramfs: config.initramfs.as_deref(),
         cmdline: &config.cmdline,
+        arenas: &memory.layout.arenas,
     };
-    Ok(boot::load(&memory.guest, &memory.layout, &payload, rsdp)?)
+    Ok(boot::load(
+        &memory.guest,
+        &memory.layout.ram,
+        &payload,
+        rsdp,
+    )?)
 }
 
 fn create_vcpus(

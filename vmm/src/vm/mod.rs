@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use crate::api::ApiError;
 use crate::arch::acpi::AcpiError;
+use crate::arena::BadArena;
 use crate::boot::BootError;
 use crate::bus::{ExitReason, Overlap};
 use crate::config::MachineConfig;
@@ -36,6 +37,9 @@ pub enum LaunchError {
     /// Guest memory cannot be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// An arena cannot be had.
+    #[error(transparent)]
+    Arena(#[from] BadArena),
     /// There is nothing to boot.
     #[error(transparent)]
     Boot(#[from] BootError),

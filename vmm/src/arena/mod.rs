@@ -1,0 +1,249 @@
+//! The arena: guest memory apart from its RAM, in which the guest frees and reuses granules by changing a word in a
+//! shared table. The monitor looks at the table when the host needs memory, and at no other time.
+//!
+//! The layout is that of [`hypercall_abi::arena`]. The header is written once and never read; the table is read with
+//! suspicion, see [`table`].
+
+pub mod table;
+mod words;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use hypercall_abi::arena::{GENERATION, Header, Layout, REUSE_MAX_GRANULES};
+use vm_memory::GuestMemoryMmap;
+
+use crate::memory::GpaRange;
+use table::{Table, Taken};
+use words::GuestWords;
+
+/// The arenas of a machine, by their numbers.
+pub type Arenas = Arc<[Arc<Arena>]>;
+
+/// Where an arena is, and what it is called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its name.
+    pub id: String,
+    /// Its addresses.
+    pub gpa: GpaRange,
+    /// What lies where in it.
+    pub layout: Layout,
+}
+
+/// An arena cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the arena at {start:#x}..{end:#x} with granules of {granule} bytes is not guest memory, or too small"
+)]
+pub struct BadArena {
+    /// First address.
+    pub start: u64,
+    /// First address after it.
+    pub end: u64,
+    /// Bytes of a granule.
+    pub granule: u64,
+}
+
+/// What an arena holds, and what has happened to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArenaStats {
+    /// Bytes that the guest offers.
+    pub lazy_bytes: u64,
+    /// Bytes that the monitor has returned to the host and the guest has not taken back.
+    pub discarded_bytes: u64,
+    /// Bytes ever returned to the host.
+    pub reclaimed_bytes_total: u64,
+    /// Bytes that had been returned and that the guest has taken back, as far as that was noticed.
+    pub reused_bytes_total: u64,
+    /// Granules made in use by calls.
+    pub reuse_calls_total: u64,
+    /// Of these, granules that had to be waited for.
+    pub reuse_waits_total: u64,
+    /// Counts of the table.
+    pub scans_total: u64,
+    /// Time of the latest one.
+    pub last_scan: Duration,
+}
+
+#[derive(Default)]
+struct Counters {
+    reclaimed: AtomicU64,
+    reused: AtomicU64,
+    reuse_calls: AtomicU64,
+    reuse_waits: AtomicU64,
+    scans: AtomicU64,
+}
+
+/// One arena of a machine.
+pub struct Arena {
+    place: Place,
+    memory: Arc<GuestMemoryMmap>,
+    table: Table<GuestWords>,
+    counters: Counters,
+}
+
+impl Arena {
+    /// Arena number `index` at `gpa`, which is memory that nobody has touched: writes its header.
+    ///
+    /// # Errors
+    /// [`BadArena`].
+    pub fn new(
+        index: u32,
+        id: String,
+        gpa: GpaRange,
+        granule: u64,
+        memory: Arc<GuestMemoryMmap>,
+    ) -> Result<Self, BadArena> {
+        let (start, end) = (gpa.start(), gpa.end());
+        let bad = || BadArena {
+            start,
+            end,
+            granule,
+        };
+        let layout = Layout::new(gpa.len(), granule).ok_or_else(bad)?;
+        let number = |value: u64| usize::try_from(value).map_err(|_| bad());
+        let (first, len) = (number(layout.first())?, number(layout.granules())?);
+        let words = GuestWords::new(Arc::clone(&memory), start + layout.table(), len);
+        let table = Table::new(words.ok_or_else(bad)?, first);
+        let header = Header::new(layout, index, start, &id);
+        if !words::write(&memory, start, &header.to_words()) {
+            return Err(bad());
+        }
+        Ok(Self {
+            place: Place { id, gpa, layout },
+            memory,
+            table,
+            counters: Counters::default(),
+        })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub const fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Tells the guest with which generation it frees from now on.
+    pub fn publish(&self, generation: u64) {
+        words::store(
+            &self.memory,
+            self.place.gpa.start() + GENERATION,
+            generation,
+        );
+    }
+
+    /// Whether a call may reuse `range`: it lies behind the head and meets no more granules than a call may name.
+    #[must_use]
+    pub fn may_reuse(&self, range: GpaRange) -> bool {
+        let granule = self.place.layout.granule();
+        let head = self.place.gpa.start() + self.place.layout.first() * granule;
+        let inside = range.start() >= head && range.end() <= self.place.gpa.end();
+        inside && self.granules(range).len() as u64 <= REUSE_MAX_GRANULES
+    }
+
+    /// The granules that `range`, which lies in this arena, meets.
+    fn granules(&self, range: GpaRange) -> Range<usize> {
+        let (start, granule) = (self.place.gpa.start(), self.place.layout.granule());
+        let number = |address: u64| usize::try_from(address / granule).unwrap_or(usize::MAX);
+        number(range.start() - start)..number((range.end() - start).next_multiple_of(granule))
+    }
+
+    /// Makes every granule that `range` meets in use; waits for those that are being discarded. What is not
+    /// [`Arena::may_reuse`] is left alone.
+    pub fn reuse(&self, range: GpaRange) {
+        if !self.may_reuse(range) {
+            return;
+        }
+        for index in self.granules(range) {
+            let waited = self.table.reuse(index);
+            add(&self.counters.reuse_calls, 1);
+            add(&self.counters.reuse_waits, u64::from(waited));
+        }
+    }
+
+    /// Makes all granules in use.
+    pub fn reset(&self) {
+        self.table.reset();
+    }
+
+    /// Takes up to `bytes` of what the guest has freed at `newest` or before. `cursor` is 0 for the first of several
+    /// takes. `None`: there is no more, or `bytes` is less than a granule.
+    pub fn take(&self, cursor: &mut usize, newest: u64, bytes: u64) -> Option<Granules<'_>> {
+        let granule = self.place.layout.granule();
+        let most = usize::try_from(bytes / granule).unwrap_or(usize::MAX);
+        let taken = self.table.take(cursor, newest, most)?;
+        let at = |index: usize| self.place.gpa.start() + index as u64 * granule;
+        let ranges = taken
+            .runs()
+            .iter()
+            .filter_map(|run| GpaRange::new(at(run.start), at(run.end)));
+        Some(Granules {
+            arena: self,
+            ranges: ranges.collect(),
+            taken,
+        })
+    }
+
+    /// Counts what the guest offers, in bytes.
+    pub fn lazy_bytes(&self) -> u64 {
+        self.stats().lazy_bytes
+    }
+
+    /// Counts, and tells.
+    pub fn stats(&self) -> ArenaStats {
+        let start = Instant::now();
+        let count = self.table.count();
+        let last_scan = start.elapsed();
+        let granule = self.place.layout.granule();
+        add(&self.counters.scans, 1);
+        add(&self.counters.reused, count.reused * granule);
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        ArenaStats {
+            lazy_bytes: count.lazy * granule,
+            discarded_bytes: count.discarded * granule,
+            reclaimed_bytes_total: read(&self.counters.reclaimed),
+            reused_bytes_total: read(&self.counters.reused),
+            reuse_calls_total: read(&self.counters.reuse_calls),
+            reuse_waits_total: read(&self.counters.reuse_waits),
+            scans_total: read(&self.counters.scans),
+            last_scan,
+        }
+    }
+}
+
+/// Granules that the monitor may discard, until this is finished; lazy again when dropped before.
+pub struct Granules<'a> {
+    arena: &'a Arena,
+    ranges: Vec<GpaRange>,
+    taken: Taken<'a, GuestWords>,
+}
+
+impl Granules<'_> {
+    /// Which they are, neighbours as one range.
+    #[must_use]
+    pub fn ranges(&self) -> &[GpaRange] {
+        &self.ranges
+    }
+
+    /// Ends it: of each range `bytes` were returned to the host. One that was not returned wholly is lazy again.
+    pub fn finish(self, bytes: &[u64]) {
+        let gone = |(range, &bytes): (&GpaRange, &u64)| bytes == range.len();
+        let gone: Vec<bool> = self.ranges.iter().zip(bytes).map(gone).collect();
+        let whole = self.ranges.iter().zip(&gone).filter(|(_, gone)| **gone);
+        add(
+            &self.arena.counters.reclaimed,
+            whole.map(|(range, _)| range.len()).sum(),
+        );
+        self.taken.finish(&gone);
+    }
+}
+
+fn add(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests;
