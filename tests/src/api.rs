@@ -54,6 +54,20 @@ pub struct LazyMemory {
     pub discard_failures_total: u64,
     /// Free page reporting.
     pub reporting: Reporting,
+    /// Strict mode, where it is on.
+    pub strict: Option<Strict>,
+}
+
+/// Strict mode, a part of [`LazyMemory`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct Strict {
+    /// Missing pages that were made.
+    pub faults_total: u64,
+    /// Lazily free pages that vCPUs touched.
+    pub vcpu_violations_total: u64,
+    /// Lazily free pages that threads of the monitor touched.
+    pub device_violations_total: u64,
 }
 
 /// Free page reporting, a part of [`LazyMemory`].

@@ -12,22 +12,32 @@ use ebb_tests::wait::{LONG, until};
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn new() -> Result<Self> {
-        let root = Path::new("/sys/fs/cgroup");
-        let controllers = root.join("cgroup.subtree_control");
+    fn new(name: &str) -> Result<Self> {
+        let name = format!("ebb-test-{}-{name}", std::process::id());
+        Self::make(Path::new("/sys/fs/cgroup"), &name)
+    }
+
+    fn below(&self, name: &str) -> Result<Self> {
+        Self::make(&self.0, name)
+    }
+
+    fn make(above: &Path, name: &str) -> Result<Self> {
+        let controllers = above.join("cgroup.subtree_control");
         fs::write(&controllers, "+memory").context(controllers.display())?;
-        let own = root.join(format!("ebb-test-{}", std::process::id()));
+        let own = above.join(name);
         fs::create_dir(&own).context(own.display())?;
         Ok(Self(own))
     }
 
-    fn number(&self, file: &str) -> Result<u64> {
+    fn text(&self, file: &str) -> Result<String> {
         let path = self.0.join(file);
-        let text = fs::read_to_string(&path).context(path.display())?;
-        text.trim()
-            .parse()
-            .ok()
-            .context(format_args!("{text:?} in {}", path.display()))
+        fs::read_to_string(&path).context(path.display())
+    }
+
+    fn number(&self, file: &str) -> Result<u64> {
+        let text = self.text(file)?;
+        let number = text.trim().parse().ok();
+        number.context(format_args!("{text:?} in {file} of {}", self.0.display()))
     }
 
     fn set(&self, file: &str, value: u64) -> Result<()> {
@@ -62,7 +72,7 @@ impl Drop for Cgroup {
 /// the guest can go on.
 #[test]
 fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
-    let cgroup = Cgroup::new()?;
+    let cgroup = Cgroup::new("over")?;
     let launch = Launch::new()?
         .memory("size=512M")
         .option("--balloon", "size=0");
@@ -97,6 +107,43 @@ fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
         Ok((state.lazy_bytes + state.discarded_bytes == 0).then_some(()))
     })?;
     assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
+/// A limit above the monitor's own cgroup comes near: lazy memory goes before anything stalls.
+#[test]
+fn a_cgroup_near_its_limit_takes_lazy_memory_before_anything_stalls() -> Result<()> {
+    let above = Cgroup::new("above")?;
+    let own = above.below("own")?;
+    let launch = Launch::new()?
+        .memory("size=512M")
+        .option("--balloon", "size=0");
+    let mut monitor = own.within(|| launch.start())?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    api.set_balloon(160 * MIB)?;
+    let before = until("the guest hands its memory over", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.lazy_bytes == 160 * MIB))
+    })?;
+    assert_eq!(before.pressure_events_total, 0, "{before:?}");
+
+    // The watermark is a quarter of such a limit: more than what is left.
+    above.set("memory.high", above.number("memory.current")? + 16 * MIB)?;
+    let after = until("the host takes lazy memory", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.reclaimed_bytes_total >= 32 * MIB))
+    })?;
+    assert!(after.pressure_events_total > 0, "{after:?}");
+    let events = above.text("memory.events")?;
+    assert!(
+        events.contains("\nhigh 0\n"),
+        "nobody was over the limit: {events}"
+    );
+
+    above.set("memory.high", 4096 * MIB)?;
     guest.ask("exit")?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
     Ok(())

@@ -248,6 +248,22 @@ pub struct LazyMemoryState {
     pub hypercalls: HypercallState,
     /// Free page reporting.
     pub reporting: ReportingState,
+    /// Strict mode; nothing where it is off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub strict: Option<StrictState>,
+}
+
+/// Strict mode: what touched memory that was lazily free, each page once until it is freed again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct StrictState {
+    /// Missing pages that were made, whoever touched them.
+    pub faults_total: u64,
+    /// Lazily free pages that vCPUs touched.
+    pub vcpu_violations_total: u64,
+    /// Lazily free pages that threads of the monitor touched on the guest's behalf.
+    pub device_violations_total: u64,
+    /// Chunks that the host would not take: accesses to them are not caught.
+    pub discard_failures_total: u64,
 }
 
 /// The entry gate: what reclaim has cost the vCPUs.

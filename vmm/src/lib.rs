@@ -20,6 +20,7 @@ pub mod kvm;
 pub mod lazy;
 pub mod memory;
 pub mod reclaim;
+pub mod strict;
 pub mod sync;
 pub mod sys;
 pub mod teardown;

@@ -13,6 +13,8 @@ pub mod assets;
 #[cfg(feature = "host")]
 pub mod bzimage;
 #[cfg(feature = "host")]
+mod clock;
+#[cfg(feature = "host")]
 pub mod cpio;
 #[cfg(feature = "host")]
 pub mod initramfs;

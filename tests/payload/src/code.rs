@@ -19,10 +19,10 @@ pub const PORT_STUB: u64 = 0x10_8200;
 /// Bytes that are copied of a stub; none is longer.
 const STUB_SIZE: usize = 64;
 /// Page tables: three levels, four pages of the third.
-const PML4: u64 = 0x11_0000;
+pub const PML4: u64 = 0x11_0000;
 const PDPT: u64 = 0x11_1000;
 const PD: u64 = 0x11_2000;
-const STACK: u64 = 0x12_0000;
+pub const STACK: u64 = 0x12_0000;
 /// The steps.
 pub const PROGRAM: u64 = 0x20_0000;
 

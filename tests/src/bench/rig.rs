@@ -148,6 +148,7 @@ impl Rig {
             kicks,
             hypercalls: Arc::new(Hypercalls::new(offer(None), memory, Box::new(NoCalls))),
             on_exit: Box::new(|reason| eprintln!("the guest has ended: {reason:?}")),
+            strict: None,
         };
         let rig = Self {
             vcpus: Vcpus::start(fds, &Arc::new(shared)).context("vCPU threads")?,

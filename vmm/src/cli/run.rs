@@ -46,7 +46,8 @@ pub struct Args {
     #[arg(long, value_name = "OPTIONS")]
     balloon: Option<BalloonConfig>,
     /// mode=pressure|eager|age|off,age=SECONDS,pause=MICROSECONDS,slice=RANGES,share=PERCENT: when lazily
-    /// freed memory is taken, and how long vCPUs may be kept out of the guest for it
+    /// freed memory is taken, and how long vCPUs may be kept out of the guest for it. strict=on, alone:
+    /// discard it at once, and report who touches it without a reuse
     #[arg(long, value_name = "OPTIONS", default_value = "mode=pressure")]
     lazy: LazyConfig,
     /// Serve the REST API on this unix socket: path=PATH, or the path alone

@@ -63,6 +63,12 @@ pub enum ConfigError {
         "--memory hugepages=on,thp=on: hugetlb pages are never transparent; remove one of them"
     )]
     ThpWithHugepages,
+    #[error(
+        "--lazy strict=on,{key}: strict mode discards at once and needs no tuning; remove {key}"
+    )]
+    StrictTuned { key: &'static str },
+    #[error("--lazy strict=on --memory {key}=on: strict mode watches pages of 4 KiB; remove {key}")]
+    StrictHugePages { key: &'static str },
     #[error("--balloon free_page_reporting=off,reporting: remove one of them")]
     ReportingOff,
     #[error("--balloon size={}: not a multiple of 4 KiB; the nearest below is {}", format_size(*.0), format_size(.0 & !0xfff))]

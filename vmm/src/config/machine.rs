@@ -125,6 +125,8 @@ pub struct LazyConfig {
     pub slice: u32,
     /// Percentage of the time for which vCPUs may be kept out, 1 to 50.
     pub share: u32,
+    /// Discard it at once and report accesses to it; [`LazyMode::Off`] then.
+    pub strict: bool,
 }
 
 /// When lazily freed memory is taken.
@@ -150,6 +152,7 @@ impl Default for LazyConfig {
             pause_us: 100,
             slice: 512,
             share: 1,
+            strict: false,
         }
     }
 }

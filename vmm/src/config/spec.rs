@@ -175,10 +175,22 @@ impl FromStr for BalloonConfig {
 impl FromStr for LazyConfig {
     type Err = ConfigError;
 
-    /// Parses `--lazy mode=,age=,pause=,slice=,share=`. An age alone means the mode `age`.
+    /// Parses `--lazy mode=,age=,pause=,slice=,share=`, or `--lazy strict=on` alone. An age alone means the mode `age`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["mode", "age", "pause", "slice", "share"])?;
+        const TUNING: [&str; 5] = ["mode", "age", "pause", "slice", "share"];
+        let options = Options::parse(text, &["mode", "age", "pause", "slice", "share", "strict"])?;
         let default = Self::default();
+        if options.toggle("strict")?.unwrap_or(false) {
+            let other = TUNING.into_iter().find(|key| options.text(key).is_some());
+            if let Some(key) = other {
+                return Err(ConfigError::StrictTuned { key });
+            }
+            return Ok(Self {
+                mode: LazyMode::Off,
+                strict: true,
+                ..default
+            });
+        }
         let number = |key, most, default: u32| {
             let number = options.number(key, most)?.unwrap_or(default);
             Ok(number.max(1))
@@ -202,6 +214,7 @@ impl FromStr for LazyConfig {
             pause_us: number("pause", 1_000_000, default.pause_us)?,
             slice: number("slice", 1 << 16, default.slice)?,
             share: number("share", 50, default.share)?,
+            strict: false,
         })
     }
 }
@@ -349,8 +362,19 @@ mod tests {
             pause_us: 250,
             slice: 64,
             share: 1,
+            strict: false,
         };
         assert_eq!(lazy, expected);
+        let strict = LazyConfig {
+            mode: LazyMode::Off,
+            strict: true,
+            ..LazyConfig::default()
+        };
+        assert_eq!("strict=on".parse(), Ok(strict));
+        assert_eq!(
+            "strict=off,mode=pressure".parse(),
+            Ok(LazyConfig::default())
+        );
         assert_eq!("mode=pressure".parse(), Ok(LazyConfig::default()));
         assert_eq!(balloon.free_page_reporting, None);
         for (text, reporting) in [
@@ -409,6 +433,14 @@ mod tests {
             (
                 message::<BalloonConfig>("reporting=on"),
                 "'on' is unknown; write reporting=eager",
+            ),
+            (
+                message::<LazyConfig>("strict=on,mode=eager"),
+                "--lazy strict=on,mode: strict mode discards at once and needs no tuning; remove mode",
+            ),
+            (
+                message::<LazyConfig>("slice=3,strict=on"),
+                "--lazy strict=on,slice: strict mode discards at once and needs no tuning; remove slice",
             ),
             (
                 message::<BalloonConfig>("free_page_reporting=off,reporting=lazy"),

@@ -36,7 +36,7 @@ impl MachineSpec {
                 given: self.cpus.boot,
             });
         }
-        let memory = check_memory(self.memory)?;
+        let memory = check_memory(self.memory, self.lazy.strict)?;
         if let Some(balloon) = &self.balloon {
             check_balloon(balloon, memory.size)?;
         }
@@ -87,7 +87,7 @@ fn check_cmdline(cmdline: &str) -> Result<(), ConfigError> {
     control.map_or(Ok(()), |char| Err(ConfigError::CmdlineControl(char)))
 }
 
-fn check_memory(spec: MemorySpec) -> Result<MemoryConfig, ConfigError> {
+fn check_memory(spec: MemorySpec, strict: bool) -> Result<MemoryConfig, ConfigError> {
     if spec.size == 0 {
         return Err(ConfigError::NoMemory);
     }
@@ -100,9 +100,16 @@ fn check_memory(spec: MemorySpec) -> Result<MemoryConfig, ConfigError> {
     if spec.hugepages && spec.thp == Some(true) {
         return Err(ConfigError::ThpWithHugepages);
     }
+    let huge = [
+        ("hugepages", spec.hugepages),
+        ("thp", spec.thp == Some(true)),
+    ];
+    if let Some((key, _)) = huge.into_iter().find(|&(_, on)| strict && on) {
+        return Err(ConfigError::StrictHugePages { key });
+    }
     Ok(MemoryConfig {
         size: spec.size,
-        thp: spec.thp.unwrap_or(!spec.hugepages),
+        thp: spec.thp.unwrap_or(!spec.hugepages && !strict),
         hugepages: spec.hugepages,
         prefault: spec.prefault,
     })

@@ -4,7 +4,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::{Check, syscalls};
+use super::{Check, Status, syscalls};
+use crate::sys::Userfault;
 
 /// Less available memory than this is worth a warning.
 const LITTLE_MEMORY: u64 = 512 << 20;
@@ -26,7 +27,7 @@ pub(super) fn checks() -> Vec<Check> {
         huge_pages(fs::read_to_string(
             "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages",
         )),
-        userfaultfd(syscalls::userfaultfd().map(drop)),
+        userfaultfd(Userfault::open().map(drop)),
     ]
 }
 
@@ -160,18 +161,23 @@ fn huge_pages(free: io::Result<String>) -> Check {
 fn userfaultfd(probe: io::Result<()>) -> Check {
     let name = "userfaultfd";
     match probe {
-        Ok(()) => Check::ok(name, "can be used; nothing needs it yet"),
-        Err(error) => Check::ok(
-            name,
-            format!("cannot be used ({error}); nothing needs it yet"),
-        ),
+        Ok(()) => Check::ok(name, "can be used, for --lazy strict=on"),
+        // For developers of guests only: no worse a host without it.
+        Err(error) => Check {
+            status: Status::Ok,
+            ..Check::warn(
+                name,
+                format!("not for faults of the kernel ({error}): --lazy strict=on cannot be used"),
+                "only for --lazy strict=on: run as root or with CAP_SYS_PTRACE, or \
+                 sudo sysctl vm.unprivileged_userfaultfd=1, or give your user /dev/userfaultfd",
+            )
+        },
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Status;
 
     fn missing() -> io::Result<String> {
         Err(io::ErrorKind::NotFound.into())
@@ -192,6 +198,18 @@ mod tests {
         assert_eq!(transparent_huge_pages(missing()).status, Status::Warn);
         assert!(huge_pages(Ok("12\n".to_owned())).detail.starts_with("12"));
         assert!(huge_pages(missing()).detail.starts_with("none"));
+    }
+
+    #[test]
+    fn a_host_without_userfaultfd_is_fine_and_is_told_what_to_do_for_strict_mode() {
+        assert_eq!(userfaultfd(Ok(())).remedy, None);
+        let check = userfaultfd(Err(io::ErrorKind::PermissionDenied.into()));
+        assert_eq!(check.status, Status::Ok);
+        assert!(
+            check
+                .remedy
+                .is_some_and(|it| it.contains("vm.unprivileged_userfaultfd=1"))
+        );
     }
 
     #[test]

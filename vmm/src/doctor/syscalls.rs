@@ -1,10 +1,9 @@
 //! Asks the kernel for system calls without doing anything by them.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 
-use rustix::mm::UserfaultfdFlags;
 use rustix::process::PidfdFlags;
 
 /// `process_madvise` with an empty list of ranges and `MADV_DONTNEED`, on this process: the kernel checks
@@ -32,12 +31,6 @@ pub(super) fn has_process_mrelease() -> bool {
     // SAFETY: no process is named, so nothing is released.
     let result = unsafe { libc::syscall(libc::SYS_process_mrelease, no_descriptor, 0_u32) };
     check(result).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
-}
-
-/// Opens a userfaultfd that sees faults of the kernel, too, as KVM's are.
-pub(super) fn userfaultfd() -> io::Result<OwnedFd> {
-    // SAFETY: the descriptor is closed before any memory is registered with it.
-    Ok(unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC) }?)
 }
 
 fn check(result: libc::c_long) -> io::Result<()> {

@@ -109,6 +109,13 @@ impl KickTable {
         Self((0..vcpus).map(|_| AtomicI32::new(0)).collect())
     }
 
+    /// The vCPU that the thread with the number `thread` runs.
+    #[must_use]
+    pub fn vcpu_of(&self, thread: i32) -> Option<usize> {
+        let mut threads = self.0.iter();
+        threads.position(|runs| thread != 0 && runs.load(Ordering::Acquire) == thread)
+    }
+
     /// The calling thread runs the vCPU `index` until the returned value is dropped.
     pub fn register(&self, index: usize) -> Registration<'_> {
         let thread = rustix::thread::gettid().as_raw_nonzero().get();

@@ -3,6 +3,7 @@
 mod hypercall;
 mod irqfd;
 mod kick;
+mod synchronous;
 
 use std::io;
 use std::sync::Arc;

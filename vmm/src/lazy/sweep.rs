@@ -45,6 +45,7 @@ pub struct Sweep {
     pub(super) pieces: Pieces,
     pub(super) newest: u64,
     pub(super) at: u64,
+    pub(super) end: u64,
 }
 
 impl Sweep {
@@ -56,6 +57,17 @@ impl Sweep {
             pieces,
             newest,
             at: 0,
+            end: u64::MAX,
+        }
+    }
+
+    /// The same sweep from its beginning, in `range` only.
+    #[must_use]
+    pub const fn within(self, range: GpaRange) -> Self {
+        Self {
+            at: range.start(),
+            end: range.end(),
+            ..self
         }
     }
 

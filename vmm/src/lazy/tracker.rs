@@ -325,7 +325,10 @@ impl Tracker {
             let Some((start, span)) = self.first_from(sweep.at) else {
                 return Err(Step::Done);
             };
-            let ahead = GpaRange::new(start.max(sweep.at), span.end());
+            if start >= sweep.end {
+                return Err(Step::Done);
+            }
+            let ahead = GpaRange::new(start.max(sweep.at), span.end().min(sweep.end));
             sweep.at = span.end();
             if span.state() != sweep.from || span.generation > sweep.newest {
                 continue;

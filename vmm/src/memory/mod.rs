@@ -3,5 +3,7 @@
 pub mod ram;
 pub mod range;
 
-pub use ram::{Backing, GuestRam, MemoryError, RamRegion, Release, Released};
+pub use ram::{
+    Backing, GuestRam, MemoryError, MissingPage, MissingPages, RamRegion, Release, Released,
+};
 pub use range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};

@@ -1,5 +1,7 @@
 //! The guest's RAM: who owns the mappings, who may use them, and how pages go back to the host.
 
+mod missing;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,6 +11,8 @@ use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::{BLOCK_SIZE, GpaRange};
+pub use missing::{MissingPage, MissingPages};
+
 use crate::sys::mapping::MAX_PARTS;
 use crate::sys::{self, Advice, Mapping, MappingKind};
 
@@ -82,6 +86,15 @@ pub enum MemoryError {
         /// Size of the region.
         bytes: u64,
         /// madvise(2)'s error.
+        source: io::Error,
+    },
+    /// Faults cannot be watched.
+    #[error(
+        "watching the guest's page faults failed: {source}; they need userfaultfd for faults of the kernel: run as \
+         root or with CAP_SYS_PTRACE, or sudo sysctl vm.unprivileged_userfaultfd=1, or give your user /dev/userfaultfd"
+    )]
+    Watch {
+        /// userfaultfd(2)'s or ioctl_userfaultfd(2)'s error.
         source: io::Error,
     },
     /// Regions overlap, are out of order, or there is none.
@@ -432,6 +445,36 @@ impl GuestRam {
                 .map_err(error)?;
         }
         Ok(())
+    }
+
+    /// Locks `range`: the host refuses to drop its pages then.
+    #[cfg(test)]
+    pub(crate) fn lock(&self, range: GpaRange) {
+        self.on_parts(range, Mapping::lock);
+    }
+
+    /// Undoes [`GuestRam::lock`].
+    #[cfg(test)]
+    pub(crate) fn unlock(&self, range: GpaRange) {
+        self.on_parts(range, Mapping::unlock);
+    }
+
+    /// Makes a hole where `range` is, which nobody may touch afterwards.
+    #[cfg(test)]
+    pub(crate) fn unmap(&self, range: GpaRange) {
+        self.on_parts(range, Mapping::unmap);
+    }
+
+    #[cfg(test)]
+    fn on_parts(&self, range: GpaRange, action: fn(&Mapping, usize, usize)) {
+        for (index, part) in self.parts(range) {
+            let offset = part.start() - self.regions[index].gpa.start();
+            action(
+                &self.mappings[index],
+                usize::try_from(offset).unwrap(),
+                usize::try_from(part.len()).unwrap(),
+            );
+        }
     }
 
     /// How many bytes of it the host holds.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::Outcome;
 use super::slice::{Pages, Stage};
 use crate::lazy::{Chunk, LazyMemory, Sweep};
-use crate::memory::BLOCK_SIZE;
+use crate::memory::{BLOCK_SIZE, GpaRange};
 use crate::workers::share;
 
 /// How long a reuse may have to wait for a chunk, unless a call takes that long whatever its size.
@@ -91,24 +91,52 @@ impl<'a> BlockPass<'a> {
         let mut pace = Pace::new(size);
         while let Some(chunk) = self.take(pace.size) {
             let (range, start) = (chunk.range(), Instant::now());
-            let treated = self.pages.treat(&[range], self.stage);
+            let refused = self.treat(chunk);
             pace.learn(range.len(), start.elapsed());
-            let bytes = treated.bytes.first().copied().unwrap_or(0);
-            // With hugetlb less may be gone than was asked for.
-            if bytes == range.len() {
-                match self.stage {
-                    Stage::Invalidate => chunk.unmapped(self.lazy.begin_generation()),
-                    Stage::Discard => chunk.discarded(),
-                }
+            if refused && range.len() > BLOCK_SIZE {
+                self.piecemeal(range);
             }
-            self.with(|todo| {
-                todo.left += range.len() - bytes.min(range.len());
-                todo.outcome.bytes += bytes;
-                todo.outcome.calls += treated.calls;
-                todo.outcome.failures += treated.failures;
-            });
         }
         pace.size
+    }
+
+    /// Goes through `range`, which failed as a whole, block by block: a page that the host keeps, for it is locked for
+    /// instance, does not keep its neighbours.
+    fn piecemeal(&self, range: GpaRange) {
+        let mut sweep = self.with(|todo| todo.sweep.clone()).within(range);
+        let next = |sweep: &mut Sweep| {
+            self.with(|todo| {
+                let chunk = self.lazy.take_chunk(sweep, BLOCK_SIZE.min(todo.left))?;
+                todo.left -= chunk.range().len();
+                Some(chunk)
+            })
+        };
+        while let Some(chunk) = next(&mut sweep) {
+            self.treat(chunk);
+        }
+    }
+
+    /// Brings a chunk to the stage, if the host takes it; true: it has refused.
+    fn treat(&self, chunk: Chunk<'_>) -> bool {
+        let range = chunk.range();
+        let treated = self.pages.treat(&[range], self.stage);
+        let bytes = treated.bytes.first().copied().unwrap_or(0);
+        // With hugetlb less may be gone than was asked for.
+        if bytes == range.len() {
+            match self.stage {
+                Stage::Invalidate => chunk.unmapped(self.lazy.begin_generation()),
+                Stage::Discard => chunk.discarded(),
+            }
+        } else {
+            drop(chunk);
+        }
+        self.with(|todo| {
+            todo.left += range.len() - bytes.min(range.len());
+            todo.outcome.bytes += bytes;
+            todo.outcome.calls += treated.calls;
+            todo.outcome.failures += treated.failures;
+        });
+        treated.failures > 0
     }
 }
 

@@ -13,10 +13,12 @@ pub mod slice;
 pub mod thread;
 
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod stress;
 
 pub use execute::{Order, Outcome, ReclaimStats, Reclaimer};
-pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Sample, Tuning, decide};
+pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Room, Sample, Tuning, decide};
 pub use reported::{Release, ReportedMemory, ReportedStats};
 pub use sample::PressureSource;
 pub use slice::Pages;

@@ -25,6 +25,8 @@ pub struct Sample {
     pub available: u64,
     /// All memory of the host; 0 when it is not known: then only `stalled` counts.
     pub total: u64,
+    /// The tightest limit of the monitor's cgroup and of those above it; [`Room::default`]: none.
+    pub cgroup: Room,
     /// Lazily freed memory that could be invalidated and discarded.
     pub lazy: u64,
     /// Unmapped memory that could be discarded.
@@ -33,6 +35,37 @@ pub struct Sample {
     pub generation: u64,
     /// What is of this generation or an older one has reached the age of [`Mode::Age`].
     pub aged: u64,
+}
+
+/// An amount of memory, the host's or what a cgroup may have, and what of it is available. Bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// All of it; 0: not known, or not limited.
+    pub total: u64,
+    /// What can be had without reclaim.
+    pub available: u64,
+}
+
+impl Room {
+    /// The one that is farthest below its low watermark, or closest to it.
+    #[must_use]
+    pub fn tightest(rooms: impl Iterator<Item = Self>) -> Self {
+        let over = |room: &Self| i128::from(room.available) - i128::from(room.low());
+        rooms.min_by_key(over).unwrap_or_default()
+    }
+
+    /// 5 % of it, at least 256 MiB, at most a quarter.
+    fn low(self) -> u64 {
+        (self.total / 20).max(LOW_WATERMARK).min(self.total / 4)
+    }
+
+    fn missing(self) -> u64 {
+        self.low().saturating_sub(self.available)
+    }
+
+    fn is_near(self) -> bool {
+        self.total > 0 && self.available < self.low().saturating_mul(2)
+    }
 }
 
 /// When memory is taken.
@@ -176,21 +209,24 @@ pub fn decide(mode: Mode, sample: Sample, state: PolicyState) -> (Decision, Poli
     }
 }
 
-/// Pressure is a PSI report, or less available memory than the low watermark (5 % of the host, at least
-/// 256 MiB, at most a quarter). The first answer is a 16th of what can be taken, at least 64 MiB, at least
+/// Pressure is a PSI report, or less available memory than the low watermark: 5 % of the host, or of a cgroup's
+/// limit, at least 256 MiB, at most a quarter. The first answer is a 16th of what can be taken, at least 64 MiB, at least
 /// what is missing to the watermark; each further answer to pressure that lasts is twice as much.
 ///
 /// As much again is invalidated ahead of the next answer: pressure that has come rarely goes at once. So is
 /// one first answer's worth when the watermark is near: less than twice of it is available.
 fn under_pressure(sample: Sample, state: PolicyState) -> (Decision, PolicyState) {
-    let low = (sample.total / 20).max(LOW_WATERMARK).min(sample.total / 4);
-    let missing = low.saturating_sub(sample.available);
+    let host = Room {
+        total: sample.total,
+        available: sample.available,
+    };
+    let missing = host.missing().max(sample.cgroup.missing());
     let all = sample.lazy.saturating_add(sample.unmapped);
     let step = (all / 16).max(MIN_STEP);
     if !sample.stalled && missing == 0 {
         let calm = state.calm.saturating_add(1);
         let level = if calm < CALM_SAMPLES { state.level } else { 0 };
-        let near = sample.total > 0 && sample.available < low.saturating_mul(2);
+        let near = host.is_near() || sample.cgroup.is_near();
         let ahead = step.saturating_sub(sample.unmapped).min(sample.lazy);
         let decision = Decision {
             invalidate: if near { ahead } else { 0 },
@@ -340,6 +376,46 @@ mod tests {
             (decision.bytes, decision.invalidate),
             (256 * MIB, 256 * MIB)
         );
+    }
+
+    #[test]
+    fn a_cgroup_that_runs_short_counts_like_a_host() {
+        let within = |total, available| Sample {
+            cgroup: Room { total, available },
+            ..sample(false, 8 * GIB, 4 * GIB)
+        };
+        // A guest fills its cgroup of 2 GiB, whose watermark is 256 MiB, and gets some of it back.
+        let trace = [
+            within(2 * GIB, GIB),
+            within(2 * GIB, 300 * MIB),
+            within(2 * GIB, 200 * MIB),
+            within(2 * GIB, 0),
+            within(2 * GIB, 600 * MIB),
+            within(2 * GIB, 600 * MIB),
+            within(2 * GIB, 600 * MIB),
+            within(2 * GIB, 100 * MIB),
+        ];
+        let (none, first) = ((0, false), (256, false));
+        let decisions = [none, none, first, (512, false), none, none, none, first];
+        assert_eq!(replay(&trace), decisions);
+        let near = decide(Mode::Pressure, trace[1], PolicyState::default()).0;
+        assert_eq!((near.bytes, near.invalidate), (0, 256 * MIB));
+        // Small limits have small watermarks; no limit has none.
+        assert_eq!(replay(&[within(400 * MIB, 120 * MIB)]), [none]);
+        assert_eq!(replay(&[within(400 * MIB, 99 * MIB)]), [first]);
+        assert_eq!(replay(&[within(0, 0)]), [none]);
+        // What is missing to the watermark of a big limit is taken at once.
+        assert_eq!(replay(&[within(64 * GIB, 2 * GIB)]), [(1228, false)]);
+    }
+
+    #[test]
+    fn the_tightest_of_several_limits_counts() {
+        let room = |total, available| Room { total, available };
+        let (own, above) = (room(GIB, 200 * MIB), room(64 * GIB, GIB));
+        assert_eq!(Room::tightest([own, above].into_iter()), above);
+        let above = room(64 * GIB, 5 * GIB);
+        assert_eq!(Room::tightest([own, above].into_iter()), own);
+        assert_eq!(Room::tightest([].into_iter()), Room::default());
     }
 
     #[test]

@@ -1,11 +1,10 @@
 //! Free pages that the guest reports, and may write to as soon as it has been answered.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::lazy::LazyMemory;
-use crate::memory::{GpaRange, GuestRam, MemoryError};
+use crate::memory::{GpaRange, GuestRam};
 
 /// When the host gets reported pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +42,7 @@ struct Counters {
 pub struct ReportedMemory {
     lazy: Arc<LazyMemory>,
     ram: Arc<GuestRam>,
-    when_needed: AtomicBool,
+    release: Release,
     counters: Counters,
 }
 
@@ -51,22 +50,23 @@ impl ReportedMemory {
     /// Takes memory of `ram`; what of it is lazily free in `lazy` ceases to be.
     #[must_use]
     pub fn new(lazy: Arc<LazyMemory>, ram: Arc<GuestRam>, release: Release) -> Self {
+        let release = if ram.can_free_lazily() {
+            release
+        } else {
+            Release::AtOnce
+        };
         Self {
             lazy,
             ram,
-            when_needed: AtomicBool::new(release == Release::WhenNeeded),
+            release,
             counters: Counters::default(),
         }
     }
 
-    /// When the host gets the pages. Backing that cannot be marked falls back to [`Release::AtOnce`] by itself.
+    /// When the host gets the pages: [`Release::AtOnce`] for backing that cannot be marked, whatever was asked for.
     #[must_use]
-    pub fn release(&self) -> Release {
-        if self.when_needed.load(Ordering::Relaxed) {
-            Release::WhenNeeded
-        } else {
-            Release::AtOnce
-        }
+    pub const fn release(&self) -> Release {
+        self.release
     }
 
     /// Takes `ranges`, for which the guest has no use. They may be written to when this returns.
@@ -80,37 +80,16 @@ impl ReportedMemory {
 
     fn take_range(&self, range: GpaRange) {
         add(&self.counters.calls, 1);
-        let result = match self.release() {
-            Release::WhenNeeded => self.mark(range),
-            Release::AtOnce => self.discard(range),
+        let (result, done) = match self.release {
+            Release::WhenNeeded => (self.ram.mark_free(range), &self.counters.marked),
+            Release::AtOnce => (self.ram.discard(range), &self.counters.discarded),
         };
-        if let Err(error) = result {
-            add(&self.counters.failures, 1);
-            tracing::debug!(%error, "a reported range stays as it is");
-        }
-    }
-
-    fn discard(&self, range: GpaRange) -> Result<(), MemoryError> {
-        add(&self.counters.discarded, self.ram.discard(range)?);
-        Ok(())
-    }
-
-    fn mark(&self, range: GpaRange) -> Result<(), MemoryError> {
-        match self.ram.mark_free(range) {
-            Ok(bytes) => {
-                add(&self.counters.marked, bytes);
-                Ok(())
+        match result {
+            Ok(bytes) => add(done, bytes),
+            Err(error) => {
+                add(&self.counters.failures, 1);
+                tracing::debug!(%error, "a reported range stays as it is");
             }
-            Err(error) if is_unknown_advice(&error) => {
-                if self.when_needed.swap(false, Ordering::Relaxed) {
-                    tracing::warn!(
-                        "this memory cannot be marked free (MADV_FREE): reported pages are discarded at once"
-                    );
-                }
-                add(&self.counters.calls, 1);
-                self.discard(range)
-            }
-            Err(error) => Err(error),
         }
     }
 
@@ -125,10 +104,6 @@ impl ReportedMemory {
             marked_bytes_total: read(&self.counters.marked),
         }
     }
-}
-
-fn is_unknown_advice(error: &MemoryError) -> bool {
-    matches!(error, MemoryError::Discard { source, .. } if source.kind() == io::ErrorKind::InvalidInput)
 }
 
 fn add(counter: &AtomicU64, amount: u64) {
@@ -212,21 +187,18 @@ mod tests {
     }
 
     #[test]
-    fn only_advice_that_the_memory_does_not_know_changes_the_mode() {
-        let reported = reported(Release::WhenNeeded);
-        reported.take(&[range(15, 17)]);
-        assert_eq!(reported.snapshot().failures_total, 1);
-        assert_eq!(reported.release(), Release::WhenNeeded);
-        let error = |source: io::Error| MemoryError::Discard {
-            bytes: 1,
-            gpa: 0,
-            source,
-        };
-        assert!(is_unknown_advice(&error(io::Error::from_raw_os_error(
-            libc::EINVAL
-        ))));
-        assert!(!is_unknown_advice(&error(io::Error::from_raw_os_error(
-            libc::ENOMEM
-        ))));
+    fn what_the_host_refuses_stays_and_changes_nothing_else() {
+        for release in [Release::AtOnce, Release::WhenNeeded] {
+            let reported = reported(release);
+            (0..16).for_each(|mib| put(&reported, mib, 7));
+            reported.ram.lock(range(3, 4));
+            // Locked memory is refused with EINVAL, what is no RAM by ourselves.
+            reported.take(&[range(3, 4), range(15, 17), range(5, 6)]);
+            assert_eq!(reported.snapshot().failures_total, 2);
+            let done = reported.snapshot();
+            assert_eq!(done.discarded_bytes_total + done.marked_bytes_total, MIB);
+            assert_eq!(reported.release(), release);
+            assert_eq!((get(&reported, 3), get(&reported, 15)), (7, 7));
+        }
     }
 }

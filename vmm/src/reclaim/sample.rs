@@ -8,9 +8,9 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use super::Sample;
-use crate::sys::pressure::{HOST_PRESSURE, own_cgroup_pressure};
-use crate::sys::{MemInfo, PsiTrigger};
+use super::{Room, Sample};
+use crate::sys::pressure::HOST_PRESSURE;
+use crate::sys::{Cgroup, MemInfo, PsiTrigger};
 
 /// Stall that counts as pressure, in microseconds within [`WINDOW_US`].
 const STALL_US: u32 = 150_000;
@@ -25,11 +25,13 @@ const INTERVAL: Timespec = Timespec {
 };
 
 /// Where pressure comes from: PSI triggers of the monitor's own cgroup (v2 with a memory controller: its
-/// limits are felt there) and of the whole host, and the available memory once a second. The latter alone
-/// where the kernel has no PSI; it also sees a host without swap run short before anything stalls.
+/// limits are felt there) and of the whole host, and once a second the available memory of the host and what the limits
+/// of the own cgroup and of those above it leave. These alone where the kernel has no PSI; they also see a host without
+/// swap, or a cgroup, run short before anything stalls.
 #[derive(Debug)]
 pub struct PressureSource {
     triggers: Vec<PsiTrigger>,
+    cgroup: Option<Cgroup>,
     interval: Timespec,
 }
 
@@ -37,9 +39,9 @@ impl PressureSource {
     /// Arms what there is.
     #[must_use]
     pub fn open() -> Self {
-        let files = own_cgroup_pressure()
-            .into_iter()
-            .chain([HOST_PRESSURE.into()]);
+        let cgroup = Cgroup::own();
+        let own = cgroup.as_ref().map(Cgroup::pressure_file);
+        let files = own.into_iter().chain([HOST_PRESSURE.into()]);
         let arm = |file: &Path| PsiTrigger::arm(file, STALL_US, WINDOW_US);
         let triggers = files.filter_map(|file| match arm(&file) {
             Ok(trigger) => Some(trigger),
@@ -50,6 +52,7 @@ impl PressureSource {
         });
         Self {
             triggers: triggers.collect(),
+            cgroup,
             interval: INTERVAL,
         }
     }
@@ -59,6 +62,7 @@ impl PressureSource {
     pub const fn watermark_only() -> Self {
         Self {
             triggers: Vec::new(),
+            cgroup: None,
             interval: INTERVAL,
         }
     }
@@ -68,6 +72,7 @@ impl PressureSource {
     pub fn every(interval: Duration) -> Self {
         Self {
             triggers: Vec::new(),
+            cgroup: None,
             interval: Timespec::try_from(interval).unwrap_or(INTERVAL),
         }
     }
@@ -76,6 +81,15 @@ impl PressureSource {
     #[must_use]
     pub fn has_psi(&self) -> bool {
         !self.triggers.is_empty()
+    }
+
+    /// What is left of the tightest limit.
+    fn cgroup_room(&self) -> Room {
+        let limits = self.cgroup.iter().flat_map(Cgroup::limits);
+        Room::tightest(limits.map(|limit| Room {
+            total: limit.limit,
+            available: limit.available,
+        }))
     }
 
     /// Waits for a report, or for the interval, and takes a sample of the host. `None` when `stop` is
@@ -108,6 +122,7 @@ impl PressureSource {
             stalled,
             available: memory.map_or(0, |memory| memory.available),
             total: memory.map_or(0, |memory| memory.total),
+            cgroup: self.cgroup_room(),
             ..Sample::default()
         }))
     }

@@ -219,6 +219,45 @@ impl Mapping {
         }
     }
 
+    /// Whether there is a page behind the byte at `offset`, by mincore(2).
+    ///
+    /// # Errors
+    /// mincore(2)'s; `EINVAL` also for an offset outside of the mapping.
+    pub fn is_present(&self, offset: usize) -> io::Result<bool> {
+        self.check(offset, 1)?;
+        let page = pointer(self.address + offset / SMALL_PAGE * SMALL_PAGE);
+        let mut present = 0u8;
+        // SAFETY: the page lies in this mapping, and one page's answer is one byte.
+        match unsafe { libc::mincore(page, SMALL_PAGE, &raw mut present) } {
+            0 => Ok(present & 1 == 1),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Locks a part in memory (mlock(2)): advice that drops its pages is refused with `EINVAL` then.
+    #[cfg(test)]
+    pub(crate) fn lock(&self, offset: usize, len: usize) {
+        self.check(offset, len).unwrap();
+        // SAFETY: the part lies in this mapping; nothing changes but where its pages may go.
+        unsafe { rustix::mm::mlock(pointer(self.address + offset), len).unwrap() };
+    }
+
+    /// Undoes [`Mapping::lock`].
+    #[cfg(test)]
+    pub(crate) fn unlock(&self, offset: usize, len: usize) {
+        self.check(offset, len).unwrap();
+        // SAFETY: as for `lock`.
+        unsafe { rustix::mm::munlock(pointer(self.address + offset), len).unwrap() };
+    }
+
+    /// Makes a hole: advice for what is around it is answered with `ENOMEM` then. Nobody may touch it afterwards.
+    #[cfg(test)]
+    pub(crate) fn unmap(&self, offset: usize, len: usize) {
+        self.check(offset, len).unwrap();
+        // SAFETY: the part lies in this mapping, and the test that asks for it keeps away from it.
+        unsafe { rustix::mm::munmap(pointer(self.address + offset), len).unwrap() };
+    }
+
     /// How many bytes the host holds, by mincore(2).
     #[cfg(test)]
     pub(crate) fn resident(&self) -> usize {

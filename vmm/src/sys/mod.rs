@@ -1,5 +1,6 @@
 //! The host kernel's interfaces that Ebb needs and no crate offers safely. Nothing here knows of guests.
 
+pub mod cgroup;
 pub mod heir;
 pub mod mapping;
 pub mod nodes;
@@ -7,9 +8,12 @@ pub mod pressure;
 pub mod process;
 mod signals;
 mod usage;
+mod userfault;
 
+pub use cgroup::{Cgroup, MemoryLimit};
 pub use heir::{Board, Heir, Legacy};
 pub use mapping::{Advice, Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;
-pub use usage::{own_process, resident_bytes};
+pub use usage::{own_process, resident_bytes, thread_name};
+pub use userfault::{Fault, Userfault};

@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Pressure of the whole host.
 pub const HOST_PRESSURE: &str = "/proc/pressure/memory";
@@ -32,29 +32,6 @@ impl AsFd for PsiTrigger {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
-}
-
-/// The pressure file of this process's own cgroup, where cgroup v2 controls memory.
-#[must_use]
-pub fn own_cgroup_pressure() -> Option<PathBuf> {
-    let cgroup = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let directory = own_cgroup(&cgroup, &mounts)?;
-    let controlled = directory.join("memory.current").exists();
-    controlled.then(|| directory.join("memory.pressure"))
-}
-
-/// The directory of the cgroup v2 that `cgroup` (/proc/self/cgroup) names, under the mount point that
-/// `mounts` (/proc/self/mountinfo) names.
-fn own_cgroup(cgroup: &str, mounts: &str) -> Option<PathBuf> {
-    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    mounts.lines().find_map(|line| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        let mut fields = mount.split(' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        // Under another root than our own namespace's the path would mean something else.
-        (root == "/" && filesystem.starts_with("cgroup2 ")).then(|| Path::new(point).join(path))
-    })
 }
 
 /// The host's memory as /proc/meminfo has it, in bytes.
@@ -92,27 +69,6 @@ impl MemInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const HYBRID: &str = "\
-30 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
-41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
-";
-
-    #[test]
-    fn the_own_cgroup_is_found_under_the_unified_mount() {
-        let found = |cgroup| own_cgroup(cgroup, HYBRID);
-        let want = Path::new("/sys/fs/cgroup/unified/vms/one");
-        assert_eq!(found("4:memory:/x\n0::/vms/one\n").as_deref(), Some(want));
-        assert_eq!(found("4:memory:/x\n"), None);
-        assert_eq!(
-            own_cgroup("0::/", "30 31 0:32 / /m rw - cgroup cgroup rw"),
-            None
-        );
-        assert_eq!(
-            own_cgroup("0::/", "30 31 0:32 /sub /m rw - cgroup2 cgroup2 rw"),
-            None
-        );
-    }
 
     #[test]
     fn meminfo_is_in_bytes() {

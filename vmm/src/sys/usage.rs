@@ -1,4 +1,4 @@
-//! This process: a descriptor of it, and how much memory it takes.
+//! This process: a descriptor of it, how much memory it takes, and what its threads are called.
 
 use std::fs;
 use std::io;
@@ -20,6 +20,13 @@ pub fn resident_bytes() -> Option<u64> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
+}
+
+/// Name of the thread `thread` of this process; `None` when it is none, or has ended.
+#[must_use]
+pub fn thread_name(thread: i32) -> Option<String> {
+    let name = fs::read_to_string(format!("/proc/self/task/{thread}/comm")).ok()?;
+    Some(name.trim_end().to_owned())
 }
 
 #[cfg(test)]

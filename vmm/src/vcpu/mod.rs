@@ -17,6 +17,7 @@ use crate::bus::{Action, Bus, ExitReason};
 use crate::generation::Gate;
 use crate::hypercall::{Arguments, Hypercalls};
 use crate::kvm::{KickTable, KickTarget, KvmError, kick};
+use crate::strict::Strict;
 
 pub use setup::{VcpuSetup, configure};
 
@@ -32,6 +33,8 @@ pub struct Shared {
     pub kicks: Arc<KickTable>,
     /// Carries out the guest's calls.
     pub hypercalls: Arc<Hypercalls>,
+    /// Strict mode, where it is on.
+    pub strict: Option<Arc<Strict>>,
     /// Called once a vCPU learns that the machine must end; the first reason counts.
     pub on_exit: Box<dyn Fn(ExitReason) + Send + Sync>,
 }
@@ -113,9 +116,21 @@ fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Opti
         if stopping.load(Ordering::SeqCst) {
             return None;
         }
+        if let Some(strict) = shared
+            .strict
+            .as_deref()
+            .filter(|strict| strict.is_caught(index))
+        {
+            // Where it cannot be told, it is 0.
+            strict.tell(
+                index,
+                target.registers().map_or(0, |registers| registers.rip),
+            );
+        }
         // The only place where a vCPU enters the guest. While it handles the exit it is out.
         let exit = {
             let _inside = shared.gate.enter(index)?;
+            let _in_guest = shared.strict.as_ref().map(|strict| strict.in_guest(index));
             target.run()
         };
         match exit {

@@ -11,7 +11,7 @@ use crate::bus::ExitReason;
 use crate::config::MachineConfig;
 use crate::control::{
     BalloonState, BalloonStatistics, Command, CommandError, Controller, GateState, HypercallState,
-    InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingState, Response,
+    InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingState, Response, StrictState,
 };
 use crate::devices::virtio::balloon::{BalloonHandle, ReportStats};
 use crate::generation::{Gate, GateStats};
@@ -19,6 +19,7 @@ use crate::hypercall::Hypercalls;
 use crate::lazy::LazyMemory;
 use crate::memory::PAGE_SIZE;
 use crate::reclaim::{Reclaimer, Release, ReportedMemory};
+use crate::strict::{Strict, StrictStats};
 
 /// A running machine, as far as it can be asked.
 pub struct Control {
@@ -42,6 +43,8 @@ pub struct Control {
     pub reported: Arc<ReportedMemory>,
     /// Frees the machine's memory at its end.
     pub ending: Arc<Ending>,
+    /// Strict mode, where it is on.
+    pub strict: Option<Arc<Strict>>,
 }
 
 impl Controller for Control {
@@ -89,6 +92,15 @@ const fn gate_state(stats: &GateStats) -> GateState {
         pauses: stats.pauses,
         pause_us_total: stats.pause_us,
         longest_pause_us: stats.longest_pause_us,
+    }
+}
+
+const fn strict_state(stats: StrictStats) -> StrictState {
+    StrictState {
+        faults_total: stats.faults_total,
+        vcpu_violations_total: stats.vcpu_violations_total,
+        device_violations_total: stats.device_violations_total,
+        discard_failures_total: stats.discard_failures_total,
     }
 }
 
@@ -197,6 +209,10 @@ impl Control {
             gate: gate_state(&reclaim.gate),
             hypercalls: self.hypercall_state(),
             reporting: self.reporting(),
+            strict: self
+                .strict
+                .as_ref()
+                .map(|strict| strict_state(strict.snapshot())),
         }
     }
 

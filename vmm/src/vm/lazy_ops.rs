@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::hypercall::{LazyOps, States, Survey};
 use crate::lazy::{LazyMemory, Surveyed};
 use crate::memory::{GpaRange, GuestRam};
+use crate::strict::Strict;
 
 /// Carries out the guest's calls on the machine's memory.
 pub struct TrackedMemory {
@@ -12,6 +13,8 @@ pub struct TrackedMemory {
     pub lazy: Arc<LazyMemory>,
     /// Tells what is RAM, and populates it.
     pub ram: Arc<GuestRam>,
+    /// Strict mode, where it is on.
+    pub strict: Option<Arc<Strict>>,
 }
 
 impl LazyOps for TrackedMemory {
@@ -20,7 +23,11 @@ impl LazyOps for TrackedMemory {
     }
 
     fn lazy_free(&self, ranges: &[GpaRange]) -> u64 {
-        self.lazy.free(ranges).refused
+        match &self.strict {
+            Some(strict) => strict.free(ranges),
+            None => self.lazy.free(ranges),
+        }
+        .refused
     }
 
     fn reuse(&self, ranges: &[GpaRange]) -> bool {

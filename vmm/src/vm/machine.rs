@@ -34,6 +34,7 @@ use crate::memory::{Backing, GpaRange, GuestRam};
 use crate::reclaim::{
     Mode, Pages, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
 };
+use crate::strict::{Strict, StrictThread};
 use crate::sys::TerminationSignals;
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
@@ -48,6 +49,7 @@ pub struct Vm {
     vcpus: Vcpus,
     devices: DeviceStop,
     reclaim: Option<ReclaimThread>,
+    strict: Option<StrictThread>,
     kvm: kvm::Machine,
     ending: Arc<Ending>,
     exit: Arc<ExitSlot>,
@@ -65,6 +67,7 @@ struct Memory {
     gate: Arc<Gate>,
     kicks: Arc<KickTable>,
     reported: Arc<ReportedMemory>,
+    strict: Option<Arc<Strict>>,
 }
 
 impl Memory {
@@ -98,6 +101,10 @@ impl Memory {
         ));
         let release = release(config.balloon.as_ref());
         let reported = ReportedMemory::new(Arc::clone(&lazy), Arc::clone(&ram), release);
+        let strict = config.lazy.strict.then(|| {
+            let (lazy, ram, kicks) = (Arc::clone(&lazy), Arc::clone(&ram), Arc::clone(&kicks));
+            Arc::new(Strict::new(lazy, ram, kicks, vcpus))
+        });
         Ok(Self {
             guest: ram.memory(),
             ram,
@@ -107,6 +114,7 @@ impl Memory {
             gate,
             kicks,
             reported: Arc::new(reported),
+            strict,
         })
     }
 
@@ -115,6 +123,7 @@ impl Memory {
         let ops = TrackedMemory {
             lazy: Arc::clone(&self.lazy),
             ram: Arc::clone(&self.ram),
+            strict: self.strict.clone(),
         };
         let guest = Arc::clone(&self.guest);
         Arc::new(Hypercalls::new(interface, guest, Box::new(ops)))
@@ -126,6 +135,7 @@ impl Memory {
             reclaimer: Arc::clone(&self.reclaimer),
             reported: Arc::clone(&self.reported),
             ram: Arc::clone(&self.ram),
+            strict: self.strict.clone(),
         }
     }
 }
@@ -151,7 +161,7 @@ impl Vm {
     /// [`LaunchError`].
     pub fn build(config: MachineConfig, guardian: &'static Guardian) -> Result<Self, LaunchError> {
         let started = Instant::now();
-        let host = Hypervisor::open()?;
+        let mut host = Hypervisor::open()?;
         let layout = layout::ram(config.memory.size);
         host.check_limits(config.vcpus, layout.last().map_or(0, |range| range.end()))?;
         let disks = open_disks(&config.disks)?;
@@ -161,6 +171,10 @@ impl Vm {
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(&memory.ram))?;
+        if memory.strict.is_some() {
+            host.hide_async_faults();
+            machine.fault_synchronously()?;
+        }
 
         let mut devices = Devices::default();
         devices.attach_platform()?;
@@ -193,6 +207,7 @@ impl Vm {
             hypercalls: memory.hypercalls(interface),
             reported: Arc::clone(&memory.reported),
             ending,
+            strict: memory.strict.clone(),
             config,
         };
         Self::start(machine, memory, devices, console, vcpus, control)
@@ -216,6 +231,9 @@ impl Vm {
         let hypercalls = Arc::clone(&control.hypercalls);
         let ending = Arc::clone(&control.ending);
         let reclaim = start_reclaim(memory.reclaimer)?;
+        let strict = memory.strict.clone();
+        let watch = |strict| StrictThread::start(strict, Arc::clone(&memory.ram));
+        let strict_thread = strict.clone().map(watch).transpose()?;
         let socket = control.config.api_socket.clone();
         let api = socket
             .map(|path| api::serve(&path, Arc::new(control)))
@@ -233,6 +251,7 @@ impl Vm {
             gate: memory.gate,
             kicks: memory.kicks,
             hypercalls,
+            strict,
             on_exit,
         });
         let vcpus = Vcpus::start(vcpus, &shared).map_err(LaunchError::system("vCPU thread"))?;
@@ -243,6 +262,7 @@ impl Vm {
             vcpus,
             devices: DeviceStop(virtio),
             reclaim,
+            strict: strict_thread,
             kvm,
             ending,
             exit,
@@ -266,6 +286,7 @@ impl Vm {
         self.vcpus.stop();
         self.devices.stop();
         drop(self.reclaim.take());
+        drop(self.strict.take());
         let Self {
             vcpus,
             devices,

@@ -23,6 +23,7 @@ use crate::guardian::{Guardian, Log};
 use crate::kvm::{self, KvmError};
 use crate::memory::MemoryError;
 use crate::reclaim;
+use crate::strict;
 use crate::sys::TerminationSignals;
 use machine::Vm;
 
@@ -62,6 +63,9 @@ pub enum LaunchError {
     /// Reclaim cannot be started.
     #[error(transparent)]
     Reclaim(#[from] reclaim::StartError),
+    /// Strict mode cannot be had.
+    #[error(transparent)]
+    Strict(#[from] strict::StartError),
     /// Two devices collide: a mistake of ours.
     #[error(transparent)]
     Bus(#[from] Overlap),

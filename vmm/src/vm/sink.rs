@@ -6,6 +6,7 @@ use crate::devices::virtio::balloon::RangeSink;
 use crate::lazy::LazyMemory;
 use crate::memory::{GpaRange, GuestRam};
 use crate::reclaim::{Reclaimer, ReportedMemory};
+use crate::strict::Strict;
 
 /// Here a balloon page becomes a lazy range, and a deflated one is in use again.
 pub struct LazySink {
@@ -17,11 +18,16 @@ pub struct LazySink {
     pub reported: Arc<ReportedMemory>,
     /// Tells what is RAM.
     pub ram: Arc<GuestRam>,
+    /// Strict mode, where it is on.
+    pub strict: Option<Arc<Strict>>,
 }
 
 impl RangeSink for LazySink {
     fn lazy_free(&self, ranges: &[GpaRange]) {
-        self.lazy.free(ranges);
+        match &self.strict {
+            Some(strict) => strict.free(ranges),
+            None => self.lazy.free(ranges),
+        };
     }
 
     fn reuse(&self, ranges: &[GpaRange]) {

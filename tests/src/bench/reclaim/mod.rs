@@ -37,8 +37,8 @@ pub struct Arguments {
     /// Pairs of windows of 2 s in which the guest's work is measured
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     windows: u32,
-    /// Measure only this: curve, quiescent, throughput, slowdown
-    #[arg(long)]
+    /// Measure only this: curve, quiescent, throughput, slowdown; the report is `reclaim-THIS.json`
+    #[arg(long, value_parser = ["curve", "quiescent", "throughput", "slowdown"])]
     only: Option<String>,
     /// One short round of what is counted; nothing that takes time to tell
     #[arg(long)]
@@ -104,7 +104,10 @@ pub fn measure(arguments: &Arguments) -> Result<Report> {
     }
     let ratio = |(name, value)| Ratio { name, value };
     Ok(Report {
-        name: "reclaim".to_owned(),
+        name: match &arguments.only {
+            Some(only) => format!("reclaim-{only}"),
+            None => "reclaim".to_owned(),
+        },
         host: Host::probe(),
         rows: samples.rows(),
         ratios: ratios.into_iter().map(ratio).collect(),

@@ -1,0 +1,230 @@
+//! Strict mode: a debugging aid for those who write guest allocators. Memory that the guest frees lazily is discarded
+//! at once, and whoever touches it before a reuse is caught by the page fault, reported, and goes on with zeroes.
+//!
+//! The guest's memory is watched with userfaultfd. A fault by a vCPU is waited for in its own `KVM_RUN`, because
+//! the machine was told to fault synchronously (see [`crate::kvm::Machine::fault_synchronously`]). So the watcher
+//! first kicks that vCPU and then makes the page: the vCPU comes out of `KVM_RUN` before it can enter the guest
+//! again, with the instruction pointer still at the instruction whose access was caught.
+
+mod thread;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::faults::GuestFaults;
+use crate::generation::Kick;
+use crate::kvm::KickTable;
+use crate::lazy::{Freed, LazyMemory, Pieces, Sweep};
+use crate::memory::{GpaRange, GuestRam, MissingPage};
+
+pub use thread::{StartError, StrictThread};
+
+#[cfg(test)]
+mod tests;
+
+/// Chunks that are discarded are never bigger: a reuse may have to wait for one.
+const CHUNK: u64 = 8 << 20;
+
+/// Caught accesses that a vCPU is told of at its next exit. More than one are made only by instructions that KVM emulates.
+const MAX_CAUGHT: usize = 16;
+
+/// Counters since the machine started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StrictStats {
+    /// Missing pages that were made, whoever wanted them.
+    pub faults_total: u64,
+    /// Of these, lazily free ones that a vCPU touched.
+    pub vcpu_violations_total: u64,
+    /// Of these, lazily free ones that a thread of the monitor touched for the guest.
+    pub device_violations_total: u64,
+    /// Chunks of lazily freed memory that the host would not take: accesses to them are not caught.
+    pub discard_failures_total: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    faults: AtomicU64,
+    vcpu_violations: AtomicU64,
+    device_violations: AtomicU64,
+    discard_failures: AtomicU64,
+}
+
+/// An access to lazily free memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Access {
+    page: u64,
+    write: bool,
+}
+
+impl Access {
+    const fn verb(self) -> &'static str {
+        if self.write { "writes to" } else { "reads" }
+    }
+}
+
+/// What is caught of one vCPU.
+#[derive(Default)]
+struct Vcpu {
+    /// Its thread is in `KVM_RUN`: what it touches is touched by the guest.
+    in_guest: AtomicBool,
+    /// `caught` is not empty.
+    any: AtomicBool,
+    caught: Mutex<Vec<Access>>,
+}
+
+impl Vcpu {
+    fn caught(&self) -> MutexGuard<'_, Vec<Access>> {
+        self.caught.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Strict mode of one machine.
+///
+/// **Locks**: `caught` of a vCPU is taken alone and held for moments. The watcher takes it and the tracker's, one after the
+/// other, and waits for nobody: whoever touches guest memory may wait for the watcher, so nobody may touch
+/// it with one of these locks held.
+pub struct Strict {
+    lazy: Arc<LazyMemory>,
+    ram: Arc<GuestRam>,
+    kicks: Arc<KickTable>,
+    vcpus: Box<[Vcpu]>,
+    faults: GuestFaults,
+    counters: Counters,
+}
+
+impl Strict {
+    /// Strict mode for the memory `ram` of a machine with `vcpus` vCPUs, whose threads register with `kicks`.
+    #[must_use]
+    pub fn new(
+        lazy: Arc<LazyMemory>,
+        ram: Arc<GuestRam>,
+        kicks: Arc<KickTable>,
+        vcpus: usize,
+    ) -> Self {
+        Self {
+            lazy,
+            ram,
+            kicks,
+            vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
+            faults: GuestFaults::new("strict"),
+            counters: Counters::default(),
+        }
+    }
+
+    /// As [`LazyMemory::free`], and the memory is discarded before this returns. What is freed again without a reuse
+    /// is discarded again, so that the next access is caught again.
+    pub fn free(&self, ranges: &[GpaRange]) -> Freed {
+        self.lazy.reuse(ranges);
+        let freed = self.lazy.free(ranges);
+        for &range in ranges {
+            let mut sweep = Sweep::new(Pieces::Any, u64::MAX).within(range);
+            while let Some(chunk) = self.lazy.take_chunk(&mut sweep, CHUNK) {
+                match self.ram.discard(chunk.range()) {
+                    Ok(_) => chunk.discarded(),
+                    Err(error) => {
+                        add(&self.counters.discard_failures);
+                        tracing::debug!(%error, "accesses to this are not caught");
+                    }
+                }
+            }
+        }
+        freed
+    }
+
+    /// The thread of the vCPU `index` is in `KVM_RUN` until the returned value is dropped.
+    pub fn in_guest(&self, index: usize) -> InGuest<'_> {
+        self.vcpus[index].in_guest.store(true, Ordering::Release);
+        InGuest(&self.vcpus[index])
+    }
+
+    /// Whether the vCPU `index` was caught since [`Strict::tell`] was last called for it.
+    #[must_use]
+    pub fn is_caught(&self, index: usize) -> bool {
+        self.vcpus[index].any.load(Ordering::Acquire)
+    }
+
+    /// Reports what the vCPU `index` was caught at, with its instruction pointer `rip`. To be called by its thread between
+    /// an exit and the next entry.
+    pub fn tell(&self, index: usize, rip: u64) {
+        let vcpu = &self.vcpus[index];
+        vcpu.any.store(false, Ordering::Release);
+        for access in std::mem::take(&mut *vcpu.caught()) {
+            self.faults.report(format_args!(
+                "vCPU {index} at RIP {rip:#x} {} page {:#x}, which is lazily free: no REUSE since its LAZY_FREE",
+                access.verb(),
+                access.page
+            ));
+        }
+    }
+
+    /// The counters.
+    #[must_use]
+    pub fn snapshot(&self) -> StrictStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        StrictStats {
+            faults_total: read(&self.counters.faults),
+            vcpu_violations_total: read(&self.counters.vcpu_violations),
+            device_violations_total: read(&self.counters.device_violations),
+            discard_failures_total: read(&self.counters.discard_failures),
+        }
+    }
+
+    /// Judges an access before its page is made: counts and reports it if the page is lazily free.
+    fn judge(&self, missing: &MissingPage) {
+        add(&self.counters.faults);
+        if self.lazy.survey(missing.page).totals.ranges == 0 {
+            return;
+        }
+        let access = Access {
+            page: missing.page.start(),
+            write: missing.write,
+        };
+        let vcpu = self.kicks.vcpu_of(missing.thread);
+        let inside = |index: &usize| self.vcpus[*index].in_guest.load(Ordering::Acquire);
+        match vcpu.filter(inside) {
+            Some(index) => {
+                add(&self.counters.vcpu_violations);
+                self.catch(index, access);
+            }
+            None => {
+                add(&self.counters.device_violations);
+                self.report_thread(missing.thread, access);
+            }
+        }
+    }
+
+    fn catch(&self, index: usize, access: Access) {
+        let vcpu = &self.vcpus[index];
+        let mut caught = vcpu.caught();
+        if caught.len() < MAX_CAUGHT {
+            caught.push(access);
+        }
+        drop(caught);
+        vcpu.any.store(true, Ordering::Release);
+        self.kicks.kick(index);
+    }
+
+    fn report_thread(&self, thread: i32, access: Access) {
+        let name = crate::sys::thread_name(thread);
+        let name = name.as_deref().unwrap_or("of the host's kernel");
+        self.faults.report(format_args!(
+            "device: the thread {name} {} page {:#x}, which is lazily free: no REUSE since its LAZY_FREE",
+            access.verb(),
+            access.page
+        ));
+    }
+}
+
+/// See [`Strict::in_guest`].
+#[must_use = "the vCPU is out when this is dropped"]
+pub struct InGuest<'a>(&'a Vcpu);
+
+impl Drop for InGuest<'_> {
+    fn drop(&mut self) {
+        self.0.in_guest.store(false, Ordering::Release);
+    }
+}
+
+fn add(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}

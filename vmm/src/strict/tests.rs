@@ -1,0 +1,88 @@
+//! Strict mode without a guest: this thread stands for a device's.
+
+use std::time::Instant;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::*;
+use crate::generation::VmGeneration;
+use crate::memory::{Backing, PAGE_SIZE};
+use crate::sys::Userfault;
+
+const PAGES: u64 = 4096;
+
+/// Strict mode over [`PAGES`] pages, `None` where this process may not have it: then the error must say so.
+fn start() -> Option<(Arc<Strict>, StrictThread, Arc<GuestMemoryMmap>)> {
+    let ram = Arc::new(GuestRam::allocate(Backing::default(), &[pages(0, PAGES)]).unwrap());
+    let lazy = Arc::new(LazyMemory::new(100, Arc::new(VmGeneration::default())));
+    let kicks = Arc::new(KickTable::new(1));
+    let memory = ram.memory();
+    let strict = Arc::new(Strict::new(lazy, Arc::clone(&ram), kicks, 1));
+    match (
+        Userfault::open(),
+        StrictThread::start(Arc::clone(&strict), ram),
+    ) {
+        (Ok(_), started) => Some((strict, started.unwrap(), memory)),
+        (Err(_), started) => {
+            assert!(matches!(started.err(), Some(StartError::Watch(_))));
+            None
+        }
+    }
+}
+
+fn pages(start: u64, end: u64) -> GpaRange {
+    GpaRange::new(start * PAGE_SIZE, end * PAGE_SIZE).unwrap()
+}
+
+fn write(memory: &GuestMemoryMmap, page: u64) {
+    memory
+        .write_obj(7_u64, GuestAddress(page * PAGE_SIZE))
+        .unwrap();
+}
+
+fn read(memory: &GuestMemoryMmap, page: u64) -> u64 {
+    memory.read_obj(GuestAddress(page * PAGE_SIZE)).unwrap()
+}
+
+#[test]
+fn each_lazily_free_page_is_caught_once_until_it_is_freed_again() {
+    let Some((strict, thread, memory)) = start() else {
+        return;
+    };
+    let violations = || strict.snapshot().device_violations_total;
+    let begin = Instant::now();
+    (0..PAGES).for_each(|page| write(&memory, page));
+    println!("{:?} a fault", begin.elapsed() / PAGES as u32);
+    assert_eq!(strict.snapshot().faults_total, PAGES);
+    for round in 1..4 {
+        strict.free(&[pages(100, 200)]);
+        assert!((50..250).all(|page| (read(&memory, page) == 0) == (100..200).contains(&page)));
+        (100..200).for_each(|page| write(&memory, page));
+        assert_eq!(violations(), round * 100);
+    }
+    strict.free(&[pages(100, 200)]);
+    strict.lazy.reuse(&[pages(100, 150)]);
+    (0..300).for_each(|page| write(&memory, page));
+    assert_eq!(violations(), 350);
+    assert_eq!(strict.faults.count(), 350);
+    strict.lazy.reset();
+    drop(thread);
+    // Nobody watches any more, and nobody waits.
+    strict.free(&[pages(0, PAGES)]);
+    assert_eq!(read(&memory, 0), 0);
+    assert_eq!(violations(), 350);
+}
+
+#[test]
+fn threads_that_touch_one_page_at_once_all_go_on_and_are_one_report() {
+    let Some((strict, _thread, memory)) = start() else {
+        return;
+    };
+    strict.free(&[pages(0, 500)]);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| (0..500).for_each(|page| write(&memory, page)));
+        }
+    });
+    assert_eq!(strict.snapshot().device_violations_total, 500);
+}

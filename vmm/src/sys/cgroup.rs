@@ -1,0 +1,153 @@
+//! The limits on memory of this process's cgroup, version 2 (Documentation/admin-guide/cgroup-v2.rst).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The cgroup of this process and those above it, as far as they control memory. Where the process is moved to later is
+/// not noticed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cgroup {
+    /// The own one first; not empty.
+    folders: Vec<PathBuf>,
+}
+
+/// A limit on memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryLimit {
+    /// The lower one of `memory.high` and `memory.max`.
+    pub limit: u64,
+    /// What of it is not in use, or in use for cached files that nobody has needed for long.
+    pub available: u64,
+}
+
+impl Cgroup {
+    /// That of this process; `None` where no cgroup of version 2 controls its memory.
+    #[must_use]
+    pub fn own() -> Option<Self> {
+        let cgroup = fs::read_to_string("/proc/self/cgroup").ok()?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let (point, path) = own_folder(&cgroup, &mounts)?;
+        Self::at(&point, &path)
+    }
+
+    /// The cgroup `path` below the mount point `point`.
+    fn at(point: &Path, path: &Path) -> Option<Self> {
+        let own = point.join(path);
+        let controlled = |folder: &&Path| folder.join("memory.current").exists();
+        // The root has no such file, nor has what is above a namespace's root.
+        let folders = own
+            .ancestors()
+            .take_while(|folder| folder.starts_with(point));
+        let folders: Vec<_> = folders.take_while(controlled).map(Path::to_owned).collect();
+        (!folders.is_empty()).then_some(Self { folders })
+    }
+
+    /// The file that tells of pressure in the own one.
+    #[must_use]
+    pub fn pressure_file(&self) -> PathBuf {
+        self.folders[0].join("memory.pressure")
+    }
+
+    /// The limits that there are just now, the own one first.
+    pub fn limits(&self) -> impl Iterator<Item = MemoryLimit> {
+        self.folders.iter().filter_map(|folder| limit(folder))
+    }
+}
+
+fn limit(folder: &Path) -> Option<MemoryLimit> {
+    let read = |name| fs::read_to_string(folder.join(name)).ok();
+    // "max" is no number: no limit.
+    let number = |name| read(name)?.trim().parse::<u64>().ok();
+    let limit = number("memory.high")
+        .into_iter()
+        .chain(number("memory.max"))
+        .min()?;
+    let used = number("memory.current")?.saturating_sub(inactive_file(&read("memory.stat")?));
+    Some(MemoryLimit {
+        limit,
+        available: limit.saturating_sub(used),
+    })
+}
+
+fn inactive_file(stat: &str) -> u64 {
+    let line = stat
+        .lines()
+        .find_map(|line| line.strip_prefix("inactive_file "));
+    line.and_then(|bytes| bytes.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Where cgroups of version 2 are mounted, says `mounts` (/proc/self/mountinfo), and below that the folder of the
+/// one that `cgroup` (/proc/self/cgroup) names.
+fn own_folder(cgroup: &str, mounts: &str) -> Option<(PathBuf, PathBuf)> {
+    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    mounts.lines().find_map(|line| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        // Under another root than our own namespace's the path would mean something else.
+        (root == "/" && filesystem.starts_with("cgroup2 ")).then(|| (point.into(), path.into()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+30 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
+";
+
+    #[test]
+    fn the_own_cgroup_is_found_under_the_unified_mount() {
+        let found = |cgroup| own_folder(cgroup, HYBRID);
+        let want = ("/sys/fs/cgroup/unified".into(), "vms/one".into());
+        assert_eq!(found("4:memory:/x\n0::/vms/one\n"), Some(want));
+        assert_eq!(found("4:memory:/x\n"), None);
+        let v1 = "30 31 0:32 / /m rw - cgroup cgroup rw";
+        assert_eq!(own_folder("0::/", v1), None);
+        let bound = "30 31 0:32 /sub /m rw - cgroup2 cgroup2 rw";
+        assert_eq!(own_folder("0::/", bound), None);
+    }
+
+    #[test]
+    fn limits_of_the_own_cgroup_and_of_those_above() {
+        let root = tempfile::TempDir::new().unwrap();
+        let own = root.path().join("vms/one");
+        fs::create_dir_all(&own).unwrap();
+        assert_eq!(Cgroup::at(root.path(), Path::new("vms/one")), None);
+        let write = |folder: &Path, files: [(&str, &str); 4]| {
+            for (name, text) in files {
+                fs::write(folder.join(format!("memory.{name}")), text).unwrap();
+            }
+        };
+        let (high, max) = (("high", "max\n"), ("max", "max\n"));
+        let stat = ("stat", "anon 5\nactive_file 7\ninactive_file 100\n");
+        write(&own, [high, max, ("current", "400\n"), stat]);
+        write(
+            &root.path().join("vms"),
+            [
+                ("high", "800\n"),
+                ("max", "900\n"),
+                ("current", "600\n"),
+                stat,
+            ],
+        );
+        let cgroup = Cgroup::at(root.path(), Path::new("vms/one")).unwrap();
+        let limit = |limit, available| MemoryLimit { limit, available };
+        let limits = || cgroup.limits().collect::<Vec<_>>();
+        assert_eq!(limits(), [limit(800, 300)]);
+        write(
+            &own,
+            [
+                ("high", "max\n"),
+                ("max", "250\n"),
+                ("current", "400\n"),
+                stat,
+            ],
+        );
+        assert_eq!(limits(), [limit(250, 0), limit(800, 300)]);
+        assert!(cgroup.pressure_file().ends_with("vms/one/memory.pressure"));
+    }
+}

@@ -1,0 +1,186 @@
+//! Page faults of this process, those that the kernel takes for KVM included, handed to us (userfaultfd(2)).
+
+use std::ffi::c_void;
+use std::fs::OpenOptions;
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use linux_raw_sys::general::{
+    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_THREAD_ID, UFFD_PAGEFAULT_FLAG_WRITE,
+    UFFDIO_REGISTER_MODE_MISSING, uffd_msg, uffdio_api, uffdio_range, uffdio_register,
+    uffdio_zeropage,
+};
+use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE};
+use rustix::io::Errno;
+use rustix::mm::UserfaultfdFlags;
+
+use super::Mapping;
+
+/// Size in bytes of the pages that faults are about.
+const PAGE: usize = 4096;
+
+/// `USERFAULTFD_IOC_NEW` of /dev/userfaultfd: `_IO(0xAA, 0)`.
+const NEW: libc::c_ulong = 0xaa00;
+
+/// A thread that waits for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Address of the page in this process.
+    pub address: usize,
+    /// It wants to write; else to read.
+    pub write: bool,
+    /// Its number: one of our threads, or of the kernel's that work for us.
+    pub thread: i32,
+}
+
+/// Faults on missing pages of the mappings that were given to [`Userfault::watch`]. When this is dropped, whoever
+/// waits gets its page from the kernel, and later faults are none of ours.
+#[derive(Debug)]
+pub struct Userfault {
+    fd: OwnedFd,
+}
+
+impl Userfault {
+    /// Opens one that sees faults of the kernel, too: by the system call, which needs `CAP_SYS_PTRACE` or
+    /// `vm.unprivileged_userfaultfd=1`, else by /dev/userfaultfd (Linux 6.1), which needs the permission to
+    /// write to it.
+    ///
+    /// # Errors
+    /// `EPERM` when neither is allowed, `ENOSYS` when the kernel has no such thing, `EINVAL` before Linux 4.14.
+    pub fn open() -> io::Result<Self> {
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+        // SAFETY: no memory is registered yet; `watch` says what may be.
+        let fd = match unsafe { rustix::mm::userfaultfd(flags) } {
+            Err(Errno::PERM) => open_device().map_err(|_| Errno::PERM)?,
+            opened => opened?,
+        };
+        let mut api = uffdio_api {
+            api: UFFD_API.into(),
+            features: UFFD_FEATURE_THREAD_ID.into(),
+            ioctls: 0,
+        };
+        let opened = Self { fd };
+        opened.ioctl(UFFDIO_API, &mut api)?;
+        Ok(opened)
+    }
+
+    /// From now on a thread that touches a missing page of `mapping` waits until [`Userfault::zero`] or
+    /// [`Userfault::wake`] is called for it.
+    ///
+    /// # Errors
+    /// ioctl_userfaultfd(2)'s.
+    pub fn watch(&self, mapping: &Mapping) -> io::Result<()> {
+        let mut register = uffdio_register {
+            range: range(mapping.address(), mapping.len()),
+            mode: UFFDIO_REGISTER_MODE_MISSING.into(),
+            ioctls: 0,
+        };
+        self.ioctl(UFFDIO_REGISTER, &mut register)
+    }
+
+    /// The next thread that waits; `None`: no more just now. The descriptor polls readable when there is one.
+    ///
+    /// # Errors
+    /// read(2)'s; `InvalidData` for a message that we have not asked for.
+    pub fn next(&self) -> io::Result<Option<Fault>> {
+        let mut bytes = [0u8; size_of::<uffd_msg>()];
+        match rustix::io::read(&self.fd, &mut bytes) {
+            Ok(len) if len == bytes.len() => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(error) => return Err(error.into()),
+            Ok(_) => return Err(io::ErrorKind::InvalidData.into()),
+        }
+        // A message's first byte is its event; a fault's flags, address and thread follow at `arg`.
+        let word = |index: usize| {
+            let at = offset_of!(uffd_msg, arg) + index * size_of::<u64>();
+            let (word, _) = bytes[at..].as_chunks();
+            u64::from_ne_bytes(word[0])
+        };
+        if u32::from(bytes[0]) != UFFD_EVENT_PAGEFAULT {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let address = usize::try_from(word(1)).map_err(|_| Errno::INVAL)?;
+        Ok(Some(Fault {
+            address: address / PAGE * PAGE,
+            write: word(0) & u64::from(UFFD_PAGEFAULT_FLAG_WRITE) != 0,
+            thread: (word(2) as u32).cast_signed(),
+        }))
+    }
+
+    /// Puts a page of zeroes at `offset` of a watched mapping, where there is none, and lets those go on who wait
+    /// for it.
+    ///
+    /// # Errors
+    /// ioctl_userfaultfd(2)'s; `EINVAL` also for an offset outside of the mapping.
+    pub fn zero(&self, mapping: &Mapping, offset: usize) -> io::Result<()> {
+        let mut page = uffdio_zeropage {
+            range: page(mapping, offset)?,
+            mode: 0,
+            zeropage: 0,
+        };
+        loop {
+            match self.ioctl(UFFDIO_ZEROPAGE, &mut page) {
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                    std::thread::yield_now();
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                    return self.wake(mapping, offset);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Lets those go on who wait for the page at `offset` of a watched mapping.
+    ///
+    /// # Errors
+    /// As for [`Userfault::zero`].
+    pub fn wake(&self, mapping: &Mapping, offset: usize) -> io::Result<()> {
+        self.ioctl(UFFDIO_WAKE, &mut page(mapping, offset)?)
+    }
+
+    fn ioctl<T>(&self, request: u32, argument: &mut T) -> io::Result<()> {
+        let (fd, argument) = (self.fd.as_raw_fd(), &raw mut *argument);
+        // SAFETY: each request of this file is given the structure that it is defined with, and concerns a
+        // `Mapping` at most: where pages are missing, pages of zeroes appear, as they would have without us.
+        match unsafe { libc::ioctl(fd, request.into(), argument.cast::<c_void>()) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl AsFd for Userfault {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn open_device() -> io::Result<OwnedFd> {
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/userfaultfd")?;
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    // SAFETY: the request takes a number and makes a descriptor.
+    match unsafe { libc::ioctl(device.as_raw_fd(), NEW, flags) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: the descriptor is new, so nobody else owns it.
+        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+    }
+}
+
+fn page(mapping: &Mapping, offset: usize) -> io::Result<uffdio_range> {
+    if offset >= mapping.len() {
+        return Err(Errno::INVAL.into());
+    }
+    Ok(range(mapping.address() + offset / PAGE * PAGE, PAGE))
+}
+
+const fn range(start: usize, len: usize) -> uffdio_range {
+    uffdio_range {
+        start: start as u64,
+        len: len as u64,
+    }
+}
