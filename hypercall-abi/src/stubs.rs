@@ -123,3 +123,29 @@ impl Transport {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::discovery::{PORT, VERSION};
+
+    #[test]
+    fn without_an_instruction_the_port_serves_all() {
+        let mut interface = Interface {
+            version: VERSION,
+            features: Features::PORT.union(Features::LAZY),
+            port: PORT,
+            batch_max: 1,
+        };
+        for kernel in [true, false] {
+            let chosen = Transport::choose(interface, kernel);
+            assert_eq!(chosen, Some(Transport::Port(PORT)));
+        }
+        interface.features = interface.features.union(Features::VMMCALL);
+        assert_eq!(Transport::choose(interface, true), Some(Transport::Vmmcall));
+        let user = Transport::choose(interface, false);
+        assert_eq!(user, Some(Transport::Port(PORT)));
+        interface.features = Features::LAZY;
+        assert_eq!(Transport::choose(interface, true), None);
+    }
+}

@@ -472,6 +472,14 @@ fn a_storm_of_calls_floods_no_log_and_grows_nothing() {
     let calls = transports().len() as u64;
     assert_eq!(lazy["hypercalls"]["lazy_free_total"], calls * (CALLS + 100));
     assert_eq!(lazy["ranges"], 1);
+    // The guest is making queries just now, and the counters are those of a running machine.
+    let count = |state: &Value, name: &str| state["hypercalls"][name].as_u64().unwrap();
+    assert_eq!(count(&lazy, "failed_total"), calls * (CALLS + 100) + CALLS);
+    let later = guest.lazy_memory();
+    assert!(
+        count(&later, "query_total") > count(&lazy, "query_total"),
+        "{later}"
+    );
     guest.ctl(&["reclaim", "64M"]);
     guest.finish();
     let lines = guest.log().lines().count() as u64;

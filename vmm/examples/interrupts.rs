@@ -19,7 +19,7 @@ use vmm::kvm::{Hypervisor, KickTable, Machine, prepare_kicks};
 use vmm::lazy::{LazyMemory, Pieces, RangeState, Sweep};
 use vmm::memory::{Backing, GpaRange, GuestRam};
 use vmm::reclaim::slice::{Limits, Slice, Slicer, Stage};
-use vmm::vcpu::{Shared, Vcpus};
+use vmm::vcpu::{Shared, Vcpus, WayIn};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -37,6 +37,13 @@ const PROGRAM: [u8; 26] = [
 
 /// This guest makes no calls.
 struct NoCalls;
+
+/// The guest never exits by itself.
+struct NothingToDo;
+
+impl WayIn for NothingToDo {
+    fn pass(&self) {}
+}
 
 impl LazyOps for NoCalls {
     fn is_ram(&self, _: GpaRange) -> bool {
@@ -141,6 +148,7 @@ fn start(count: usize, ranges: u64) -> Result<Guest> {
     let gate = Gate::new(count, Arc::clone(&generation), Box::new(Arc::clone(&kicks)));
     let gate = Arc::new(gate);
     let shared = Shared {
+        way_in: Arc::new(NothingToDo),
         ports: Bus::default(),
         mmio: Bus::default(),
         gate: Arc::clone(&gate),

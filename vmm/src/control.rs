@@ -236,6 +236,8 @@ pub struct LazyMemoryState {
     pub eager_calls_total: u64,
     /// Slices run with the vCPUs out.
     pub held_slices_total: u64,
+    /// Of these, slices that vCPU threads have run on their way in.
+    pub passing_slices_total: u64,
     /// Slices run with the vCPUs in the guest, because they were not out within the pause.
     pub open_slices_total: u64,
     /// Ranges treated in slices.

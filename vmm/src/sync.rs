@@ -13,12 +13,21 @@ pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 #[cfg(not(loom))]
 pub use std::sync::{Condvar, Mutex, MutexGuard};
 
-use std::sync::PoisonError;
+use std::sync::{PoisonError, TryLockError};
 use std::time::Duration;
 
 /// Locks `mutex`. A thread that panicked while holding it has left bookkeeping of whole steps only.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The same unless somebody else holds it.
+pub fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
 }
 
 /// Waits on `condvar`, possibly in vain.
@@ -93,6 +102,10 @@ pub enum Mutant {
     NoFence,
     /// The gate is opened without waking who waits at it.
     SilentOpening,
+    /// A gate that was empty is closed without looking whether it still is.
+    LookOnce,
+    /// Who waits for an offered slice is not told when it was run.
+    SilentOffer,
 }
 
 /// Whether this mistake is on.

@@ -9,6 +9,8 @@
 pub mod generation;
 #[path = "../../../vmm/src/lazy/mod.rs"]
 pub mod lazy;
+#[path = "../../../vmm/src/reclaim/offer.rs"]
+pub mod offer;
 #[path = "../../../vmm/src/memory/range.rs"]
 mod range;
 #[path = "../../../vmm/src/reclaim/slice.rs"]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use ebb_models::generation::{Gate, NoKick, VmGeneration};
 use ebb_models::lazy::{LazyMemory, Pieces, Sweep};
 use ebb_models::memory::{GpaRange, PAGE_SIZE};
+use ebb_models::offer::{Offer, Work};
 use ebb_models::slice::{Limits, Pages, Slicer, Stage, Treated};
 use ebb_models::sync::{Mutant, set_mutant};
 use loom::cell::UnsafeCell;
@@ -218,39 +219,66 @@ impl Pages for Cells {
     }
 }
 
+const LIMITS: Limits = Limits {
+    ranges: 8,
+    bytes: u64::MAX,
+    pause: Duration::MAX,
+};
+
 struct World {
     gate: Arc<Gate>,
+    offer: Offer,
     lazy: LazyMemory,
     cells: Arc<Cells>,
 }
 
 fn world(pages: u64) -> Arc<World> {
-    let (generation, gate) = gate(1);
+    machine(1, pages)
+}
+
+fn machine(vcpus: usize, pages: u64) -> Arc<World> {
+    let (generation, gate) = gate(vcpus);
     Arc::new(World {
         gate,
+        offer: Offer::default(),
         lazy: LazyMemory::new(16, generation),
         cells: Cells::new(pages),
     })
 }
 
 impl World {
-    fn slice(&self, mut sweep: Sweep, stage: Stage, held: bool) {
-        let cost = AtomicU64::new(0);
-        let slicer = Slicer {
+    fn with_slicer<T>(&self, run: impl FnOnce(&Slicer<'_>) -> T) -> T {
+        run(&Slicer {
             lazy: &self.lazy,
             gate: &self.gate,
             pages: &*self.cells,
-            cost: &cost,
-        };
-        let limits = Limits {
-            ranges: 8,
-            bytes: u64::MAX,
-            pause: Duration::MAX,
-        };
-        if held {
-            slicer.held(&mut sweep, stage, limits);
-        } else {
-            slicer.open(&mut sweep, stage, limits);
+            cost: &AtomicU64::new(0),
+        })
+    }
+
+    fn slice(&self, mut sweep: Sweep, stage: Stage, held: bool) {
+        self.with_slicer(|slicer| {
+            if held {
+                slicer.held(&mut sweep, stage, LIMITS);
+            } else {
+                slicer.open(&mut sweep, stage, LIMITS);
+            }
+        });
+    }
+
+    /// Lays down a slice that discards everything.
+    fn post(&self) {
+        self.offer.post(Work {
+            sweep: Sweep::new(Pieces::Any, u64::MAX),
+            stage: Stage::Discard,
+            limits: LIMITS,
+        });
+    }
+
+    /// What a vCPU thread does on its way in.
+    fn pass(&self) {
+        if self.offer.is_open() {
+            self.with_slicer(|slicer| self.offer.run(slicer));
         }
     }
 
@@ -345,4 +373,67 @@ fn the_whole_way() {
 #[test]
 fn whole_way() {
     check(3, the_whole_way, &[Mutant::DiscardAfterReuse]);
+}
+
+/// A slice is offered; one vCPU may run it on its way in, while another one goes in and out. Whoever runs it, the other
+/// is not inside meanwhile; and it is run once.
+fn an_offer_disturbs_nobody_inside() {
+    let world = machine(2, 1);
+    world.lazy.free(&[page(0)]);
+    let vcpus = [true, false].map(|helps| {
+        let world = Arc::clone(&world);
+        thread::spawn(move || {
+            if helps {
+                world.pass();
+            }
+            let inside = world.gate.enter(usize::from(helps));
+            // What it has in its translations.
+            world.cells.0[0].with(|_| ());
+            drop(inside);
+        })
+    });
+    world.post();
+    let (work, done) = world.offer.take_back().expect("it was posted");
+    if done.is_none() {
+        world.slice(work.sweep, work.stage, true);
+    }
+    for vcpu in vcpus {
+        vcpu.join().unwrap();
+    }
+    world.check_books();
+    let stats = world.lazy.snapshot();
+    assert_eq!(stats.reclaimed_bytes_total, PAGE_SIZE);
+    assert_eq!(world.gate.stats().closings, 1);
+}
+
+#[test]
+fn offering() {
+    check(2, an_offer_disturbs_nobody_inside, &[Mutant::LookOnce]);
+}
+
+/// Whoever waits for an offer to be taken up gets to know when it was.
+fn an_offer_is_awaited() {
+    let world = machine(1, 1);
+    world.lazy.free(&[page(0)]);
+    world.post();
+    let vcpu = {
+        let world = Arc::clone(&world);
+        thread::spawn(move || {
+            // One that finds the desk busy passes on, and comes by again.
+            while world.offer.is_open() {
+                world.pass();
+                drop(world.gate.enter(0));
+                thread::yield_now();
+            }
+        })
+    };
+    world.offer.wait(Duration::MAX);
+    let (_, done) = world.offer.take_back().expect("it was posted");
+    assert!(done.is_some_and(|slice| slice.bytes == PAGE_SIZE));
+    vcpu.join().unwrap();
+}
+
+#[test]
+fn awaiting_an_offer() {
+    check(4, an_offer_is_awaited, &[Mutant::SilentOffer]);
 }

@@ -8,6 +8,8 @@ use hypercall_abi::call::{Attributes, Operation};
 use hypercall_abi::discovery::PORT;
 use hypercall_abi::stubs;
 
+use crate::elf;
+
 /// Where the code is, and is entered.
 pub const BASE: u64 = 0x10_0000;
 /// Not 0 for privilege level 3.
@@ -307,21 +309,15 @@ fn stub(function: *const ()) -> Vec<u8> {
 
 /// What every payload consists of, as addresses and bytes.
 pub fn segments(user: bool) -> Vec<(u64, Vec<u8>)> {
-    const PRESENT_WRITABLE_USER: u64 = 7;
-    const LARGE: u64 = 1 << 7;
-    let words = |words: Vec<u64>| words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let directories = (0..4).map(|n| (PD + n * 0x1000) | PRESENT_WRITABLE_USER);
-    let blocks = (0..4 * 512u64).map(|n| n << 21 | LARGE | PRESENT_WRITABLE_USER);
-    vec![
+    let mut segments = elf::page_tables([PML4, PDPT, PD]);
+    segments.extend([
         (BASE, interpreter()),
         (VMCALL_STUB, stub(stubs::vmcall as *const ())),
         (VMMCALL_STUB, stub(stubs::vmmcall as *const ())),
         (PORT_STUB, stub(stubs::port as *const ())),
-        (USER, words(vec![u64::from(user)])),
-        (PML4, words(vec![PDPT | PRESENT_WRITABLE_USER])),
-        (PDPT, words(directories.collect())),
-        (PD, words(blocks.collect())),
-    ]
+        (USER, u64::from(user).to_le_bytes().to_vec()),
+    ]);
+    segments
 }
 
 #[cfg(test)]

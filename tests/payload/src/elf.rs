@@ -32,3 +32,19 @@ pub fn file(entry: u64, segments: &[(u64, Vec<u8>)]) -> Vec<u8> {
     file.extend(segments.iter().flat_map(|(_, bytes)| bytes));
     file
 }
+
+/// Page tables that map the first 4 GiB one to one, for all privilege levels. `at`: where the three levels are;
+/// the last one takes four pages.
+pub fn page_tables(at: [u64; 3]) -> Vec<(u64, Vec<u8>)> {
+    const PRESENT_WRITABLE_USER: u64 = 7;
+    const LARGE: u64 = 1 << 7;
+    let [pml4, pdpt, pd] = at;
+    let words = |words: Vec<u64>| words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let directories = (0..4).map(|n| (pd + n * 0x1000) | PRESENT_WRITABLE_USER);
+    let blocks = (0..4 * 512u64).map(|n| n << 21 | LARGE | PRESENT_WRITABLE_USER);
+    vec![
+        (pml4, words(vec![pdpt | PRESENT_WRITABLE_USER])),
+        (pdpt, words(directories.collect())),
+        (pd, words(blocks.collect())),
+    ]
+}

@@ -7,6 +7,7 @@
 pub mod busy;
 mod code;
 mod elf;
+pub mod freestanding;
 pub mod trespass;
 
 use std::io;

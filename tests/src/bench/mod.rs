@@ -5,6 +5,7 @@ pub mod boot;
 mod counters;
 mod guest;
 mod host;
+pub mod integrity;
 pub mod lazy;
 mod overhead;
 mod plot;

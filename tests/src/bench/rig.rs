@@ -17,7 +17,7 @@ use vmm::kvm::{Hypervisor, KickTable, Machine, prepare_kicks};
 use vmm::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
 use vmm::memory::{Backing, GpaRange, GuestRam, PAGE_SIZE};
 use vmm::reclaim::{Reclaimer, Tuning};
-use vmm::vcpu::{Shared, Vcpus};
+use vmm::vcpu::{Shared, Vcpus, WayIn};
 
 use crate::error::{Context, Error, Result};
 use crate::wait::LONG;
@@ -62,6 +62,13 @@ impl Ranges {
 
 /// This guest makes no calls.
 struct NoCalls;
+
+/// The guest never exits by itself: nobody would come by an offer.
+struct NothingToDo;
+
+impl WayIn for NothingToDo {
+    fn pass(&self) {}
+}
 
 impl LazyOps for NoCalls {
     fn is_ram(&self, _: GpaRange) -> bool {
@@ -145,6 +152,7 @@ impl Rig {
             ports: Bus::default(),
             mmio: Bus::default(),
             gate: Arc::clone(&gate),
+            way_in: Arc::new(NothingToDo),
             kicks,
             hypercalls: Arc::new(Hypercalls::new(offer(None), memory, Box::new(NoCalls))),
             on_exit: Box::new(|reason| eprintln!("the guest has ended: {reason:?}")),

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_tests::bench::{boot, lazy, reclaim, reporting, teardown};
+use ebb_tests::bench::{boot, integrity, lazy, reclaim, reporting, teardown};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -17,6 +17,8 @@ struct Arguments {
 enum Bench {
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
+    /// Guests verify their memory while it is reclaimed flat out: 10 million operations unless told otherwise
+    Integrity(integrity::Arguments),
     /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time beside an empty exit
     Lazy(lazy::Arguments),
     /// What reclaim costs: interrupts, pauses, throughput beside plain madvise, work of a busy guest
@@ -30,6 +32,7 @@ enum Bench {
 fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
         Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::Integrity(arguments) => integrity::run(&arguments),
         Bench::Lazy(arguments) => lazy::run(&arguments),
         Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),

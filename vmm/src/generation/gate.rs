@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{PAUSE_BUCKETS, Pauses, VcpuWords, VmGeneration, count};
 use crate::sync::{
     AtomicU32, Condvar, Deadline, Mutant, Mutex, MutexGuard, Ordering, fence, linger, lock, mutant,
-    wait, wait_until,
+    try_lock, wait, wait_until,
 };
 
 /// vCPUs that come in wait.
@@ -225,6 +225,39 @@ impl Gate {
         }
         count(&self.counters.missed, 1);
         None
+    }
+
+    /// Whether every vCPU is out just now.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.quiescent(u64::MAX)
+    }
+
+    /// Closes the gate if that disturbs nobody who is in the guest, and waits for nobody: every vCPU is out, and
+    /// nobody else is at it. For a vCPU thread that is on its way in, and so is out itself.
+    ///
+    /// The first look spares vCPUs that come in meanwhile from meeting a closed gate; the second one, behind the
+    /// fence, is the one that counts.
+    pub fn hold_if_empty(&self, budget: Duration) -> Option<Hold<'_>> {
+        if !self.is_empty() {
+            return None;
+        }
+        let turn = try_lock(&self.turn)?;
+        let (start, deadline) = (Instant::now(), Deadline::after(budget));
+        let stopped = self.state.fetch_or(CLOSED, Ordering::AcqRel) & STOPPED != 0;
+        fence(Ordering::SeqCst);
+        if stopped || !(mutant(Mutant::LookOnce) || self.is_empty()) {
+            self.open();
+            return None;
+        }
+        count(&self.counters.closings, 1);
+        Some(Hold {
+            gate: self,
+            start,
+            deadline,
+            kicked: 0,
+            _turn: turn,
+        })
     }
 
     /// Brings out, once, those vCPUs that are in the guest and have not seen `generation`, and waits until

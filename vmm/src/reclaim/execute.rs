@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::blocks::BlockPass;
+use super::offer::{Offer, Work};
 use super::slice::{Limits, Pages, Slice, Slicer, Stage};
 use super::{Reach, Sample, Tuning};
 use crate::generation::{Gate, GateStats};
@@ -20,6 +21,13 @@ const PATIENCE: Duration = Duration::from_millis(10);
 /// After so many closings in a row that vCPUs missed, one slice runs with the gate open: a pause budget
 /// that is too short for this host costs interrupts, not progress.
 const MAX_MISSES: u32 = 3;
+
+/// How long a slice is offered to vCPUs that come by before others are brought out for it.
+const OFFER_TIME: Duration = Duration::from_millis(1);
+
+/// After an offer that nobody took up, twice as many slices as the last time are not offered, up to so many: a guest that
+/// does not exit costs reclaim little.
+const MAX_RELUCTANCE: u32 = 64;
 
 /// The vCPUs are left alone for this long at most between two slices.
 const MAX_REST: Duration = Duration::from_secs(1);
@@ -67,6 +75,8 @@ pub struct ReclaimStats {
     pub eager_bytes_total: u64,
     /// Slices that were run with the vCPUs out.
     pub held_slices_total: u64,
+    /// Of these, slices that vCPU threads have run on their way in.
+    pub passing_slices_total: u64,
     /// Slices that were run with the gate open.
     pub open_slices_total: u64,
     /// Ranges treated in slices.
@@ -86,6 +96,7 @@ struct Counters {
     eager_calls: AtomicU64,
     eager_bytes: AtomicU64,
     held_slices: AtomicU64,
+    passing_slices: AtomicU64,
     open_slices: AtomicU64,
     slice_ranges: AtomicU64,
     pressure_events: AtomicU64,
@@ -97,6 +108,8 @@ struct Round {
     chunk: u64,
     /// The machine's generation when the last reclaim began: what is not younger has survived it.
     old: u64,
+    /// Slices that are not offered to vCPUs because offers were in vain: how many are left, and of how many.
+    reluctance: (u32, u32),
 }
 
 /// Returns lazily freed memory to the host. One reclaim at a time: the others wait for their turn. Reuse
@@ -105,7 +118,7 @@ struct Round {
 /// Whole blocks are discarded by calls of many megabytes with the vCPUs running: an interrupt for each is
 /// nothing beside the work. What is smaller goes in slices, see [`super::slice`].
 ///
-/// **Locks**, in this order: `round` (for one reclaim), the gate's, the tracker's. `stop` is taken alone.
+/// **Locks**, in this order: `round` (for one reclaim), the offer's, the gate's, the tracker's. `stop` is taken alone.
 pub struct Reclaimer {
     lazy: Arc<LazyMemory>,
     pages: Arc<dyn Pages>,
@@ -113,6 +126,7 @@ pub struct Reclaimer {
     tuning: Tuning,
     round: Mutex<Round>,
     cost: AtomicU64,
+    offer: Offer,
     stop: Mutex<bool>,
     stopped: Condvar,
     counters: Counters,
@@ -136,8 +150,10 @@ impl Reclaimer {
             round: Mutex::new(Round {
                 chunk: FIRST_CHUNK,
                 old: 0,
+                reluctance: (0, 1),
             }),
             cost: AtomicU64::new(0),
+            offer: Offer::default(),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
             counters: Counters::default(),
@@ -263,10 +279,29 @@ impl Reclaimer {
             eager_calls_total: read(&counters.eager_calls),
             eager_bytes_total: read(&counters.eager_bytes),
             held_slices_total: read(&counters.held_slices),
+            passing_slices_total: read(&counters.passing_slices),
             open_slices_total: read(&counters.open_slices),
             slice_ranges_total: read(&counters.slice_ranges),
             pressure_events_total: read(&counters.pressure_events),
             gate: self.gate.stats(),
+        }
+    }
+
+    /// For a vCPU thread on its way in: runs the slice that is on offer, if any, when every vCPU is out. One relaxed
+    /// load when there is none.
+    #[inline]
+    pub fn help(&self) {
+        if self.offer.is_open() {
+            self.offer.run(&self.slicer());
+        }
+    }
+
+    fn slicer(&self) -> Slicer<'_> {
+        Slicer {
+            lazy: &self.lazy,
+            gate: &self.gate,
+            pages: &*self.pages,
+            cost: &self.cost,
         }
     }
 
@@ -366,12 +401,7 @@ impl Job<'_> {
     /// One sweep over what is smaller, in slices with the vCPUs out.
     fn slices(&mut self, mut sweep: Sweep) {
         let reclaimer = self.reclaimer;
-        let slicer = Slicer {
-            lazy: &reclaimer.lazy,
-            gate: &reclaimer.gate,
-            pages: &*reclaimer.pages,
-            cost: &reclaimer.cost,
-        };
+        let slicer = reclaimer.slicer();
         let mut misses = 0;
         while self.left() > 0 {
             let limits = Limits {
@@ -380,7 +410,8 @@ impl Job<'_> {
                 pause: reclaimer.tuning.pause,
             };
             let slice = if misses < MAX_MISSES {
-                slicer.held(&mut sweep, self.stage, limits)
+                self.offered(&mut sweep, limits)
+                    .unwrap_or_else(|| slicer.held(&mut sweep, self.stage, limits))
             } else {
                 slicer.open(&mut sweep, self.stage, limits)
             };
@@ -403,6 +434,37 @@ impl Job<'_> {
                 return;
             }
         }
+    }
+}
+
+impl Job<'_> {
+    /// Offers a slice to the vCPUs that come by; `None` when nobody took it up, or it was not worth a try.
+    fn offered(&mut self, sweep: &mut Sweep, limits: Limits) -> Option<Slice> {
+        let reclaimer = self.reclaimer;
+        let (left, of) = &mut self.round.reluctance;
+        if *left > 0 {
+            *left -= 1;
+            return None;
+        }
+        // With every vCPU out there is nobody to ask, nor to interrupt.
+        if reclaimer.gate.is_empty() || !reclaimer.lazy.peek(sweep, limits.bytes) {
+            return None;
+        }
+        reclaimer.offer.post(Work {
+            sweep: sweep.clone(),
+            stage: self.stage,
+            limits,
+        });
+        reclaimer.offer.wait(OFFER_TIME);
+        let (work, done) = reclaimer.offer.take_back()?;
+        *sweep = work.sweep;
+        let Some(slice) = done else {
+            (*left, *of) = (*of, (*of * 2).min(MAX_RELUCTANCE));
+            return None;
+        };
+        *of = 1;
+        add(&reclaimer.counters.passing_slices, 1);
+        Some(slice)
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod blocks;
 pub mod execute;
+pub mod offer;
 pub mod policy;
 mod ram;
 pub mod reported;

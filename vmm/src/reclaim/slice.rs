@@ -124,6 +124,18 @@ impl Slicer<'_> {
         slice
     }
 
+    /// The same for a vCPU thread on its way in: only if every vCPU is out already, else `None`.
+    pub fn in_passing(&self, sweep: &mut Sweep, stage: Stage, limits: Limits) -> Option<Slice> {
+        let (waits, start) = (self.gate.waits(), Instant::now());
+        let hold = self.gate.hold_if_empty(limits.pause)?;
+        let mut slice = self.treat(sweep, stage, limits, Some(&hold));
+        drop(hold);
+        slice.held = start.elapsed();
+        // The vCPU whose thread this is, and those that came to the gate meanwhile.
+        slice.disturbed = 1 + self.gate.waits().saturating_sub(waits);
+        Some(slice)
+    }
+
     /// The same with the gate open: the calls interrupt the vCPUs that run.
     pub fn open(&self, sweep: &mut Sweep, stage: Stage, limits: Limits) -> Slice {
         self.treat(sweep, stage, limits, None)

@@ -21,6 +21,13 @@ use crate::strict::Strict;
 
 pub use setup::{VcpuSetup, configure};
 
+/// What a vCPU thread may do for the machine on its way into the guest.
+pub trait WayIn: Send + Sync {
+    /// Called before each entry. Costs next to nothing when there is nothing to do; never waits for another
+    /// vCPU.
+    fn pass(&self);
+}
+
 /// What the vCPUs of a machine share.
 pub struct Shared {
     /// I/O ports.
@@ -29,6 +36,8 @@ pub struct Shared {
     pub mmio: Bus,
     /// Every vCPU enters the guest through it.
     pub gate: Arc<Gate>,
+    /// Passed before the gate.
+    pub way_in: Arc<dyn WayIn>,
     /// The same as the gate kicks.
     pub kicks: Arc<KickTable>,
     /// Carries out the guest's calls.
@@ -110,6 +119,7 @@ fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Opti
     let mut target = KickTarget::new(fd);
     let _registration = shared.kicks.register(index);
     loop {
+        shared.way_in.pass();
         // First forget old kicks, then look at what they are for: a kick that comes in between makes
         // KVM_RUN return at once.
         target.clear_kick();

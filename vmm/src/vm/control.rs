@@ -41,10 +41,10 @@ pub struct Control {
     pub hypercalls: Arc<Hypercalls>,
     /// Takes what the guest reports free.
     pub reported: Arc<ReportedMemory>,
-    /// Frees the machine's memory at its end.
-    pub ending: Arc<Ending>,
     /// Strict mode, where it is on.
     pub strict: Option<Arc<Strict>>,
+    /// Frees the machine's memory at its end.
+    pub ending: Arc<Ending>,
 }
 
 impl Controller for Control {
@@ -203,6 +203,7 @@ impl Control {
             invalidate_failures_total: reclaim.invalidate_failures_total,
             eager_calls_total: reclaim.eager_calls_total,
             held_slices_total: reclaim.held_slices_total,
+            passing_slices_total: reclaim.passing_slices_total,
             open_slices_total: reclaim.open_slices_total,
             slice_ranges_total: reclaim.slice_ranges_total,
             pressure_events_total: reclaim.pressure_events_total,

@@ -1,11 +1,13 @@
-//! From the guest's calls to the tracker.
+//! From the guest's calls to the tracker, and from a vCPU's way in to the reclaimer.
 
 use std::sync::Arc;
 
 use crate::hypercall::{LazyOps, States, Survey};
 use crate::lazy::{LazyMemory, Surveyed};
 use crate::memory::{GpaRange, GuestRam};
+use crate::reclaim::Reclaimer;
 use crate::strict::Strict;
+use crate::vcpu::WayIn;
 
 /// Carries out the guest's calls on the machine's memory.
 pub struct TrackedMemory {
@@ -64,5 +66,12 @@ impl LazyOps for TrackedMemory {
             ranges: all.ranges,
             generation: all.generation,
         }
+    }
+}
+
+impl WayIn for Reclaimer {
+    #[inline]
+    fn pass(&self) {
+        self.help();
     }
 }

@@ -206,8 +206,8 @@ impl Vm {
             reclaimer: Arc::clone(&memory.reclaimer),
             hypercalls: memory.hypercalls(interface),
             reported: Arc::clone(&memory.reported),
-            ending,
             strict: memory.strict.clone(),
+            ending,
             config,
         };
         Self::start(machine, memory, devices, console, vcpus, control)
@@ -230,6 +230,7 @@ impl Vm {
         let exit = Arc::clone(&control.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
         let ending = Arc::clone(&control.ending);
+        let way_in = Arc::clone(&memory.reclaimer);
         let reclaim = start_reclaim(memory.reclaimer)?;
         let strict = memory.strict.clone();
         let watch = |strict| StrictThread::start(strict, Arc::clone(&memory.ram));
@@ -249,6 +250,7 @@ impl Vm {
             ports,
             mmio,
             gate: memory.gate,
+            way_in,
             kicks: memory.kicks,
             hypercalls,
             strict,
