@@ -122,7 +122,6 @@ mod tests {
         assert_eq!(*order.lock().unwrap(), ["beside", "job"]);
     }
 
-    /// A process that may not have another thread: as many as there are already.
     #[test]
     fn threads_that_cannot_be_started_are_done_without() {
         let child = crate::sys::process::fork_for_test(|| {

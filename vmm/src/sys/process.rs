@@ -113,16 +113,20 @@ pub(crate) fn fork_for_test(child: impl FnOnce() -> u8) -> Pid {
     fork_unchecked(child).unwrap()
 }
 
-/// Lets this process start no further thread: their stacks do not fit in its address space.
+/// Lets this process start no further thread: its user may have one task. The superuser is not bound by that, so
+/// it becomes somebody else.
 #[cfg(test)]
 pub(crate) fn forbid_threads() {
-    let statm = fs::read_to_string("/proc/self/statm").unwrap();
-    let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
     let limit = rustix::process::Rlimit {
-        current: Some(pages * 4096 + (1 << 20)),
-        maximum: None,
+        current: Some(1),
+        maximum: Some(1),
     };
-    rustix::process::setrlimit(rustix::process::Resource::As, limit).unwrap();
+    rustix::process::setrlimit(rustix::process::Resource::Nproc, limit).unwrap();
+    if rustix::process::geteuid().is_root() {
+        const NOBODY: libc::uid_t = 65_534;
+        // SAFETY: the call takes numbers only.
+        assert_eq!(unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) }, 0);
+    }
 }
 
 #[cfg(test)]

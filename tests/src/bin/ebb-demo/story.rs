@@ -256,7 +256,10 @@ impl Stage {
         self.mark("the guest powers off");
         self.guest.ask("exit")?;
         let code = self.monitor.wait()?;
-        let (freed, ms) = teardown(&self.monitor.log())?;
+        // Memory is freed behind the end.
+        let (freed, ms) = until("the log tells of the teardown", LONG, || {
+            Ok(teardown(&self.monitor.log()).ok())
+        })?;
         (self.outcome.teardown_freed, self.outcome.teardown_ms) = (freed, ms);
         let text = format!(
             "powers off; Ebb frees {} in {ms:.0} ms and ends with {code}",
