@@ -134,7 +134,9 @@ impl PayloadVm {
         self.folder.path().join(name)
     }
 
-    fn explain(&self, error: &Error) -> Error {
+    /// The error, with what the guest has said and the monitor logged last.
+    #[must_use]
+    pub fn explain(&self, error: &Error) -> Error {
         let log = self.log();
         let tail: Vec<&str> = log.lines().rev().take(8).collect();
         let words = payload::results(&self.serial());

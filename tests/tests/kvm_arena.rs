@@ -299,17 +299,18 @@ fn processes_that_share_an_arena_lose_nothing() -> Result<()> {
                 let _ = monitor.ctl(&["reclaim", "1G"]);
             }
         });
-        let said = guest.must("ebb-guest stress /dev/dax0.0 4 4 20 2>&1");
+        let said = guest.must("ebb-guest stress /dev/dax0.0 4 4 8 2>&1");
         done.store(true, Ordering::Relaxed);
         said
-    })?;
+    });
+    let said = said.map_err(|error| monitor.explain(error))?;
     println!("{said}");
     assert!(said.contains("lost=0 corrupt=0"), "{said}");
     let status: Value =
         serde_json::from_slice(&monitor.ctl(&["status", "--json"])?.stdout).context("json")?;
     let arena = &status["arenas"][0];
     assert!(
-        arena["reclaimed_bytes_total"].as_u64() > Some(10 * GRANULE),
+        arena["reclaimed_bytes_total"].as_u64() > Some(4 * GRANULE),
         "{arena}"
     );
     println!("{arena}");

@@ -104,7 +104,8 @@ fn a_storm_of_calls_costs_nobody_else() -> Result<()> {
         without.push(median(&meter, turn)?);
         signal(&storm, Signal::CONT)?;
     }
-    let (after, (good_after, failed_after)) = (anonymous(&storm)?, calls(&api)?);
+    let after = anonymous(&storm).map_err(|error| storm.explain(&error))?;
+    let (good_after, failed_after) = calls(&api)?;
     let lines = storm.log().lines().count() - lines;
     with.sort_unstable();
     without.sort_unstable();

@@ -3,7 +3,7 @@
 //!
 //! The kernel frees the memory of a process on one CPU, and tells its parent of the end only afterwards. An
 //! address space that somebody still has is not freed at all: so with an heir the end is visible at once,
-//! and what the kernel would do alone is done by [`Estate::settle`], in parallel. The heir is made by
+//! and what the kernel would do alone is done by `Estate::settle`, in parallel. The heir is made by
 //! clone(2) with `CLONE_VM | CLONE_FILES` and without `CLONE_THREAD`: SIGKILL for this process does not
 //! concern it, while the OOM killer ends all who share an address space.
 //!

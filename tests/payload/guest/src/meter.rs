@@ -44,7 +44,7 @@ const APART: u64 = 8;
 
 /// Frees scattered ranges of touched memory; then works for a moment and makes a call that does nothing, again
 /// and again, until none of them is with the guest's content any more. The other vCPUs do nothing. Says
-/// [`marker::READY`] when everything is freed and [`marker::TAKEN`] at the end.
+/// [`marker::READY`] when everything is freed and [`marker::TAKEN`] at the end, and halts.
 pub fn caller(mut ram: Ram, parameters: &Parameters, index: u64) {
     barrier(&ram, 0, parameters.vcpus);
     if index != 0 {
@@ -86,4 +86,6 @@ pub fn caller(mut ram: Ram, parameters: &Parameters, index: u64) {
             .is_ok_and(|(lazy, _)| lazy > 0);
     }
     say(marker::TAKEN);
+    // The monitor is still to be asked what it has counted.
+    halt();
 }
