@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ebb_tests::Images;
 use ebb_tests::error::{Context, Result};
-use ebb_tests::idle::{Place, Relative, signal_to};
+use ebb_tests::idle::{Idle, Place, Relative, signal_to};
 use ebb_tests::wait::{LONG, until_often};
 use rustix::process::Signal;
 
@@ -185,10 +185,17 @@ fn random(most: u64) -> u64 {
 /// time the heir, too, wherever it is by then.
 #[test]
 fn nothing_is_left_whenever_the_monitor_is_killed() -> Result<()> {
-    const MEMORY: &str = "size=320M,thp=off,prefault=on";
+    // Small, so that 200 machines do not take all day; in three batches the heir frees it after a stop, too.
+    const MEMORY: &str = "size=96M,thp=off,prefault=on";
     let (place, limit) = (Place::new()?, soon()?);
+    let running = || -> Result<Idle> {
+        let idle = place.running(MEMORY, "on")?;
+        let output = place.ctl(&["teardown", "batch=32M"])?;
+        assert!(output.status.success(), "{output:?}");
+        Ok(idle)
+    };
     let start = Instant::now();
-    let mut idle = place.running(MEMORY, "on")?;
+    let mut idle = running()?;
     let up = start.elapsed();
     idle.signal(Signal::TERM);
     idle.wait()?;
@@ -202,7 +209,7 @@ fn nothing_is_left_whenever_the_monitor_is_killed() -> Result<()> {
             sleep(Duration::from_micros(random(micros(up) * 5 / 4)));
             idle
         } else {
-            let idle = place.running(MEMORY, "on")?;
+            let idle = running()?;
             idle.signal(Signal::TERM);
             sleep(Duration::from_micros(random(micros(whole))));
             idle
@@ -225,7 +232,7 @@ fn nothing_is_left_whenever_the_monitor_is_killed() -> Result<()> {
     }
     println!("start {up:?}, end {whole:?}; everything gone within {longest:?} at 200 points");
     // And it starts as if nothing had happened.
-    let mut idle = place.running(MEMORY, "on")?;
+    let mut idle = running()?;
     idle.signal(Signal::TERM);
     assert_eq!(idle.wait()?, Some(0));
     until_often("the log tells", LONG, || {

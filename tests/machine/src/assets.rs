@@ -35,20 +35,33 @@ pub struct Assets {
 }
 
 /// Where `cargo xtask setup` unpacks an emulator that is newer than the distribution's.
-pub fn qemu_folder(cache: &Path) -> PathBuf {
-    cache.join("qemu")
+pub fn emulator_folder(cache: &Path) -> PathBuf {
+    cache.join("emulator")
+}
+
+/// The first words of the command line of an emulator that was unpacked in `folder` with its libraries, the dynamic
+/// loader included.
+pub fn emulator(folder: &Path) -> Vec<String> {
+    let below = |path: &str| folder.join(path).to_string_lossy().into_owned();
+    vec![
+        below("usr/lib64/ld-linux-x86-64.so.2"),
+        "--library-path".into(),
+        below("usr/lib/x86_64-linux-gnu"),
+        below("usr/bin/qemu-system-x86_64"),
+        "-L".into(),
+        below("usr/share/qemu"),
+        "-L".into(),
+        below("usr/share/seabios"),
+    ]
 }
 
 fn qemu(cache: &Path) -> Vec<String> {
-    let folder = qemu_folder(cache);
-    if !folder.exists() {
-        return vec!["qemu-system-x86_64".into()];
+    let folder = emulator_folder(cache);
+    if folder.exists() {
+        emulator(&folder)
+    } else {
+        vec!["qemu-system-x86_64".into()]
     }
-    let below = |path: &str| folder.join(path).to_string_lossy().into_owned();
-    let program = below("usr/bin/qemu-system-x86_64");
-    let data = ["usr/share/qemu", "usr/share/seabios"];
-    let options = data.iter().flat_map(|path| ["-L".to_owned(), below(path)]);
-    std::iter::once(program).chain(options).collect()
 }
 
 /// A kernel module, ready to load.

@@ -11,6 +11,7 @@ mod selftest;
 mod setup;
 mod shell;
 mod test;
+mod verdict;
 
 use std::process::ExitCode;
 

@@ -16,10 +16,14 @@ use serde_json::Value;
 use crate::cargo::{build, cargo};
 use crate::project::{environment, output_folder, root, start_runner};
 use crate::shell::{Seconds, progress, visibly};
+use crate::verdict::{failed_tests, kernel_broke};
 use crate::{selftest, setup};
 
 /// How long one test binary may take.
 const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
+
+/// How often tests that an emulated processor broke are run again.
+const AGAIN: u32 = 3;
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
@@ -191,21 +195,6 @@ fn models() -> Result<bool> {
     visibly(models)
 }
 
-/// Whether a failed test has shown a guest that broke or went silent, rather than an assertion that did not hold.
-/// An emulated processor does that to kernels now and then, on a busy host above all; the nested machine's own kernel,
-/// which runs below all of our code, suffers it too.
-fn kernel_broke(printed: &[u8]) -> bool {
-    let text = String::from_utf8_lossy(printed);
-    let signs = [
-        "Oops:",
-        "Kernel panic - not syncing",
-        "BUG: ",
-        ": triple fault",
-        ": not within ",
-    ];
-    signs.iter().any(|sign| text.contains(sign))
-}
-
 /// Builds the tests of ebb-tests and says where cargo put them.
 fn test_binaries() -> Result<Vec<Binary>> {
     progress("building the tests of ebb-tests (release)");
@@ -270,15 +259,21 @@ impl Tests {
         }
     }
 
-    /// Runs one binary; again, twice at most and saying so, when the emulated machine itself broke.
+    /// Runs one binary; those tests again, `AGAIN` times at most and saying so, that an emulated processor broke.
     fn on_runner(&self, binary: &Binary, runner: &mut Option<Runner>) -> Result<bool> {
-        for last in [false, false, true] {
+        let mut failed = Vec::new();
+        for turn in 0..=AGAIN {
             let running = match runner.take() {
                 Some(running) => running,
                 None => start_runner(&self.assets)?,
             };
-            let (command, platform) =
-                (self.command(binary, running.platform()), running.platform());
+            let platform = running.platform();
+            let mut command = self.command(binary, platform);
+            if !failed.is_empty() {
+                command.argv.truncate(1);
+                command.argv.push("--exact".into());
+                command.argv.append(&mut failed);
+            }
             let mut printed = Vec::new();
             let mut keep = |stream, bytes: &[u8]| {
                 printed.extend_from_slice(bytes);
@@ -286,15 +281,19 @@ impl Tests {
             };
             match running.run(&command, TIME_LIMIT, &mut keep) {
                 Ok(exit) => {
-                    *runner = Some(running);
                     let emulated = platform == Platform::Nested && kernel_broke(&printed);
-                    if exit.success() || last || !emulated {
+                    if exit.success() || turn == AGAIN || !emulated {
+                        *runner = Some(running);
                         return Ok(exit.success());
                     }
-                    progress("a guest broke or went silent on the emulated processor: once more");
+                    failed = failed_tests(&printed);
+                    progress(format_args!(
+                        "a guest broke or went silent on the emulated processor: {} once more, in a fresh machine",
+                        failed.join(", ")
+                    ));
                 }
                 // After an error the machine is not trusted: what comes next gets a fresh one.
-                Err(error) if last || running.is_alive() => return Err(error),
+                Err(error) if turn == AGAIN || running.is_alive() => return Err(error),
                 Err(error) => {
                     println!("error: {}", chain(&error));
                     progress("the nested machine itself broke: once more in a fresh one");
@@ -308,16 +307,6 @@ impl Tests {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_broken_kernel_is_told_from_a_failed_assertion() {
-        assert!(kernel_broke(
-            b"[    1.2] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"
-        ));
-        assert!(kernel_broke(b"ERROR vmm::vcpu: vCPU 0: triple fault"));
-        assert!(kernel_broke(b"no \"ready\": not within 120 s"));
-        assert!(!kernel_broke(b"assertion `left == right` failed"));
-    }
 
     #[test]
     fn only_test_executables_are_taken_from_cargos_messages() {

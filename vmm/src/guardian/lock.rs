@@ -59,6 +59,17 @@ impl MemoryLock {
         }
     }
 
+    /// Takes it, too, where another has made it or does hold it.
+    #[must_use]
+    pub fn join(socket: &Path) -> Option<Self> {
+        let path = path_of(socket);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let file = options.custom_flags(libc::O_NOFOLLOW).open(&path).ok()?;
+        flock(&file, FlockOperation::LockShared).ok()?;
+        Some(Self { path, file })
+    }
+
     fn is_there(&self) -> bool {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let there = fs::symlink_metadata(&self.path).map(identity);
@@ -147,7 +158,18 @@ mod tests {
         .unwrap();
         assert_eq!(seen, [(3, 9)]);
         assert!(!path.exists(), "what a killed holder leaves is removed");
+        assert!(MemoryLock::join(&socket).is_none(), "nobody has made it");
         let third = MemoryLock::hold(&socket).unwrap();
+        let joined = MemoryLock::join(&socket).unwrap();
+        drop(third);
+        assert!(
+            flock(
+                File::open(&path).unwrap(),
+                FlockOperation::NonBlockingLockExclusive
+            )
+            .is_err()
+        );
+        let third = joined;
         fs::remove_file(&path).unwrap();
         let fourth = MemoryLock::hold(&socket).unwrap();
         third.remove_if_last();

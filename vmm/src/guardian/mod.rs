@@ -45,29 +45,23 @@ impl Guardian {
     /// Must be called while the process has one thread.
     #[must_use]
     pub fn start(wanted: bool, id: &str, socket: Option<&Path>, log: &Log) -> &'static Self {
-        Box::leak(Box::new(Self::new(wanted, id, socket, log)))
-    }
-
-    fn new(wanted: bool, id: &str, socket: Option<&Path>, log: &Log) -> Self {
+        // Process 1 of a namespace takes all others with it.
+        let helpers = (wanted && !getpid().is_init()).then(|| start(id, socket, log));
+        let helpers = helpers.transpose().unwrap_or_else(|error| {
+            tracing::warn!(%error, "no guardian");
+            None
+        });
+        // Only now: from here on there is somebody to remove its file.
         let held = socket.map(MemoryLock::hold).transpose();
         let lock = held.unwrap_or_else(|error| {
             tracing::warn!(%error, "`ebb ctl wait` will not know when the memory is free");
             None
         });
-        // Process 1 of a namespace takes all others with it.
-        if !wanted || getpid().is_init() {
-            return Self {
-                helpers: None,
-                lock,
-            };
+        let this: &'static Self = Box::leak(Box::new(Self { helpers, lock }));
+        if let (Some(helpers), Some(lock)) = (&this.helpers, &this.lock) {
+            helpers.heir.keep(lock.as_fd());
         }
-        let helpers = start(id, socket, lock.as_ref(), log);
-        Self {
-            helpers: helpers
-                .inspect_err(|error| tracing::warn!(%error, "no guardian"))
-                .ok(),
-            lock,
-        }
+        this
     }
 
     /// The socket that is to be removed after a violent end, by device and inode.
@@ -117,7 +111,7 @@ impl Guardian {
             }
             None => false,
         };
-        // Otherwise heir and guardian hold it to their end.
+        // Otherwise the heir holds it to its end.
         if let Some(lock) = &self.lock
             && !entrusted
         {
@@ -126,15 +120,10 @@ impl Guardian {
     }
 }
 
-fn start(
-    id: &str,
-    socket: Option<&Path>,
-    lock: Option<&MemoryLock>,
-    log: &Log,
-) -> io::Result<Helpers> {
+fn start(id: &str, socket: Option<&Path>, log: &Log) -> io::Result<Helpers> {
     let board = Board::new()?;
     let monitor = pidfd_open(getpid(), PidfdFlags::empty())?;
-    let heir = Heir::new(board, lock.map(AsFd::as_fd))?;
+    let heir = Heir::new(board)?;
     let watch = Watch {
         board,
         monitor: monitor.as_fd(),
@@ -142,13 +131,11 @@ fn start(
         heir: heir.as_fd(),
         id,
         socket: socket.map(absolute),
-        lock,
         log,
     };
     let kept = [
         Some(monitor.as_fd()),
         Some(heir.as_fd()),
-        lock.map(AsFd::as_fd),
         log.as_ref().map(|file| file.as_fd()),
     ];
     let kept: Vec<_> = kept.into_iter().flatten().collect();

@@ -28,7 +28,6 @@ pub(super) struct Watch<'a> {
     pub heir: BorrowedFd<'a>,
     pub id: &'a str,
     pub socket: Option<PathBuf>,
-    pub lock: Option<&'a MemoryLock>,
     pub log: &'a Log,
 }
 
@@ -46,6 +45,8 @@ impl Watch<'_> {
         }
         sys::process::shrink();
         wait(self.monitor, None);
+        // While the heir holds it, too: so nobody sees it free before the rest is done.
+        let lock = self.socket.as_deref().and_then(MemoryLock::join);
         let clean = self.board.clean.load(Ordering::Acquire) == 1;
         if !clean {
             self.report();
@@ -56,12 +57,15 @@ impl Watch<'_> {
         {
             let _ = rustix::stdio::dup2_stderr(nothing);
         }
-        self.attend();
+        self.attend(lock.as_ref());
         if !clean {
             // The heir had it open: only now can one be told from a served one that the monitor had just made.
             self.remove_socket();
         }
         self.sum_up();
+        if let Some(lock) = lock {
+            lock.remove_if_last();
+        }
         0
     }
 
@@ -101,13 +105,13 @@ impl Watch<'_> {
     }
 
     /// Stays with the heir to its end, and helps the kernel when it is killed, too.
-    fn attend(&self) {
+    fn attend(&self, lock: Option<&MemoryLock>) {
         let mut noted = u64::MAX;
         while !wait(self.heir, Some(PERIOD)) {
             // EINVAL while it lives and works; everything else is as good as it gets.
             let _ = sys::process::release_memory_of(self.heir);
             let done = self.board.done.load(Ordering::Relaxed);
-            if let Some(lock) = self.lock
+            if let Some(lock) = lock
                 && noted != done
             {
                 lock.note(done, self.board.total.load(Ordering::Relaxed));
@@ -116,7 +120,7 @@ impl Watch<'_> {
         }
     }
 
-    /// Logs what was freed and lets go of the lock.
+    /// Logs what was freed.
     fn sum_up(&self) {
         let get = |value: &AtomicU64| value.load(Ordering::Acquire);
         let [began, ended] = [&self.board.times[0], &self.board.times[1]].map(get);
@@ -133,9 +137,6 @@ impl Watch<'_> {
             tracing::warn!(
                 "teardown: whoever freed the memory was killed; the kernel did the rest"
             );
-        }
-        if let Some(lock) = self.lock {
-            lock.remove_if_last();
         }
     }
 }

@@ -13,9 +13,9 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -103,8 +103,8 @@ struct Estate {
     board: &'static Board,
     /// This process; readable when it has died.
     parent: OwnedFd,
-    /// Stays open to the heir's end.
-    keep: RawFd,
+    /// Stays open to the heir's end; -1: nothing.
+    keep: AtomicI32,
     /// Null, or a box that belongs to this process while it lives.
     legacy: AtomicPtr<Legacy>,
     next: AtomicUsize,
@@ -114,12 +114,11 @@ struct Estate {
 }
 
 impl Heir {
-    /// Makes an heir, which keeps `keep` open to its end; everything else that is open is closed before
-    /// memory is freed. There is nothing to free yet.
+    /// Makes an heir. There is nothing to free yet.
     ///
     /// # Errors
     /// The error of the system call; `ENOSYS` and `EPERM` where pidfds are not to be had.
-    pub fn new(board: &'static Board, keep: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+    pub fn new(board: &'static Board) -> io::Result<Self> {
         let parent = pidfd_open(getpid(), PidfdFlags::empty())?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -130,7 +129,7 @@ impl Heir {
         let estate: &'static Estate = Box::leak(Box::new(Estate {
             board,
             parent,
-            keep: keep.map_or(-1, |fd| fd.as_raw_fd()),
+            keep: AtomicI32::new(-1),
             legacy: AtomicPtr::default(),
             next: AtomicUsize::new(0),
             busy: AtomicU32::new(0),
@@ -143,6 +142,11 @@ impl Heir {
             process: pidfd_open(pid, PidfdFlags::empty())?,
             estate,
         })
+    }
+
+    /// Leaves `fd` open to the heir's end; everything else that is open is closed before memory is freed.
+    pub fn keep(&self, fd: BorrowedFd<'static>) {
+        self.estate.keep.store(fd.as_raw_fd(), Ordering::Release);
     }
 
     /// What is to be freed when this process is dead, instead of what it was before. The parts may only be
@@ -278,10 +282,9 @@ impl Estate {
         }
         board.workers.store(started + 1, Ordering::Relaxed);
         // The last reference to a virtual machine may be among these: that takes long, beside the others.
-        if self.keep > 2 {
-            close(3, self.keep.unsigned_abs() - 1);
-        }
-        close(self.keep.max(2).unsigned_abs() + 1, u32::MAX);
+        let keep = self.keep.load(Ordering::Acquire).max(2).unsigned_abs();
+        close(3, keep.saturating_sub(1));
+        close(keep + 1, u32::MAX);
         self.free();
         loop {
             let busy = self.busy.load(Ordering::Acquire);
@@ -362,7 +365,9 @@ mod tests {
         let board = Board::new().unwrap();
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let child = process::fork_unchecked(|| {
-            let heir = Heir::new(board, Some(writer.as_fd())).unwrap();
+            let heir = Heir::new(board).unwrap();
+            let writer: &'static OwnedFd = Box::leak(Box::new(writer.try_clone().unwrap()));
+            heir.keep(writer.as_fd());
             life(heir);
             0
         });

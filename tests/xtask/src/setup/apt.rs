@@ -10,6 +10,14 @@ use crate::shell::{Seconds, command, progress, quietly};
 /// The keys of Debian's archive, from the package debian-archive-keyring, which every Debian has.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// Brings the keys up to date: an image made before a release was signed lacks its key.
+pub fn renew_keys() -> Result<()> {
+    let words = ["install", "-y", "--only-upgrade", "debian-archive-keyring"];
+    let mut install = command("apt-get", words);
+    install.env("DEBIAN_FRONTEND", "noninteractive");
+    quietly(install).map(drop)
+}
+
 /// Installs those of `packages` that are absent.
 pub fn install(packages: &[&str]) -> Result<()> {
     let missing = missing(packages)?;
@@ -67,15 +75,16 @@ fn missing(packages: &[&str]) -> Result<Vec<String>> {
         .collect())
 }
 
-/// The backports of the release that is installed, with an index of their own: the machine's list of sources
-/// stays as it is.
-pub struct Backports {
+/// The packages of another release of Debian and its backports, with an index and a state of their own: what the
+/// machine itself has and knows of stays as it is.
+pub struct Release {
     folder: PathBuf,
+    codename: &'static str,
 }
 
-impl Backports {
+impl Release {
     /// Fetches their index into `folder`, from the mirror that the machine uses.
-    pub fn of_this_release(folder: &Path) -> Result<Self> {
+    pub fn index(codename: &'static str, folder: &Path) -> Result<Self> {
         let listed = quietly(command(
             "apt-get",
             [
@@ -86,63 +95,98 @@ impl Backports {
             ],
         ))?;
         let os_release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
-        let line = codename(&os_release)
-            .and_then(|codename| source_line(&listed, codename))
+        let mirror = installed_codename(&os_release)
+            .and_then(|installed| mirror(&listed, installed))
             .ok_or_else(|| Error::new("the package sources name no Debian release".to_owned()))?;
-        for place in [folder.join("lists/partial"), folder.join("cache")] {
+        for place in ["lists/partial", "cache/archives/partial"] {
+            let place = folder.join(place);
             std::fs::create_dir_all(&place).context(|| format!("create {}", place.display()))?;
         }
-        let list = folder.join("sources.list");
-        std::fs::write(&list, line).context(|| format!("write {}", list.display()))?;
-        let backports = Self {
-            folder: folder.to_path_buf(),
+        let write = |name: &str, text: &str| {
+            let path = folder.join(name);
+            std::fs::write(&path, text).context(|| format!("write {}", path.display()))
         };
-        progress("apt-get update (backports)");
-        let mut update = backports.apt_get();
+        write("sources.list", &sources(mirror, codename))?;
+        // Nothing is installed there, so that every library comes along.
+        write("status", "")?;
+        let release = Self {
+            folder: folder.to_path_buf(),
+            codename,
+        };
+        progress(format_args!("apt-get update ({codename})"));
+        let mut update = release.apt_get();
         update.arg("update");
         quietly(update)?;
-        Ok(backports)
+        Ok(release)
     }
 
-    /// Downloads packages, without what they depend on, into `folder`.
-    pub fn download(&self, packages: &[&str], folder: &Path) -> Result<()> {
-        progress(format_args!("downloading {}", packages.join(" ")));
+    /// Downloads a package and all that it depends on; where the files are.
+    pub fn download(&self, package: &str) -> Result<PathBuf> {
+        progress(format_args!("downloading {package} ({})", self.codename));
         let mut download = self.apt_get();
-        download.arg("download").args(packages).current_dir(folder);
-        quietly(download).map(drop)
+        download
+            .args([
+                "install",
+                "-y",
+                "--download-only",
+                "--no-install-recommends",
+            ])
+            .arg("-t")
+            .arg(format!("{}-backports", self.codename))
+            .arg(package);
+        quietly(download)?;
+        Ok(self.folder.join("cache/archives"))
     }
 
     fn apt_get(&self) -> Command {
-        let set = |name: &str, value: &Path| ["-o".into(), format!("{name}={}", value.display())];
-        let mut apt_get = command("apt-get", ["-o", "APT::Sandbox::User=root"]);
+        let set = |name: &str, value: &str| {
+            let path = self.folder.join(value);
+            ["-o".into(), format!("{name}={}", path.display())]
+        };
+        let words = [
+            "APT::Sandbox::User=root",
+            "Debug::NoLocking=1",
+            "Acquire::Retries=3",
+            "Acquire::Languages=none",
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
+            "Dir::Etc::sourceparts=/dev/null",
+            "Dir::Etc::preferences=/dev/null",
+            "Dir::Etc::preferencesparts=/dev/null",
+        ];
+        let mut apt_get = command("apt-get", words.iter().flat_map(|word| ["-o", word]));
         apt_get
-            .args(set(
-                "Dir::Etc::sourcelist",
-                &self.folder.join("sources.list"),
-            ))
-            .args(set("Dir::Etc::sourceparts", Path::new("/dev/null")))
-            .args(set("Dir::State::lists", &self.folder.join("lists")))
-            .args(set("Dir::Cache", &self.folder.join("cache")));
+            .args(set("Dir::Etc::sourcelist", "sources.list"))
+            .args(set("Dir::State", "."))
+            .args(set("Dir::State::lists", "lists"))
+            .args(set("Dir::State::status", "status"))
+            .args(set("Dir::Cache", "cache"))
+            .env("DEBIAN_FRONTEND", "noninteractive");
         apt_get
     }
 }
 
 /// The release's name in the text of os-release(5).
-fn codename(os_release: &str) -> Option<&str> {
+fn installed_codename(os_release: &str) -> Option<&str> {
     let mut lines = os_release.lines();
     lines.find_map(|line| line.strip_prefix("VERSION_CODENAME="))
 }
 
-/// The line of sources.list(5) for a release's backports, from `URI|release|component` of the sources in use.
-fn source_line(targets: &str, codename: &str) -> Option<String> {
+/// The address that the installed release comes from, by `URI|release|component` of the sources in use.
+fn mirror<'a>(targets: &'a str, installed: &str) -> Option<&'a str> {
     targets.lines().find_map(|line| {
         let fields: Vec<&str> = line.split('|').collect();
         let &[uri, release, component] = fields.as_slice() else {
             return None;
         };
-        (release == codename && component == "main")
-            .then(|| format!("deb [signed-by={KEYRING}] {uri} {codename}-backports main\n"))
+        (release == installed && component == "main").then_some(uri)
     })
+}
+
+/// sources.list(5) for a release and its backports.
+fn sources(mirror: &str, codename: &str) -> String {
+    ["", "-backports"]
+        .map(|suffix| format!("deb [signed-by={KEYRING}] {mirror} {codename}{suffix} main\n"))
+        .concat()
 }
 
 #[cfg(test)]
@@ -150,23 +194,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn backports_come_from_the_mirror_in_use() {
+    fn another_release_comes_from_the_mirror_in_use() {
         let targets = "http://m.test/deb/|bookworm-updates|main\n\
                        http://other.test/|sdk|main\n\
                        http://m.test/deb/|bookworm|main\n";
+        let mirror_in_use = mirror(targets, "bookworm").unwrap();
+        assert_eq!(mirror_in_use, "http://m.test/deb/");
+        assert_eq!(mirror(targets, "trixie"), None);
         assert_eq!(
-            source_line(targets, "bookworm").unwrap(),
-            format!("deb [signed-by={KEYRING}] http://m.test/deb/ bookworm-backports main\n")
+            sources(mirror_in_use, "trixie"),
+            format!(
+                "deb [signed-by={KEYRING}] http://m.test/deb/ trixie main\n\
+                 deb [signed-by={KEYRING}] http://m.test/deb/ trixie-backports main\n"
+            )
         );
-        assert_eq!(source_line(targets, "trixie"), None);
     }
 
     #[test]
     fn the_release_has_a_name() {
         assert_eq!(
-            codename("ID=debian\nVERSION_CODENAME=bookworm\n"),
+            installed_codename("ID=debian\nVERSION_CODENAME=bookworm\n"),
             Some("bookworm")
         );
-        assert_eq!(codename("ID=arch\n"), None);
+        assert_eq!(installed_codename("ID=arch\n"), None);
     }
 }

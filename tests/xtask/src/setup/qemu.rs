@@ -1,40 +1,36 @@
-//! The emulator of the nested machine: one that patches running code without a race.
+//! The emulator of the nested machine: a newer QEMU than Debian 12 has, unpacked with its libraries.
 //!
-//! Before 8.1 QEMU's multi-threaded translator could cache an instruction that another processor was just
-//! patching (fixed by its commit deba78709ae8, "Always lock pages before translation"): a Linux kernel with several
-//! processors dies of that, now and then, early in its boot. Debian 12 has 7.2, and a newer one among its backports.
+//! Older ones kill guests and the nested machine's own kernel. Before 8.1 the multi-threaded translator could cache
+//! an instruction that another processor was just patching (fixed by QEMU's commit deba78709ae8, "Always lock pages
+//! before translation"). Before 10.2 pending interrupts were noted without atomic operations, and one could be lost at
+//! an exit from SVM. The next Debian's backports have one that does neither.
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
-use nested_machine::assets::qemu_folder;
+use nested_machine::assets::{emulator, emulator_folder};
 use nested_machine::error::{Context, Error, Result};
 
 use super::apt;
 use crate::shell::{Seconds, command, progress, quietly};
 
-/// What has to be unpacked; the libraries are those of the distribution's own QEMU.
-const PACKAGES: &[&str] = &[
-    "qemu-system-x86",
-    "qemu-system-common",
-    "qemu-system-data",
-    "seabios",
-];
+/// Where it comes from.
+const RELEASE: &str = "trixie";
 
-/// The first version without the race.
-const FIXED: (u32, u32) = (8, 1);
+/// The first version without the faults that are known.
+const FIXED: (u32, u32) = (10, 2);
 
-/// Makes sure that there is an emulator without the race, if the distribution has one; nothing outside
-/// the cache changes.
+/// Makes sure that there is such an emulator, if the mirror has one; nothing outside the cache changes.
 pub fn ensure(cache: &Path) -> Result<()> {
-    let place = qemu_folder(cache);
+    let place = emulator_folder(cache);
     if place.exists() || installed_version()? >= FIXED {
         return Ok(());
     }
     if let Err(error) = fetch(cache, &place) {
         let (major, minor) = installed_version()?;
         progress(format_args!(
-            "no newer QEMU from the distribution's backports ({error}): QEMU {major}.{minor} will do, \
+            "no newer QEMU from {RELEASE} ({error}): QEMU {major}.{minor} will do, \
              but its guests with several processors die now and then"
         ));
     }
@@ -55,31 +51,41 @@ fn version(said: &str) -> Option<(u32, u32)> {
 
 fn fetch(cache: &Path, place: &Path) -> Result<()> {
     let start = std::time::Instant::now();
-    let backports = apt::Backports::of_this_release(&cache.join("apt"))?;
-    let part = place.with_file_name("qemu-unpacking");
+    let index = cache.join(RELEASE);
+    let release = apt::Release::index(RELEASE, &index).or_else(|_| {
+        apt::renew_keys()?;
+        apt::Release::index(RELEASE, &index)
+    })?;
+    let debs = release.download("qemu-system-x86")?;
+    let part = place.with_extension("unpacking");
     if part.exists() {
-        fs::remove_dir_all(&part).context(|| format!("remove {}", part.display()))?;
+        remove(&part)?;
     }
-    let debs = part.join("debs");
-    fs::create_dir_all(&debs).context(|| format!("create {}", debs.display()))?;
-    backports.download(PACKAGES, &debs)?;
+    fs::create_dir_all(&part).context(|| format!("create {}", part.display()))?;
     let entries = fs::read_dir(&debs).context(|| format!("list {}", debs.display()))?;
     for entry in entries.flatten() {
-        let mut unpack = command("dpkg", ["-x"]);
-        unpack.arg(entry.path()).arg(&part);
-        quietly(unpack)?;
+        if entry.path().extension().is_some_and(|it| it == "deb") {
+            let mut unpack = command("dpkg", ["-x"]);
+            unpack.arg(entry.path()).arg(&part);
+            quietly(unpack)?;
+        }
     }
-    fs::remove_dir_all(&debs).context(|| format!("remove {}", debs.display()))?;
-    // It may lack a library that the distribution's own did not need: then it is not taken.
-    let program = part.join("usr/bin/qemu-system-x86_64");
-    let said = quietly(command(&program.to_string_lossy(), ["--version"]))?;
+    let words = emulator(&part);
+    let mut ask = Command::new(&words[0]);
+    ask.args(&words[1..]).arg("--version");
+    let said = quietly(ask)?;
     if version(&said).is_none_or(|version| version < FIXED) {
         return Err(Error::new(format!("{} is no better", said.trim())));
     }
     fs::rename(&part, place).context(|| format!("rename to {}", place.display()))?;
+    remove(&index)?;
     let said = said.lines().next().unwrap_or_default();
     progress(format_args!("{said} ready, {}", Seconds(start.elapsed())));
     Ok(())
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    fs::remove_dir_all(folder).context(|| format!("remove {}", folder.display()))
 }
 
 #[cfg(test)]
@@ -90,8 +96,8 @@ mod tests {
     fn the_version_is_the_first_two_numbers() {
         let said = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright";
         assert_eq!(version(said), Some((7, 2)));
-        assert_eq!(version("QEMU emulator version 10.0.2"), Some((10, 0)));
+        assert_eq!(version("QEMU emulator version 11.1.3"), Some((11, 1)));
         assert_eq!(version("no such program"), None);
-        assert!((8, 0) < FIXED && (10, 0) > FIXED);
+        assert!((10, 0) < FIXED && (11, 1) > FIXED);
     }
 }
