@@ -8,7 +8,7 @@ use ebb_tests::Result;
 use ebb_tests::integrity::{cases, run};
 
 const OPERATIONS: u64 = 1_000_000;
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(150);
 
 #[test]
 fn memory_in_use_survives_a_million_operations() -> Result<()> {
