@@ -13,7 +13,7 @@ use crate::{Parameters, map, marker};
 const PIECES: usize = 31;
 
 /// Measures the same piece of work again and again; says, after [`marker::READY`], the median of each
-/// [`PIECES`] in cycles of the time stamp counter. Never returns.
+/// `PIECES` in cycles of the time stamp counter. Never returns.
 pub fn run(mut ram: Ram) -> ! {
     say(marker::READY);
     loop {
