@@ -50,7 +50,8 @@ pub struct Args {
     #[arg(long, value_name = "OPTIONS")]
     balloon: Option<BalloonConfig>,
     /// mode=pressure|eager|age|off,age=SECONDS,pause=MICROSECONDS,slice=RANGES,share=PERCENT: when lazily
-    /// freed memory is taken, and how long vCPUs may be kept out of the guest for it. strict=on, alone:
+    /// freed memory is taken, how long vCPUs may be kept out of the guest for it, and how much of their time it may
+    /// cost them. strict=on, alone:
     /// discard it at once, and report who touches it without a reuse
     #[arg(long, value_name = "OPTIONS", default_value = "mode=pressure")]
     lazy: LazyConfig,

@@ -136,7 +136,7 @@ pub struct LazyConfig {
     pub pause_us: u32,
     /// Most ranges that are taken in one pause.
     pub slice: u32,
-    /// Percentage of the time for which vCPUs may be kept out, 1 to 50.
+    /// Percentage of their time that vCPUs may lose, 1 to 50; a pause counts twice, for what it leaves cold.
     pub share: u32,
     /// Discard it at once and report accesses to it; [`LazyMode::Off`] then.
     pub strict: bool,

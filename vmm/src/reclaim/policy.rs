@@ -104,7 +104,7 @@ pub struct Tuning {
     pub pause: Duration,
     /// Most ranges of a slice.
     pub slice: usize,
-    /// Percentage of the time for which vCPUs may be kept out, 1 to 50.
+    /// Percentage of their time that vCPUs may lose, 1 to 50; a pause counts twice, for what it leaves cold.
     pub share: u32,
 }
 

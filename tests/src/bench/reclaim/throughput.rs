@@ -1,16 +1,18 @@
 //! Reclaim of touched memory from a live machine, beside a plain madvise of as much memory that no machine
-//! has ever had.
+//! has ever had, and of as much that a machine has whose vCPUs are out: what KVM's own mappings cost.
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use vmm::memory::GpaRange;
 use vmm::reclaim::Tuning;
 use vmm::sys::{Advice, Mapping, MappingKind};
 
 use super::Arguments;
-use crate::bench::rig::{Ranges, Rig};
+use crate::bench::rig::{FIRST, Ranges, Rig};
 use crate::bench::samples::{Metric, Samples, median};
 use crate::error::{Context, Error, Result};
+use crate::wait::LONG;
 
 const RATE: Metric = ("rate", "MiB/s");
 const WORK: Metric = ("guest-work", "/us");
@@ -19,7 +21,7 @@ const WORK_ALONE: Metric = ("guest-work-alone", "/us");
 /// One vCPU: with the reclaimer that is one thread for each core below the nested machine.
 const VCPUS: usize = 1;
 
-/// Both cases, in turn with the plain one.
+/// Both cases, in turn with the other two.
 pub fn measure(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(String, f64)>> {
     let cases = [
         ("blocks-2m", true, arguments.mib * 4),
@@ -34,6 +36,7 @@ pub fn measure(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(Stri
                 samples.add(("plain", case), RATE, plain(bytes, thp)?);
             }
             live((case, bytes, thp), samples)?;
+            samples.add(("mapped", case), RATE, mapped(bytes, thp)?);
             if run % 2 == 1 {
                 samples.add(("plain", case), RATE, plain(bytes, thp)?);
             }
@@ -43,11 +46,13 @@ pub fn measure(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(Stri
             let pairs: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| a / b).collect();
             median(&pairs).context("no rounds")
         };
-        let rates = (
-            samples.of("ebb", case, RATE.0),
-            samples.of("plain", case, RATE.0),
-        );
-        ratios.push((format!("reclaim_vs_raw_{case}"), pairs(rates.0, rates.1)?));
+        for (name, system) in [("reclaim_vs_raw", "plain"), ("reclaim_vs_mapped", "mapped")] {
+            let rates = (
+                samples.of("ebb", case, RATE.0),
+                samples.of(system, case, RATE.0),
+            );
+            ratios.push((format!("{name}_{case}"), pairs(rates.0, rates.1)?));
+        }
         let work = (
             samples.of("ebb", case, WORK.0),
             samples.of("ebb", case, WORK_ALONE.0),
@@ -102,14 +107,32 @@ fn plain(bytes: u64, thp: bool) -> Result<f64> {
     Ok(rate(bytes, start.elapsed()))
 }
 
-fn live((case, bytes, thp): (&str, u64, bool), samples: &mut Samples) -> Result<()> {
+/// Blocks of 2 MiB, one behind the other.
+const fn blocks(bytes: u64) -> Ranges {
     const RANGE: u64 = 2 << 20;
-    let ranges = Ranges {
+    Ranges {
         size: RANGE,
         stride: RANGE,
         count: bytes / RANGE,
-    };
-    let rig = Rig::start(VCPUS, ranges, thp)?;
+    }
+}
+
+/// [`plain`] of a machine's memory, of which KVM has mapped every page, while no vCPU is in the guest.
+fn mapped(bytes: u64, thp: bool) -> Result<f64> {
+    let rig = Rig::start(VCPUS, blocks(bytes), thp)?;
+    rig.touch()?;
+    let _busy = Busy::start()?;
+    let hold = rig.gate.hold(LONG).context("the vCPU is not out")?;
+    let all = GpaRange::new(FIRST, FIRST + bytes).context("no ranges")?;
+    let start = Instant::now();
+    rig.ram.discard(all).context("madvise")?;
+    let rate = rate(bytes, start.elapsed());
+    drop(hold);
+    Ok(rate)
+}
+
+fn live((case, bytes, thp): (&str, u64, bool), samples: &mut Samples) -> Result<()> {
+    let rig = Rig::start(VCPUS, blocks(bytes), thp)?;
     rig.free()?;
     let reclaimer = rig.reclaimer(Tuning::default());
     let (before, start) = (rig.work(0)?, Instant::now());
