@@ -19,7 +19,7 @@ pub struct StartError(#[source] io::Error);
 pub struct ReclaimThread {
     stop: Arc<OwnedFd>,
     reclaimer: Arc<Reclaimer>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<PressureSource>>,
 }
 
 impl ReclaimThread {
@@ -34,7 +34,11 @@ impl ReclaimThread {
         let worker = Arc::clone(&reclaimer);
         let thread = Builder::new()
             .name("ebb-reclaim".into())
-            .spawn(move || watch(&worker, source, &stopped))
+            .spawn(move || {
+                let mut source = source;
+                watch(&worker, &mut source, &stopped);
+                source
+            })
             .map_err(StartError)?;
         Ok(Self {
             stop,
@@ -44,20 +48,33 @@ impl ReclaimThread {
     }
 }
 
-impl Drop for ReclaimThread {
-    fn drop(&mut self) {
+impl ReclaimThread {
+    /// Stops it. What it has watched comes back, for the caller to drop when there is time: the kernel takes 10 ms to
+    /// forget a trigger.
+    pub fn stop(mut self) -> Option<PressureSource> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Option<PressureSource> {
+        let thread = self.thread.take()?;
         self.reclaimer.stop();
         let written = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
         debug_assert_eq!(written, Ok(8), "an event can be written once");
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        let source = thread.join();
+        if source.is_err() {
             tracing::error!("the thread ebb-reclaim has panicked");
         }
+        source.ok()
     }
 }
 
-fn watch(reclaimer: &Reclaimer, mut source: PressureSource, stop: &OwnedFd) {
+impl Drop for ReclaimThread {
+    fn drop(&mut self) {
+        drop(self.end());
+    }
+}
+
+fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
     let (mut state, mut ages, start) = (PolicyState::default(), Ages::default(), Instant::now());
     loop {
         match source.wait(stop.as_fd()) {

@@ -86,7 +86,7 @@ impl Board {
 pub struct Legacy {
     /// Parts of the address space: address and length in bytes, each a multiple of the page size.
     pub parts: Vec<(usize, usize)>,
-    /// Threads, the heir among them; at most [`MAX_WORKERS`].
+    /// Threads that free memory; at most [`MAX_WORKERS`].
     pub workers: usize,
 }
 
@@ -258,8 +258,13 @@ impl Estate {
         };
         board.resident[0].store(resident(), Ordering::Relaxed);
         board.times[0].store(now(), Ordering::Release);
+        // This one closes descriptors first, which is waiting more than work: as many others as there are to be.
+        let helpers = match legacy.workers.min(MAX_WORKERS) {
+            1 => 0,
+            workers => workers,
+        };
         let mut started = 0;
-        for index in 1..legacy.workers.min(MAX_WORKERS) {
+        for index in 1..=helpers {
             self.busy.fetch_add(1, Ordering::Relaxed);
             let top = HEIR_STACK + index * WORKER_STACK;
             let flags = libc::CLONE_VM
@@ -280,8 +285,9 @@ impl Estate {
             }
             started += 1;
         }
-        board.workers.store(started + 1, Ordering::Relaxed);
-        // The last reference to a virtual machine may be among these: that takes long, beside the others.
+        board.workers.store(started.max(1), Ordering::Relaxed);
+        // The last reference to a virtual machine may be among these, and triggers of memory pressure, for which the
+        // kernel waits for 10 ms: that takes long, beside the others.
         let keep = self.keep.load(Ordering::Acquire).max(2).unsigned_abs();
         close(3, keep.saturating_sub(1));
         close(keep + 1, u32::MAX);

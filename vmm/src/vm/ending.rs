@@ -7,6 +7,7 @@ use crate::control::{CommandError, TeardownState};
 use crate::guardian::Guardian;
 use crate::kvm;
 use crate::memory::{GpaRange, GuestRam};
+use crate::reclaim::PressureSource;
 use crate::sys::heir::MAX_WORKERS;
 use crate::sys::{self, Legacy, nodes};
 use crate::teardown::plan::{DEFAULT_BATCH, DEFAULT_HUGE_BATCH};
@@ -87,11 +88,12 @@ impl Ending {
         Ok(())
     }
 
-    /// Frees the memory, or leaves that to the heir: then this returns at once. Whoever does it closes `kvm`
-    /// beside: KVM releases its own tables serially, so that time is hidden rather than added.
+    /// Frees the memory, or leaves that to the heir: then this returns at once. Whoever does it closes `beside`
+    /// the work what takes long: KVM releases its own tables serially, and the kernel waits before it forgets a trigger
+    /// of memory pressure.
     ///
-    /// No thread may need the memory or `kvm` any more.
-    pub fn free(&self, kvm: kvm::Machine) {
+    /// No thread may need the memory or KVM any more.
+    pub fn free(&self, beside: (kvm::Machine, Option<PressureSource>)) {
         let plan = if nodes::count() > 1 {
             self.plan(|batch| nodes::node_at(self.host(batch)).unwrap_or(0))
         } else {
@@ -100,12 +102,12 @@ impl Ending {
         if plan.workers() > 1 && self.guardian.frees() {
             self.entrust(&plan);
             // The heir closes its descriptors: they are one process's as much as the other's.
-            std::mem::forget(kvm);
+            std::mem::forget(beside);
             return;
         }
         self.guardian.disinherit();
         let before = sys::resident_bytes();
-        let mut report = teardown::execute(&plan, &self.ram, move || drop(kvm));
+        let mut report = teardown::execute(&plan, &self.ram, move || drop(beside));
         let freed = before.zip(sys::resident_bytes());
         report.bytes = freed.map_or(report.bytes, |(a, b)| a.saturating_sub(b));
         report.log();

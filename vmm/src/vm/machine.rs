@@ -328,7 +328,7 @@ impl Vm {
         drop(self.api.take());
         self.vcpus.stop();
         self.devices.stop();
-        drop(self.reclaim.take());
+        let pressure = self.reclaim.take().and_then(ReclaimThread::stop);
         drop(self.strict.take());
         let Self {
             vcpus,
@@ -338,7 +338,7 @@ impl Vm {
             ..
         } = self;
         drop((vcpus, devices));
-        ending.free(kvm);
+        ending.free((kvm, pressure));
     }
 }
 
