@@ -86,17 +86,21 @@ fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
     let before = until("the guest hands its memory over", LONG, || {
         Ok(Some(api.lazy()?).filter(|state| state.lazy_bytes == 160 * MIB))
     })?;
-    assert_eq!(
-        before.pressure_events_total, 0,
-        "nothing has happened yet: {before:?}"
-    );
-
-    cgroup.set("memory.high", cgroup.number("memory.current")? - 32 * MIB)?;
+    // A little: far over its limit the kernel lets every thread of a cgroup sleep for seconds at each charge, and
+    // those who would bring it back below are among them.
+    cgroup.set("memory.high", cgroup.number("memory.current")? - 4 * MIB)?;
+    let reclaimed = |least: u64| {
+        until("the host takes lazy memory", LONG, || {
+            Ok(Some(api.lazy()?).filter(|state| state.reclaimed_bytes_total >= least))
+        })
+    };
+    reclaimed(4 * MIB)?;
     guest.ask("fill 96M")?;
-    let after = until("the host takes lazy memory", LONG, || {
-        Ok(Some(api.lazy()?).filter(|state| state.reclaimed_bytes_total >= 64 * MIB))
-    })?;
-    assert!(after.pressure_events_total > 0, "{after:?}");
+    let after = reclaimed(64 * MIB)?;
+    assert!(
+        after.pressure_events_total > before.pressure_events_total,
+        "{before:?} {after:?}"
+    );
     assert_eq!(after.discard_failures_total, 0, "{after:?}");
 
     cgroup.set("memory.high", 4096 * MIB)?;

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::{Room, Sample};
 use crate::sys::pressure::HOST_PRESSURE;
-use crate::sys::{Cgroup, MemInfo, PsiTrigger};
+use crate::sys::{Cgroup, KeptFile, MemInfo, PsiTrigger};
 
 /// Stall that counts as pressure, in microseconds within [`WINDOW_US`].
 const STALL_US: u32 = 150_000;
@@ -32,6 +32,7 @@ const INTERVAL: Timespec = Timespec {
 pub struct PressureSource {
     triggers: Vec<PsiTrigger>,
     cgroup: Option<Cgroup>,
+    meminfo: KeptFile,
     interval: Timespec,
 }
 
@@ -53,16 +54,17 @@ impl PressureSource {
         Self {
             triggers: triggers.collect(),
             cgroup,
-            interval: INTERVAL,
+            ..Self::watermark_only()
         }
     }
 
     /// Only the available memory, as on a host without PSI.
     #[must_use]
-    pub const fn watermark_only() -> Self {
+    pub fn watermark_only() -> Self {
         Self {
             triggers: Vec::new(),
             cgroup: None,
+            meminfo: KeptFile::open(Path::new(MemInfo::PATH)),
             interval: INTERVAL,
         }
     }
@@ -71,9 +73,8 @@ impl PressureSource {
     #[must_use]
     pub fn every(interval: Duration) -> Self {
         Self {
-            triggers: Vec::new(),
-            cgroup: None,
             interval: Timespec::try_from(interval).unwrap_or(INTERVAL),
+            ..Self::watermark_only()
         }
     }
 
@@ -117,7 +118,7 @@ impl PressureSource {
         // The trigger of a cgroup that was removed reports an error for ever.
         let mut events = events[1..].iter();
         self.triggers.retain(|_| !events.next().is_some_and(dead));
-        let memory = MemInfo::read().ok();
+        let memory = self.meminfo.read(MemInfo::parse);
         Ok(Some(Sample {
             stalled,
             available: memory.map_or(0, |memory| memory.available),

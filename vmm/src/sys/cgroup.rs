@@ -3,12 +3,25 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::KeptFile;
+
 /// The cgroup of this process and those above it, as far as they control memory. Where the process is moved to later is
 /// not noticed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Cgroup {
+    /// The own one's.
+    folder: PathBuf,
     /// The own one first; not empty.
-    folders: Vec<PathBuf>,
+    files: Vec<Files>,
+}
+
+/// One cgroup's.
+#[derive(Debug)]
+struct Files {
+    high: KeptFile,
+    max: KeptFile,
+    current: KeptFile,
+    stat: KeptFile,
 }
 
 /// A limit on memory, in bytes.
@@ -38,35 +51,45 @@ impl Cgroup {
         let folders = own
             .ancestors()
             .take_while(|folder| folder.starts_with(point));
-        let folders: Vec<_> = folders.take_while(controlled).map(Path::to_owned).collect();
-        (!folders.is_empty()).then_some(Self { folders })
+        let files: Vec<_> = folders.take_while(controlled).map(Files::open).collect();
+        (!files.is_empty()).then_some(Self { folder: own, files })
     }
 
     /// The file that tells of pressure in the own one.
     #[must_use]
     pub fn pressure_file(&self) -> PathBuf {
-        self.folders[0].join("memory.pressure")
+        self.folder.join("memory.pressure")
     }
 
     /// The limits that there are just now, the own one first.
     pub fn limits(&self) -> impl Iterator<Item = MemoryLimit> {
-        self.folders.iter().filter_map(|folder| limit(folder))
+        self.files.iter().filter_map(Files::limit)
     }
 }
 
-fn limit(folder: &Path) -> Option<MemoryLimit> {
-    let read = |name| fs::read_to_string(folder.join(name)).ok();
-    // "max" is no number: no limit.
-    let number = |name| read(name)?.trim().parse::<u64>().ok();
-    let limit = number("memory.high")
-        .into_iter()
-        .chain(number("memory.max"))
-        .min()?;
-    let used = number("memory.current")?.saturating_sub(inactive_file(&read("memory.stat")?));
-    Some(MemoryLimit {
-        limit,
-        available: limit.saturating_sub(used),
-    })
+impl Files {
+    fn open(folder: &Path) -> Self {
+        let open = |name| KeptFile::open(&folder.join(name));
+        Self {
+            high: open("memory.high"),
+            max: open("memory.max"),
+            current: open("memory.current"),
+            stat: open("memory.stat"),
+        }
+    }
+
+    fn limit(&self) -> Option<MemoryLimit> {
+        // "max" is no number: no limit.
+        let number = |file: &KeptFile| file.read(|text| text.trim().parse::<u64>().ok());
+        let limits = number(&self.high).into_iter().chain(number(&self.max));
+        let limit = limits.min()?;
+        let inactive = self.stat.read(|stat| Some(inactive_file(stat)))?;
+        let used = number(&self.current)?.saturating_sub(inactive);
+        Some(MemoryLimit {
+            limit,
+            available: limit.saturating_sub(used),
+        })
+    }
 }
 
 fn inactive_file(stat: &str) -> u64 {
@@ -116,7 +139,7 @@ mod tests {
         let root = tempfile::TempDir::new().unwrap();
         let own = root.path().join("vms/one");
         fs::create_dir_all(&own).unwrap();
-        assert_eq!(Cgroup::at(root.path(), Path::new("vms/one")), None);
+        assert!(Cgroup::at(root.path(), Path::new("vms/one")).is_none());
         let write = |folder: &Path, files: [(&str, &str); 4]| {
             for (name, text) in files {
                 fs::write(folder.join(format!("memory.{name}")), text).unwrap();

@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod heir;
+mod kept;
 pub mod mapping;
 pub mod nodes;
 pub mod pressure;
@@ -12,6 +13,7 @@ mod userfault;
 
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use heir::{Board, Heir, Legacy};
+pub use kept::KeptFile;
 pub use mapping::{Advice, Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;

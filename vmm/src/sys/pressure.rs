@@ -1,6 +1,6 @@
 //! What the host kernel says about memory pressure.
 
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -44,16 +44,12 @@ pub struct MemInfo {
 }
 
 impl MemInfo {
-    /// Reads it.
-    ///
-    /// # Errors
-    /// read(2)'s; `InvalidData` when a field is missing.
-    pub fn read() -> io::Result<Self> {
-        let text = fs::read_to_string("/proc/meminfo")?;
-        Self::parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
-    }
+    /// Where it stands.
+    pub const PATH: &str = "/proc/meminfo";
 
-    fn parse(text: &str) -> Option<Self> {
+    /// Takes it from the text of that file; `None` when a field is missing.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
         let field = |name| {
             let line = text.lines().find_map(|line| line.strip_prefix(name))?;
             let kib = line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?;
@@ -80,7 +76,7 @@ mod tests {
         assert_eq!(MemInfo::parse(text), Some(want));
         assert_eq!(MemInfo::parse("MemTotal: 5 kB\n"), None);
         assert_eq!(MemInfo::parse("MemTotal: 5\nMemAvailable: 5 kB\n"), None);
-        let host = MemInfo::read().unwrap();
+        let host = MemInfo::parse(&std::fs::read_to_string(MemInfo::PATH).unwrap()).unwrap();
         assert!(host.available <= host.total && host.total > 0);
     }
 

@@ -1,0 +1,58 @@
+//! Small files of the kernel's that are read again and again.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// More than any of them has.
+const MOST: usize = 8192;
+
+/// A file that stays open. Opening it each time would charge kernel memory to the own cgroup, and whoever charges a
+/// cgroup that is over its `memory.high` is put to sleep for up to 2 s (Documentation/admin-guide/cgroup-v2.rst): the
+/// thread that would free memory must not be.
+#[derive(Debug)]
+pub struct KeptFile(Option<File>);
+
+impl KeptFile {
+    /// Opens it, and reads it once, so that the kernel has its buffer.
+    #[must_use]
+    pub fn open(path: &Path) -> Self {
+        let kept = Self(File::open(path).ok());
+        kept.read(|_| None::<()>);
+        kept
+    }
+
+    /// What `parse` finds in it; `None` too when it cannot be read.
+    pub fn read<T>(&self, parse: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+        let file = self.0.as_ref()?;
+        let mut buffer = [0; MOST];
+        let mut len = 0;
+        while len < MOST {
+            match file.read_at(&mut buffer[len..], len as u64) {
+                Ok(0) => break,
+                Ok(more) => len += more,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(_) => return None,
+            }
+        }
+        parse(std::str::from_utf8(&buffer[..len]).ok()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_anew_each_time() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let kept = KeptFile::open(file.path());
+        for text in ["one", "twenty"] {
+            std::fs::write(file.path(), text).unwrap();
+            assert_eq!(kept.read(|it| Some(it.to_owned())).as_deref(), Some(text));
+        }
+        assert_eq!(kept.read(|_| None::<()>), None);
+        let missing = KeptFile::open(Path::new("/nowhere/at/all"));
+        assert_eq!(missing.read(|_| Some(())), None);
+    }
+}
