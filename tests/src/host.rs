@@ -1,5 +1,7 @@
 //! What the host's kernel says of a process and its virtual machine.
 
+use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::fs;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -20,6 +22,77 @@ fn read(path: &str) -> Result<String> {
 pub fn rss(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     field(&read(&path)?, "Rss").context(format_args!("{path} has no Rss"))
+}
+
+/// What the threads of all monitors do, looked at twice, a second apart: whether a vCPU runs, waits or stands still. For the
+/// messages of tests that wait in vain.
+#[must_use]
+pub fn monitors() -> String {
+    let before = monitor_threads();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let after = monitor_threads();
+    after
+        .iter()
+        .fold(String::new(), |mut text, (path, thread)| {
+            let earlier = before.get(path).map(|thread| thread.ticks);
+            let Thread {
+                name,
+                state,
+                wait,
+                ticks,
+            } = thread;
+            // Writing to a string does not fail.
+            let _ = write!(
+                text,
+                "\n    {path} {name}: {state}, in {wait}, ticks {earlier:?} then {ticks}"
+            );
+            text
+        })
+}
+
+/// A thread as the kernel sees it.
+struct Thread {
+    name: String,
+    state: String,
+    /// The kernel's function that it waits in; 0 while it runs.
+    wait: String,
+    /// Clock ticks that it has run.
+    ticks: u64,
+}
+
+/// The threads of the processes named ebb, by their folder in /proc.
+fn monitor_threads() -> BTreeMap<String, Thread> {
+    let folders = |path: &str| {
+        let entries = fs::read_dir(path).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let text = |path: PathBuf| {
+        fs::read_to_string(path)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
+    let monitors = folders("/proc")
+        .into_iter()
+        .filter(|folder| text(folder.join("comm")) == "ebb");
+    let threads = monitors.flat_map(|folder| folders(&folder.join("task").to_string_lossy()));
+    threads
+        .map(|folder| {
+            let stat = text(folder.join("stat"));
+            let fields: Vec<&str> = stat
+                .rsplit_once(") ")
+                .map_or(Vec::new(), |(_, rest)| rest.split(' ').collect());
+            let number = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
+            let thread = Thread {
+                name: text(folder.join("comm")),
+                state: fields.first().copied().unwrap_or_default().to_owned(),
+                wait: text(folder.join("wchan")),
+                // utime and stime, see proc_pid_stat(5).
+                ticks: number(11).unwrap_or(0) + number(12).unwrap_or(0),
+            };
+            (folder.display().to_string(), thread)
+        })
+        .collect()
 }
 
 /// Resident bytes of a process that the kernel may drop when it is short of memory (`MADV_FREE`).

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use payload::freestanding::{Counts, Job, marker};
 
 use crate::error::{Error, Result};
-use crate::host::rss_estimate;
+use crate::host::{monitors, rss_estimate};
 use crate::payload_vm::{PayloadVm, Setup};
 use crate::size::MIB;
 
@@ -184,7 +184,8 @@ pub fn run(case: Case, limit: Duration) -> Result<Outcome> {
     while !vm.ended()? {
         if start.elapsed() > limit {
             return Err(Error::new(format!(
-                "{case:?}: not within {limit:?}: {last}"
+                "{case:?}: not within {limit:?}: {last}{}",
+                monitors()
             )));
         }
         // It may end at any moment: then there is no answer.

@@ -6,6 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use ebb_tests::host::monitors;
 use hypercall_abi::block::BATCH_MAX;
 use hypercall_abi::discovery::CPUID_BASE;
 use hypercall_abi::status::LAST_RANGE;
@@ -81,7 +82,12 @@ impl Guest {
         while !done(self) {
             let ended = self.monitor.try_wait().unwrap();
             assert_eq!(ended, None, "the monitor has ended: {}", self.log());
-            assert!(start.elapsed() < LIMIT, "too slow: {:x?}", self.results());
+            assert!(
+                start.elapsed() < LIMIT,
+                "results {:x?}: not within {LIMIT:?}{}",
+                self.results(),
+                monitors()
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -108,7 +114,12 @@ impl Guest {
             if let Some(status) = self.monitor.try_wait().unwrap() {
                 return status;
             }
-            assert!(start.elapsed() < LIMIT, "too slow: {:x?}", self.results());
+            assert!(
+                start.elapsed() < LIMIT,
+                "results {:x?}: not within {LIMIT:?}{}",
+                self.results(),
+                monitors()
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }

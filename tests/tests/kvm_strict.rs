@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use ebb_tests::Launch;
 use ebb_tests::error::Result;
+use ebb_tests::host::monitors;
 use ebb_tests::size::MIB;
 use ebb_tests::wait::{LONG, until};
 use hypercall_abi::{Operation, PAGE_SIZE};
@@ -49,7 +50,12 @@ impl Guest {
         while guest.results().len() < steps {
             let ended = guest.monitor.try_wait().unwrap();
             assert_eq!(ended, None, "the monitor has ended: {}", guest.log());
-            assert!(start.elapsed() < LIMIT, "too slow: {}", guest.log());
+            assert!(
+                start.elapsed() < LIMIT,
+                "{}: not within {LIMIT:?}{}",
+                guest.log(),
+                monitors()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         guest
@@ -97,7 +103,12 @@ impl Guest {
                 assert_eq!(status.code(), Some(0), "{}", self.log());
                 return self;
             }
-            assert!(start.elapsed() < LIMIT, "too slow: {}", self.log());
+            assert!(
+                start.elapsed() < LIMIT,
+                "{}: not within {LIMIT:?}{}",
+                self.log(),
+                monitors()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
