@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{major, minor};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// Bytes of a device of the dax bus, or of a file, which does in tests.
 pub fn size(file: &File) -> io::Result<usize> {
@@ -21,6 +21,30 @@ pub fn size(file: &File) -> io::Result<usize> {
         metadata.len()
     };
     usize::try_from(size).map_err(io::Error::other)
+}
+
+const PAGE: usize = 4096;
+/// Alignment of an arena's mapping: that of a huge page, which granules and page tables go by.
+const ALIGN: usize = 2 << 20;
+
+/// Makes room for `len` bytes in the address space, aligned to [`ALIGN`].
+fn reserve(len: usize) -> io::Result<*mut u8> {
+    let len = len.next_multiple_of(PAGE);
+    let with_slack = len.checked_add(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping where the kernel finds room.
+    let start =
+        unsafe { mmap_anonymous(std::ptr::null_mut(), with_slack, ProtFlags::empty(), flags)? };
+    let start: *mut u8 = start.cast();
+    let lead = start.align_offset(ALIGN);
+    let room = start.wrapping_add(lead);
+    for (slack, bytes) in [(start, lead), (room.wrapping_add(len), ALIGN - lead)] {
+        if bytes > 0 {
+            // SAFETY: a part of the new mapping that nobody knows yet.
+            unsafe { munmap(slack.cast(), bytes)? };
+        }
+    }
+    Ok(room)
 }
 
 /// Memory that is shared with other processes and the monitor, unmapped on drop. A child does not get it: it would write
@@ -42,13 +66,20 @@ impl Memory {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
         }
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping where the kernel finds room.
-        let start = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, file, 0)? };
+        let room = reserve(len)?;
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: over a mapping that was made for it.
+        let start = unsafe { mmap(room.cast(), len, prot, flags, file, 0)? };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         let memory = Self { start, len };
         // SAFETY: the whole of a mapping of our own; a child that lacks it faults.
         unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontFork)? };
         Ok(memory)
+    }
+
+    /// Where it begins.
+    pub const fn start(&self) -> *mut u8 {
+        self.start.as_ptr()
     }
 
     /// The word at `offset`.

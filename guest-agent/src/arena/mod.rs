@@ -7,6 +7,7 @@
 
 mod memory;
 mod slots;
+mod span;
 
 use std::fs::File;
 use std::io;
