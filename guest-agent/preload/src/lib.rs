@@ -1,0 +1,209 @@
+//! `libebb_malloc.so`: the names of malloc(3), fork(3), and of one switch of prctl(2), over guest-malloc.
+
+use std::ffi::{c_int, c_ulong, c_void};
+use std::ptr::null_mut;
+
+use libc::{EINVAL, ENOMEM, size_t};
+
+/// Bytes of a page.
+const PAGE: usize = 4096;
+
+fn fail(code: c_int) -> *mut c_void {
+    // SAFETY: the thread's own.
+    unsafe { *libc::__errno_location() = code };
+    null_mut()
+}
+
+/// malloc(3).
+///
+/// # Safety
+/// As malloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn malloc(size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::malloc(size) }
+}
+
+/// calloc(3).
+///
+/// # Safety
+/// As calloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn calloc(count: size_t, size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::calloc(count, size) }
+}
+
+/// realloc(3).
+///
+/// # Safety
+/// As realloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn realloc(memory: *mut c_void, size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::realloc(memory, size) }
+}
+
+/// reallocarray(3).
+///
+/// # Safety
+/// As reallocarray(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn reallocarray(
+    memory: *mut c_void,
+    count: size_t,
+    size: size_t,
+) -> *mut c_void {
+    match count.checked_mul(size) {
+        // SAFETY: the caller's.
+        Some(total) => unsafe { guest_malloc::realloc(memory, total) },
+        None => fail(ENOMEM),
+    }
+}
+
+/// free(3).
+///
+/// # Safety
+/// As free(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn free(memory: *mut c_void) {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::free(memory) }
+}
+
+/// posix_memalign(3).
+///
+/// # Safety
+/// As posix_memalign(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn posix_memalign(
+    memory: *mut *mut c_void,
+    align: size_t,
+    size: size_t,
+) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::posix_memalign(memory, align, size) }
+}
+
+/// aligned_alloc(3).
+///
+/// # Safety
+/// As aligned_alloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aligned_alloc(align: size_t, size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::aligned_alloc(align, size) }
+}
+
+/// memalign(3).
+///
+/// # Safety
+/// As memalign(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn memalign(align: size_t, size: size_t) -> *mut c_void {
+    let Some(align) = align.checked_next_power_of_two() else {
+        return fail(EINVAL);
+    };
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::aligned_alloc(align.max(size_of::<usize>()), size) }
+}
+
+/// valloc(3).
+///
+/// # Safety
+/// As valloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn valloc(size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::aligned_alloc(PAGE, size) }
+}
+
+/// pvalloc(3).
+///
+/// # Safety
+/// As pvalloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvalloc(size: size_t) -> *mut c_void {
+    match size.checked_next_multiple_of(PAGE) {
+        // SAFETY: the caller's.
+        Some(size) => unsafe { guest_malloc::aligned_alloc(PAGE, size) },
+        None => fail(ENOMEM),
+    }
+}
+
+/// malloc_usable_size(3).
+///
+/// # Safety
+/// As malloc_usable_size(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn malloc_usable_size(memory: *mut c_void) -> size_t {
+    // SAFETY: the caller's.
+    unsafe { guest_malloc::usable_size(memory) }
+}
+
+/// A function of glibc's that ours stands before.
+///
+/// # Safety
+/// `F` is the type of that function.
+unsafe fn real<F: Copy>(name: &std::ffi::CStr) -> F {
+    // SAFETY: looks up a name.
+    let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
+    assert!(!function.is_null(), "{name:?} is not in the C library");
+    // SAFETY: the caller's; functions are as wide as data pointers.
+    unsafe { std::mem::transmute_copy(&function) }
+}
+
+/// A function without arguments.
+type Plain = extern "C" fn() -> c_int;
+/// prctl(2), whose arguments glibc takes as five words.
+type Prctl = unsafe extern "C" fn(c_int, c_ulong, c_ulong, c_ulong, c_ulong) -> c_int;
+
+/// prctl(2). PR_SET_THP_DISABLE does nothing where the heap is in an arena, and succeeds: a device-dax mapping has huge pages
+/// or faults with SIGBUS, and Redis turns them off, for the sake of its forks, which copy the heap here anyway.
+///
+/// # Safety
+/// As prctl(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn prctl(
+    option: c_int,
+    second: c_ulong,
+    third: c_ulong,
+    fourth: c_ulong,
+    fifth: c_ulong,
+) -> c_int {
+    if option == libc::PR_SET_THP_DISABLE && guest_malloc::uses_arena() {
+        return 0;
+    }
+    // SAFETY: its type.
+    let prctl: Prctl = unsafe { real(c"prctl") };
+    // SAFETY: the caller's.
+    unsafe { prctl(option, second, third, fourth, fifth) }
+}
+
+/// fork(3): ENOMEM where the heap cannot be copied for the child.
+#[unsafe(no_mangle)]
+pub extern "C" fn fork() -> c_int {
+    // SAFETY: its type.
+    let fork: Plain = unsafe { real(c"fork") };
+    guest_malloc::fork::fork(|| fork())
+}
+
+/// _Fork(3), which runs no handlers: the heap is copied all the same.
+#[unsafe(no_mangle)]
+pub extern "C" fn _Fork() -> c_int {
+    // SAFETY: its type.
+    let fork: Plain = unsafe { real(c"_Fork") };
+    guest_malloc::fork::fork(|| {
+        guest_malloc::fork::before();
+        match fork() {
+            0 => {
+                guest_malloc::fork::in_child();
+                0
+            }
+            child => {
+                guest_malloc::fork::in_parent();
+                child
+            }
+        }
+    })
+}
