@@ -5,6 +5,7 @@ mod bench;
 mod data;
 mod discovery;
 mod meminfo;
+mod run;
 mod setup;
 mod shell;
 mod size;
@@ -19,6 +20,9 @@ ebb-guest: what runs inside an Ebb guest
 
   ebb-guest status    whether this machine runs under Ebb, which interface it offers, and its arenas
   ebb-guest setup     as root: make the arenas' devices, /dev/daxN.M; --mode 0666 lets every user use them
+  ebb-guest run -- PROGRAM [ARGUMENT...]
+                      run a program with its heap in an arena (libebb_malloc.so, or --library FILE before the --)
+  ebb-guest recover   free what dead programs have left in the arenas
   ebb-guest bench DEVICE
                       what freeing and taking back a granule costs, and what it costs without an arena
   ebb-guest stress DEVICE PROCESSES THREADS SECONDS
@@ -34,6 +38,8 @@ fn main() -> ExitCode {
             found
         }
         ["setup", ref words @ ..] => setup::main(words),
+        ["run", ref words @ ..] => run::main(words),
+        ["recover"] => run::recover(),
         ["bench", ref words @ ..] => bench::main(words),
         ["stress", ref words @ ..] => stress::main(words),
         ["stress-worker", ref words @ ..] => stress::worker(words),
