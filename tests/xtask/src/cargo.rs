@@ -30,6 +30,19 @@ pub fn build(packages: &[&str]) -> Result<()> {
     must(command)
 }
 
+/// Builds a package's release library.
+pub fn build_library(package: &str) -> Result<()> {
+    progress(format_args!("building {package} (release)"));
+    must(cargo([
+        "build",
+        "--release",
+        "--quiet",
+        "--lib",
+        "-p",
+        package,
+    ]))
+}
+
 /// Builds a static binary of a package into `target/static`.
 pub fn build_static(package: &str, binary: &str, more: &[&str]) -> Result<()> {
     let mut command = cargo([

@@ -13,7 +13,7 @@ use nested_machine::runner::{Runner, run_here};
 use nested_machine::session::{Command, Stream};
 use serde_json::Value;
 
-use crate::cargo::{build, cargo};
+use crate::cargo::{build, build_library, cargo};
 use crate::project::{environment, output_folder, root, start_runner};
 use crate::shell::{Seconds, progress, visibly};
 use crate::verdict::{failed_tests, kernel_broke};
@@ -89,6 +89,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         visibly(cargo(["test", "--workspace", "--doc", "-q"]))
     });
     build(&["vmm", "ebb-tests"])?;
+    build_library("ebb-malloc")?;
     let binaries = test_binaries()?;
     let (kvm, host): (Vec<_>, Vec<_>) = binaries
         .into_iter()

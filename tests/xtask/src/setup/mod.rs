@@ -26,6 +26,7 @@ const PACKAGES: &[&str] = &[
     "util-linux",
     "gcc",
     "libc6-dev",
+    "make",
 ];
 
 /// Arguments of `setup`.
