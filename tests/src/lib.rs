@@ -4,6 +4,7 @@
 pub mod api;
 pub mod bench;
 pub mod console;
+pub mod debian;
 pub mod error;
 pub mod guest;
 pub mod host;

@@ -7,6 +7,7 @@ mod guest;
 mod host;
 pub mod integrity;
 pub mod lazy;
+pub mod malloc;
 mod overhead;
 mod plot;
 mod process;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_tests::bench::{boot, integrity, lazy, reclaim, reporting, teardown};
+use ebb_tests::bench::{boot, integrity, lazy, malloc, reclaim, reporting, teardown};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -21,6 +21,8 @@ enum Bench {
     Integrity(integrity::Arguments),
     /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time beside an empty exit
     Lazy(lazy::Arguments),
+    /// What a heap in an arena costs, beside the same jemalloc on normal memory
+    Malloc(malloc::Arguments),
     /// What reclaim costs: interrupts, pauses, throughput beside plain madvise, work of a busy guest
     Reclaim(reclaim::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Bench::Boot(arguments) => boot::run(&arguments),
         Bench::Integrity(arguments) => integrity::run(&arguments),
         Bench::Lazy(arguments) => lazy::run(&arguments),
+        Bench::Malloc(arguments) => malloc::run(&arguments),
         Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
         Bench::Teardown(arguments) => teardown::run(&arguments),

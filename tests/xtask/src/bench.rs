@@ -8,7 +8,7 @@ use nested_machine::platform::Platform;
 use nested_machine::runner::run_here;
 use nested_machine::session::Command;
 
-use crate::cargo::build;
+use crate::cargo::{build, build_library};
 use crate::project::{binary, environment, output_folder, root, start_runner};
 use crate::{setup, test};
 
@@ -29,6 +29,9 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
     build(&["vmm", "ebb-tests"])?;
+    if arguments.name == "malloc" {
+        build_library("ebb-malloc")?;
+    }
     let out = output_folder("bench")?;
     let command = |platform: Platform| {
         let program = binary("ebb-bench").to_string_lossy().into_owned();

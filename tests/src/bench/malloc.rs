@@ -1,0 +1,123 @@
+//! `ebb-bench malloc`: what a heap in an arena costs, beside the same jemalloc on normal memory.
+
+use super::BenchError;
+use super::report::{Host, Ratio, Report};
+use super::samples::Samples;
+use crate::debian::Debian;
+use crate::error::{Context, Result};
+
+/// Threads of the churn, and vCPUs.
+const THREADS: u32 = 4;
+
+/// The heaps: name, case, and the environment that makes it.
+const HEAPS: [(&str, &str, &str); 3] = [
+    ("ebb", "decay 0", ""),
+    ("jemalloc", "decay 10 s", "EBB_FORK=off"),
+    (
+        "jemalloc",
+        "decay 0",
+        "EBB_FORK=off _RJEM_MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0",
+    ),
+];
+
+/// Arguments of the benchmark.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// Rounds of each heap
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Seconds of each churn
+    #[arg(long, default_value_t = 4)]
+    seconds: u32,
+}
+
+/// Runs it, prints the table and writes the report.
+///
+/// # Errors
+/// [`BenchError`]: the machine does not start, or a program fails.
+pub fn run(arguments: &Arguments) -> std::result::Result<(), BenchError> {
+    let out = super::path("EBB_OUT")?;
+    let mut debian = Debian::start(THREADS)?;
+    let mut samples = Samples::default();
+    for run in 1..=arguments.runs {
+        pair(&mut debian, &mut samples)?;
+        churns(&mut debian, &mut samples, arguments.seconds)?;
+        eprintln!("malloc: run {run} of {}", arguments.runs);
+    }
+    debian.end()?;
+    let report = Report {
+        name: "malloc".to_owned(),
+        host: Host::probe(),
+        rows: samples.rows(),
+        ratios: ratios(&samples).context("samples of every heap")?,
+    };
+    println!("{report}");
+    let path = report.write(&out)?;
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+/// The number behind `name=`.
+fn number(text: &str, name: &str) -> Result<f64> {
+    let mut words = text.split_whitespace();
+    let value = words.find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let value = value.and_then(|value| value.split('\\').next()?.parse().ok());
+    value.context(format_args!("no number {name} in {text:?}"))
+}
+
+/// One lazy_free and reuse of a granule, beside MADV_DONTNEED.
+fn pair(debian: &mut Debian, samples: &mut Samples) -> Result<()> {
+    let said = debian.run("/tmp/ebb-guest bench /dev/dax0.0")?;
+    for (name, unit) in [
+        ("pair_ns", "ns"),
+        ("pair_cycles", "cycles"),
+        ("pair_vs_dontneed", ""),
+    ] {
+        samples.add(("ebb", "pair"), (name, unit), number(&said, name)?);
+    }
+    Ok(())
+}
+
+/// The churn on each heap, and an idle one for the interrupts that come anyway.
+fn churns(debian: &mut Debian, samples: &mut Samples, seconds: u32) -> Result<()> {
+    let idle = debian.run(&format!("/tmp/ebb-churn 0 {seconds}"))?;
+    samples.add(
+        ("idle", ""),
+        ("shootdowns", ""),
+        number(&idle, "shootdowns")?,
+    );
+    for (system, case, environment) in HEAPS {
+        let said = debian.run_on_arena(&format!(
+            "env {environment} /tmp/ebb-churn {THREADS} {seconds}"
+        ))?;
+        let throughput = number(&said, "ops")? / number(&said, "seconds")?;
+        samples.add((system, case), ("throughput", "1/s"), throughput);
+        let shootdowns = number(&said, "shootdowns")?;
+        samples.add((system, case), ("shootdowns", ""), shootdowns);
+    }
+    Ok(())
+}
+
+fn ratios(samples: &Samples) -> Option<Vec<Ratio>> {
+    let throughput = |case: usize| {
+        let (system, name, _) = HEAPS[case];
+        samples.median(system, name, "throughput")
+    };
+    let shootdowns = samples.median("ebb", "decay 0", "shootdowns")?;
+    let ratio = |name: &str, value| Ratio {
+        name: name.to_owned(),
+        value,
+    };
+    Some(vec![
+        ratio(
+            "pair_vs_dontneed",
+            samples.median("ebb", "pair", "pair_vs_dontneed")?,
+        ),
+        ratio(
+            "shootdowns_above_idle",
+            shootdowns - samples.median("idle", "", "shootdowns")?,
+        ),
+        ratio("churn_vs_plain", throughput(0)? / throughput(1)?),
+        ratio("churn_vs_decay_0", throughput(0)? / throughput(2)?),
+    ])
+}

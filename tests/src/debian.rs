@@ -1,0 +1,104 @@
+//! A Debian in a guest that has an arena, and programs of its own that run there with their heap in it.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::error::{Context, Error, Result};
+use crate::{Guest, Launch, Monitor};
+
+/// Where the guest has the Debian.
+const ROOT: &str = "/debian";
+/// What is packed from the folder of the binaries.
+const BINARIES: [&str; 3] = ["libebb_malloc.so", "ebb-blocks", "ebb-churn"];
+/// What is packed from `tests/programs`.
+const SCRIPTS: [&str; 2] = ["redis.sh", "forks.py"];
+
+/// A running machine, and its Debian.
+pub struct Debian {
+    /// The monitor.
+    pub monitor: Monitor,
+    /// The guest's shell, outside the Debian.
+    pub guest: Guest,
+}
+
+impl Debian {
+    /// Starts a machine with an arena of 8 GiB, and makes it ready for programs.
+    ///
+    /// # Errors
+    /// The machine does not start, or the guest cannot do what is needed.
+    pub fn start(vcpus: u32) -> Result<Self> {
+        let launch = Launch::new()?;
+        let (images, archive) = (launch.images(), launch.folder().join("programs"));
+        pack(&images.ebb, &archive)?;
+        let disk = images.root_disk.clone();
+        let launch = launch.memory("size=1G").cpus(vcpus);
+        let launch = launch.disk(&disk, true).disk(&archive, true);
+        let mut monitor = launch.option("--arena", "size=8G").start()?;
+        let mut guest = monitor.guest()?;
+        guest.must("ebb-guest setup --mode 0666")?;
+        guest.must(&format!(
+            "mkdir -p {ROOT} && mount -t ext4 -o ro /dev/vda {ROOT} && mount -t tmpfs tmpfs {ROOT}/tmp"
+        ))?;
+        for folder in ["dev", "proc", "sys"] {
+            guest.must(&format!("mount -o bind /{folder} {ROOT}/{folder}"))?;
+        }
+        guest.must(&format!(
+            "tar -xf /dev/vdb -C {ROOT}/tmp && cp /bin/ebb-guest {ROOT}/tmp"
+        ))?;
+        Ok(Self { monitor, guest })
+    }
+
+    /// A path of the Debian as the guest's own shell sees it.
+    #[must_use]
+    pub fn path(path: &str) -> String {
+        format!("{ROOT}{path}")
+    }
+
+    /// Runs a program of the Debian's; what it printed, with `\n` for line ends.
+    ///
+    /// # Errors
+    /// It fails, or the guest does.
+    pub fn run(&mut self, program: &str) -> Result<String> {
+        let command = format!("chroot {ROOT} {program} 2>&1");
+        let output = self.guest.must(&command);
+        let output = output.map_err(|error| self.monitor.explain(error))?;
+        Ok(output.trim_end_matches("\\n").to_owned())
+    }
+
+    /// As [`Debian::run`], with the program's heap in the arena.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn run_on_arena(&mut self, program: &str) -> Result<String> {
+        self.run(&format!("/tmp/ebb-guest run -- {program}"))
+    }
+
+    /// Powers the guest off.
+    ///
+    /// # Errors
+    /// The machine does not end as it should.
+    pub fn end(mut self) -> Result<()> {
+        self.guest.send("exit")?;
+        match self.monitor.wait()? {
+            0 => Ok(()),
+            code => Err(Error::new(format!("ebb ends with {code}"))),
+        }
+    }
+}
+
+/// Packs what the guest needs beside Debian, to be read from a disk.
+fn pack(monitor: &Path, archive: &Path) -> Result<()> {
+    let folder = monitor.parent().context("a folder of binaries")?;
+    let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs");
+    let mut tar = Command::new("tar");
+    tar.arg("-cf").arg(archive);
+    tar.arg("-C").arg(folder).args(BINARIES);
+    tar.arg("-C").arg(programs).args(SCRIPTS);
+    let output = tar.output().context("run tar")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    output
+        .status
+        .success()
+        .then_some(())
+        .ok_or_else(|| Error::new(format!("tar: {said}")))
+}
