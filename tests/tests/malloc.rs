@@ -123,6 +123,22 @@ fn passed(output: &Output) -> String {
     text(&output.stdout)
 }
 
+/// What jemalloc has from before the heap was there is ordinary memory, which costs calls and faults; no thread gets it.
+#[test]
+fn every_thread_reuses_what_it_freed_without_a_fault() {
+    let device = Device::new(1024 * MIB);
+    let mut program = Command::new(products().join("ebb-churn"));
+    let program = with_library(program.args(["3", "2"])).env("EBB_ARENA", device.path());
+    let said = passed(&program.output().unwrap());
+    let number = |name: &str| -> u64 {
+        let mut words = said.split_whitespace();
+        let value = words.find_map(|word| word.strip_prefix(name)).unwrap();
+        value.parse().unwrap()
+    };
+    let (operations, faults) = (number("ops="), number("faults="));
+    assert!(faults < operations / 8, "{said}");
+}
+
 #[test]
 fn threads_and_children_keep_their_blocks_while_what_is_free_is_taken() {
     let device = Device::new(1024 * MIB);

@@ -8,6 +8,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt::Write;
 use std::io;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use tikv_jemalloc_sys::{extent_hooks_t, mallctl};
@@ -52,11 +53,27 @@ pub fn install(granule: usize) -> io::Result<()> {
         set(arena, "dirty_decay_ms", 0_isize)?;
         set(arena, "muzzy_decay_ms", 0_isize)?;
     }
-    // Number 0 serves jemalloc itself and is slower: it zeroes what it commits.
+    // Number 0 serves jemalloc itself and is slower: it zeroes what it commits, and has ordinary memory from before.
     if arenas > 1 {
         write(c"thread.arena", 1 as c_uint)?;
+        // SAFETY: jemalloc is set up and has its arena 0; the count is atomic, and only compared with those of others.
+        unsafe {
+            let first = arenas_of_jemalloc[0].load(Ordering::Acquire);
+            (0..CROWD).for_each(|_| nthreads_inc(first, false));
+        }
     }
     Ok(())
+}
+
+/// Threads that arena 0 seems to have, so that jemalloc, which gives a new thread the arena with the fewest, gives it another.
+const CROWD: usize = 4096;
+
+// jemalloc's own, 5.3: no control of its keeps new threads off an arena.
+unsafe extern "C" {
+    #[link_name = "_rjem_je_arenas"]
+    static arenas_of_jemalloc: [AtomicPtr<c_void>; 1];
+    #[link_name = "_rjem_je_arena_nthreads_inc"]
+    fn nthreads_inc(arena: *mut c_void, internal: bool);
 }
 
 fn result(code: c_int) -> io::Result<()> {

@@ -92,8 +92,9 @@ fn churns(debian: &mut Debian, samples: &mut Samples, seconds: u32) -> Result<()
         ))?;
         let throughput = number(&said, "ops")? / number(&said, "seconds")?;
         samples.add((system, case), ("throughput", "1/s"), throughput);
-        let shootdowns = number(&said, "shootdowns")?;
-        samples.add((system, case), ("shootdowns", ""), shootdowns);
+        for name in ["shootdowns", "faults"] {
+            samples.add((system, case), (name, ""), number(&said, name)?);
+        }
     }
     Ok(())
 }

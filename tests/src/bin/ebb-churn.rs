@@ -1,7 +1,8 @@
 //! A program that allocates, touches and frees, and counts what its kernel had to do: the subject of `ebb-bench malloc`.
 //!
-//! `ebb-churn THREADS SECONDS` prints `churn: ops=N seconds=S shootdowns=N`. An operation is a block allocated, a byte
-//! written to each of its pages, and an older one freed. Shootdowns are function call and TLB interrupts of all processors.
+//! `ebb-churn THREADS SECONDS` prints `churn: ops=N seconds=S shootdowns=N faults=N`. An operation is a block allocated, a byte
+//! written to each of its pages, and an older one freed. Shootdowns are function call and TLB interrupts of all processors;
+//! faults are page faults of this process.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -52,6 +53,14 @@ fn shootdowns() -> u64 {
         .sum()
 }
 
+/// Minor faults, the tenth word of /proc/self/stat.
+fn faults() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/stat").expect("/proc/self/stat");
+    let (_, behind_name) = text.rsplit_once(')').expect("a name in parentheses");
+    let word = behind_name.split_whitespace().nth(7);
+    word.and_then(|word| word.parse().ok()).expect("a number")
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let [threads, seconds] = words.as_slice() else {
@@ -60,7 +69,7 @@ fn main() {
     let threads: u64 = threads.parse().expect("a number of threads");
     let seconds: f64 = seconds.parse().expect("a number of seconds");
     let done = AtomicBool::new(false);
-    let (start, before) = (Instant::now(), shootdowns());
+    let (start, before, faults_before) = (Instant::now(), shootdowns(), faults());
     let operations: u64 = thread::scope(|scope| {
         let done = &done;
         let workers: Vec<_> = (1..=threads)
@@ -72,8 +81,9 @@ fn main() {
         done.map(|count| count.expect("a thread")).sum()
     });
     println!(
-        "churn: ops={operations} seconds={:.3} shootdowns={}",
+        "churn: ops={operations} seconds={:.3} shootdowns={} faults={}",
         start.elapsed().as_secs_f64(),
-        shootdowns() - before
+        shootdowns() - before,
+        faults() - faults_before
     );
 }
