@@ -11,7 +11,7 @@ const ROOT: &str = "/debian";
 /// What is packed from the folder of the binaries.
 const BINARIES: [&str; 3] = ["libebb_malloc.so", "ebb-blocks", "ebb-churn"];
 /// What is packed from `tests/programs`.
-const SCRIPTS: [&str; 2] = ["redis.sh", "forks.py"];
+const SCRIPTS: [&str; 3] = ["redis.sh", "redis-speed.sh", "forks.py"];
 
 /// A running machine, and its Debian.
 pub struct Debian {

@@ -5,6 +5,7 @@ use super::report::{Host, Ratio, Report};
 use super::samples::Samples;
 use crate::debian::Debian;
 use crate::error::{Context, Result};
+use crate::host::rss;
 
 /// Threads of the churn, and vCPUs.
 const THREADS: u32 = 4;
@@ -19,6 +20,9 @@ const HEAPS: [(&str, &str, &str); 3] = [
         "EBB_FORK=off _RJEM_MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0",
     ),
 ];
+
+/// Values of 4 KiB that Redis holds before it forgets all of them.
+const KEYS: u32 = 65_536;
 
 /// Arguments of the benchmark.
 #[derive(Debug, clap::Args)]
@@ -42,6 +46,7 @@ pub fn run(arguments: &Arguments) -> std::result::Result<(), BenchError> {
     for run in 1..=arguments.runs {
         pair(&mut debian, &mut samples)?;
         churns(&mut debian, &mut samples, arguments.seconds)?;
+        redis(&mut debian, &mut samples)?;
         eprintln!("malloc: run {run} of {}", arguments.runs);
     }
     debian.end()?;
@@ -99,11 +104,34 @@ fn churns(debian: &mut Debian, samples: &mut Samples, seconds: u32) -> Result<()
     Ok(())
 }
 
+/// Redis with its heap in the arena, and with jemalloc's own; what the host has left of it after FLUSHALL, in part of
+/// what it took at most.
+fn redis(debian: &mut Debian, samples: &mut Samples) -> Result<()> {
+    let (pid, api) = (debian.monitor.pid(), debian.monitor.api());
+    for (system, case, environment) in &HEAPS[..2] {
+        api.reclaim(8 << 30)?;
+        let idle = rss(pid)?;
+        let command = format!("start {KEYS} env {environment} /tmp/ebb-guest run --");
+        let said = debian.run(&format!("bash /tmp/redis-speed.sh {command}"))?;
+        for name in ["set", "get"] {
+            samples.add((*system, *case), (name, "1/s"), number(&said, name)?);
+        }
+        let full = rss(pid)?.saturating_sub(idle);
+        debian.run("bash /tmp/redis-speed.sh flush")?;
+        api.reclaim(8 << 30)?;
+        let left = rss(pid)?.saturating_sub(idle) as f64 / full as f64;
+        samples.add((*system, *case), ("left_after_flushall", ""), left);
+        debian.run("bash /tmp/redis-speed.sh end")?;
+    }
+    Ok(())
+}
+
 fn ratios(samples: &Samples) -> Option<Vec<Ratio>> {
-    let throughput = |case: usize| {
+    let of = |case: usize, metric: &str| {
         let (system, name, _) = HEAPS[case];
-        samples.median(system, name, "throughput")
+        samples.median(system, name, metric)
     };
+    let compared = |metric: &str, other: usize| Some(of(0, metric)? / of(other, metric)?);
     let shootdowns = samples.median("ebb", "decay 0", "shootdowns")?;
     let ratio = |name: &str, value| Ratio {
         name: name.to_owned(),
@@ -118,7 +146,10 @@ fn ratios(samples: &Samples) -> Option<Vec<Ratio>> {
             "shootdowns_above_idle",
             shootdowns - samples.median("idle", "", "shootdowns")?,
         ),
-        ratio("churn_vs_plain", throughput(0)? / throughput(1)?),
-        ratio("churn_vs_decay_0", throughput(0)? / throughput(2)?),
+        ratio("churn_vs_plain", compared("throughput", 1)?),
+        ratio("churn_vs_decay_0", compared("throughput", 2)?),
+        ratio("redis_set", compared("set", 1)?),
+        ratio("redis_get", compared("get", 1)?),
+        ratio("left_after_flushall", of(0, "left_after_flushall")?),
     ])
 }
