@@ -1,9 +1,10 @@
 //! Programs as they are, with their heap in an arena: a file stands for the device, and a thread for the monitor.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -139,6 +140,26 @@ fn every_thread_reuses_what_it_freed_without_a_fault() {
     assert!(faults < operations / 8, "{said}");
 }
 
+/// What a thread keeps for later would keep most granules in use, as Redis does after FLUSHALL.
+#[test]
+fn a_heap_that_is_emptied_in_no_order_is_free_before_the_program_does_anything_else() {
+    let device = Device::new(1024 * MIB);
+    let script = r#"use List::Util "shuffle"; my @order = shuffle(0..39999); my @a = map { "$_" } @order;
+        $a[$_] = "x" x (5000 + $_ % 7) for 0..39999; undef $a[$_] for @order; $| = 1; print "freed\n"; <STDIN>"#;
+    let mut command = Command::new("perl");
+    let command = with_library(command.args(["-e", script])).env("EBB_ARENA", device.path());
+    let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut program = pipes.spawn().unwrap();
+    let mut line = [0; 6];
+    let output = program.stdout.as_mut().unwrap();
+    output.read_exact(&mut line).unwrap();
+    let census = Arena::open(device.path()).unwrap().census();
+    drop(program.stdin.take());
+    assert!(program.wait().unwrap().success());
+    assert!(census.owned > 90, "{census:?}");
+    assert!(census.lazy >= census.owned / 10 * 9, "{census:?}");
+}
+
 #[test]
 fn threads_and_children_keep_their_blocks_while_what_is_free_is_taken() {
     let device = Device::new(1024 * MIB);
@@ -227,7 +248,7 @@ fn a_program_that_is_killed_loses_no_granule() {
     for _ in 0..5 {
         let mut program = blocks(3, usize::MAX, 1_000_000);
         let command = with_library(&mut program).env("EBB_ARENA", device.path());
-        let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
         thread::sleep(std::time::Duration::from_millis(150));
         child.kill().unwrap();
         child.wait().unwrap();

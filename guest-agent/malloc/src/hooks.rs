@@ -15,7 +15,7 @@ use tikv_jemalloc_sys::{extent_hooks_t, mallctl};
 
 use crate::heap::Heap;
 use crate::pages::PAGE;
-use crate::zero;
+use crate::{tide, zero};
 
 /// How jemalloc is set up, before it serves its first call.
 ///
@@ -171,6 +171,7 @@ unsafe extern "C" fn commit(
     let Some(heap) = Heap::get().filter(|_| Heap::owns(from)) else {
         return false;
     };
+    tide::rise(arena, length / PAGE);
     match (heap.commit(from..from + length), arena) {
         (true, 0) => {}
         // SAFETY: committed now, and nobody has it yet.
@@ -188,10 +189,11 @@ unsafe extern "C" fn decommit(
     _: usize,
     offset: usize,
     length: usize,
-    _: c_uint,
+    arena: c_uint,
 ) -> bool {
     let from = start as usize + offset;
     if let Some(heap) = Heap::get().filter(|_| Heap::owns(from)) {
+        tide::fall(arena, length / PAGE);
         heap.decommit(from..from + length);
         return false;
     }

@@ -17,6 +17,7 @@ mod pages;
 mod park;
 mod say;
 mod start;
+mod tide;
 mod zero;
 
 use std::alloc::{GlobalAlloc, Layout};
@@ -36,13 +37,22 @@ pub fn uses_arena() -> bool {
 /// Alignment, in bytes, that every allocation has which is at least as big.
 const ALIGN: usize = 16;
 
+/// What goes before every allocation.
+#[inline]
+fn before_allocating() {
+    start::first_call();
+    if tide::ebbs() {
+        tide::allocated();
+    }
+}
+
 /// `malloc(size)`.
 ///
 /// # Safety
 /// As malloc(3).
 #[inline]
 pub unsafe fn malloc(size: usize) -> *mut c_void {
-    start::first_call();
+    before_allocating();
     // SAFETY: the caller's.
     unsafe { jemalloc::malloc(size) }
 }
@@ -52,7 +62,7 @@ pub unsafe fn malloc(size: usize) -> *mut c_void {
 /// # Safety
 /// As calloc(3).
 pub unsafe fn calloc(count: usize, size: usize) -> *mut c_void {
-    start::first_call();
+    before_allocating();
     let total = count.checked_mul(size).filter(|total| *total > zero::SMALL);
     match total.filter(|_| Heap::get().is_some()) {
         // SAFETY: the caller's; a small request, or memory that is zero where jemalloc believes it.
@@ -76,7 +86,7 @@ pub unsafe fn calloc(count: usize, size: usize) -> *mut c_void {
 /// As realloc(3).
 #[inline]
 pub unsafe fn realloc(memory: *mut c_void, size: usize) -> *mut c_void {
-    start::first_call();
+    before_allocating();
     // SAFETY: the caller's.
     unsafe { jemalloc::realloc(memory, size) }
 }
@@ -86,7 +96,7 @@ pub unsafe fn realloc(memory: *mut c_void, size: usize) -> *mut c_void {
 /// # Safety
 /// As posix_memalign(3).
 pub unsafe fn posix_memalign(memory: *mut *mut c_void, align: usize, size: usize) -> c_int {
-    start::first_call();
+    before_allocating();
     // SAFETY: the caller's.
     unsafe { jemalloc::posix_memalign(memory, align, size) }
 }
@@ -96,7 +106,7 @@ pub unsafe fn posix_memalign(memory: *mut *mut c_void, align: usize, size: usize
 /// # Safety
 /// As aligned_alloc(3).
 pub unsafe fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
-    start::first_call();
+    before_allocating();
     // SAFETY: the caller's.
     unsafe { jemalloc::aligned_alloc(align, size) }
 }
@@ -107,6 +117,10 @@ pub unsafe fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
 /// As free(3).
 #[inline]
 pub unsafe fn free(memory: *mut c_void) {
+    if tide::ebbs() {
+        // SAFETY: the caller's.
+        return unsafe { tide::free(memory) };
+    }
     // SAFETY: the caller's.
     unsafe { jemalloc::free(memory) }
 }
@@ -136,7 +150,7 @@ const fn flags(layout: Layout) -> c_int {
 // SAFETY: jemalloc's functions, with the sizes and alignments that they were asked for.
 unsafe impl GlobalAlloc for EbbMalloc {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        start::first_call();
+        before_allocating();
         // SAFETY: a layout's size is not 0 here.
         unsafe { jemalloc::mallocx(layout.size(), flags(layout)).cast() }
     }
@@ -157,6 +171,10 @@ unsafe impl GlobalAlloc for EbbMalloc {
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        if tide::ebbs() {
+            // SAFETY: it is from `alloc`.
+            return unsafe { tide::free(memory.cast()) };
+        }
         // SAFETY: it is from `alloc`, with this layout.
         unsafe { jemalloc::sdallocx(memory.cast(), layout.size(), flags(layout)) }
     }
