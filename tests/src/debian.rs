@@ -11,7 +11,13 @@ const ROOT: &str = "/debian";
 /// What is packed from the folder of the binaries.
 const BINARIES: [&str; 3] = ["libebb_malloc.so", "ebb-blocks", "ebb-churn"];
 /// What is packed from `tests/programs`.
-const SCRIPTS: [&str; 3] = ["redis.sh", "redis-speed.sh", "forks.py"];
+const SCRIPTS: [&str; 5] = [
+    "forks.py",
+    "redis-client.py",
+    "redis-demo.sh",
+    "redis-speed.sh",
+    "redis.sh",
+];
 
 /// A running machine, and its Debian.
 pub struct Debian {
@@ -27,15 +33,22 @@ impl Debian {
     /// # Errors
     /// The machine does not start, or the guest cannot do what is needed.
     pub fn start(vcpus: u32) -> Result<Self> {
-        let launch = Launch::new()?;
+        let launch = Launch::new()?.memory("size=1G").cpus(vcpus);
+        let mut debian = Self::boot(launch.option("--arena", "size=8G"))?;
+        debian.guest.must("ebb-guest setup --mode 0666")?;
+        Ok(debian)
+    }
+
+    /// Starts a machine as it is described, with the Debian in it.
+    ///
+    /// # Errors
+    /// As for [`Debian::start`].
+    pub fn boot(launch: Launch) -> Result<Self> {
         let (images, archive) = (launch.images(), launch.folder().join("programs"));
         pack(&images.ebb, &archive)?;
         let disk = images.root_disk.clone();
-        let launch = launch.memory("size=1G").cpus(vcpus);
-        let launch = launch.disk(&disk, true).disk(&archive, true);
-        let mut monitor = launch.option("--arena", "size=8G").start()?;
+        let mut monitor = launch.disk(&disk, true).disk(&archive, true).start()?;
         let mut guest = monitor.guest()?;
-        guest.must("ebb-guest setup --mode 0666")?;
         guest.must(&format!(
             "mkdir -p {ROOT} && mount -t ext4 -o ro /dev/vda {ROOT} && mount -t tmpfs tmpfs {ROOT}/tmp"
         ))?;

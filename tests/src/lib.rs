@@ -3,6 +3,7 @@
 
 pub mod api;
 pub mod bench;
+pub mod cgroup;
 pub mod console;
 pub mod debian;
 pub mod error;

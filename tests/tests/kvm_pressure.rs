@@ -1,72 +1,12 @@
 //! A host that is short of memory takes what the guest has handed over, and nothing else.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use ebb_tests::Launch;
+use ebb_tests::cgroup::Cgroup;
 use ebb_tests::error::{Context, Result};
 use ebb_tests::size::MIB;
 use ebb_tests::wait::{LONG, until};
-
-/// A cgroup of our own (v2), with the memory controller; removed at the end.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn new(name: &str) -> Result<Self> {
-        let name = format!("ebb-test-{}-{name}", std::process::id());
-        Self::make(Path::new("/sys/fs/cgroup"), &name)
-    }
-
-    fn below(&self, name: &str) -> Result<Self> {
-        Self::make(&self.0, name)
-    }
-
-    fn make(above: &Path, name: &str) -> Result<Self> {
-        let controllers = above.join("cgroup.subtree_control");
-        fs::write(&controllers, "+memory").context(controllers.display())?;
-        let own = above.join(name);
-        fs::create_dir(&own).context(own.display())?;
-        Ok(Self(own))
-    }
-
-    fn text(&self, file: &str) -> Result<String> {
-        let path = self.0.join(file);
-        fs::read_to_string(&path).context(path.display())
-    }
-
-    fn number(&self, file: &str) -> Result<u64> {
-        let text = self.text(file)?;
-        let number = text.trim().parse().ok();
-        number.context(format_args!("{text:?} in {file} of {}", self.0.display()))
-    }
-
-    fn set(&self, file: &str, value: u64) -> Result<()> {
-        let path = self.0.join(file);
-        fs::write(&path, value.to_string()).context(path.display())
-    }
-
-    /// Runs `start` as a member, so that what it starts is one from its first page on.
-    fn within<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
-        let join = |folder: &Path| {
-            let procs = folder.join("cgroup.procs");
-            fs::write(&procs, std::process::id().to_string()).context(procs.display())
-        };
-        let before = fs::read_to_string("/proc/self/cgroup").context("/proc/self/cgroup")?;
-        let before = before.lines().find_map(|line| line.strip_prefix("0::"));
-        let before = before.context("this process is in no cgroup of version 2")?;
-        join(&self.0)?;
-        let started = start();
-        join(&Path::new("/sys/fs/cgroup").join(before.trim_start_matches('/')))?;
-        started
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        // Busy for as long as a member has not been reaped: then it stays, and says so by its name.
-        let _ = fs::remove_dir(&self.0);
-    }
-}
 
 /// The monitor's own cgroup is over its limit: pressure reports arrive, and the lazy memory goes until
 /// the guest can go on.
@@ -87,7 +27,7 @@ fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
         Ok(Some(api.lazy()?).filter(|state| state.lazy_bytes == 160 * MIB))
     })?;
     // What the monitor has read of files is the kernel's to drop: with that it would be below the limit again, at rest.
-    std::fs::write("/proc/sys/vm/drop_caches", "1").context("drop_caches")?;
+    fs::write("/proc/sys/vm/drop_caches", "1").context("drop_caches")?;
     // A little: far over its limit the kernel lets every thread of a cgroup sleep for seconds at each charge, and
     // those who would bring it back below are among them.
     cgroup.set("memory.high", cgroup.number("memory.current")? - 4 * MIB)?;

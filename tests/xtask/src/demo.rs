@@ -1,11 +1,11 @@
-//! `cargo xtask demo`: the whole story of lazy memory, narrated.
+//! `cargo xtask demo [STORY]`: the whole story of lazy memory, or that of malloc, narrated.
 
 use std::time::Duration;
 
 use nested_machine::error::Result;
 use nested_machine::session::Command;
 
-use crate::cargo::build;
+use crate::cargo::{build, build_library};
 use crate::project::{binary, environment, output_folder, root, start_runner};
 use crate::shell::progress;
 use crate::{setup, test};
@@ -16,6 +16,9 @@ const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// Arguments of `demo`.
 #[derive(clap::Args)]
 pub struct Arguments {
+    /// `lazy`: a guest hands memory back; `malloc`: Redis with its heap in an arena, beside a plain Redis
+    #[arg(default_value = "lazy", value_parser = ["lazy", "malloc"])]
+    story: String,
     /// Passed on to ebb-demo
     #[arg(last = true)]
     more: Vec<String>,
@@ -25,10 +28,14 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
     build(&["vmm", "ebb-tests"])?;
+    if arguments.story == "malloc" {
+        build_library("ebb-malloc")?;
+    }
     let out = output_folder("demo")?;
     let runner = start_runner(&assets)?;
     let program = binary("ebb-demo").to_string_lossy().into_owned();
-    let mut command = Command::new([program, "--out".into(), out.to_string_lossy().into_owned()]);
+    let folder = out.to_string_lossy().into_owned();
+    let mut command = Command::new([program, "--out".into(), folder, arguments.story.clone()]);
     command.argv.extend(arguments.more.iter().cloned());
     command.env = environment(&assets, runner.platform(), &out);
     command.cwd = Some(root());

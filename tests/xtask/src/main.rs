@@ -30,7 +30,7 @@ struct Arguments {
 enum Task {
     /// Install and cache what is missing: QEMU, a Debian kernel, a root file system
     Setup(setup::Arguments),
-    /// Show lazy memory end to end, with a picture and a summary in target/demo
+    /// Show lazy memory, or Redis in an arena, end to end; a picture and the numbers go to target/demo
     Demo(demo::Arguments),
     /// Check the source and run every test, those that need KVM in the nested machine if need be
     Test(test::Arguments),

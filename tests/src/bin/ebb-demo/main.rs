@@ -1,30 +1,37 @@
-//! `ebb-demo`: lazy memory from end to end, told step by step, with a table, a picture and numbers.
+//! `ebb-demo`: what lazy memory does, told step by step, with a table, a picture and numbers.
 
+mod claims;
+mod lazy;
+mod malloc;
 mod narrator;
-mod outcome;
-mod picture;
 mod sampler;
-mod story;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use ebb_tests::error::{Context, Result};
 
-/// Shows how a guest hands memory back lazily, and checks what it shows
+/// Shows what lazy memory does, and checks what it shows
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// Folder for rss.svg and summary.json
+    /// Folder for the picture and the numbers
     #[arg(long)]
     out: PathBuf,
-    /// The guest's memory in MiB
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(512..))]
-    memory: u64,
-    /// Data that the guest keeps all the time, in MiB
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..))]
-    keep: u64,
+    #[command(subcommand)]
+    story: Story,
+}
+
+#[derive(Debug, Subcommand)]
+enum Story {
+    /// A guest hands memory back lazily
+    Lazy(lazy::Arguments),
+    /// Redis with its heap in an arena, beside a plain Redis with free page reporting
+    Malloc(malloc::Arguments),
+    /// Who wants the host's memory in the second story
+    #[command(hide = true)]
+    Neighbour,
 }
 
 fn main() -> ExitCode {
@@ -40,24 +47,25 @@ fn main() -> ExitCode {
 
 /// Whether everything that was shown is true.
 fn run(arguments: &Arguments) -> Result<bool> {
-    fs::create_dir_all(&arguments.out).context(arguments.out.display())?;
-    let outcome = story::tell(arguments.memory, arguments.keep)?;
-    let files = [
-        ("rss.svg", picture::draw(&outcome)),
-        ("summary.json", format!("{:#}\n", outcome.summary())),
-    ];
-    for (name, text) in &files {
-        write(&arguments.out.join(name), text)?;
+    let out = &arguments.out;
+    fs::create_dir_all(out).context(out.display())?;
+    match &arguments.story {
+        Story::Lazy(arguments) => lazy::run(arguments, out),
+        Story::Malloc(arguments) => malloc::run(arguments, out),
+        Story::Neighbour => malloc::neighbour(),
     }
-    outcome.print();
-    println!("\nThe picture: {}", arguments.out.join("rss.svg").display());
-    println!(
-        "The numbers: {}",
-        arguments.out.join("summary.json").display()
-    );
-    Ok(outcome.holds())
 }
 
-fn write(path: &Path, text: &str) -> Result<()> {
-    fs::write(path, text).context(path.display())
+/// Writes what a story found, and says where.
+fn keep(out: &Path, picture: (&str, &str), numbers: (&str, &serde_json::Value)) -> Result<()> {
+    let numbers = (numbers.0, format!("{:#}\n", numbers.1));
+    for (what, name, text) in [
+        ("picture", picture.0, picture.1),
+        ("numbers", numbers.0, &numbers.1),
+    ] {
+        let path = out.join(name);
+        fs::write(&path, text).context(path.display())?;
+        println!("The {what}: {}", path.display());
+    }
+    Ok(())
 }

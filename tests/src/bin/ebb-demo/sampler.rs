@@ -6,8 +6,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ebb_tests::error::Result;
+use ebb_tests::host;
 use ebb_tests::wait::{LONG, until};
-use ebb_tests::{Api, host};
 
 /// Time between two samples.
 const PERIOD: Duration = Duration::from_millis(200);
@@ -33,8 +33,12 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Starts with the monitor `pid`.
-    pub fn start(pid: u32, api: Api, start: Instant) -> Self {
+    /// Starts with the monitor `pid`; `lazy` tells how much is lazily free, as far as anybody answers.
+    pub fn start(
+        pid: u32,
+        start: Instant,
+        lazy: impl Fn() -> Option<u64> + Send + 'static,
+    ) -> Self {
         let samples = Arc::new(Mutex::new(Vec::new()));
         let (stop, stopped) = mpsc::channel();
         let taken = Arc::clone(&samples);
@@ -44,7 +48,7 @@ impl Sampler {
                 let sample = Sample {
                     at: start.elapsed().as_secs_f64(),
                     rss: host::rss_estimate(pid).unwrap_or(0),
-                    lazy: api.lazy().map_or(0, |state| state.lazy_bytes),
+                    lazy: lazy().unwrap_or(0),
                 };
                 taken
                     .lock()

@@ -3,6 +3,7 @@
 use ebb_tests::size::Size;
 use serde_json::{Value, json};
 
+use crate::claims::Claims;
 use crate::sampler::Sample;
 
 /// Where memory stands at one moment of the story.
@@ -16,15 +17,6 @@ pub struct Moment {
     pub rss: u64,
     /// Lazily freed and still there.
     pub lazy: u64,
-}
-
-/// Something that the demo shows, and whether it is so.
-#[derive(Clone, Debug)]
-pub struct Claim {
-    /// What is claimed, with its numbers.
-    pub text: String,
-    /// Whether it is so.
-    pub holds: bool,
 }
 
 /// When a part of the story began.
@@ -53,22 +45,12 @@ pub struct Outcome {
     pub teardown_ms: f64,
     pub teardown_freed: u64,
     pub moments: Vec<Moment>,
-    pub claims: Vec<Claim>,
+    pub claims: Claims,
     pub marks: Vec<Mark>,
     pub samples: Vec<Sample>,
 }
 
 impl Outcome {
-    /// Whether every claim holds.
-    pub fn holds(&self) -> bool {
-        self.claims.iter().all(|claim| claim.holds)
-    }
-
-    /// Adds a claim.
-    pub fn claim(&mut self, holds: bool, text: String) {
-        self.claims.push(Claim { text, holds });
-    }
-
     /// The resident memory at a moment of the story.
     pub fn rss(&self, key: &str) -> u64 {
         self.moments
@@ -84,10 +66,6 @@ impl Outcome {
             .iter()
             .map(|moment| (moment.key.to_owned(), json!(moment.rss)))
             .collect();
-        let claims = self
-            .claims
-            .iter()
-            .map(|c| json!({ "claim": c.text, "holds": c.holds }));
         json!({
             "platform": self.platform,
             "guest_kernel": self.kernel,
@@ -100,7 +78,7 @@ impl Outcome {
             "guest_data_intact": self.intact,
             "teardown_ms": self.teardown_ms,
             "teardown_freed_bytes": self.teardown_freed,
-            "claims": claims.collect::<Vec<_>>(),
+            "claims": self.claims.json(),
         })
     }
 
@@ -115,13 +93,7 @@ impl Outcome {
         }
         println!("{:<42} {:>10}", "after shutdown", Size(0));
         println!();
-        for claim in &self.claims {
-            println!(
-                "{:<4} {}",
-                if claim.holds { "ok" } else { "NOT" },
-                claim.text
-            );
-        }
+        self.claims.print();
     }
 }
 
@@ -146,15 +118,11 @@ mod tests {
             rss: 7,
             lazy: 0,
         };
-        let mut outcome = Outcome {
+        let outcome = Outcome {
             moments: vec![moment],
             lazy: 3,
             ..Outcome::default()
         };
-        outcome.claim(true, "yes".to_owned());
-        assert!(outcome.holds());
-        outcome.claim(false, "no".to_owned());
-        assert!(!outcome.holds());
         let summary = outcome.summary();
         assert_eq!(
             (&summary["host_rss"]["booted"], &summary["lazy_bytes"]),

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use ebb_tests::size::MIB;
 
-use crate::outcome::{Mark, Outcome};
+use super::outcome::{Mark, Outcome};
 use crate::sampler::Sample;
 
 const WIDTH: f64 = 960.0;
