@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use crate::steps;
 use guest_agent::arena::{Arena, Granule};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
@@ -11,16 +12,25 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 const PAGE: usize = 4096;
 /// Pairs that are timed together.
 const PAIRS: u32 = 100_000;
+/// Pairs between two looks at the clock.
+const BETWEEN_LOOKS: u32 = 1000;
 /// Blocks that are timed one by one; the median counts.
 const ROUNDS: usize = 41;
 
 /// Runs the subcommand.
 pub fn main(words: &[&str]) -> ExitCode {
-    let &[device] = words else {
-        eprintln!("bench takes a device, for instance /dev/dax0.0");
-        return ExitCode::from(2);
+    let result = match *words {
+        [device] => measure(Path::new(device)),
+        [device, "pairs", seconds] => repeat(Path::new(device), seconds, true),
+        [device, "spin", seconds] => repeat(Path::new(device), seconds, false),
+        _ => {
+            eprintln!(
+                "bench takes a device, for instance /dev/dax0.0, and perhaps pairs or spin, and seconds"
+            );
+            return ExitCode::from(2);
+        }
     };
-    match measure(Path::new(device)) {
+    match result {
         Ok(line) => {
             println!("{line}");
             ExitCode::SUCCESS
@@ -55,13 +65,32 @@ fn measure(device: &Path) -> Result<String, String> {
         dropped.push(start.elapsed());
     }
     let (touched, dropped) = (median(touched), median(dropped));
+    let instructions = steps::of_a_pair(device)?;
     Ok(format!(
-        "bench: pair_ns={pair_ns:.1} pair_cycles={pair_cycles:.0} pair_touch_ns={} dontneed_touch_ns={} \
+        "bench: pair_ns={pair_ns:.1} pair_cycles={pair_cycles:.0} pair_instructions={instructions:.1} pair_touch_ns={} dontneed_touch_ns={} \
          pair_vs_dontneed={:.1}",
         touched.as_nanos(),
         dropped.as_nanos(),
         dropped.as_secs_f64() / touched.as_secs_f64(),
     ))
+}
+
+/// Frees and reuses a granule for so long, or else only looks at the clock as often.
+fn repeat(device: &Path, seconds: &str, pairs: bool) -> Result<String, String> {
+    let number = seconds.parse::<f64>().ok();
+    let time = number.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let time = time.ok_or_else(|| format!("{seconds} is no number of seconds"))?;
+    let arena = Arena::open(device).map_err(|error| error.to_string())?;
+    let mut granule = arena.claim().ok_or("the arena is full; end who uses it")?;
+    touch(granule.bytes(), 1);
+    let (start, mut count) = (Instant::now(), 0_u64);
+    while start.elapsed() < time {
+        for _ in 0..if pairs { BETWEEN_LOOKS } else { 0 } {
+            granule = granule.lazy_free().reuse().0;
+            count += 1;
+        }
+    }
+    Ok(format!("bench: pairs={count}"))
 }
 
 /// Nanoseconds, and cycles of the time stamp counter, of one `lazy_free` and `reuse`.

@@ -9,6 +9,7 @@ mod run;
 mod setup;
 mod shell;
 mod size;
+mod steps;
 mod stress;
 mod terminal;
 mod workload;
@@ -25,6 +26,8 @@ ebb-guest: what runs inside an Ebb guest
   ebb-guest recover   free what dead programs have left in the arenas
   ebb-guest bench DEVICE
                       what freeing and taking back a granule costs, and what it costs without an arena
+  ebb-guest bench DEVICE pairs|spin SECONDS
+                      do that for so long, or keep the processor busy with nothing: for counting exits
   ebb-guest stress DEVICE PROCESSES THREADS SECONDS
                       processes that share an arena, check what they hold, and are killed at random
   ebb-guest workload  take commands on standard input, one a line; `help` lists them";
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         ["run", ref words @ ..] => run::main(words),
         ["recover"] => run::recover(),
         ["bench", ref words @ ..] => bench::main(words),
+        ["steps", ref words @ ..] => steps::main(words),
         ["stress", ref words @ ..] => stress::main(words),
         ["stress-worker", ref words @ ..] => stress::worker(words),
         ["workload"] => workload::serve(),

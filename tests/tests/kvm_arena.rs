@@ -283,14 +283,17 @@ fn processes_that_share_an_arena_lose_nothing() -> Result<()> {
     guest.must("ebb-guest setup")?;
     let bench = guest.must("ebb-guest bench /dev/dax0.0")?;
     println!("{bench}");
-    let ratio = bench
-        .split("pair_vs_dontneed=")
-        .nth(1)
-        .and_then(|rest| rest.split('\\').next());
-    let ratio: f64 = ratio
-        .and_then(|text| text.trim().parse().ok())
-        .context("a ratio")?;
-    assert!(ratio > 1.0, "freeing through the arena is no gain: {bench}");
+    let number = |name: &str| -> Result<f64> {
+        let mut words = bench.split([' ', '\\']);
+        let value = words.find_map(|word| word.strip_prefix(name)?.parse().ok());
+        value.context(format_args!("no {name} in {bench}"))
+    };
+    assert!(
+        number("pair_vs_dontneed=")? > 1.0,
+        "freeing through the arena is no gain: {bench}"
+    );
+    let instructions = number("pair_instructions=")?;
+    assert!((2.0..120.0).contains(&instructions), "{bench}");
     let done = AtomicBool::new(false);
     let said = std::thread::scope(|scope| {
         scope.spawn(|| {

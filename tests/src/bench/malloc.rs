@@ -5,7 +5,7 @@ use super::report::{Host, Ratio, Report};
 use super::samples::Samples;
 use crate::debian::Debian;
 use crate::error::{Context, Result};
-use crate::host::rss;
+use crate::host::{kvm_counters, rss};
 
 /// Threads of the churn, and vCPUs.
 const THREADS: u32 = 4;
@@ -45,6 +45,7 @@ pub fn run(arguments: &Arguments) -> std::result::Result<(), BenchError> {
     let mut samples = Samples::default();
     for run in 1..=arguments.runs {
         pair(&mut debian, &mut samples)?;
+        exits(&mut debian, &mut samples, arguments.seconds)?;
         churns(&mut debian, &mut samples, arguments.seconds)?;
         redis(&mut debian, &mut samples)?;
         eprintln!("malloc: run {run} of {}", arguments.runs);
@@ -76,9 +77,25 @@ fn pair(debian: &mut Debian, samples: &mut Samples) -> Result<()> {
     for (name, unit) in [
         ("pair_ns", "ns"),
         ("pair_cycles", "cycles"),
+        ("pair_instructions", ""),
         ("pair_vs_dontneed", ""),
     ] {
         samples.add(("ebb", "pair"), (name, unit), number(&said, name)?);
+    }
+    Ok(())
+}
+
+/// Exits of the vCPUs during millions of pairs, and while one of them is as busy for as long with nothing: clock ticks, and
+/// the console.
+fn exits(debian: &mut Debian, samples: &mut Samples, seconds: u32) -> Result<()> {
+    let pid = debian.monitor.pid();
+    for (system, what) in [("ebb", "pairs"), ("idle", "spin")] {
+        let before = kvm_counters(pid)?.exits;
+        let command = format!("/tmp/ebb-guest bench /dev/dax0.0 {what} {seconds}");
+        let said = debian.run(&command)?;
+        let exits = kvm_counters(pid)?.exits - before;
+        samples.add((system, "pair"), ("exits", ""), exits as f64);
+        samples.add((system, "pair"), ("pairs", ""), number(&said, "pairs")?);
     }
     Ok(())
 }
@@ -139,7 +156,15 @@ fn ratios(samples: &Samples) -> Option<Vec<Ratio>> {
         name: name.to_owned(),
         value,
     };
+    let more_exits =
+        samples.median("ebb", "pair", "exits")? - samples.median("idle", "pair", "exits")?;
+    let millions = samples.median("ebb", "pair", "pairs")? / 1e6;
     Some(vec![
+        ratio("exits_per_million_pairs", more_exits / millions),
+        ratio(
+            "pair_instructions",
+            samples.median("ebb", "pair", "pair_instructions")?,
+        ),
         ratio(
             "pair_vs_dontneed",
             samples.median("ebb", "pair", "pair_vs_dontneed")?,

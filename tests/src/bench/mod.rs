@@ -1,5 +1,6 @@
 //! Benchmarks that `cargo xtask bench` runs where KVM is. One benchmark, one file.
 
+pub mod arena;
 mod bare;
 pub mod boot;
 mod counters;

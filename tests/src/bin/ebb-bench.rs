@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_tests::bench::{boot, integrity, lazy, malloc, reclaim, reporting, teardown};
+use ebb_tests::bench::{arena, boot, integrity, lazy, malloc, reclaim, reporting, teardown};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -15,6 +15,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Bench {
+    /// What an arena costs the monitor: memory when nobody touches it, and looks through its table
+    Arena(arena::Arguments),
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
     /// Guests verify their memory while it is reclaimed flat out: 10 million operations unless told otherwise
@@ -33,6 +35,7 @@ enum Bench {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
+        Bench::Arena(arguments) => arena::run(&arguments),
         Bench::Boot(arguments) => boot::run(&arguments),
         Bench::Integrity(arguments) => integrity::run(&arguments),
         Bench::Lazy(arguments) => lazy::run(&arguments),
