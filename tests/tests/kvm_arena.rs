@@ -294,12 +294,12 @@ fn processes_that_share_an_arena_lose_nothing() -> Result<()> {
     );
     let instructions = number("pair_instructions=")?;
     assert!((2.0..120.0).contains(&instructions), "{bench}");
-    let done = AtomicBool::new(false);
+    let (done, api) = (AtomicBool::new(false), monitor.api());
     let said = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 // It may end before it hears us.
-                let _ = monitor.ctl(&["reclaim", "1G"]);
+                let _ = api.reclaim(1 << 30);
             }
         });
         let said = guest.must("ebb-guest stress /dev/dax0.0 4 4 8 2>&1");

@@ -82,6 +82,28 @@ fn redis_and_python_fork_while_the_host_takes_what_is_free() -> Result<()> {
     debian.end()
 }
 
+/// Words say that the monitor is taking each granule, for ever: a process that only waited would never end.
+#[test]
+fn whoever_meets_a_granule_that_is_being_taken_calls_the_monitor() -> Result<()> {
+    let mut debian = Debian::start(1)?;
+    let script = r#"import mmap, struct
+with open("/dev/dax0.0", "r+b") as device, mmap.mmap(device.fileno(), 8 << 30) as arena:
+    granules, first, table = struct.unpack_from("<QQQ", arena, 32)
+    for index in range(first, granules):
+        struct.pack_into("<Q", arena, table + 8 * index, 2)"#;
+    let path = Debian::path("/tmp/taking.py");
+    debian.guest.must(&format!(
+        "printf '%b' '{}' >{path}",
+        script.replace('\n', "\\n")
+    ))?;
+    debian.run("python3 /tmp/taking.py")?;
+    let said = debian.run("/tmp/ebb-guest bench /dev/dax0.0 pairs 0.1")?;
+    assert!(said.starts_with("bench: pairs="), "{said}");
+    let state = arena(&debian.monitor)?;
+    assert_eq!(state["reuse_calls_total"], 1, "{state}");
+    debian.end()
+}
+
 #[test]
 fn the_host_gets_a_programs_memory_when_it_frees_it_and_when_it_ends() -> Result<()> {
     let mut debian = Debian::start(2)?;

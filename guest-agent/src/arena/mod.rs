@@ -5,6 +5,7 @@
 //! owned is free again after the next [`Arena::recover`], which [`Arena::claim`] makes by itself when it finds nothing.
 //! Processes that share an arena can read and write each other's granules: they must trust each other.
 
+mod call;
 mod memory;
 mod slots;
 mod span;
@@ -22,9 +23,9 @@ use hypercall_abi::granule::{Reuse, State, Word};
 use memory::Memory;
 use slots::{Owner, SLOTS, Slot};
 
-/// Turns that a reuse spins before it sleeps.
+/// Turns that a reuse spins before it calls the monitor.
 const SPINS: u32 = 200;
-/// Sleep between two looks at a granule that is being discarded, which takes about a millisecond.
+/// Sleep between two looks at a granule that is being discarded, which takes about a millisecond, of those who may not call.
 const NAP: Duration = Duration::from_micros(50);
 
 /// An arena cannot be used.
@@ -247,12 +248,18 @@ impl Arena {
                     turns += 1;
                     if turns < SPINS {
                         std::hint::spin_loop();
-                    } else {
+                    } else if !self.call_for(granule) {
                         std::thread::sleep(NAP);
                     }
                 }
             }
         }
+    }
+
+    /// Lets the monitor finish what it does with a granule; whether this thread may ask for that.
+    fn call_for(&self, granule: usize) -> bool {
+        let size = self.layout.granule();
+        call::reuse(self.header.gpa.wrapping_add(granule as u64 * size), size)
     }
 
     /// Claims a granule that nobody owns: it is zero. `None`: there is none, even after [`Arena::recover`].
