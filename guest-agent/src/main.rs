@@ -4,6 +4,7 @@ mod balloon;
 mod bench;
 mod data;
 mod discovery;
+mod install;
 mod meminfo;
 mod run;
 mod setup;
@@ -21,6 +22,7 @@ ebb-guest: what runs inside an Ebb guest
 
   ebb-guest status    whether this machine runs under Ebb, which interface it offers, and its arenas
   ebb-guest setup     as root: make the arenas' devices, /dev/daxN.M; --mode 0666 lets every user use them
+  ebb-guest install   as root: let a Debian do that at each boot (initramfs-tools, systemd); --mode 0666, --root DIR; or uninstall
   ebb-guest run -- PROGRAM [ARGUMENT...]
                       run a program with its heap in an arena (libebb_malloc.so, or --library FILE before the --)
   ebb-guest recover   free what dead programs have left in the arenas
@@ -41,6 +43,8 @@ fn main() -> ExitCode {
             found
         }
         ["setup", ref words @ ..] => setup::main(words),
+        ["install", ref words @ ..] => install::main(words, true),
+        ["uninstall", ref words @ ..] => install::main(words, false),
         ["run", ref words @ ..] => run::main(words),
         ["recover"] => run::recover(),
         ["bench", ref words @ ..] => bench::main(words),

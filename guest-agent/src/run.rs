@@ -50,6 +50,11 @@ pub fn main(words: &[&str]) -> ExitCode {
     ExitCode::from(127)
 }
 
+/// The library, where it is looked for.
+pub fn library() -> Option<PathBuf> {
+    candidates().into_iter().find(|path| path.is_file())
+}
+
 fn candidates() -> Vec<PathBuf> {
     let own = std::env::current_exe().ok();
     let folder = own.as_deref().and_then(Path::parent);

@@ -23,17 +23,25 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs the subcommand.
 pub fn main(words: &[&str]) -> ExitCode {
+    let (optional, words) = match words {
+        ["--optional", rest @ ..] => (true, rest),
+        _ => (false, words),
+    };
     let mode = match words {
         [] => Some(MODE),
-        ["--mode", text] => u32::from_str_radix(text, 8)
-            .ok()
-            .filter(|mode| *mode <= 0o777),
+        ["--mode", text] => parse_mode(text),
         _ => None,
     };
     let Some(mode) = mode else {
-        eprintln!("setup takes --mode and an octal number, for instance 0666, or nothing");
+        eprintln!(
+            "setup takes --optional, and --mode and an octal number, for instance 0666, or nothing"
+        );
         return ExitCode::from(2);
     };
+    if optional && !has_arena() {
+        println!("this machine has no arena");
+        return ExitCode::SUCCESS;
+    }
     match devices().and_then(|names| names.iter().try_for_each(|name| set_up(name, mode))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
@@ -41,6 +49,18 @@ pub fn main(words: &[&str]) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A device's mode: an octal number of permissions.
+pub fn parse_mode(text: &str) -> Option<u32> {
+    let mode = u32::from_str_radix(text, 8).ok();
+    mode.filter(|mode| *mode <= 0o777)
+}
+
+/// Whether the memory map names one.
+fn has_arena() -> bool {
+    let map = fs::read_to_string("/proc/iomem").unwrap_or_default();
+    map.contains("Soft Reserved")
 }
 
 /// The devices that there are, by name.
@@ -55,8 +75,7 @@ pub fn names() -> Vec<String> {
 
 /// Loads the modules and waits for the devices.
 fn devices() -> Result<Vec<String>, String> {
-    let map = fs::read_to_string("/proc/iomem").unwrap_or_default();
-    if !map.contains("Soft Reserved") {
+    if !has_arena() {
         return Err(
             "this machine has no arena; start it with --arena size=…, and without pci=off"
                 .to_owned(),

@@ -273,3 +273,14 @@ fn a_fork_that_gets_no_copy_fails_and_the_program_goes_on() {
         "{said}"
     );
 }
+
+/// Nobody can copy the heap for it. It must not have its parent's.
+#[test]
+fn a_child_of_a_bare_clone_faults_and_its_parent_goes_on() {
+    let device = Device::new(256 * MIB);
+    let script = r#"my $x = "y" x 5000; my $pid = syscall(56, 17, 0, 0, 0, 0);
+        if ($pid == 0) { $x = "child" x 1000; exit 0 }
+        waitpid $pid, 0; print $? & 127, " ", $x eq "y" x 5000 ? "mine" : "lost", "\n""#;
+    let (output, _) = device.run(Command::new("perl").args(["-e", script]));
+    assert_eq!(passed(&output), "11 mine\n");
+}
