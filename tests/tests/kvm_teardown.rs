@@ -104,6 +104,32 @@ fn the_teardown_is_tuned_while_the_machine_runs() -> Result<()> {
 }
 
 #[test]
+fn the_teardown_is_tuned_while_memory_is_being_freed() -> Result<()> {
+    let place = Place::new()?;
+    let mut idle = place.running("size=1G,thp=off,prefault=on", "on")?;
+    let slowly = ["teardown", "workers=2", "batch=4M"];
+    assert!(place.ctl(&slowly)?.status.success());
+    assert!(place.ctl(&["stop"])?.status.success());
+    assert_eq!(idle.wait()?, Some(0));
+    let asked = place.ctl(&["teardown", "workers=5"])?;
+    let said = String::from_utf8_lossy(&asked.stdout).into_owned();
+    assert!(
+        asked.status.success() && said.starts_with("the machine has ended"),
+        "{asked:?} {}",
+        place.text("log")
+    );
+    place.vanished(soon()?)?;
+    let log = place.text("log");
+    assert!(log.contains("with 5 workers"), "{log}");
+    // Now there is nobody who could hear it.
+    assert_eq!(
+        place.ctl(&["teardown", "workers=5"])?.status.code(),
+        Some(1)
+    );
+    Ok(())
+}
+
+#[test]
 fn without_a_guardian_the_monitor_frees_its_memory_itself() -> Result<()> {
     let place = Place::new()?;
     let mut idle = place.running(MEMORY, "off")?;

@@ -168,8 +168,19 @@ fn set_teardown(socket: &Path, settings: &[TeardownSpec]) -> Result<String, Clie
             body["batch_bytes"] = batch.into();
         }
     }
-    api::request(socket, Method::PATCH, "/teardown", Some(&body), PATIENCE)?;
-    Ok(String::new())
+    let asked = api::request(socket, Method::PATCH, "/teardown", Some(&body), PATIENCE);
+    match (asked, body["workers"].as_u64()) {
+        // It has ended: then the memory may be being freed behind it, by whoever holds the lock.
+        (Err(ClientError::Connect { .. }), Some(workers))
+            if matches!(lock::ask_for_workers(socket, workers), Ok(true)) =>
+        {
+            Ok(
+                "the machine has ended; its memory is freed with so many workers from now on"
+                    .to_owned(),
+            )
+        }
+        (asked, _) => asked.map(|_| String::new()),
+    }
 }
 
 /// Waits until the memory is free, with a bar where somebody looks.

@@ -17,6 +17,12 @@ const PERIOD: Duration = Duration::from_millis(20);
 /// Bytes through with and bytes in all, each in 20 digits with what separates them.
 const PROGRESS: usize = 42;
 
+/// Behind that: the number of workers that somebody asks for, in as many digits, and the end of the line.
+const WISH: usize = 21;
+const NO_WISH: [u8; WISH] = [b' '; WISH];
+/// How often somebody who asks looks whether it was heard.
+const LOOKS: u32 = 25;
+
 /// A shared lock; several machines in a row may hold it.
 #[derive(Debug)]
 pub struct MemoryLock {
@@ -53,6 +59,8 @@ impl MemoryLock {
             let lock = Self { path, file };
             // It may have been removed between the two calls.
             if lock.is_there() {
+                // What was asked for was for a machine before this one.
+                lock.file.write_all_at(&NO_WISH, PROGRESS as u64)?;
                 return Ok(lock);
             }
             path = lock.path;
@@ -85,6 +93,15 @@ impl MemoryLock {
             .write_all_at(format!("{done:>20} {total:>20}\n").as_bytes(), 0);
     }
 
+    /// How many workers somebody has asked for by [`ask_for_workers`], who is told so that it was heard.
+    #[must_use]
+    pub fn hear(&self) -> Option<u64> {
+        let workers = read_wish(&self.file)?;
+        // Who cannot be told believes that nobody has heard.
+        let _ = self.file.write_all_at(&NO_WISH, PROGRESS as u64);
+        Some(workers)
+    }
+
     /// Gives it back, and removes the file unless another holds it.
     pub fn remove_if_last(&self) {
         if flock(&self.file, FlockOperation::NonBlockingLockExclusive).is_ok() && self.is_there() {
@@ -97,6 +114,44 @@ impl AsFd for MemoryLock {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Asks whoever is freeing the memory of the machine with its API at `socket` to do it with so many workers from now on.
+/// `false`: nobody is, or has heard.
+///
+/// # Errors
+/// open(2)'s, flock(2)'s and write(2)'s.
+pub fn ask_for_workers(socket: &Path, workers: u64) -> io::Result<bool> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOFOLLOW);
+    let file = match options.open(path_of(socket)) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        return Ok(false);
+    }
+    let wish = format!("{workers:>20}\n");
+    file.write_all_at(wish.as_bytes(), PROGRESS as u64)?;
+    for _ in 0..LOOKS {
+        sleep(PERIOD);
+        if read_wish(&file).is_none() {
+            return Ok(true);
+        }
+    }
+    file.write_all_at(&NO_WISH, PROGRESS as u64)?;
+    Ok(false)
+}
+
+fn read_wish(file: &File) -> Option<u64> {
+    let mut bytes = [0; WISH];
+    file.read_exact_at(&mut bytes, PROGRESS as u64).ok()?;
+    let text = std::str::from_utf8(&bytes).ok()?;
+    text.trim().parse().ok().filter(|workers| *workers > 0)
 }
 
 /// Waits until nobody holds the lock of `socket`, telling `progress` now and then how many bytes are done
@@ -159,7 +214,18 @@ mod tests {
         assert_eq!(seen, [(3, 9)]);
         assert!(!path.exists(), "what a killed holder leaves is removed");
         assert!(MemoryLock::join(&socket).is_none(), "nobody has made it");
+        assert!(
+            !ask_for_workers(&socket, 3).unwrap(),
+            "nobody frees anything"
+        );
         let third = MemoryLock::hold(&socket).unwrap();
+        assert_eq!(third.hear(), None);
+        assert!(!ask_for_workers(&socket, 3).unwrap(), "nobody listens");
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| ask_for_workers(&socket, 3).unwrap());
+            let heard = std::iter::repeat_with(|| third.hear()).find_map(|heard| heard);
+            assert_eq!((heard, asked.join().unwrap()), (Some(3), true));
+        });
         let joined = MemoryLock::join(&socket).unwrap();
         drop(third);
         assert!(

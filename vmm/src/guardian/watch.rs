@@ -110,6 +110,9 @@ impl Watch<'_> {
         while !wait(self.heir, Some(PERIOD)) {
             // EINVAL while it lives and works; everything else is as good as it gets.
             let _ = sys::process::release_memory_of(self.heir);
+            if let Some(workers) = lock.and_then(MemoryLock::hear) {
+                self.board.wanted.store(workers, Ordering::Relaxed);
+            }
             let done = self.board.done.load(Ordering::Relaxed);
             if let Some(lock) = lock
                 && noted != done

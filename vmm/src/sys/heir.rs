@@ -51,7 +51,9 @@ pub struct Board {
     pub done: AtomicU64,
     /// Batches that the kernel would not free; they go with the address space.
     pub failures: AtomicU64,
-    /// Threads that took part, the heir among them; 0: nothing was to be freed.
+    /// Threads that there are to be from now on; 0: as many as the legacy says. May be changed while memory is freed.
+    pub wanted: AtomicU64,
+    /// Most threads that took part at a time, the heir among them; 0: nothing was to be freed.
     pub workers: AtomicU64,
     /// Resident bytes before, and after.
     pub resident: [AtomicU64; 2],
@@ -108,6 +110,8 @@ struct Estate {
     /// Null, or a box that belongs to this process while it lives.
     legacy: AtomicPtr<Legacy>,
     next: AtomicUsize,
+    /// Further threads that have been started: each has a stack of its own.
+    started: AtomicUsize,
     /// Further threads that have not finished.
     busy: AtomicU32,
     stacks: usize,
@@ -132,6 +136,7 @@ impl Heir {
             keep: AtomicI32::new(-1),
             legacy: AtomicPtr::default(),
             next: AtomicUsize::new(0),
+            started: AtomicUsize::new(0),
             busy: AtomicU32::new(0),
             stacks: stacks.expose_provenance(),
         }));
@@ -240,8 +245,18 @@ extern "C" fn help(estate: *mut c_void) -> c_int {
     let estate = unsafe { &*estate.cast_const().cast::<Estate>() };
     let _ = rustix::thread::set_name(WORKER_NAME);
     let _ = rustix::process::nice(NICENESS);
-    estate.free();
-    if estate.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
+    let Some(legacy) = estate.legacy() else {
+        return 0; // There was one when this thread was started.
+    };
+    let left = loop {
+        if let Some(left) = estate.leave(legacy) {
+            break left;
+        }
+        if !estate.free_next(legacy) {
+            break estate.busy.fetch_sub(1, Ordering::AcqRel) - 1;
+        }
+    };
+    if left == 0 {
         let _ = rustix::thread::futex::wake(&estate.busy, rustix::thread::futex::Flags::PRIVATE, 1);
     }
     0
@@ -258,40 +273,15 @@ impl Estate {
         };
         board.resident[0].store(resident(), Ordering::Relaxed);
         board.times[0].store(now(), Ordering::Release);
-        // This one closes descriptors first, which is waiting more than work: as many others as there are to be.
-        let helpers = match legacy.workers.min(MAX_WORKERS) {
-            1 => 0,
-            workers => workers,
-        };
-        let mut started = 0;
-        for index in 1..=helpers {
-            self.busy.fetch_add(1, Ordering::Relaxed);
-            let top = HEIR_STACK + index * WORKER_STACK;
-            let flags = libc::CLONE_VM
-                | libc::CLONE_FS
-                | libc::CLONE_FILES
-                | libc::CLONE_SIGHAND
-                | libc::CLONE_THREAD;
-            // SAFETY: as in `spawn`; signals are blocked here already, and the mask is inherited.
-            let pid = unsafe {
-                let stack = ptr::with_exposed_provenance_mut(self.stacks + top);
-                let estate = ptr::from_ref(self).cast_mut().cast();
-                libc::clone(help, stack, flags, estate)
-            };
-            if pid < 0 {
-                // Those who are there do it.
-                self.busy.fetch_sub(1, Ordering::Relaxed);
-                break;
-            }
-            started += 1;
-        }
-        board.workers.store(started.max(1), Ordering::Relaxed);
+        self.start_helpers(legacy);
         // The last reference to a virtual machine may be among these, and triggers of memory pressure, for which the
         // kernel waits for 10 ms: that takes long, beside the others.
         let keep = self.keep.load(Ordering::Acquire).max(2).unsigned_abs();
         close(3, keep.saturating_sub(1));
         close(keep + 1, u32::MAX);
-        self.free();
+        while self.free_next(legacy) {
+            self.start_helpers(legacy);
+        }
         loop {
             let busy = self.busy.load(Ordering::Acquire);
             if busy == 0 {
@@ -309,23 +299,77 @@ impl Estate {
         unsafe { self.legacy.load(Ordering::Acquire).as_ref() }
     }
 
-    /// Frees parts until none is left. A part belongs to whoever has drawn its index.
-    fn free(&self) {
-        let Some(legacy) = self.legacy() else {
-            return;
-        };
-        while let Some(&(address, len)) =
-            legacy.parts.get(self.next.fetch_add(1, Ordering::Relaxed))
-        {
-            let start = ptr::with_exposed_provenance_mut(address);
-            // SAFETY: who entrusted the part has said that nobody else uses it; the advice unmaps nothing.
-            let freed =
-                unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxDontNeed) };
-            if freed.is_err() {
-                self.board.failures.fetch_add(1, Ordering::Relaxed);
-            }
-            self.board.done.fetch_add(len as u64, Ordering::Relaxed);
+    /// How many further threads there are to be. The heir itself closes descriptors first, which is waiting more than work:
+    /// so as many others as there are to be workers, but for one.
+    fn helpers(&self, legacy: &Legacy) -> usize {
+        let wanted = usize::try_from(self.board.wanted.load(Ordering::Relaxed)).unwrap_or(0);
+        let workers = if wanted > 0 { wanted } else { legacy.workers };
+        match workers.min(MAX_WORKERS) {
+            1 => 0,
+            workers => workers,
         }
+    }
+
+    /// Starts the further threads that are missing.
+    fn start_helpers(&self, legacy: &Legacy) {
+        let wanted = self.helpers(legacy);
+        let mut busy = self.busy.load(Ordering::Acquire) as usize;
+        while busy < wanted && self.start_helper() {
+            busy += 1;
+        }
+        let workers = busy.max(1) as u64;
+        self.board.workers.fetch_max(workers, Ordering::Relaxed);
+    }
+
+    /// Starts a further thread; whether it could be. If not, those who are there do the work.
+    fn start_helper(&self) -> bool {
+        let index = self.started.fetch_add(1, Ordering::Relaxed) + 1;
+        if index > MAX_WORKERS {
+            // The stack of one that has finished may not be free yet.
+            return false;
+        }
+        self.busy.fetch_add(1, Ordering::Relaxed);
+        let top = HEIR_STACK + index * WORKER_STACK;
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD;
+        // SAFETY: as in `spawn`; signals are blocked here already, and the mask is inherited.
+        let pid = unsafe {
+            let stack = ptr::with_exposed_provenance_mut(self.stacks + top);
+            let estate = ptr::from_ref(self).cast_mut().cast();
+            libc::clone(help, stack, flags, estate)
+        };
+        if pid < 0 {
+            self.busy.fetch_sub(1, Ordering::Relaxed);
+        }
+        pid >= 0
+    }
+
+    /// One of the further threads goes, if there are more than there are to be: how many are left.
+    fn leave(&self, legacy: &Legacy) -> Option<u32> {
+        let wanted = u32::try_from(self.helpers(legacy)).unwrap_or(u32::MAX);
+        let (success, failure) = (Ordering::AcqRel, Ordering::Relaxed);
+        let fewer = |busy: u32| busy.checked_sub(1).filter(|_| busy > wanted);
+        let before = self.busy.fetch_update(success, failure, fewer).ok()?;
+        Some(before - 1)
+    }
+
+    /// Frees the next part, which belongs to whoever has drawn its index; whether there was one.
+    fn free_next(&self, legacy: &Legacy) -> bool {
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        let Some(&(address, len)) = legacy.parts.get(index) else {
+            return false;
+        };
+        let start = ptr::with_exposed_provenance_mut(address);
+        // SAFETY: who entrusted the part has said that nobody else uses it; the advice unmaps nothing.
+        let freed = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxDontNeed) };
+        if freed.is_err() {
+            self.board.failures.fetch_add(1, Ordering::Relaxed);
+        }
+        self.board.done.fetch_add(len as u64, Ordering::Relaxed);
+        true
     }
 }
 
@@ -420,6 +464,52 @@ mod tests {
         let (before, after) = (get(&board.resident[0]), get(&board.resident[1]));
         assert!(before >= after + LEN as u64 / 10 * 9, "{before} {after}");
         assert!(get(&board.times[1]) > get(&board.times[0]));
+    }
+
+    #[test]
+    fn fewer_or_more_threads_may_be_wanted_later() {
+        let board = after(|heir| {
+            entrusted(&heir, 5);
+            heir.estate.board.wanted.store(2, Ordering::Relaxed);
+        });
+        let workers = |board: &Board| board.workers.load(Ordering::Acquire);
+        assert_eq!(workers(board), 2, "before it has begun");
+        let board = after(|heir| {
+            entrusted(&heir, 1);
+            heir.estate.board.wanted.store(3, Ordering::Relaxed);
+        });
+        assert_eq!(workers(board), 3);
+        assert_eq!(board.done.load(Ordering::Acquire), LEN as u64);
+    }
+
+    #[test]
+    fn threads_come_and_go_while_there_is_work() {
+        let estate = |workers| Estate {
+            board: Board::new().unwrap(),
+            parent: pidfd_open(getpid(), PidfdFlags::empty()).unwrap(),
+            keep: AtomicI32::new(-1),
+            legacy: AtomicPtr::default(),
+            next: AtomicUsize::new(0),
+            started: AtomicUsize::new(0),
+            busy: AtomicU32::new(workers),
+            stacks: 0,
+        };
+        let legacy = Legacy {
+            parts: Vec::new(),
+            workers: 4,
+        };
+        let estate = estate(4);
+        assert_eq!(estate.leave(&legacy), None, "as many as there are to be");
+        estate.board.wanted.store(2, Ordering::Relaxed);
+        assert_eq!(
+            [(); 3].map(|()| estate.leave(&legacy)),
+            [Some(3), Some(2), None]
+        );
+        estate.board.wanted.store(1, Ordering::Relaxed);
+        let last = [(); 3].map(|()| estate.leave(&legacy));
+        assert_eq!(last, [Some(1), Some(0), None], "the heir alone");
+        estate.board.wanted.store(u64::MAX, Ordering::Relaxed);
+        assert_eq!(estate.helpers(&legacy), MAX_WORKERS);
     }
 
     #[test]
