@@ -2,8 +2,12 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use crate::error::{Context, Error, Result};
+use crate::wait::LONG;
 use crate::{Guest, Launch, Monitor};
 
 /// Where the guest has the Debian.
@@ -11,12 +15,14 @@ const ROOT: &str = "/debian";
 /// What is packed from the folder of the binaries.
 const BINARIES: [&str; 3] = ["libebb_malloc.so", "ebb-blocks", "ebb-churn"];
 /// What is packed from `tests/programs`.
-const SCRIPTS: [&str; 5] = [
+const SCRIPTS: [&str; 7] = [
     "forks.py",
+    "postgres.sh",
     "redis-client.py",
     "redis-demo.sh",
     "redis-speed.sh",
     "redis.sh",
+    "suites.py",
 ];
 
 /// A running machine, and its Debian.
@@ -72,10 +78,47 @@ impl Debian {
     /// # Errors
     /// It fails, or the guest does.
     pub fn run(&mut self, program: &str) -> Result<String> {
+        self.run_within(program, LONG)
+    }
+
+    /// As [`Debian::run`], for programs that may take as long as `limit`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn run_within(&mut self, program: &str, limit: Duration) -> Result<String> {
         let command = format!("chroot {ROOT} {program} 2>&1");
-        let output = self.guest.must(&command);
+        let output = self.guest.must_within(&command, limit);
         let output = output.map_err(|error| self.monitor.explain(error))?;
         Ok(output.trim_end_matches("\\n").to_owned())
+    }
+
+    /// Does `work` while the monitor is asked for all that is free, again and again; how often it was.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn under_reclaim<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<(T, u64)> {
+        let (done, asked, api) = (
+            AtomicBool::new(false),
+            AtomicU64::new(0),
+            self.monitor.api(),
+        );
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // It may end before it hears us.
+                    if api.reclaim(8 << 30).is_ok() {
+                        asked.fetch_add(1, Ordering::Relaxed);
+                    }
+                    thread::sleep(Duration::from_millis(50));
+                }
+            });
+            let result = work(self);
+            done.store(true, Ordering::Relaxed);
+            Ok((result?, asked.load(Ordering::Relaxed)))
+        })
     }
 
     /// As [`Debian::run`], with the program's heap in the arena.

@@ -103,8 +103,15 @@ impl Guest {
     /// # Errors
     /// As for [`Guest::ask`].
     pub fn shell(&mut self, command: &str) -> Result<(String, String)> {
-        let answer = self.ask(&format!("sh {command}"))?;
+        self.shell_within(command, LONG)
+    }
 
+    /// As [`Guest::shell`] with another limit.
+    ///
+    /// # Errors
+    /// As for [`Guest::ask`].
+    pub fn shell_within(&mut self, command: &str, limit: Duration) -> Result<(String, String)> {
+        let answer = self.ask_within(&format!("sh {command}"), limit)?;
         let rest = answer.strip_prefix("status=");
         let rest = rest.context(format_args!("no status in {answer:?}"))?;
         let (status, output) = rest.split_once(" output=").unwrap_or((rest, ""));
@@ -116,7 +123,15 @@ impl Guest {
     /// # Errors
     /// As for [`Guest::ask`], or when the command fails.
     pub fn must(&mut self, command: &str) -> Result<String> {
-        match self.shell(command)? {
+        self.must_within(command, LONG)
+    }
+
+    /// As [`Guest::must`] with another limit.
+    ///
+    /// # Errors
+    /// As for [`Guest::must`].
+    pub fn must_within(&mut self, command: &str, limit: Duration) -> Result<String> {
+        match self.shell_within(command, limit)? {
             (status, output) if status == "0" => Ok(output),
             (status, output) => Err(Error::new(format!(
                 "in the guest, {command:?} ends with {status}: {output}"

@@ -1,13 +1,10 @@
 //! Programs of a Debian guest with their heap in an arena, while the monitor takes all that is free, all the time.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
-
+use ebb_tests::Monitor;
 use ebb_tests::debian::Debian;
 use ebb_tests::error::{Context, Result};
 use ebb_tests::host::rss;
 use ebb_tests::wait::{LONG, until};
-use ebb_tests::{Api, Monitor};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -18,31 +15,12 @@ fn arena(monitor: &Monitor) -> Result<Value> {
     Ok(status["arenas"][0].clone())
 }
 
-/// Does `work` while the monitor is asked for all that is free; how often it was.
-fn under_reclaim<T>(api: &Api, work: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
-    let (done, asked) = (AtomicBool::new(false), AtomicU64::new(0));
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                // It may end before it hears us.
-                if api.reclaim(8 << 30).is_ok() {
-                    asked.fetch_add(1, Ordering::Relaxed);
-                }
-                std::thread::sleep(Duration::from_millis(50));
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::Relaxed);
-        Ok((result?, asked.load(Ordering::Relaxed)))
-    })
-}
-
 #[test]
 fn programs_keep_their_heaps_while_the_host_takes_what_is_free() -> Result<()> {
     let mut debian = Debian::start(2)?;
     let perl = r#"perl -e 'my @a = map { "x" x 1000 . $_ } 1..5000; for my $n (1..3) { my $pid = fork() // die "fork: $!"; if (!$pid) { $a[$_] = "child" x 300 for 0..4999; exit 0 } $a[$_] .= "p" for 0..4999; waitpid $pid, 0; die if $?; } print scalar(grep { $a[$_] ne ("x" x 1000 . ($_ + 1) . "ppp") } 0..4999), " wrong"'"#;
     let shell = "bash -c 'x=$(echo hi | tr a-z A-Z); for i in 1 2 3; do (x=$x$i; echo $x); done; echo end | cat'";
-    let ((blocks, perl, shell), asked) = under_reclaim(&debian.monitor.api(), || {
+    let ((blocks, perl, shell), asked) = debian.under_reclaim(|debian| {
         Ok((
             debian.run_on_arena("/tmp/ebb-blocks 2 300 4")?,
             debian.run_on_arena(perl)?,
@@ -70,7 +48,7 @@ fn programs_keep_their_heaps_while_the_host_takes_what_is_free() -> Result<()> {
 #[test]
 fn redis_and_python_fork_while_the_host_takes_what_is_free() -> Result<()> {
     let mut debian = Debian::start(2)?;
-    let ((redis, python), asked) = under_reclaim(&debian.monitor.api(), || {
+    let ((redis, python), asked) = debian.under_reclaim(|debian| {
         Ok((
             debian.run("bash /tmp/redis.sh 20000")?,
             debian.run_on_arena("python3 /tmp/forks.py")?,
