@@ -1,6 +1,7 @@
 //! Other people's tests of other people's programs, with their heaps in an arena, while the monitor takes all that is free.
 //!
-//! `EBB_SUITES="test_bytes test_dict"` runs these modules of Python's tests instead of a few that take minutes.
+//! `EBB_SUITES="test_bytes test_dict"` runs these modules of Python's tests instead of a few that take minutes
+//! (`cargo xtask exec -- env EBB_SUITES=… BINARY`).
 
 use std::time::Duration;
 
