@@ -20,12 +20,13 @@ use std::time::Duration;
 use hypercall_abi::arena::{GENERATION, Header, HeaderError, Layout, ROOM_BASE};
 use hypercall_abi::granule::{Reuse, State, Word};
 
+use call::Caller;
 use memory::Memory;
 use slots::{Owner, SLOTS, Slot};
 
-/// Turns that a reuse spins before it calls the monitor.
+/// Turns that a reuse spins before it makes the call, or sleeps.
 const SPINS: u32 = 200;
-/// Sleep between two looks at a granule that is being discarded, which takes about a millisecond, of those who may not call.
+/// Sleep between two looks at a granule that is being discarded, which takes about a millisecond, where no call can be made.
 const NAP: Duration = Duration::from_micros(50);
 
 /// An arena cannot be used.
@@ -111,6 +112,7 @@ pub struct Arena {
     header: Header,
     layout: Layout,
     slot: Slot,
+    caller: Caller,
     /// Where the next claim begins to look.
     hint: AtomicUsize,
     /// One thread at a time tidies up after the dead.
@@ -153,6 +155,7 @@ impl Arena {
             header,
             layout,
             slot,
+            caller: Caller::probe(),
             hint: AtomicUsize::new(0),
             recovering: Mutex::new(()),
         };
@@ -248,18 +251,24 @@ impl Arena {
                     turns += 1;
                     if turns < SPINS {
                         std::hint::spin_loop();
-                    } else if !self.call_for(granule) {
-                        std::thread::sleep(NAP);
+                    } else {
+                        self.wait(granule);
                     }
                 }
             }
         }
     }
 
-    /// Lets the monitor finish what it does with a granule; whether this thread may ask for that.
-    fn call_for(&self, granule: usize) -> bool {
+    /// Lets the monitor end what it does with a granule. After a call it is in use; nobody says then which of its pages are zero.
+    #[cold]
+    fn wait(&self, granule: usize) {
         let size = self.layout.granule();
-        call::reuse(self.header.gpa.wrapping_add(granule as u64 * size), size)
+        if !self
+            .caller
+            .reuse(self.header.gpa.wrapping_add(granule as u64 * size), size)
+        {
+            std::thread::sleep(NAP);
+        }
     }
 
     /// Claims a granule that nobody owns: it is zero. `None`: there is none, even after [`Arena::recover`].
