@@ -1,6 +1,7 @@
 //! `ebb-bench malloc`: what a heap in an arena costs, beside the same jemalloc on normal memory.
 
 use super::BenchError;
+use super::arena;
 use super::report::{Host, Ratio, Report};
 use super::samples::Samples;
 use crate::debian::Debian;
@@ -41,6 +42,7 @@ pub struct Arguments {
 /// [`BenchError`]: the machine does not start, or a program fails.
 pub fn run(arguments: &Arguments) -> std::result::Result<(), BenchError> {
     let out = super::path("EBB_OUT")?;
+    let big = arena::found(&out)?;
     let mut debian = Debian::start(THREADS)?;
     let mut samples = Samples::default();
     for run in 1..=arguments.runs {
@@ -51,11 +53,12 @@ pub fn run(arguments: &Arguments) -> std::result::Result<(), BenchError> {
         eprintln!("malloc: run {run} of {}", arguments.runs);
     }
     debian.end()?;
+    let ratios = ratios(&samples).context("samples of every heap")?;
     let report = Report {
         name: "malloc".to_owned(),
         host: Host::probe(),
-        rows: samples.rows(),
-        ratios: ratios(&samples).context("samples of every heap")?,
+        rows: samples.rows().into_iter().chain(big.rows).collect(),
+        ratios: ratios.into_iter().chain(big.ratios).collect(),
     };
     println!("{report}");
     let path = report.write(&out)?;

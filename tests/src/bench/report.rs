@@ -4,14 +4,14 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{BenchError, system};
 
 pub use super::host::Host;
 
 /// The results of one benchmark, all from one run.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Deserialize, Serialize)]
 pub struct Report {
     /// Name of the benchmark.
     pub name: String,
@@ -24,7 +24,7 @@ pub struct Report {
 }
 
 /// One metric of one system in one case.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Deserialize, Serialize)]
 pub struct Row {
     /// The system, such as `ebb` or `qemu-pc`.
     pub system: String,
@@ -45,7 +45,7 @@ pub struct Row {
 }
 
 /// A figure that goals are set for.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Deserialize, Serialize)]
 pub struct Ratio {
     /// Its name, such as `boot_vs_qemu`.
     pub name: String,
