@@ -17,6 +17,10 @@ pub struct Images {
     pub initramfs: PathBuf,
     /// An ext4 image with a small Debian.
     pub root_disk: PathBuf,
+    /// An ext4 image of a Debian that boots by itself, see resources/systemdisk.txt.
+    pub system_disk: PathBuf,
+    /// That Debian's own initramfs.
+    pub system_initramfs: PathBuf,
     /// What `uname -r` says in the guest.
     pub release: String,
     /// `direct` or `nested`.
@@ -41,6 +45,8 @@ impl Images {
             vmlinux: path("EBB_GUEST_VMLINUX")?,
             initramfs: path("EBB_GUEST_INITRAMFS")?,
             root_disk: path("EBB_GUEST_ROOTDISK")?,
+            system_disk: path("EBB_GUEST_SYSTEM")?,
+            system_initramfs: path("EBB_GUEST_SYSTEM_INITRAMFS")?,
             release: text("EBB_GUEST_RELEASE")?,
             platform: text("EBB_PLATFORM")?,
         })

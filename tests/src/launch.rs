@@ -65,6 +65,13 @@ impl Launch {
         self
     }
 
+    /// Another initramfs.
+    #[must_use]
+    pub fn initramfs(mut self, path: &Path) -> Self {
+        self.initramfs = Some(path.to_owned());
+        self
+    }
+
     /// `ebb.mode=`, see resources/guest-init.sh; or what else is to be said to the kernel.
     #[must_use]
     pub fn mode(mut self, mode: &str) -> Self {

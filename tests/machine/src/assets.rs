@@ -26,6 +26,10 @@ pub struct Assets {
     pub busybox: PathBuf,
     /// An ext4 image with a small Debian.
     pub root_disk: PathBuf,
+    /// An ext4 image of a Debian that boots by itself, with `ebb-guest` installed.
+    pub system_disk: PathBuf,
+    /// That Debian's own initramfs.
+    pub system_initramfs: PathBuf,
     /// The static agent of the nested machine.
     pub nested_agent: PathBuf,
     /// The static `ebb-guest`.
@@ -87,6 +91,8 @@ impl Assets {
             modules: kernel.join("lib/modules").join(release),
             busybox: "/bin/busybox".into(),
             root_disk: root.join(".cache/rootdisk.ext4"),
+            system_disk: root.join(".cache/system.ext4"),
+            system_initramfs: root.join(".cache/system.initramfs"),
             nested_agent: agents.join("nested-agent"),
             guest_agent: agents.join("ebb-guest"),
             guest_initramfs: root.join("target/guest/initramfs.cpio"),

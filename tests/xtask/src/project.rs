@@ -41,6 +41,8 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
         ("EBB_GUEST_VMLINUX", path(&assets.vmlinux)),
         ("EBB_GUEST_INITRAMFS", path(&assets.guest_initramfs)),
         ("EBB_GUEST_ROOTDISK", path(&assets.root_disk)),
+        ("EBB_GUEST_SYSTEM", path(&assets.system_disk)),
+        ("EBB_GUEST_SYSTEM_INITRAMFS", path(&assets.system_initramfs)),
         ("EBB_GUEST_RELEASE", assets.release.clone()),
         ("EBB_OUT", path(out)),
         ("EBB_PLATFORM", platform.to_string()),

@@ -31,7 +31,7 @@ pub struct Arguments {
     /// Tests only: leave out formatting, clippy and documentation
     #[arg(long)]
     quick: bool,
-    /// Run only tests whose names contain one of these
+    /// Run only tests whose names, or their binaries' names, contain one of these
     filters: Vec<String>,
 }
 
@@ -77,6 +77,7 @@ impl Report {
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let start = Instant::now();
     let assets = setup::ensure()?;
+    setup::installed(&assets)?;
     let mut report = Report::default();
     if arguments.quick {
         progress("--quick: formatting, clippy and documentation are not checked");
@@ -239,7 +240,10 @@ struct Tests {
 impl Tests {
     fn command(&self, binary: &Binary, platform: Platform) -> Command {
         let mut command = Command::new([binary.path.to_string_lossy().into_owned()]);
-        command.argv.extend(self.filters.iter().cloned());
+        // A word may mean a binary, all of it.
+        if !self.filters.iter().any(|word| binary.name.contains(word)) {
+            command.argv.extend(self.filters.iter().cloned());
+        }
         command.env = environment(&self.assets, platform, &self.out);
         if platform == Platform::Nested {
             // The machine's CPUs are emulated by what is usually fewer.

@@ -4,6 +4,7 @@ mod apt;
 mod kernel;
 mod qemu;
 mod root_disk;
+mod system_disk;
 
 use nested_machine::assets::Assets;
 use nested_machine::error::{Context, Result};
@@ -71,6 +72,13 @@ fn prepare(refresh: bool) -> Result<Assets> {
     let size = std::fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
     progress(format_args!("guest initramfs: {}", Size(size)));
     Ok(assets)
+}
+
+/// Has `ebb-guest` installed in a Debian that boots by itself, for tests.
+pub fn installed(assets: &Assets) -> Result<()> {
+    let root = root();
+    let _lock = lock(&root.join(".cache"))?;
+    system_disk::ensure(&root, assets)
 }
 
 /// Keeps two setups of one repository from getting in each other's way.

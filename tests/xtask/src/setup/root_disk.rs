@@ -12,18 +12,99 @@ const RECIPE: &str = "resources/rootdisk.txt";
 /// What it runs as init.
 const INIT: &str = "resources/rootdisk-init.sh";
 
+/// What a Debian is made of: lines of a name and a value.
+pub struct Recipe {
+    file: &'static str,
+    text: String,
+}
+
+impl Recipe {
+    /// Reads one of the repository's.
+    pub fn read(root: &Path, file: &'static str) -> Result<Self> {
+        let text = fs::read_to_string(root.join(file)).context(|| format!("read {file}"))?;
+        Ok(Self { file, text })
+    }
+
+    /// The whole of it.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// One value.
+    pub fn setting(&self, name: &str) -> Result<&str> {
+        let prefix = format!("{name} ");
+        let line = self
+            .text
+            .lines()
+            .find_map(|line| line.strip_prefix(&prefix));
+        line.map(str::trim)
+            .context(|| format!("{} has no line {name:?}", self.file))
+    }
+
+    /// Installs the Debian in the folder `tree`.
+    pub fn unpack(&self, tree: &Path) -> Result<()> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(Error::new(
+                "making a Debian needs root; run setup as root once",
+            ));
+        }
+        if tree.exists() {
+            fs::remove_dir_all(tree).context(|| format!("remove {}", tree.display()))?;
+        }
+        let (suite, packages) = (self.setting("suite")?, self.setting("packages")?);
+        progress(format_args!(
+            "making a Debian {suite} with {packages} (1 to 3 minutes)"
+        ));
+        let mut build = command(
+            "mmdebstrap",
+            ["--quiet", "--mode=root", "--format=directory"],
+        );
+        build
+            .arg(format!("--variant={}", self.setting("variant")?))
+            .arg(format!("--include={packages}"))
+            .args([
+                "--aptopt=Acquire::Languages \"none\"",
+                "--dpkgopt=path-exclude=/usr/share/doc/*",
+            ])
+            .args(["--dpkgopt=path-exclude=/usr/share/locale/*"])
+            .arg(suite)
+            .arg(tree);
+        quietly(build).map(drop)
+    }
+}
+
+/// Makes an ext4 image of the folder `tree`.
+pub fn format(tree: &Path, image: &Path, size: &str) -> Result<()> {
+    let part = image.with_extension("part");
+    let _ = fs::remove_file(&part); // Left by an interrupted run.
+    let mut format = command(
+        "/sbin/mke2fs",
+        ["-q", "-F", "-t", "ext4", "-L", "ebb-root", "-d"],
+    );
+    format.arg(tree).arg(&part).arg(size);
+    quietly(format)?;
+    let size = fs::metadata(&part).map_or(0, |meta| meta.len());
+    progress(format_args!("ext4 image of {}", Size(size)));
+    fs::rename(&part, image).context(|| format!("rename to {}", image.display()))
+}
+
 /// Makes the image unless it is there and made by the same recipe.
 pub fn ensure(root: &Path, image: &Path) -> Result<()> {
-    let read = |name: &str| fs::read_to_string(root.join(name)).context(|| format!("read {name}"));
-    let (recipe, init) = (read(RECIPE)?, read(INIT)?);
+    let recipe = Recipe::read(root, RECIPE)?;
+    let init = fs::read_to_string(root.join(INIT)).context(|| format!("read {INIT}"))?;
     let stamp_file = image.with_extension("stamp");
-    let stamp = format!("{recipe}\n{init}");
+    let stamp = format!("{}\n{init}", recipe.text());
     if image.exists() && fs::read_to_string(&stamp_file).is_ok_and(|old| old == stamp) {
         return Ok(());
     }
     let start = std::time::Instant::now();
     let tree = image.with_extension("tree");
-    let result = make(&recipe, &root.join(INIT), &tree, image);
+    let make = || {
+        recipe.unpack(&tree)?;
+        install_init(&root.join(INIT), &tree)?;
+        format(&tree, image, recipe.setting("size")?)
+    };
+    let result = make();
     let _ = fs::remove_dir_all(&tree); // A failed build leaves half a tree.
     result?;
     fs::write(&stamp_file, stamp).context(|| format!("write {}", stamp_file.display()))?;
@@ -32,54 +113,6 @@ pub fn ensure(root: &Path, image: &Path) -> Result<()> {
         Seconds(start.elapsed())
     ));
     Ok(())
-}
-
-fn make(recipe: &str, init: &Path, tree: &Path, image: &Path) -> Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(Error::new(
-            "making the root disk needs root; run setup as root once",
-        ));
-    }
-    let setting = |name: &str| {
-        let prefix = format!("{name} ");
-        let line = recipe.lines().find_map(|line| line.strip_prefix(&prefix));
-        line.map(str::trim)
-            .context(|| format!("{RECIPE} has no line {name:?}"))
-    };
-    if tree.exists() {
-        fs::remove_dir_all(tree).context(|| format!("remove {}", tree.display()))?;
-    }
-    let (suite, packages) = (setting("suite")?, setting("packages")?);
-    progress(format_args!(
-        "making the root disk: Debian {suite} with {packages} (1 to 3 minutes)"
-    ));
-    let mut build = command(
-        "mmdebstrap",
-        ["--quiet", "--mode=root", "--format=directory"],
-    );
-    build
-        .arg(format!("--variant={}", setting("variant")?))
-        .arg(format!("--include={packages}"))
-        .args([
-            "--aptopt=Acquire::Languages \"none\"",
-            "--dpkgopt=path-exclude=/usr/share/doc/*",
-        ])
-        .args(["--dpkgopt=path-exclude=/usr/share/locale/*"])
-        .arg(suite)
-        .arg(tree);
-    quietly(build)?;
-    install_init(init, tree)?;
-    let part = image.with_extension("part");
-    let _ = fs::remove_file(&part); // Left by an interrupted run.
-    let mut format = command(
-        "/sbin/mke2fs",
-        ["-q", "-F", "-t", "ext4", "-L", "ebb-root", "-d"],
-    );
-    format.arg(tree).arg(&part).arg(setting("size")?);
-    quietly(format)?;
-    let size = fs::metadata(&part).map_or(0, |meta| meta.len());
-    progress(format_args!("ext4 image of {}", Size(size)));
-    fs::rename(&part, image).context(|| format!("rename to {}", image.display()))
 }
 
 fn install_init(from: &Path, tree: &Path) -> Result<()> {
