@@ -95,8 +95,13 @@ pub fn main(words: &[&str], forth: bool) -> ExitCode {
 /// Says what was done with a file that failed, and what helps.
 fn failed<'a>(what: &'a str, path: &'a Path) -> impl Fn(io::Error) -> String + 'a {
     move |error| {
-        let path = path.display();
-        format!("{what} {path}: {error}; run this as root, with the file system writable")
+        let remedy = match error.kind() {
+            io::ErrorKind::PermissionDenied => "run this as root",
+            io::ErrorKind::ReadOnlyFilesystem => "mount the file system writable",
+            io::ErrorKind::StorageFull => "make room in the file system",
+            _ => "is --root the root of a Debian?",
+        };
+        format!("{what} {}: {error}; {remedy}", path.display())
     }
 }
 
@@ -187,11 +192,11 @@ fn renew_initramfs(root: &Path) -> Result<(), String> {
         command.arg(root).arg("update-initramfs");
         command
     };
-    let status = command.arg("-u").status();
+    let status = command.args(["-u", "-k", "all"]).status();
     if status.is_ok_and(|status| status.success()) {
         Ok(())
     } else {
-        Err("update-initramfs -u failed; run it again when its trouble is over".to_owned())
+        Err("update-initramfs -u -k all failed; run it again when its trouble is over".to_owned())
     }
 }
 
