@@ -60,6 +60,19 @@ struct Thread {
     ticks: u64,
 }
 
+/// The processes of this name.
+pub fn processes_named(name: &str) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let named = entries.filter(|entry| {
+        // It may end at any time.
+        let comm = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        comm.trim_end() == name
+    });
+    named
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
 /// The threads of the processes named ebb, by their folder in /proc.
 fn monitor_threads() -> BTreeMap<String, Thread> {
     let folders = |path: &str| {
@@ -102,6 +115,16 @@ fn monitor_threads() -> BTreeMap<String, Thread> {
 pub fn lazy_free(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     field(&read(&path)?, "LazyFree").context(format_args!("{path} has no LazyFree"))
+}
+
+/// A field of /proc/meminfo: bytes, or a count where it has no unit.
+///
+/// # Errors
+/// When there is no such field.
+pub fn meminfo(name: &str) -> Result<u64> {
+    const PATH: &str = "/proc/meminfo";
+    let text = read(PATH)?;
+    field(&text, name).context(format_args!("{PATH} has no {name}"))
 }
 
 /// Page faults of a process that needed no disk.
@@ -230,8 +253,12 @@ fn split_guest(mappings: &[Mapping], guest_bytes: u64) -> Option<(Vec<&Mapping>,
 fn field(text: &str, name: &str) -> Option<u64> {
     let value = text
         .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(value.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?
+        .trim();
+    match value.strip_suffix(" kB") {
+        Some(kib) => Some(kib.parse::<u64>().ok()? * 1024),
+        None => value.parse().ok(),
+    }
 }
 
 /// KVM's own counters for one virtual machine.

@@ -23,6 +23,8 @@ pub struct Case {
     pub operations: u64,
     /// `--lazy`.
     pub lazy: &'static str,
+    /// The memory is in files.
+    pub shared: bool,
     /// Least MiB that each request takes; 0: no requests, the monitor takes by itself.
     pub request_mib: u64,
     /// Seed of everything that is random.
@@ -44,13 +46,18 @@ pub fn cases(operations: u64, seed: u64) -> Vec<Case> {
         vcpus,
         operations: (operations * share).div_ceil(100),
         lazy,
+        shared: false,
         request_mib,
         seed: seed + vcpus,
+    };
+    let in_files = |case| Case {
+        shared: true,
+        ..case
     };
     vec![
         case(1, 42, "mode=age,age=1,pause=5000", 1),
         case(2, 46, "mode=eager,pause=5000,slice=16", 0),
-        case(2, 10, "mode=pressure,pause=1000,slice=64", 1),
+        in_files(case(2, 10, "mode=pressure,pause=1000,slice=64", 1)),
         case(4, 2, "mode=eager,pause=20000,slice=128", 1),
     ]
 }
@@ -146,11 +153,12 @@ impl fmt::Display for Outcome {
         } = self.counts;
         write!(
             f,
-            "{} vCPUs, {}: {operations} operations in {calls} calls ({batches} batches), {:.1} s; pages kept {kept}, lost \
+            "{} vCPUs, {}{}: {operations} operations in {calls} calls ({batches} batches), {:.1} s; pages kept {kept}, lost \
              {lost}; reused intact {reused_intact}, zero {reused_zero}, foreign bytes {foreign_bytes}; discarded {} MiB, \
              invalidated {} MiB, {} slices, {} waits; RSS {} to {} MiB",
             self.case.vcpus,
             self.case.lazy,
+            if self.case.shared { ", in files" } else { "" },
             self.time.as_secs_f64(),
             self.discarded / MIB,
             self.unmapped / MIB,
@@ -172,6 +180,7 @@ pub fn run(case: Case, limit: Duration) -> Result<Outcome> {
         job: Job::Integrity,
         vcpus: case.vcpus,
         mib: RAM_MIB,
+        shared: case.shared,
         operations: case.operations.div_ceil(case.vcpus),
         seed: case.seed,
     };

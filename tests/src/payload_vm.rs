@@ -22,6 +22,8 @@ pub struct Setup {
     pub vcpus: u64,
     /// RAM in MiB.
     pub mib: u64,
+    /// It is in files.
+    pub shared: bool,
     /// `operations` of the guest's parameters.
     pub operations: u64,
     /// Seed of everything that is random.
@@ -51,9 +53,11 @@ impl PayloadVm {
             seed: setup.seed,
         };
         freestanding::write(&path("payload"), &parameters).context("write the guest")?;
+        let shared = if setup.shared { "on" } else { "off" };
+        let memory = format!("size={}M,shared={shared}", setup.mib);
         let serial = format!("file={}", path("serial").display());
         let monitor = Command::new(&images.ebb)
-            .args(["run", "--memory", &format!("size={}M", setup.mib)])
+            .args(["run", "--memory", &memory])
             .args(["--cpus", &format!("boot={}", setup.vcpus)])
             .args(["--serial", &serial, "--kernel"])
             .arg(path("payload"))

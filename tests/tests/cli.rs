@@ -59,7 +59,7 @@ fn memory_and_vcpus() -> Result<()> {
         (
             "--memory",
             "colour=red",
-            ["colour", "size, thp, hugepages, prefault"],
+            ["colour", "size, thp, hugepages, prefault, shared"],
         ),
         ("--memory", "size=1G,size=2G", ["size", "keep one"]),
         (

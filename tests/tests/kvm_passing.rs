@@ -16,6 +16,7 @@ fn a_guest_that_exits_often_is_kicked_for_few_slices() -> Result<()> {
         job: Job::Caller,
         vcpus: 1,
         mib: 64,
+        shared: false,
         operations: RANGES,
         seed: 1,
     };

@@ -5,6 +5,7 @@ use std::fs;
 use ebb_tests::Launch;
 use ebb_tests::cgroup::Cgroup;
 use ebb_tests::error::{Context, Result};
+use ebb_tests::host::meminfo;
 use ebb_tests::size::MIB;
 use ebb_tests::wait::{LONG, until};
 
@@ -115,12 +116,7 @@ impl HugePages {
     }
 
     fn free() -> Result<u64> {
-        let text = fs::read_to_string("/proc/meminfo").context("/proc/meminfo")?;
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("HugePages_Free:"));
-        line.and_then(|number| number.trim().parse().ok())
-            .context("HugePages_Free")
+        meminfo("HugePages_Free")
     }
 }
 
@@ -129,6 +125,42 @@ impl Drop for HugePages {
         // The host may refuse, and then keeps the pages: nothing that a test can mend.
         let _ = fs::write(NR_HUGEPAGES, &self.0);
     }
+}
+
+/// A stock guest whose memory is in files hands memory over, loses it, takes it back, and misses nothing.
+#[test]
+fn memory_in_files_is_taken_and_given_back() -> Result<()> {
+    let before = meminfo("Shmem")?;
+    let shmem = || Ok(meminfo("Shmem")?.saturating_sub(before));
+    let launch = Launch::new()?
+        .memory("size=384M,shared=on,thp=off")
+        .option("--balloon", "size=0");
+    let mut monitor = launch.start()?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    let checksum = guest.checksum("keep 64M")?;
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    let touched = shmem()?;
+    api.set_balloon(160 * MIB)?;
+    until("the guest hands its memory over", LONG, || {
+        Ok((api.lazy()?.lazy_bytes == 160 * MIB).then_some(()))
+    })?;
+    assert!(shmem()? + 16 * MIB >= touched, "lazily: nothing is gone");
+    let taken = api.reclaim(160 * MIB)?.reclaimed_bytes;
+    assert_eq!(taken, 160 * MIB);
+    let freed = touched.saturating_sub(shmem()?);
+    assert!(freed >= 128 * MIB, "{freed} bytes are free again");
+    api.set_balloon(0)?;
+    until("the guest takes its memory back", LONG, || {
+        let state = api.lazy()?;
+        Ok((state.lazy_bytes + state.discarded_bytes == 0).then_some(()))
+    })?;
+    guest.ask("fill 160M")?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
 }
 
 /// hugetlb pages go back to the host's pool whole, and come back zeroed and usable.

@@ -32,6 +32,7 @@ fn start_on(cpu: usize, job: Job, mib: u64) -> Result<PayloadVm> {
         job,
         vcpus: 1,
         mib,
+        shared: false,
         operations: 0,
         seed: 1,
     };

@@ -21,6 +21,9 @@ const LIMIT: Duration = Duration::from_secs(120);
 const RANGE: u64 = page(1024);
 /// Where tests put their blocks.
 const BLOCK: u64 = page(0);
+/// What guests have, and the same in files.
+const MEMORY: &str = "size=64M";
+const FILES: &str = "size=64M,shared=on";
 /// No count is ever so big.
 const NEVER: u64 = u64::MAX;
 
@@ -31,10 +34,14 @@ struct Guest {
 }
 
 impl Guest {
-    fn start(write: impl FnOnce(&std::path::Path) -> std::io::Result<()>, vcpus: u32) -> Self {
+    fn start(
+        write: impl FnOnce(&std::path::Path) -> std::io::Result<()>,
+        vcpus: u32,
+        memory: &str,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         write(&folder.path().join("payload")).unwrap();
-        let monitor = command(&folder, vcpus)
+        let monitor = command(&folder, vcpus, memory)
             .stderr(fs::File::create(folder.path().join("log")).unwrap())
             .spawn()
             .unwrap();
@@ -42,10 +49,14 @@ impl Guest {
     }
 
     /// Runs `program`, which ends with waiting for ever, until it waits.
-    fn run(mut program: Program) -> Self {
+    fn run(program: Program) -> Self {
+        Self::run_in(MEMORY, program)
+    }
+
+    fn run_in(memory: &str, mut program: Program) -> Self {
         let steps = program.results();
         program.query_until(BLOCK, 8, NEVER);
-        let mut guest = Self::start(|path| program.write(path), 1);
+        let mut guest = Self::start(|path| program.write(path), 1, memory);
         let start = Instant::now();
         while guest.results().len() < steps {
             let ended = guest.monitor.try_wait().unwrap();
@@ -128,12 +139,12 @@ fn ebb() -> PathBuf {
         .expect("EBB_BIN names the monitor; run this through `cargo xtask test`")
 }
 
-fn arguments(folder: &tempfile::TempDir, vcpus: u32) -> Vec<String> {
+fn arguments(folder: &tempfile::TempDir, vcpus: u32, memory: &str) -> Vec<String> {
     let path = |name| folder.path().join(name).display().to_string();
     let words = [
         "run",
         "--memory",
-        "size=64M",
+        memory,
         "--lazy",
         "strict=on",
         "--cpus",
@@ -148,9 +159,10 @@ fn arguments(folder: &tempfile::TempDir, vcpus: u32) -> Vec<String> {
     words.map(str::to_owned).to_vec()
 }
 
-fn command(folder: &tempfile::TempDir, vcpus: u32) -> Command {
+fn command(folder: &tempfile::TempDir, vcpus: u32, memory: &str) -> Command {
     let mut command = Command::new(ebb());
-    command.args(arguments(folder, vcpus)).stdin(Stdio::null());
+    let arguments = arguments(folder, vcpus, memory);
+    command.args(arguments).stdin(Stdio::null());
     command
 }
 
@@ -166,7 +178,7 @@ fn stay_on_one_processor() {
 
 #[test]
 fn each_vcpu_is_caught_at_its_instruction_and_goes_on_with_zeroes() {
-    let guest = Guest::start(trespass::write, 2).finish();
+    let guest = Guest::start(trespass::write, 2, MEMORY).finish();
     assert_eq!(guest.results(), [0, 0], "the discarded pages read zeroes");
     let mut reports = guest.reports();
     reports.sort();
@@ -236,16 +248,18 @@ fn a_storm_is_counted_by_the_page_and_floods_no_log() {
 
 #[test]
 fn a_page_that_is_freed_again_is_caught_again() {
-    let mut program = Program::kernel();
-    for _ in 0..3 {
-        program.call(Transport::Port, Operation::LazyFree, RANGE, 1);
-        program.load(RANGE);
-        program.store(RANGE, 9);
+    for memory in [MEMORY, FILES] {
+        let mut program = Program::kernel();
+        for _ in 0..3 {
+            program.call(Transport::Port, Operation::LazyFree, RANGE, 1);
+            program.load(RANGE);
+            program.store(RANGE, 9);
+        }
+        let guest = Guest::run_in(memory, program);
+        let loaded: Vec<_> = guest.results().into_iter().skip(1).step_by(3).collect();
+        assert_eq!(loaded, [0; 3], "{memory}");
+        assert_eq!(guest.violations(), [3, 0], "{memory}");
     }
-    let guest = Guest::run(program);
-    let loaded: Vec<_> = guest.results().into_iter().skip(1).step_by(3).collect();
-    assert_eq!(loaded, [0; 3]);
-    assert_eq!(guest.violations(), [3, 0]);
 }
 
 #[test]
@@ -320,7 +334,7 @@ fn a_host_that_does_not_permit_it_is_told_about() {
             "-sys_ptrace,-dac_override,-dac_read_search",
         ])
         .arg(ebb())
-        .args(arguments(&folder, 1))
+        .args(arguments(&folder, 1, MEMORY))
         .stdin(Stdio::null())
         .output()
         .unwrap();

@@ -103,6 +103,40 @@ fn the_teardown_is_tuned_while_the_machine_runs() -> Result<()> {
     Ok(())
 }
 
+/// Files without a name, behind memory that others could share: gone with the machine, whoever ends it.
+#[test]
+fn memory_in_files_is_freed_as_fast_and_as_surely() -> Result<()> {
+    const MEMORY: &str = "size=512M,thp=off,prefault=on,shared=on";
+    let shmem = || ebb_tests::host::meminfo("Shmem");
+    let place = Place::new()?;
+    let before = shmem()?;
+    for (guardian, end) in [
+        ("on", Signal::TERM),
+        ("on", Signal::KILL),
+        ("off", Signal::TERM),
+    ] {
+        let case = format!("--guardian {guardian}, {end:?}");
+        let mut idle = place.running(MEMORY, guardian)?;
+        let touched = shmem()?.saturating_sub(before);
+        assert!(touched >= 500 << 20, "{case}: {touched}");
+        // Bigger than a file, and smaller: no two workers may meet in one.
+        assert!(place.ctl(&["teardown", "batch=4M"])?.status.success());
+        idle.signal(end);
+        idle.wait()?;
+        place.vanished(soon()?)?;
+        let log = place.text("log");
+        let line = log.split_once("teardown: freed ").context(&case)?.1;
+        let bytes = line.split(' ').next().and_then(|it| it.parse().ok());
+        let bytes: u64 = bytes.context(&case)?;
+        assert!(bytes >= 500 << 20, "{case}: {log}");
+        assert!(line.contains("with 2 workers"), "{case}: {log}");
+        assert!(!log.contains("batches went"), "{case}: {log}");
+        let left = shmem()?.saturating_sub(before);
+        assert!(left < 64 << 20, "{case}: {left}");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_teardown_is_tuned_while_memory_is_being_freed() -> Result<()> {
     let place = Place::new()?;

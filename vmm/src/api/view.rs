@@ -53,6 +53,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "kernel_entry": config.kernel.entry,
             "thp": config.memory.thp,
             "prefault": config.memory.prefault,
+            "shared": config.memory.shared,
             "arenas": config.arenas,
             "lazy": config.lazy,
             "serial": config.serial,

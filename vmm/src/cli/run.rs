@@ -33,7 +33,7 @@ pub struct Args {
     /// boot=N: number of vCPUs
     #[arg(long, value_name = "OPTIONS", default_value = "boot=1")]
     cpus: CpusSpec,
-    /// size=N[K|M|G|T],thp=on|off,hugepages=on|off,prefault=on|off
+    /// size=N[K|M|G|T],thp=on|off,hugepages=on|off,prefault=on|off,shared=on|off
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M")]
     memory: MemorySpec,
     /// size=N[M|G|T],granule=N,id=NAME: memory beside the RAM, /dev/daxN.M in a Linux guest, that is freed and reused

@@ -66,6 +66,8 @@ pub struct MemoryConfig {
     pub hugepages: bool,
     /// Populate it before the guest starts.
     pub prefault: bool,
+    /// Back it by files without a name (memfd_create(2)), not by private memory.
+    pub shared: bool,
 }
 
 /// Memory beside the RAM whose granules the guest frees and reuses without a call.

@@ -102,7 +102,7 @@ impl FromStr for CpusSpec {
     }
 }
 
-/// `--memory size=,thp=,hugepages=,prefault=`.
+/// `--memory size=,thp=,hugepages=,prefault=,shared=`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySpec {
     /// Bytes.
@@ -113,6 +113,8 @@ pub struct MemorySpec {
     pub hugepages: bool,
     /// Populate before the guest starts.
     pub prefault: bool,
+    /// Files without a name instead of private memory.
+    pub shared: bool,
 }
 
 impl Default for MemorySpec {
@@ -122,6 +124,7 @@ impl Default for MemorySpec {
             thp: None,
             hugepages: false,
             prefault: false,
+            shared: false,
         }
     }
 }
@@ -130,13 +133,14 @@ impl FromStr for MemorySpec {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["size", "thp", "hugepages", "prefault"])?;
+        let options = Options::parse(text, &["size", "thp", "hugepages", "prefault", "shared"])?;
         let default = Self::default();
         Ok(Self {
             size: options.size("size")?.unwrap_or(default.size),
             thp: options.toggle("thp")?,
             hugepages: options.toggle("hugepages")?.unwrap_or(default.hugepages),
             prefault: options.toggle("prefault")?.unwrap_or(default.prefault),
+            shared: options.toggle("shared")?.unwrap_or(default.shared),
         })
     }
 }
@@ -370,12 +374,13 @@ mod tests {
 
     #[test]
     fn arguments_as_the_readme_writes_them() {
-        let memory: MemorySpec = "size=4G,thp=off,prefault=on".parse().unwrap();
+        let memory: MemorySpec = "size=4G,thp=off,prefault=on,shared=on".parse().unwrap();
         let expected = MemorySpec {
             size: 4 << 30,
             thp: Some(false),
             hugepages: false,
             prefault: true,
+            shared: true,
         };
         assert_eq!(memory, expected);
         assert_eq!("boot=4".parse(), Ok(CpusSpec { boot: 4 }));

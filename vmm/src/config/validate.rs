@@ -120,6 +120,7 @@ fn check_memory(spec: MemorySpec, strict: bool) -> Result<MemoryConfig, ConfigEr
         thp: spec.thp.unwrap_or(!spec.hugepages && !strict),
         hugepages: spec.hugepages,
         prefault: spec.prefault,
+        shared: spec.shared,
     })
 }
 

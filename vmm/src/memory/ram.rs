@@ -10,11 +10,18 @@ use std::sync::{Arc, OnceLock};
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::{BLOCK_SIZE, GpaRange};
+use super::{BLOCK_SIZE, GpaRange, MemoryError};
 pub use missing::{MissingPage, MissingPages};
 
 use crate::sys::mapping::MAX_PARTS;
 use crate::sys::{self, Advice, Mapping, MappingKind};
+
+/// Bytes of a file behind shared memory, unless that makes more than [`MAX_FILES`]. Two workers that free parts of one file
+/// wait for each other, see the table in ARCHITECTURE.md.
+const FILE: u64 = 256 << 20;
+
+/// Most files behind the guest's RAM, or nearly: each is a mapping, of which a process has 65,530 by default.
+const MAX_FILES: u64 = 1 << 12;
 
 /// How often a discard is tried again when the kernel says `EAGAIN`.
 const DISCARD_ATTEMPTS: u32 = 8;
@@ -28,99 +35,8 @@ pub struct Backing {
     pub hugepages: bool,
     /// Populate it at once.
     pub prefault: bool,
-}
-
-/// Why guest memory could not be had, or not be given back.
-#[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
-    /// The address space or the overcommit limit is too small.
-    #[error(
-        "mapping {bytes} bytes of guest memory at {gpa:#x} failed; choose a smaller memory size \
-         or raise the address space limit (ulimit -v)"
-    )]
-    Map {
-        /// Size of the region.
-        bytes: u64,
-        /// Where it lies in the guest.
-        gpa: u64,
-        /// mmap(2)'s error.
-        source: io::Error,
-    },
-    /// The host has too few hugetlb pages.
-    #[error(
-        "mapping {bytes} bytes of guest memory in huge pages of 2 MiB failed: {pages} free ones are \
-         needed; raise /proc/sys/vm/nr_hugepages or leave hugepages off"
-    )]
-    HugePages {
-        /// Size of the region.
-        bytes: u64,
-        /// How many pages that is.
-        pages: u64,
-        /// mmap(2)'s error.
-        source: io::Error,
-    },
-    /// hugetlb pages fit only where both ends are multiples of 2 MiB.
-    #[error("huge pages cannot back {start:#x}..{end:#x}: both ends must be multiples of 2 MiB")]
-    HugePageAlignment {
-        /// First address of the region.
-        start: u64,
-        /// First address after it.
-        end: u64,
-    },
-    /// Advice that the configuration asks for was refused.
-    #[error("madvise({advice:?}) on {bytes} bytes of guest memory failed")]
-    Advise {
-        /// What was asked for.
-        advice: Advice,
-        /// Size of the region.
-        bytes: u64,
-        /// madvise(2)'s error.
-        source: io::Error,
-    },
-    /// The host has too little memory for prefault.
-    #[error(
-        "populating {bytes} bytes of guest memory failed; choose a smaller memory size or leave \
-         prefault off"
-    )]
-    Populate {
-        /// Size of the region.
-        bytes: u64,
-        /// madvise(2)'s error.
-        source: io::Error,
-    },
-    /// Faults cannot be watched.
-    #[error(
-        "watching the guest's page faults failed: {source}; they need userfaultfd for faults of the kernel: run as \
-         root or with CAP_SYS_PTRACE, or sudo sysctl vm.unprivileged_userfaultfd=1, or give your user /dev/userfaultfd"
-    )]
-    Watch {
-        /// userfaultfd(2)'s or ioctl_userfaultfd(2)'s error.
-        source: io::Error,
-    },
-    /// Regions overlap, are out of order, or there is none.
-    #[error("the layout of guest memory is not a list of disjoint ascending regions: {layout:x?}")]
-    Layout {
-        /// What was given.
-        layout: Vec<GpaRange>,
-    },
-    /// A range is not wholly guest memory.
-    #[error("{start:#x}..{end:#x} is not guest memory")]
-    NotRam {
-        /// First address.
-        start: u64,
-        /// First address after it.
-        end: u64,
-    },
-    /// The kernel would not drop pages.
-    #[error("discarding {bytes} bytes of guest memory at {gpa:#x} failed")]
-    Discard {
-        /// Size of the part that failed.
-        bytes: u64,
-        /// Where it lies in the guest.
-        gpa: u64,
-        /// madvise(2)'s error.
-        source: io::Error,
-    },
+    /// Files without a name (memfd_create(2)), not private anonymous memory.
+    pub shared: bool,
 }
 
 /// One region of the guest's RAM and where it lies in this process: what a KVM memory slot needs.
@@ -130,9 +46,11 @@ pub struct RamRegion {
     pub gpa: GpaRange,
     /// Address in this process, congruent to the guest's modulo 2 MiB.
     pub host: usize,
+    /// Bytes of a file behind it, at multiples of that in the guest; `None`: the memory is private and anonymous.
+    pub file: Option<u64>,
 }
 
-/// The guest's RAM, and its arenas. It owns one private anonymous mapping per region and unmaps them on drop.
+/// The guest's RAM, and its arenas. It owns one mapping per region and unmaps them on drop.
 ///
 /// Others use the memory through [`GuestRam::memory`]: volatile or atomic accesses, never references. So
 /// a discard under them changes what they read and nothing else. The mappings themselves are unmapped
@@ -148,13 +66,15 @@ pub struct GuestRam {
     ram: usize,
     /// Discards work in units of this many bytes.
     unit: u64,
+    /// `MADV_FREE` can be had.
+    frees_lazily: bool,
     vectored: Vectored,
 }
 
 /// What is done with pages that go back to the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Release {
-    /// They are gone when the call returns (`MADV_DONTNEED`).
+    /// They are gone when the call returns (`MADV_DONTNEED`; `MADV_REMOVE` for shared memory).
     Now,
     /// The host takes them when it wants; what is written before stays (`MADV_FREE`). The guest's
     /// translations of them are gone when the call returns.
@@ -221,8 +141,8 @@ impl GuestRam {
         Self::with_arenas(backing, layout, &[])
     }
 
-    /// The same with memory for `arenas`, which lie above all RAM. These have small or transparent huge pages, and
-    /// only where they are touched, whatever the RAM has.
+    /// The same with memory for `arenas`, which lie above all RAM. These are private memory of small or transparent huge
+    /// pages, and only where they are touched, whatever the RAM has.
     ///
     /// # Errors
     /// As for [`GuestRam::allocate`].
@@ -264,6 +184,7 @@ impl GuestRam {
             .map(|(&gpa, mapping)| RamRegion {
                 gpa,
                 host: mapping.address(),
+                file: mapping.is_shared().then(|| file_size(gpa.len())),
             });
         Ok(Self {
             memory: Some(Arc::new(memory)),
@@ -271,6 +192,7 @@ impl GuestRam {
             ram: ram.len(),
             mappings,
             unit: if backing.hugepages { BLOCK_SIZE } else { 1 },
+            frees_lazily: !backing.hugepages && !backing.shared,
             vectored: Vectored::default(),
         })
     }
@@ -315,7 +237,7 @@ impl GuestRam {
         self.parts(range).map(|(_, part)| part.len()).sum::<u64>() == range.len()
     }
 
-    /// Drops the pages behind `range` (`MADV_DONTNEED`) and returns how many bytes that were asked of
+    /// Drops the pages behind `range`, see [`Release::Now`], and returns how many bytes that were asked of
     /// the kernel. The next touch reads zeroes. With hugetlb only whole pages of 2 MiB inside the range
     /// are dropped. A range over several regions is several system calls.
     ///
@@ -331,7 +253,7 @@ impl GuestRam {
     /// their entries in the call, so a guest's write faults anew and counts.
     ///
     /// # Errors
-    /// As for [`GuestRam::discard`]; `EINVAL` in it for hugetlb pages, which know no such thing.
+    /// As for [`GuestRam::discard`]; `EINVAL` in it for hugetlb pages and shared memory, which know no such thing.
     pub fn mark_free(&self, range: GpaRange) -> Result<u64, MemoryError> {
         self.drop_pages(range, Advice::Free)
     }
@@ -361,10 +283,10 @@ impl GuestRam {
         Ok(discarded)
     }
 
-    /// Whether pages can be left to the host's own schedule: not with hugetlb, which has no `MADV_FREE`.
+    /// Whether pages can be left to the host's own schedule: not with hugetlb or files, which have no `MADV_FREE`.
     #[must_use]
     pub const fn can_free_lazily(&self) -> bool {
-        self.unit == 1
+        self.frees_lazily
     }
 
     /// Whether the kernel takes many ranges in one call, as far as that is known.
@@ -578,7 +500,13 @@ fn map_region(backing: Backing, gpa: GpaRange) -> Result<Mapping, MemoryError> {
     } else {
         MappingKind::Small
     };
-    let mapping = to_usize(bytes).and_then(|len| Mapping::new(len, gpa.start(), kind));
+    let mapping = to_usize(bytes).and_then(|len| {
+        if backing.shared {
+            Mapping::shared(len, gpa.start(), kind, file_size(bytes))
+        } else {
+            Mapping::new(len, gpa.start(), kind)
+        }
+    });
     let mapping = mapping.map_err(|source| match kind {
         MappingKind::Huge => MemoryError::HugePages {
             bytes,
@@ -597,6 +525,13 @@ fn map_region(backing: Backing, gpa: GpaRange) -> Result<Mapping, MemoryError> {
         mapping.populate().map_err(error)?;
     }
     Ok(mapping)
+}
+
+/// Bytes of a file behind a region of so many bytes.
+fn file_size(bytes: u64) -> u64 {
+    (bytes / MAX_FILES)
+        .checked_next_power_of_two()
+        .map_or(FILE, |size| size.max(FILE))
 }
 
 /// Gives the advice that holds for a whole region. A kernel without transparent huge pages answers
@@ -628,7 +563,12 @@ fn advise(backing: Backing, mapping: &Mapping) -> Result<(), MemoryError> {
 fn view(gpa: GpaRange, mapping: &Mapping) -> Option<GuestRegionMmap> {
     let address = std::ptr::with_exposed_provenance_mut(mapping.address());
     let prot = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let kind = if mapping.is_shared() {
+        libc::MAP_SHARED
+    } else {
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS
+    };
+    let flags = kind | libc::MAP_NORESERVE;
     // SAFETY: the mapping has this address and length. It stays mapped for as long as the view or any
     // clone of it lives: `GuestRam` owns both and unmaps only after it has proved that it held the last one.
     let region = unsafe { MmapRegion::build_raw(address, mapping.len(), prot, flags) };

@@ -23,6 +23,8 @@ use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::mapping::drop_advice;
+
 /// Most threads of an heir.
 pub const MAX_WORKERS: usize = 64;
 
@@ -83,11 +85,22 @@ impl Board {
     }
 }
 
+/// A part of the address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its first byte, at a page.
+    pub address: usize,
+    /// Bytes; whole pages.
+    pub len: usize,
+    /// Files are behind it, see [`super::Mapping::shared`].
+    pub shared: bool,
+}
+
 /// What an heir has to free.
 #[derive(Debug)]
 pub struct Legacy {
-    /// Parts of the address space: address and length in bytes, each a multiple of the page size.
-    pub parts: Vec<(usize, usize)>,
+    /// In the order in which they are drawn.
+    pub parts: Vec<Part>,
     /// Threads that free memory; at most [`MAX_WORKERS`].
     pub workers: usize,
 }
@@ -157,7 +170,7 @@ impl Heir {
     /// What is to be freed when this process is dead, instead of what it was before. The parts may only be
     /// memory that nobody but this process and its heir uses.
     pub fn entrust(&self, legacy: Legacy) {
-        let bytes = legacy.parts.iter().map(|part| part.1 as u64).sum();
+        let bytes = legacy.parts.iter().map(|part| part.len as u64).sum();
         self.estate.board.total.store(bytes, Ordering::Relaxed);
         let legacy = Box::into_raw(Box::new(legacy));
         self.replace(legacy);
@@ -359,16 +372,18 @@ impl Estate {
     /// Frees the next part, which belongs to whoever has drawn its index; whether there was one.
     fn free_next(&self, legacy: &Legacy) -> bool {
         let index = self.next.fetch_add(1, Ordering::Relaxed);
-        let Some(&(address, len)) = legacy.parts.get(index) else {
+        let Some(part) = legacy.parts.get(index) else {
             return false;
         };
-        let start = ptr::with_exposed_provenance_mut(address);
+        let start = ptr::with_exposed_provenance_mut(part.address);
         // SAFETY: who entrusted the part has said that nobody else uses it; the advice unmaps nothing.
-        let freed = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxDontNeed) };
+        let freed = unsafe { rustix::mm::madvise(start, part.len, drop_advice(part.shared)) };
         if freed.is_err() {
             self.board.failures.fetch_add(1, Ordering::Relaxed);
         }
-        self.board.done.fetch_add(len as u64, Ordering::Relaxed);
+        self.board
+            .done
+            .fetch_add(part.len as u64, Ordering::Relaxed);
         true
     }
 }
@@ -429,8 +444,13 @@ mod tests {
         board
     }
 
-    fn touched() -> Mapping {
-        let mapping = Mapping::new(LEN, 0, MappingKind::Small).unwrap();
+    fn touched(shared: bool) -> Mapping {
+        let mapping = if shared {
+            Mapping::shared(LEN, 0, MappingKind::Small, LEN as u64 / 4)
+        } else {
+            Mapping::new(LEN, 0, MappingKind::Small)
+        };
+        let mapping = mapping.unwrap();
         mapping
             .advise(0, LEN, crate::sys::Advice::NoHugePage)
             .unwrap();
@@ -439,9 +459,17 @@ mod tests {
     }
 
     fn entrusted(heir: &Heir, workers: usize) {
-        let mapping = touched();
-        let part = LEN / 16;
-        let parts = (0..16).map(|index| (mapping.address() + index * part, part));
+        entrusted_of(heir, workers, false);
+    }
+
+    fn entrusted_of(heir: &Heir, workers: usize, shared: bool) {
+        let mapping = touched(shared);
+        let len = LEN / 16;
+        let parts = (0..16).map(|index| Part {
+            address: mapping.address() + index * len,
+            len,
+            shared,
+        });
         heir.entrust(Legacy {
             parts: parts.collect(),
             workers,
@@ -464,6 +492,15 @@ mod tests {
         let (before, after) = (get(&board.resident[0]), get(&board.resident[1]));
         assert!(before >= after + LEN as u64 / 10 * 9, "{before} {after}");
         assert!(get(&board.times[1]) > get(&board.times[0]));
+    }
+
+    #[test]
+    fn files_are_freed_too() {
+        let board = after(|heir| entrusted_of(&heir, 2, true));
+        let get = |value: &AtomicU64| value.load(Ordering::Acquire);
+        assert_eq!((get(&board.done), get(&board.failures)), (LEN as u64, 0));
+        let (before, after) = (get(&board.resident[0]), get(&board.resident[1]));
+        assert!(before >= after + LEN as u64 / 10 * 9, "{before} {after}");
     }
 
     #[test]
@@ -525,8 +562,13 @@ mod tests {
     #[test]
     fn parts_that_the_kernel_will_not_free_are_counted() {
         let board = after(|heir| {
+            let part = |address| Part {
+                address,
+                len: 4096,
+                shared: false,
+            };
             heir.entrust(Legacy {
-                parts: vec![(4096, 4096), (4097, 4096)],
+                parts: [4096, 4097].map(part).to_vec(),
                 workers: MAX_WORKERS + 9,
             });
         });

@@ -1,11 +1,12 @@
-//! Private anonymous memory that its owner reaches by address only.
+//! Memory that its owner reaches by address only: private and anonymous, or files that have no name.
 
 use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -31,12 +32,13 @@ pub enum MappingKind {
 /// Advice for a part of a [`Mapping`], see madvise(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
-    /// Drop the pages; the next touch reads zeroes.
+    /// Drop the pages; the next touch reads zeroes. `MADV_DONTNEED`, and `MADV_REMOVE` for files, where the former
+    /// drops the translations and keeps the pages.
     DontNeed,
     /// Let the kernel drop the pages when it is short of memory; a write to a page cancels that. Private
     /// anonymous memory only.
     Free,
-    /// Use transparent huge pages.
+    /// Use transparent huge pages; for files only where the host's `shmem_enabled` says `advise`.
     HugePage,
     /// Use no transparent huge pages.
     NoHugePage,
@@ -46,38 +48,58 @@ pub enum Advice {
     PopulateWrite,
 }
 
-impl From<Advice> for rustix::mm::Advice {
-    fn from(advice: Advice) -> Self {
-        match advice {
-            Advice::DontNeed => Self::LinuxDontNeed,
-            Advice::Free => Self::LinuxFree,
-            Advice::HugePage => Self::LinuxHugepage,
-            Advice::NoHugePage => Self::LinuxNoHugepage,
-            Advice::DontDump => Self::LinuxDontDump,
-            Advice::PopulateWrite => Self::LinuxPopulateWrite,
-        }
-    }
-}
-
-/// A private anonymous mapping, readable and writable, unmapped on drop. It never lends references to
+/// A mapping, readable and writable, unmapped on drop. It never lends references to
 /// its bytes, so dropping pages under other users, who can only hold the address, breaks no rule of Rust.
 #[derive(Debug)]
 pub struct Mapping {
     address: usize,
     len: usize,
+    /// Files are behind it, and nobody else has them open.
+    shared: bool,
 }
 
 impl Mapping {
-    /// Maps `len` bytes at an address that is congruent to `congruent_to` modulo 2 MiB, so that what is
-    /// one huge page to the guest can be one to the host. Both numbers are multiples of the page size,
+    /// Maps `len` bytes of private anonymous memory at an address that is congruent to `congruent_to` modulo 2 MiB, so
+    /// that what is one huge page to the guest can be one to the host. Both numbers are multiples of the page size,
     /// of 2 MiB for [`MappingKind::Huge`].
     ///
     /// # Errors
     /// mmap(2)'s; `EINVAL` for sizes that are 0, not aligned, or beyond the address space.
     pub fn new(len: usize, congruent_to: u64, kind: MappingKind) -> io::Result<Self> {
-        let (align, flags) = match kind {
-            MappingKind::Small => (SMALL_PAGE, MapFlags::NORESERVE),
-            MappingKind::Huge => (HUGE_PAGE, MapFlags::HUGETLB | MapFlags::HUGE_2MB),
+        let mapping = Self::reserve(len, congruent_to, kind)?;
+        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, kind.flags());
+        map(mapping.address, len, prot, flags | MapFlags::FIXED)?;
+        Ok(mapping)
+    }
+
+    /// The same of memory that other processes could share: memfds of `file` bytes each, a multiple of 2 MiB. One ends
+    /// and the next begins where `congruent_to` plus the offset is a multiple of `file`, so that the files are those
+    /// of the guest's address space. They have no name, and stay open as long as they are mapped.
+    ///
+    /// # Errors
+    /// As for [`Mapping::new`], and memfd_create(2)'s.
+    pub fn shared(len: usize, congruent_to: u64, kind: MappingKind, file: u64) -> io::Result<Self> {
+        if file == 0 || !file.is_multiple_of(HUGE_PAGE as u64) {
+            return Err(Errno::INVAL.into());
+        }
+        let mut mapping = Self::reserve(len, congruent_to, kind)?;
+        mapping.shared = true;
+        let mut offset = 0;
+        while offset < len {
+            let in_file = congruent_to.wrapping_add(offset as u64) % file;
+            let to_border = usize::try_from(file - in_file).unwrap_or(usize::MAX);
+            let part = to_border.min(len - offset);
+            map_file(mapping.address + offset, part, kind)?;
+            offset += part;
+        }
+        Ok(mapping)
+    }
+
+    /// Addresses for a mapping, with nothing behind them.
+    fn reserve(len: usize, congruent_to: u64, kind: MappingKind) -> io::Result<Self> {
+        let align = match kind {
+            MappingKind::Small => SMALL_PAGE,
+            MappingKind::Huge => HUGE_PAGE,
         };
         let offset = usize::try_from(congruent_to % HUGE_PAGE as u64).map_err(|_| Errno::INVAL)?;
         let reserve = len.checked_add(HUGE_PAGE).ok_or(Errno::INVAL)?;
@@ -89,11 +111,10 @@ impl Mapping {
         let mut reserved = Self {
             address: base,
             len: reserve,
+            shared: false,
         };
         let below = base.next_multiple_of(HUGE_PAGE) - base;
         let head = (below + offset) % HUGE_PAGE;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        map(base + head, len, prot, flags | MapFlags::FIXED)?;
         reserved.trim(head, len)?;
         Ok(reserved)
     }
@@ -129,6 +150,23 @@ impl Mapping {
         self.len
     }
 
+    /// Whether files are behind it.
+    #[must_use]
+    pub const fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    const fn raw(&self, advice: Advice) -> rustix::mm::Advice {
+        match advice {
+            Advice::DontNeed => drop_advice(self.shared),
+            Advice::Free => rustix::mm::Advice::LinuxFree,
+            Advice::HugePage => rustix::mm::Advice::LinuxHugepage,
+            Advice::NoHugePage => rustix::mm::Advice::LinuxNoHugepage,
+            Advice::DontDump => rustix::mm::Advice::LinuxDontDump,
+            Advice::PopulateWrite => rustix::mm::Advice::LinuxPopulateWrite,
+        }
+    }
+
     /// Gives `advice` for `len` bytes from `offset` on.
     ///
     /// # Errors
@@ -137,7 +175,7 @@ impl Mapping {
         self.check(offset, len)?;
         // SAFETY: the part lies in this mapping. No advice of ours unmaps anything; the one that changes
         // content changes bytes that nobody holds references to.
-        unsafe { rustix::mm::madvise(pointer(self.address + offset), len, advice.into())? };
+        unsafe { rustix::mm::madvise(pointer(self.address + offset), len, self.raw(advice))? };
         Ok(())
     }
 
@@ -173,7 +211,7 @@ impl Mapping {
                 process.as_raw_fd(),
                 vectors.as_ptr(),
                 vectors.len(),
-                rustix::mm::Advice::from(advice) as libc::c_int,
+                self.raw(advice) as libc::c_int,
                 0,
             )
         };
@@ -277,6 +315,24 @@ impl Drop for Mapping {
     }
 }
 
+impl MappingKind {
+    const fn flags(self) -> MapFlags {
+        match self {
+            Self::Small => MapFlags::NORESERVE,
+            Self::Huge => MapFlags::HUGETLB.union(MapFlags::HUGE_2MB),
+        }
+    }
+}
+
+/// The advice that drops pages, of files or of anonymous memory.
+pub(super) const fn drop_advice(shared: bool) -> rustix::mm::Advice {
+    if shared {
+        rustix::mm::Advice::LinuxRemove
+    } else {
+        rustix::mm::Advice::LinuxDontNeed
+    }
+}
+
 fn pointer(address: usize) -> *mut c_void {
     ptr::with_exposed_provenance_mut(address)
 }
@@ -288,6 +344,24 @@ fn map(address: usize, len: usize, prot: ProtFlags, flags: MapFlags) -> Result<u
     // a part of a reservation that they have just made and that nobody else knows.
     let pointer = unsafe { rustix::mm::mmap_anonymous(pointer(address), len, prot, flags)? };
     Ok(pointer.expose_provenance())
+}
+
+/// Maps a file of its own over a reservation of ours. The file goes with the mapping.
+fn map_file(address: usize, len: usize, kind: MappingKind) -> io::Result<()> {
+    let (of_file, of_map) = match kind {
+        MappingKind::Small => (MemfdFlags::empty(), MapFlags::NORESERVE),
+        MappingKind::Huge => (
+            MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            MapFlags::empty(),
+        ),
+    };
+    let file: OwnedFd = rustix::fs::memfd_create("ebb-guest", of_file | MemfdFlags::CLOEXEC)?;
+    rustix::fs::ftruncate(&file, len as u64)?;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = of_map | MapFlags::SHARED | MapFlags::FIXED;
+    // SAFETY: the caller has just made the reservation, and nobody else knows it.
+    unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &file, 0)? };
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ mod usage;
 mod userfault;
 
 pub use cgroup::{Cgroup, MemoryLimit};
-pub use heir::{Board, Heir, Legacy};
+pub use heir::{Board, Heir, Legacy, Part};
 pub use kept::KeptFile;
 pub use mapping::{Advice, Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};

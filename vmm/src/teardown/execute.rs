@@ -117,11 +117,10 @@ mod tests {
         GpaRange::new(start * MIB, end * MIB).unwrap()
     }
 
-    fn touched(layout: &[GpaRange], thp: bool) -> GuestRam {
+    fn touched(layout: &[GpaRange], backing: Backing) -> GuestRam {
         let backing = Backing {
             prefault: true,
-            thp,
-            ..Backing::default()
+            ..backing
         };
         GuestRam::allocate(backing, layout).unwrap()
     }
@@ -134,28 +133,40 @@ mod tests {
         let regions = ram.regions().iter().map(|region| Region {
             range: region.gpa,
             pages: Pages::Small,
+            unit: region.file.unwrap_or(2 * MIB),
         });
         plan(regions, tuning, |_| 0)
     }
 
     #[test]
     fn workers_free_everything_beside_the_caller() {
-        for thp in [false, true] {
-            let ram = touched(&[range(0, 48), range(64, 112)], thp);
-            assert_eq!(ram.resident(), 96 * MIB);
+        for (thp, shared, end) in [
+            (false, false, 112),
+            (true, false, 112),
+            // Two files, and more than one.
+            (false, true, 288),
+        ] {
+            let backing = Backing {
+                thp,
+                shared,
+                ..Backing::default()
+            };
+            let ram = touched(&[range(0, 48), range(64, end)], backing);
+            let bytes = (end - 16) * MIB;
+            assert_eq!(ram.resident(), bytes);
             let mut name = None;
             let plan = planned(&ram, 2, 16);
             let report = execute(&plan, &ram, || name = thread::current().id().into());
             assert_eq!(name, Some(thread::current().id()));
             let found = (report.bytes, report.workers, report.failures);
-            assert_eq!(found, (96 * MIB, 2, 0));
-            assert_eq!(ram.resident(), 0);
+            assert_eq!(found, (bytes, 2, 0));
+            assert_eq!(ram.resident(), 0, "{backing:?}");
         }
     }
 
     #[test]
     fn a_small_machine_is_freed_by_the_caller() {
-        let ram = touched(&[range(0, 16)], true);
+        let ram = touched(&[range(0, 16)], Backing::default());
         let report = execute(&planned(&ram, 8, 16), &ram, || {});
         assert_eq!((report.bytes, report.workers), (16 * MIB, 1));
         assert_eq!(ram.resident(), 0);

@@ -57,6 +57,9 @@ pub struct Region {
     pub range: GpaRange,
     /// What it is made of.
     pub pages: Pages,
+    /// Bytes, a multiple of 2 MiB: what lies between two multiples of it is one worker's, whatever the batch. 2 MiB,
+    /// the reach of a page table, or a file behind the memory.
+    pub unit: u64,
 }
 
 /// Which batches there are, and how many workers free them.
@@ -106,7 +109,7 @@ pub fn plan(
             Pages::Huge => DEFAULT_HUGE_BATCH,
         };
         let size = tuning.batch.unwrap_or(default).clamp(least, 1 << 62);
-        let size = size.next_multiple_of(BLOCK_SIZE);
+        let size = size.next_multiple_of(region.unit.max(BLOCK_SIZE));
         #[allow(clippy::cast_precision_loss, reason = "compared with 1")]
         let batches = region.range.len() as f64 / size as f64;
         worth_sharing += batches;
@@ -160,6 +163,7 @@ mod tests {
         Region {
             range,
             pages: Pages::Small,
+            unit: BLOCK_SIZE,
         }
     }
 
@@ -203,8 +207,33 @@ mod tests {
             (Pages::Huge, 5, 2),
         ] {
             let range = range(0, gib << 10);
-            let plan = plan([Region { range, pages }], tuning, |_| 0);
+            let region = Region {
+                pages,
+                ..region(range)
+            };
+            let plan = plan([region], tuning, |_| 0);
             assert_eq!(plan.workers(), workers, "{pages:?} {gib} GiB");
+        }
+    }
+
+    #[test]
+    fn no_two_workers_meet_in_a_file() {
+        let region = Region {
+            unit: 64 * MIB,
+            ..region(range(32, 300))
+        };
+        for (batch, starts) in [
+            (2, &[32, 64, 128, 192, 256][..]),
+            (65, &[32, 128, 256]),
+            (512, &[32]),
+        ] {
+            let tuning = Tuning {
+                workers: 2,
+                batch: Some(batch * MIB),
+            };
+            let plan = plan([region], tuning, |_| 0);
+            let found: Vec<_> = plan.batches().iter().map(|it| it.start() / MIB).collect();
+            assert_eq!(found, starts, "{batch}");
         }
     }
 

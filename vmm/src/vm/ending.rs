@@ -6,10 +6,10 @@ use crate::config::MemoryConfig;
 use crate::control::{CommandError, TeardownState};
 use crate::guardian::Guardian;
 use crate::kvm;
-use crate::memory::{GpaRange, GuestRam};
+use crate::memory::{BLOCK_SIZE, GpaRange, GuestRam};
 use crate::reclaim::PressureSource;
 use crate::sys::heir::MAX_WORKERS;
-use crate::sys::{self, Legacy, nodes};
+use crate::sys::{self, Legacy, Part, nodes};
 use crate::teardown::plan::{DEFAULT_BATCH, DEFAULT_HUGE_BATCH};
 use crate::teardown::{self, Pages, Plan, Region, Tuning, plan};
 
@@ -95,7 +95,11 @@ impl Ending {
     /// No thread may need the memory or KVM any more.
     pub fn free(&self, beside: (kvm::Machine, Option<PressureSource>)) {
         let plan = if nodes::count() > 1 {
-            self.plan(|batch| nodes::node_at(self.host(batch)).unwrap_or(0))
+            self.plan(|batch| {
+                let part = self.part(batch);
+                part.and_then(|part| nodes::node_at(part.address))
+                    .unwrap_or(0)
+            })
         } else {
             self.plan(|_| 0)
         };
@@ -121,27 +125,29 @@ impl Ending {
         let regions = self.ram.regions().iter().map(|region| Region {
             range: region.gpa,
             pages: self.pages,
+            unit: region.file.unwrap_or(BLOCK_SIZE),
         });
         plan(regions, self.tuning(), node_of)
     }
 
     fn entrust(&self, plan: &Plan) {
-        let len = |batch: &GpaRange| usize::try_from(batch.len()).unwrap_or(usize::MAX);
-        let part = |batch: &GpaRange| (self.host(*batch), len(batch));
+        // A batch is a part of a region, and a region fits the address space.
+        let parts = plan.batches().iter().filter_map(|batch| self.part(*batch));
         self.guardian.entrust(Legacy {
-            parts: plan.batches().iter().map(part).collect(),
+            parts: parts.collect(),
             workers: plan.workers(),
         });
     }
 
-    /// Where a batch lies in this process.
-    fn host(&self, batch: GpaRange) -> usize {
+    /// What a batch is in this process.
+    fn part(&self, batch: GpaRange) -> Option<Part> {
         let regions = self.ram.regions();
-        let region = regions.iter().find(|region| region.gpa.contains(batch));
-        // A batch is a part of a region, and a region fits the address space.
-        region.map_or(0, |region| {
-            let offset = batch.start() - region.gpa.start();
-            region.host + usize::try_from(offset).unwrap_or(0)
+        let region = regions.iter().find(|region| region.gpa.contains(batch))?;
+        let offset = batch.start() - region.gpa.start();
+        Some(Part {
+            address: region.host + usize::try_from(offset).ok()?,
+            len: usize::try_from(batch.len()).ok()?,
+            shared: region.file.is_some(),
         })
     }
 }

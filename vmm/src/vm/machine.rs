@@ -114,12 +114,14 @@ impl Memory {
             thp,
             hugepages,
             prefault,
+            shared,
         } = config.memory;
         let vcpus = config.vcpus as usize;
         let backing = Backing {
             thp,
             hugepages,
             prefault,
+            shared,
         };
         let ram = GuestRam::with_arenas(backing, &layout.ram, &layout.arenas)?;
         let ram = Arc::new(ram);

@@ -3,19 +3,17 @@
 use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress};
-use vmm::memory::{Backing, GpaRange, GuestRam};
+use vmm::memory::{BLOCK_SIZE, Backing, GpaRange, GuestRam};
 use vmm::teardown::{Pages, Region, Tuning, execute, plan};
 
-use super::{Arguments, GIB, Results};
+use super::{Arguments, GIB, Results, SECONDS};
 use crate::bench::{BenchError, system};
 
 /// What is compared.
 const WORKERS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
-const SECONDS: (&str, &str) = ("time", "s");
-
 /// Memory of `bytes` bytes.
-fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
+pub(super) fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
     let range = GpaRange::new(0, bytes).ok_or(std::io::ErrorKind::InvalidInput);
     let range = range.map_err(system("size the memory"))?;
     GuestRam::allocate(backing, &[range])
@@ -24,7 +22,7 @@ fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
 }
 
 /// Frees it as the kernel does at an exit: by one CPU.
-fn serially(ram: GuestRam) -> f64 {
+pub(super) fn serially(ram: GuestRam) -> f64 {
     let start = Instant::now();
     drop(ram);
     start.elapsed().as_secs_f64()
@@ -36,6 +34,7 @@ pub(super) fn shared(ram: GuestRam, workers: usize) -> f64 {
     let regions = ram.regions().iter().map(|region| Region {
         range: region.gpa,
         pages: Pages::Small,
+        unit: region.file.unwrap_or(BLOCK_SIZE),
     });
     let tuning = Tuning {
         workers,

@@ -3,7 +3,7 @@
 use payload::{FREE_START, Program, RESULT_SIZE};
 use rustix::process::Signal;
 
-use super::{Results, engine};
+use super::{Results, SECONDS, engine};
 use crate::bench::BenchError;
 use crate::error::{Context, Result};
 use crate::idle::Place;
@@ -11,7 +11,6 @@ use crate::wait::{LONG, until};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 1024 * MIB;
-const SECONDS: (&str, &str) = ("time", "s");
 
 /// Measures, and adds what follows.
 pub(super) fn measure(results: &mut Results, runs: u32) -> std::result::Result<(), BenchError> {

@@ -2,14 +2,11 @@
 //! its monitor before.
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
-
+use super::ending::{End, Times, Watch};
 use super::{Arguments, GIB, Results};
 use crate::bench::{BenchError, system};
 use crate::error::Context;
@@ -17,62 +14,35 @@ use crate::host::rss_estimate;
 use crate::idle::{Idle, Place, signal_to};
 use crate::wait::{LONG, until_often};
 
-const MS: &str = "ms";
-
-/// How a machine is ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// By request.
-    Stop,
-    /// By SIGKILL.
-    Kill,
-}
-
-impl End {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Kill => "kill",
-        }
-    }
-}
-
-/// Milliseconds from an end's beginning.
-struct Times {
-    visible: f64,
-    free: f64,
-}
-
 /// Measures, and adds what follows.
 pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<(), BenchError> {
     let place = Place::new()?;
     for run in 1..=arguments.runs {
         for gib in [1, 4, 12].into_iter().filter(|gib| *gib <= arguments.gib) {
-            let times = ended(&place, (gib, false), "on", End::Stop)?;
-            let case = format!("stop {gib}G");
-            results.add("ebb", &case, ("visible", MS), times.visible);
-            results.add("ebb", &case, ("free", MS), times.free);
+            let idle = place.running(&memory(gib, false), "on")?;
+            let times = ended(&place, idle, ("on", End::Stop), gib * GIB)?;
+            times.record(results, ("ebb", &format!("stop {gib}G")));
         }
         for thp in [false, true] {
             for end in [End::Stop, End::Kill] {
                 for (system, guardian) in [("ebb", "on"), ("ebb-alone", "off")] {
-                    let times = ended(&place, (arguments.gib, thp), guardian, end)?;
-                    record(results, system, (end, thp), &times);
+                    let idle = place.running(&memory(arguments.gib, thp), guardian)?;
+                    let bytes = arguments.gib * GIB;
+                    let times = ended(&place, idle, (guardian, end), bytes)?;
+                    times.record(results, (system, &case_of(end, thp)));
                 }
                 if !arguments.no_qemu {
                     let times = qemu(arguments.gib, thp, end)?;
-                    record(results, "qemu", (end, thp), &times);
+                    times.record(results, ("qemu", &case_of(end, thp)));
                 }
             }
         }
         eprintln!("teardown: machines, run {run} of {}", arguments.runs);
     }
     let kill = case_of(End::Kill, false);
-    results.divide(
-        "kill_speedup",
-        ["ebb-alone", &kill, "free"],
-        ["ebb", &kill, "free"],
-    );
+    for (name, metric) in [("kill_speedup", "free"), ("kill_speedup_gone", "gone")] {
+        results.divide(name, ["ebb-alone", &kill, metric], ["ebb", &kill, metric]);
+    }
     for (end, thp) in [
         (End::Stop, false),
         (End::Kill, false),
@@ -96,39 +66,30 @@ fn case_of(end: End, thp: bool) -> String {
     format!("{} {}", end.name(), if thp { "thp" } else { "4k" })
 }
 
-fn record(results: &mut Results, system: &str, (end, thp): (End, bool), times: &Times) {
-    let case = case_of(end, thp);
-    results.add(system, &case, ("visible", MS), times.visible);
-    results.add(system, &case, ("free", MS), times.free);
+fn memory(gib: u64, thp: bool) -> String {
+    let thp = if thp { "on" } else { "off" };
+    format!("size={gib}G,thp={thp},prefault=on")
 }
 
-fn ended(
+/// Ends a machine that has so many bytes.
+pub(super) fn ended(
     place: &Place,
-    (gib, thp): (u64, bool),
-    guardian: &str,
-    end: End,
+    mut idle: Idle,
+    (guardian, end): (&str, End),
+    bytes: u64,
 ) -> Result<Times, BenchError> {
-    let thp = if thp { "on" } else { "off" };
-    let memory = format!("size={gib}G,thp={thp},prefault=on");
-    let mut idle = place.running(&memory, guardian)?;
-    let monitor = open(idle.pid())?;
-    let heir = place
-        .relatives()?
-        .into_iter()
-        .find(|it| it.name == "ebb-heir");
-    let heir = heir.map(|heir| open(heir.pid)).transpose()?;
-    let start = Instant::now();
-    match end {
-        End::Stop => stop(place)?,
-        End::Kill => idle.signal(Signal::KILL),
-    }
-    let visible = await_end(&monitor, start)?;
-    let free = match heir {
-        Some(heir) => await_end(&heir, start)?,
-        None => visible,
-    };
+    let relatives = place.relatives()?;
+    let heirs = relatives.iter().filter(|it| it.name == "ebb-heir");
+    let heirs: Vec<_> = heirs.map(|it| it.pid).collect();
+    let times = Watch::new(idle.pid(), &heirs, bytes)?.end(|| match end {
+        End::Stop => stop(place),
+        End::Kill => {
+            idle.signal(end.signal());
+            Ok(())
+        }
+    })?;
     finish(place, &mut idle, guardian)?;
-    Ok(Times { visible, free })
+    Ok(times)
 }
 
 /// Asks for the stop over the API, without a client's start-up time.
@@ -186,44 +147,20 @@ fn qemu(gib: u64, thp: bool, end: End) -> Result<Times, BenchError> {
     })?;
     // It is still to set up its signals.
     std::thread::sleep(Duration::from_millis(500));
-    let process = open(pid)?;
-    let start = Instant::now();
-    signal_to(
-        pid,
-        match end {
-            End::Stop => Signal::TERM,
-            End::Kill => Signal::KILL,
-        },
-    );
-    let visible = await_end(&process, start)?;
+    let times = Watch::new(pid, &[], gib * GIB)?.end(|| {
+        signal_to(pid, end.signal());
+        Ok(())
+    })?;
     let _ = child.0.wait();
-    Ok(Times {
-        visible,
-        free: visible,
-    })
+    Ok(times)
 }
 
 /// Does not outlive an error.
-struct Killed(Child);
+pub(super) struct Killed(pub(super) Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-fn open(pid: u32) -> Result<OwnedFd, BenchError> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let pid = pid
-        .ok_or(std::io::ErrorKind::InvalidInput)
-        .map_err(system("read a pid"))?;
-    pidfd_open(pid, PidfdFlags::empty()).map_err(system("watch a process"))
-}
-
-/// Milliseconds from `start` until the process has ended, its memory free unless another shares it.
-fn await_end(process: &OwnedFd, start: Instant) -> Result<f64, BenchError> {
-    let mut fds = [PollFd::new(process, PollFlags::IN)];
-    poll(&mut fds, None).map_err(system("wait for a process"))?;
-    Ok(start.elapsed().as_secs_f64() * 1e3)
 }

@@ -4,9 +4,13 @@
 //! Samples of what is compared are taken in turn. Ratios are of medians; where the host does other work the
 //! `_best` ones, of the fastest samples, say more.
 
+mod ending;
 mod engine;
+mod files;
+mod guests;
 mod live;
 mod machines;
+mod sparse;
 
 use super::plot::{Curve, draw};
 use super::report::{Host, Ratio, Report, Row};
@@ -22,9 +26,10 @@ pub struct Arguments {
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..))]
     gib: u64,
     /// GiB of address space of which one page in 2 MiB is touched
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..65536))]
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..65536))]
     sparse_gib: u64,
-    /// Only compare a machine whose guest has mapped all its memory with memory that KVM knows nothing of
+    /// Only machines whose guest has mapped all its memory, beside memory that KVM knows nothing of, and beside QEMU
+    /// with KVM
     #[arg(long)]
     live: bool,
     /// Leave QEMU out
@@ -33,6 +38,9 @@ pub struct Arguments {
 }
 
 const GIB: u64 = 1 << 30;
+
+/// A metric and its unit.
+const SECONDS: (&str, &str) = ("time", "s");
 
 /// Runs the benchmark, prints the table and writes the report.
 ///
@@ -43,10 +51,15 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     let mut results = Results::default();
     let name = if arguments.live {
         live::measure(&mut results, arguments.runs)?;
+        if !arguments.no_qemu {
+            guests::measure(&mut results, arguments.runs)?;
+        }
         "teardown-live"
     } else {
         engine::measure(&mut results, arguments)?;
+        files::measure(&mut results, arguments)?;
         machines::measure(&mut results, arguments)?;
+        sparse::measure(&mut results, arguments)?;
         let curve = Curve {
             name: format!("{} GiB of 4 KiB pages", arguments.gib),
             points: engine::sweep(&results),

@@ -47,13 +47,13 @@ pub fn ensure(root: &Path, assets: &Assets) -> Result<()> {
 /// The Debian with the kernel's modules and an initramfs that knows nothing of Ebb, packed.
 fn base(root: &Path, cache: &Path, assets: &Assets) -> Result<PathBuf> {
     let recipe = Recipe::read(root, RECIPE)?;
-    let packed = cache.join("system.tar");
+    let packed = cache.join("system-base.tar");
     let stamp_file = packed.with_extension("stamp");
     let stamp = format!("{}\n{}", recipe.text(), assets.release);
     if packed.exists() && fs::read_to_string(&stamp_file).is_ok_and(|old| old == stamp) {
         return Ok(packed);
     }
-    let tree = cache.join("system.tree");
+    let tree = cache.join("system-base.tree");
     let make = || {
         recipe.unpack(&tree)?;
         let release = &assets.release;

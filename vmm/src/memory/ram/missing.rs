@@ -4,9 +4,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use super::{GuestRam, MemoryError};
-use crate::memory::GpaRange;
-use crate::memory::PAGE_SIZE;
+use super::GuestRam;
+use crate::memory::{GpaRange, MemoryError, PAGE_SIZE};
 use crate::sys::Userfault;
 
 /// A thread that waits for a page of the guest's memory.

@@ -9,9 +9,20 @@ fn range(start: u64, end: u64) -> GpaRange {
     GpaRange::new(start, end).unwrap()
 }
 
+const SHARED: Backing = Backing {
+    shared: true,
+    thp: false,
+    hugepages: false,
+    prefault: false,
+};
+
 fn two_regions() -> GuestRam {
+    two_regions_of(Backing::default())
+}
+
+fn two_regions_of(backing: Backing) -> GuestRam {
     let layout = [range(0, 4 * MIB), range(8 * MIB, 14 * MIB)];
-    GuestRam::allocate(Backing::default(), &layout).unwrap()
+    GuestRam::allocate(backing, &layout).unwrap()
 }
 
 fn fill(ram: &GuestRam) {
@@ -73,7 +84,13 @@ fn ram_is_what_lies_in_regions() {
 
 #[test]
 fn a_discard_drops_exactly_its_pages() {
-    let ram = two_regions();
+    for backing in [Backing::default(), SHARED] {
+        discard_drops_exactly_its_pages(backing);
+    }
+}
+
+fn discard_drops_exactly_its_pages(backing: Backing) {
+    let ram = two_regions_of(backing);
     fill(&ram);
     assert_eq!(ram.resident(), 10 * MIB);
     let gone = range(9 * MIB, 10 * MIB + PAGE_SIZE);
@@ -96,10 +113,14 @@ fn a_discard_drops_exactly_its_pages() {
 
 #[test]
 fn a_release_of_many_ranges_drops_exactly_their_pages() {
-    let ram = two_regions();
-    assert!(ram.can_free_lazily());
-    for how in [Release::Lazily, Release::Now] {
-        fill(&ram);
+    let (private, shared) = (two_regions(), two_regions_of(SHARED));
+    assert!(private.can_free_lazily() && !shared.can_free_lazily());
+    for (ram, how) in [
+        (&private, Release::Lazily),
+        (&private, Release::Now),
+        (&shared, Release::Now),
+    ] {
+        fill(ram);
         let even = |page: u64| range(page * 2 * PAGE_SIZE, (page * 2 + 1) * PAGE_SIZE);
         let mut ranges: Vec<_> = (0..512).map(even).collect();
         ranges.push(range(5 * MIB, 6 * MIB));
@@ -110,7 +131,7 @@ fn a_release_of_many_ranges_drops_exactly_their_pages() {
         assert_eq!(released.bytes[512..], [0, MIB], "no RAM, nothing done");
         println!("{} system calls for 513 ranges", released.calls);
         for page in 0..512 {
-            assert_eq!(byte(&ram, (page * 2 + 1) * PAGE_SIZE), 0xa5);
+            assert_eq!(byte(ram, (page * 2 + 1) * PAGE_SIZE), 0xa5);
         }
         let gone = if how == Release::Now { 3 * MIB } else { 0 };
         assert_eq!(ram.resident(), 10 * MIB - gone);
@@ -145,13 +166,54 @@ fn what_is_marked_free_is_kept_once_written_to() {
 
 #[test]
 fn prefault_populates_and_keeps_zeroes() {
-    let backing = Backing {
-        prefault: true,
-        ..Backing::default()
+    for backing in [Backing::default(), SHARED] {
+        let backing = Backing {
+            prefault: true,
+            ..backing
+        };
+        let ram = GuestRam::allocate(backing, &[range(0, 4 * MIB)]).unwrap();
+        assert_eq!(ram.resident(), 4 * MIB);
+        assert_eq!(byte(&ram, 4 * MIB - 1), 0);
+    }
+}
+
+#[test]
+fn shared_memory_is_in_files_that_end_where_batches_do() {
+    let (ram, arena) = (range(MIB, 700 * MIB), range(1024 * MIB, 1028 * MIB));
+    let ram = GuestRam::with_arenas(SHARED, &[ram], &[arena]).unwrap();
+    let [shared, private] = ram.regions() else {
+        panic!("two regions");
     };
-    let ram = GuestRam::allocate(backing, &[range(0, 4 * MIB)]).unwrap();
-    assert_eq!(ram.resident(), 4 * MIB);
-    assert_eq!(byte(&ram, 4 * MIB - 1), 0);
+    assert_eq!((shared.file, private.file), (Some(FILE), None));
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let files = maps
+        .lines()
+        .filter(|line| line.contains("/memfd:ebb-guest"))
+        .filter_map(|line| {
+            let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+            let gpa = |text| {
+                let address = usize::from_str_radix(text, 16).ok()?;
+                Some((address.checked_sub(shared.host)? as u64 + MIB) / MIB)
+            };
+            Some((gpa(start)?, gpa(end)?))
+        })
+        .filter(|(start, _)| *start < 700);
+    let files: Vec<_> = files.collect();
+    assert_eq!(files, [(1, 256), (256, 512), (512, 700)]);
+}
+
+#[test]
+fn huge_memory_has_bigger_files_and_not_more() {
+    for (bytes, size) in [
+        (2 * MIB, FILE),
+        (1 << 40, FILE),
+        ((1 << 40) + 4096, 2 * FILE),
+        (64 << 40, 64 * FILE),
+        (u64::MAX, 1 << 52),
+    ] {
+        assert_eq!(file_size(bytes), size, "{bytes:#x}");
+        assert!(bytes / size <= MAX_FILES);
+    }
 }
 
 #[test]
