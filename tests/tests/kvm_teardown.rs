@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use ebb_tests::Images;
 use ebb_tests::error::{Context, Result};
+use ebb_tests::host::kvm_counters;
 use ebb_tests::idle::{Idle, Place, Relative, signal_to};
-use ebb_tests::wait::{LONG, until_often};
+use ebb_tests::wait::{LONG, until, until_often};
 use rustix::process::Signal;
 
 /// Two batches, so that the heir frees them.
@@ -230,6 +231,26 @@ fn a_killed_monitor_is_reported_and_freed() -> Result<()> {
     );
     assert_eq!(teardowns(&place), 1, "{log}");
     Ok(())
+}
+
+/// Else each piece of memory that is freed would first be taken out of the dead machine's second-level tables.
+#[test]
+fn the_machine_in_kvm_goes_before_its_memory() -> Result<()> {
+    let place = Place::new()?;
+    let mut idle = place.running("size=1G,thp=off,prefault=on", "on")?;
+    let pid = find(&place, "ebb")?;
+    let there = |pid| kvm_counters(pid).is_ok();
+    until("the guest runs", LONG, || {
+        Ok((kvm_counters(pid)?.exits > 0).then_some(()))
+    })?;
+    idle.signal(Signal::KILL);
+    until_often("KVM destroys the machine", soon()?, || {
+        Ok((!there(pid)).then_some(()))
+    })?;
+    let left = place.relatives()?;
+    assert!(names(&left).contains(&"ebb-heir"), "{left:?}");
+    assert_eq!(idle.wait()?, None);
+    place.vanished(soon()?)
 }
 
 /// A number below `most`, never the same sequence twice in a program's run.

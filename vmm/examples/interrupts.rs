@@ -19,6 +19,7 @@ use vmm::kvm::{Hypervisor, KickTable, Machine, prepare_kicks};
 use vmm::lazy::{LazyMemory, Pieces, RangeState, Sweep};
 use vmm::memory::{Backing, GpaRange, GuestRam};
 use vmm::reclaim::slice::{Limits, Slice, Slicer, Stage};
+use vmm::sys::Pins;
 use vmm::vcpu::{Shared, Vcpus, WayIn};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -153,6 +154,7 @@ fn start(count: usize, ranges: u64) -> Result<Guest> {
         mmio: Bus::default(),
         gate: Arc::clone(&gate),
         kicks,
+        pins: Arc::new(Pins::new(0, 4096)),
         hypercalls: Arc::new(Hypercalls::new(
             offer(None, false),
             ram.memory(),

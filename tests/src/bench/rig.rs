@@ -17,6 +17,7 @@ use vmm::kvm::{Hypervisor, KickTable, Machine, prepare_kicks};
 use vmm::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
 use vmm::memory::{Backing, GpaRange, GuestRam, PAGE_SIZE};
 use vmm::reclaim::{Reclaimer, Tuning};
+use vmm::sys::Pins;
 use vmm::vcpu::{Shared, Vcpus, WayIn};
 
 use crate::error::{Context, Error, Result};
@@ -154,6 +155,7 @@ impl Rig {
             gate: Arc::clone(&gate),
             way_in: Arc::new(NothingToDo),
             kicks,
+            pins: Arc::new(Pins::new(0, 4096)),
             hypercalls: Arc::new(Hypercalls::new(
                 offer(None, false),
                 memory,

@@ -48,6 +48,12 @@ impl KickTarget {
         Self { fd, page }
     }
 
+    /// Address of what KVM shares with this thread, [`Hypervisor::vcpu_mapping`](super::Hypervisor::vcpu_mapping) bytes.
+    #[must_use]
+    pub fn page(&self) -> usize {
+        self.page.expose_provenance()
+    }
+
     /// Enters the guest until its next exit.
     ///
     /// Returns the exit, and for port I/O the size in bytes of one access, 1, 2 or 4: a string

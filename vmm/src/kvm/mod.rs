@@ -138,6 +138,15 @@ impl Hypervisor {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
+    /// Bytes that KVM shares with the thread of a vCPU.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn vcpu_mapping(&self) -> Result<usize, KvmError> {
+        let size = self.kvm.get_vcpu_mmap_size();
+        size.map_err(call("KVM_GET_VCPU_MMAP_SIZE"))
+    }
+
     /// Refuses what this host's KVM cannot do, before anything is built.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -23,6 +24,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::Pins;
 use super::mapping::drop_advice;
 
 /// Most threads of an heir.
@@ -103,6 +105,8 @@ pub struct Legacy {
     pub parts: Vec<Part>,
     /// Threads that free memory; at most [`MAX_WORKERS`].
     pub workers: usize,
+    /// What is to be unmapped first of all.
+    pub pins: Arc<Pins>,
 }
 
 /// An heir as this process sees it.
@@ -286,6 +290,8 @@ impl Estate {
         };
         board.resident[0].store(resident(), Ordering::Relaxed);
         board.times[0].store(now(), Ordering::Release);
+        // Or a virtual machine would outlive its descriptors, and each call below would ask it to drop its entries first.
+        legacy.pins.unmap();
         self.start_helpers(legacy);
         // The last reference to a virtual machine may be among these, and triggers of memory pressure, for which the
         // kernel waits for 10 ms: that takes long, beside the others.
@@ -444,6 +450,10 @@ mod tests {
         board
     }
 
+    fn no_pins() -> Arc<Pins> {
+        Arc::new(Pins::new(0, 4096))
+    }
+
     fn touched(shared: bool) -> Mapping {
         let mapping = if shared {
             Mapping::shared(LEN, 0, MappingKind::Small, LEN as u64 / 4)
@@ -473,6 +483,7 @@ mod tests {
         heir.entrust(Legacy {
             parts: parts.collect(),
             workers,
+            pins: no_pins(),
         });
         std::mem::forget(mapping);
     }
@@ -492,6 +503,30 @@ mod tests {
         let (before, after) = (get(&board.resident[0]), get(&board.resident[1]));
         assert!(before >= after + LEN as u64 / 10 * 9, "{before} {after}");
         assert!(get(&board.times[1]) > get(&board.times[0]));
+    }
+
+    #[test]
+    fn what_keeps_files_open_is_unmapped_first() {
+        let board = after(|heir| {
+            let (pinned, gone) = (touched(true), touched(true));
+            let pins = Arc::new(Pins::new(2, LEN));
+            std::mem::forget(pins.hold(0, pinned.address()));
+            drop(pins.hold(1, gone.address()));
+            heir.entrust(Legacy {
+                parts: Vec::new(),
+                workers: 1,
+                pins,
+            });
+            std::mem::forget((pinned, gone));
+        });
+        let get = |value: &AtomicU64| value.load(Ordering::Acquire);
+        let unmapped = get(&board.resident[0]).saturating_sub(get(&board.resident[1]));
+        // The second is none of the heir's any more.
+        let len = LEN as u64;
+        assert!(
+            (len / 10 * 9..len / 10 * 19).contains(&unmapped),
+            "{unmapped}"
+        );
     }
 
     #[test]
@@ -534,6 +569,7 @@ mod tests {
         let legacy = Legacy {
             parts: Vec::new(),
             workers: 4,
+            pins: no_pins(),
         };
         let estate = estate(4);
         assert_eq!(estate.leave(&legacy), None, "as many as there are to be");
@@ -570,6 +606,7 @@ mod tests {
             heir.entrust(Legacy {
                 parts: [4096, 4097].map(part).to_vec(),
                 workers: MAX_WORKERS + 9,
+                pins: no_pins(),
             });
         });
         assert_eq!(board.failures.load(Ordering::Relaxed), 2);

@@ -18,6 +18,7 @@ use crate::generation::Gate;
 use crate::hypercall::{Arguments, Hypercalls};
 use crate::kvm::{KickTable, KickTarget, KvmError, kick};
 use crate::strict::Strict;
+use crate::sys::Pins;
 
 pub use setup::{VcpuSetup, configure};
 
@@ -40,6 +41,8 @@ pub struct Shared {
     pub way_in: Arc<dyn WayIn>,
     /// The same as the gate kicks.
     pub kicks: Arc<KickTable>,
+    /// Where each vCPU's thread says that it has mapped the page of [`KickTarget::page`].
+    pub pins: Arc<Pins>,
     /// Carries out the guest's calls.
     pub hypercalls: Arc<Hypercalls>,
     /// Strict mode, where it is on.
@@ -118,6 +121,8 @@ fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) 
 fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Option<ExitReason> {
     let mut target = KickTarget::new(fd);
     let _registration = shared.kicks.register(index);
+    // Dropped before the vCPU, and its page with it.
+    let _pin = shared.pins.hold(index, target.page());
     loop {
         shared.way_in.pass();
         // First forget old kicks, then look at what they are for: a kick that comes in between makes

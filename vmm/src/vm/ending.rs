@@ -9,7 +9,7 @@ use crate::kvm;
 use crate::memory::{BLOCK_SIZE, GpaRange, GuestRam};
 use crate::reclaim::PressureSource;
 use crate::sys::heir::MAX_WORKERS;
-use crate::sys::{self, Legacy, Part, nodes};
+use crate::sys::{self, Legacy, Part, Pins, nodes};
 use crate::teardown::plan::{DEFAULT_BATCH, DEFAULT_HUGE_BATCH};
 use crate::teardown::{self, Pages, Plan, Region, Tuning, plan};
 
@@ -18,12 +18,19 @@ pub struct Ending {
     guardian: &'static Guardian,
     ram: Arc<GuestRam>,
     pages: Pages,
+    /// What keeps the machine in KVM alive, as long as its vCPUs' threads run.
+    pins: Arc<Pins>,
     tuning: Mutex<Tuning>,
 }
 
 impl Ending {
     /// From here on `ram` is freed fast even if the monitor is killed.
-    pub fn new(guardian: &'static Guardian, ram: Arc<GuestRam>, config: &MemoryConfig) -> Self {
+    pub fn new(
+        guardian: &'static Guardian,
+        ram: Arc<GuestRam>,
+        pins: Arc<Pins>,
+        config: &MemoryConfig,
+    ) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let pages = if config.hugepages {
             Pages::Huge
@@ -34,6 +41,7 @@ impl Ending {
             guardian,
             ram,
             pages,
+            pins,
             tuning: Mutex::new(Tuning::for_host(cores, nodes::count())),
         };
         ending.entrust(&ending.plan(|_| 0));
@@ -43,6 +51,11 @@ impl Ending {
     /// The API's socket, by device and inode, is removed even if the monitor is killed.
     pub fn watch_socket(&self, identity: (u64, u64)) {
         self.guardian.watch_socket(identity);
+    }
+
+    /// Where the vCPUs' threads say what they have mapped.
+    pub fn pins(&self) -> Arc<Pins> {
+        Arc::clone(&self.pins)
     }
 
     /// How it is done.
@@ -136,6 +149,7 @@ impl Ending {
         self.guardian.entrust(Legacy {
             parts: parts.collect(),
             workers: plan.workers(),
+            pins: Arc::clone(&self.pins),
         });
     }
 

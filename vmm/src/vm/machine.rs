@@ -37,7 +37,7 @@ use crate::reclaim::{
     Mode, Pages, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
 };
 use crate::strict::{Strict, StrictThread};
-use crate::sys::TerminationSignals;
+use crate::sys::{Pins, TerminationSignals};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
 /// Time between two looks for something to take in the eager mode.
@@ -205,7 +205,8 @@ impl Vm {
         let disks = open_disks(&config.disks)?;
         let memory = Memory::allocate(&config, layout)?;
         let ram = Arc::clone(&memory.ram);
-        let ending = Arc::new(Ending::new(guardian, ram, &config.memory));
+        let pins = Arc::new(Pins::new(config.vcpus as usize, host.vcpu_mapping()?));
+        let ending = Arc::new(Ending::new(guardian, ram, pins, &config.memory));
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(&memory.ram))?;
@@ -295,6 +296,7 @@ impl Vm {
             gate: memory.gate,
             way_in,
             kicks: memory.kicks,
+            pins: ending.pins(),
             hypercalls,
             strict,
             on_exit,

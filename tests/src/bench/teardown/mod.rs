@@ -4,6 +4,7 @@
 //! Samples of what is compared are taken in turn. Ratios are of medians; where the host does other work the
 //! `_best` ones, of the fastest samples, say more.
 
+mod ceiling;
 mod ending;
 mod engine;
 mod files;
@@ -35,6 +36,12 @@ pub struct Arguments {
     /// Leave QEMU out
     #[arg(long)]
     no_qemu: bool,
+    /// Only free so many bytes once there is a byte to read
+    #[arg(long, hide = true)]
+    half: Option<u64>,
+    /// The same, with files behind them
+    #[arg(long, hide = true)]
+    half_in_files: bool,
 }
 
 const GIB: u64 = 1 << 30;
@@ -47,6 +54,9 @@ const SECONDS: (&str, &str) = ("time", "s");
 /// # Errors
 /// [`BenchError`]: there is too little memory, for instance.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
+    if let Some(bytes) = arguments.half {
+        return ceiling::half(bytes, arguments.half_in_files);
+    }
     let out = path("EBB_OUT")?;
     let mut results = Results::default();
     let name = if arguments.live {
@@ -58,6 +68,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     } else {
         engine::measure(&mut results, arguments)?;
         files::measure(&mut results, arguments)?;
+        ceiling::measure(&mut results, arguments)?;
         machines::measure(&mut results, arguments)?;
         sparse::measure(&mut results, arguments)?;
         let curve = Curve {
