@@ -3,6 +3,7 @@
 //! the process that the work is for, so in its cgroup and at its expense.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::RwLock;
 use std::thread::{self, Builder};
 
 /// How much less important than their process further threads are (nice(2)). The caller is not less: so work
@@ -21,20 +22,24 @@ pub struct Shared<T> {
 }
 
 /// Runs `job` on up to `workers` threads, the caller among them, until all have returned. The further ones are
-/// called `ebb-NAME1` and so on and run beside `beside`, which the caller does first. Threads that cannot be
-/// started are done without. When one panics, the caller runs `job` once more for what is left.
+/// called `ebb-NAME1` and so on and run beside `beside`, which the caller does first; they begin when all are there, for
+/// to start one the address space is changed, which waits for whatever madvise is at work (Linux before 6.17). Threads that
+/// cannot be started are done without. When one panics, the caller runs `job` once more for what is left.
 pub fn share<T>(
     workers: usize,
     name: &str,
     beside: impl FnOnce(),
     job: impl Fn() -> T + Sync,
 ) -> Shared<T> {
+    let started = RwLock::new(());
     thread::scope(|scope| {
+        let starting = started.write();
         let mut threads = Vec::new();
         for index in 1..workers {
             let help = || {
                 // Where it may not be less important it helps all the same.
                 let _ = rustix::process::nice(NICENESS);
+                drop(started.read());
                 job();
             };
             let thread = Builder::new().name(format!("ebb-{name}{index}"));
@@ -46,6 +51,7 @@ pub fn share<T>(
                 }
             }
         }
+        drop(starting);
         beside();
         let own = catch_unwind(AssertUnwindSafe(&job));
         let workers = threads.len() + 1;
@@ -104,6 +110,33 @@ mod tests {
             assert_eq!((done, shared.panicked), (100, 0));
             assert_eq!(shared.workers, workers.max(1));
         }
+    }
+
+    #[test]
+    fn nobody_begins_before_all_are_there() {
+        const WORKERS: usize = 64;
+        let there = || {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            let names =
+                tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+            names
+                .filter(|name| name.as_ref().is_ok_and(|name| name.starts_with("ebb-gate")))
+                .count()
+        };
+        let least = AtomicUsize::new(usize::MAX);
+        let begun = std::sync::Barrier::new(WORKERS);
+        let job = || {
+            least.fetch_min(there(), Ordering::Relaxed);
+            // Nobody ends before the others have looked.
+            begun.wait();
+        };
+        // A thread has its parent's name until it gives itself its own.
+        let caller = Builder::new().name("ebb-gate0".to_owned());
+        thread::scope(|scope| {
+            let all = || share(WORKERS, "gate", || {}, job);
+            caller.spawn_scoped(scope, all).unwrap();
+        });
+        assert_eq!(least.into_inner(), WORKERS);
     }
 
     #[test]
