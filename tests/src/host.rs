@@ -20,8 +20,20 @@ fn read(path: &str) -> Result<String> {
 /// # Errors
 /// When the process is gone.
 pub fn rss(pid: u32) -> Result<u64> {
+    in_all_mappings(pid, "Rss")
+}
+
+/// Those of them that no file stands behind.
+///
+/// # Errors
+/// When the process is gone.
+pub fn anonymous(pid: u32) -> Result<u64> {
+    in_all_mappings(pid, "Anonymous")
+}
+
+fn in_all_mappings(pid: u32, name: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
-    field(&read(&path)?, "Rss").context(format_args!("{path} has no Rss"))
+    field(&read(&path)?, name).context(format_args!("{path} has no {name}"))
 }
 
 /// What the threads of all monitors do, looked at twice, a second apart: whether a vCPU runs, waits or stands still. For the
@@ -113,8 +125,7 @@ fn monitor_threads() -> BTreeMap<String, Thread> {
 /// # Errors
 /// When the process is gone.
 pub fn lazy_free(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/smaps_rollup");
-    field(&read(&path)?, "LazyFree").context(format_args!("{path} has no LazyFree"))
+    in_all_mappings(pid, "LazyFree")
 }
 
 /// A field of /proc/meminfo: bytes, or a count where it has no unit.

@@ -108,7 +108,8 @@ pub struct Rig {
     pub owner: u32,
     ranges: Ranges,
     count: usize,
-    _machine: Machine,
+    /// Nothing only while it ends.
+    machine: Option<Machine>,
 }
 
 impl Rig {
@@ -175,7 +176,7 @@ impl Rig {
                 .unsigned_abs(),
             ranges,
             count: vcpus,
-            _machine: machine,
+            machine: Some(machine),
         };
         wait("the vCPUs work", || {
             let work: Result<Vec<u32>> = (0..vcpus).map(|vcpu| rig.work(vcpu)).collect();
@@ -248,6 +249,13 @@ impl Rig {
         } else {
             Err(Error::new(format!("ranges were refused: {freed:?}")))
         }
+    }
+
+    /// Ends the vCPUs: what the machine is in KVM, and its memory, with all that the guest has touched mapped.
+    #[must_use]
+    pub fn end(mut self) -> (Option<Machine>, Arc<GuestRam>) {
+        self.vcpus.stop();
+        (self.machine.take(), Arc::clone(&self.ram))
     }
 
     fn read(&self, vcpu: usize, offset: u64) -> Result<u32> {

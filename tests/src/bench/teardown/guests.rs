@@ -10,7 +10,7 @@ use crate::bench::BenchError;
 use crate::bench::guest::{Files, Guest, System};
 use crate::console::Console;
 use crate::error::{Context, Error};
-use crate::host::{processes_named, rss_estimate};
+use crate::host::{anonymous, processes_named};
 use crate::idle::signal_to;
 use crate::size::MIB;
 use crate::wait::LONG;
@@ -53,7 +53,7 @@ fn case_of(end: End) -> String {
     format!("guest {}", end.name())
 }
 
-/// Ends a machine whose guest has filled its memory: when, and how many bytes the host held.
+/// Ends a machine whose guest has filled its memory: when, and how many bytes the host has back.
 fn ended(files: &Files, system: System, end: End) -> Result<(Times, u64), BenchError> {
     let mut command = files.command(system, GUEST);
     let mut process = small_pages(&mut command).context(system.name())?;
@@ -62,13 +62,13 @@ fn ended(files: &Files, system: System, end: End) -> Result<(Times, u64), BenchE
     let mut guest = crate::guest::Guest::attach(input.context("no input")?, console)?;
     guest.ask_within(&format!("fill {FILL_MIB}M"), 5 * LONG)?;
     let pid = process.0.id();
-    let touched = rss_estimate(pid)?;
+    let touched = anonymous(pid)?;
     if touched < FILL_MIB * MIB {
         return Err(Error::new(format!("the host holds {touched} bytes only")).into());
     }
     // QEMU has none, and no other machine runs.
     let heirs = processes_named("ebb-heir");
-    let times = Watch::new(pid, &heirs, FILL_MIB * MIB)?.end(|| {
+    let times = Watch::new(pid, &heirs, touched)?.end(|| {
         signal_to(pid, end.signal());
         Ok(())
     })?;

@@ -11,6 +11,7 @@ mod files;
 mod guests;
 mod live;
 mod machines;
+mod orders;
 mod sparse;
 
 use super::plot::{Curve, draw};
@@ -61,6 +62,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     let mut results = Results::default();
     let name = if arguments.live {
         live::measure(&mut results, arguments.runs)?;
+        orders::measure(&mut results, arguments.runs)?;
         if !arguments.no_qemu {
             guests::measure(&mut results, arguments.runs)?;
         }

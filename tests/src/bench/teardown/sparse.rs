@@ -35,8 +35,8 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
     let kill = case_of(End::Kill);
     results.divide(
         "kill_speedup_sparse",
-        ["ebb-alone", &kill, "free"],
-        ["ebb", &kill, "free"],
+        ["ebb-alone", &kill, "gone"],
+        ["ebb", &kill, "gone"],
     );
     Ok(())
 }
