@@ -7,6 +7,7 @@ use vmm::memory::{BLOCK_SIZE, Backing, GpaRange, GuestRam};
 use vmm::teardown::{Pages, Region, Tuning, execute, plan};
 
 use super::{Arguments, GIB, Results, SECONDS};
+use crate::bench::report::Row;
 use crate::bench::{BenchError, system};
 
 /// What is compared.
@@ -116,28 +117,33 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
             ["ebb", &case_of(case, 2), "time"],
         );
     }
-    // How much of the best rate is left at the worst higher setting.
-    let sweep = sweep(results);
+    beyond_best(results, "", |row| row.median);
+    beyond_best(results, "_best", |row| row.min);
+    Ok(())
+}
+
+/// Which setting is the best, and how much of its rate is left at the worst higher one.
+fn beyond_best(results: &mut Results, suffix: &str, time: impl Fn(&Row) -> f64) {
+    let sweep = sweep(results, time);
     let best = sweep.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1));
     if let Some((workers, time)) = best {
         let beyond = sweep.iter().filter(|point| point.0 > workers);
         let worst = beyond.map(|point| point.1).fold(time, f64::max);
-        results.ratio("best_workers", workers);
-        results.ratio("beyond_best", time / worst);
+        results.ratio(&format!("best_workers{suffix}"), workers);
+        results.ratio(&format!("beyond_best{suffix}"), time / worst);
     }
-    Ok(())
 }
 
 fn case_of(case: &str, workers: usize) -> String {
     format!("{case}, {workers}w")
 }
 
-/// Workers and the median time.
-pub(super) fn sweep(results: &Results) -> Vec<(f64, f64)> {
-    let time = |workers: usize| {
+/// Workers and the time.
+pub(super) fn sweep(results: &Results, time: impl Fn(&Row) -> f64) -> Vec<(f64, f64)> {
+    let point = |workers: usize| {
         let row = results.row("ebb", &case_of("4k", workers), "time")?;
         #[allow(clippy::cast_precision_loss, reason = "a small count")]
-        Some((workers as f64, row.median))
+        Some((workers as f64, time(&row)))
     };
-    WORKERS.into_iter().filter_map(time).collect()
+    WORKERS.into_iter().filter_map(point).collect()
 }

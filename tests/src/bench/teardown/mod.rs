@@ -75,7 +75,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
         sparse::measure(&mut results, arguments)?;
         let curve = Curve {
             name: format!("{} GiB of 4 KiB pages", arguments.gib),
-            points: engine::sweep(&results),
+            points: engine::sweep(&results, |row| row.median),
         };
         let labels = ("teardown by workers", "workers", "seconds");
         draw(&out.join("teardown.svg"), labels, &[curve])?;
