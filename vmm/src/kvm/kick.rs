@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread::JoinHandle;
 
@@ -16,6 +17,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::generation::Kick;
+use crate::sys::{Pin, Pins};
 
 thread_local! {
     /// `immediate_exit` of the vCPU that this thread runs.
@@ -33,25 +35,28 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 
 /// A vCPU that this thread runs and that [`kick`] can bring out.
 pub struct KickTarget {
+    /// Goes before the page does.
+    _pin: Pin,
     pub(super) fd: VcpuFd,
     /// The page that KVM shares with us, mapped for as long as `fd` lives.
     page: *const kvm_run,
 }
 
 impl KickTarget {
-    /// Makes `fd` the vCPU of the calling thread, which must be the one that runs it.
+    /// Makes `fd` the vCPU of the calling thread, which must be the one that runs it. Its page, of
+    /// [`Hypervisor::vcpu_mapping`](super::Hypervisor::vcpu_mapping) bytes, is number `index` of `pins`.
     #[must_use]
-    pub fn new(mut fd: VcpuFd) -> Self {
+    pub fn new(mut fd: VcpuFd, pins: &Arc<Pins>, index: usize) -> Self {
         let page = &raw mut *fd.get_kvm_run();
         // SAFETY: the page is mapped for as long as `fd` lives; the place is only named here.
         IMMEDIATE_EXIT.set(unsafe { &raw mut (*page).immediate_exit });
-        Self { fd, page }
-    }
-
-    /// Address of what KVM shares with this thread, [`Hypervisor::vcpu_mapping`](super::Hypervisor::vcpu_mapping) bytes.
-    #[must_use]
-    pub fn page(&self) -> usize {
-        self.page.expose_provenance()
+        // SAFETY: `fd` has mapped it and unmaps it when it is dropped, after the pin; a dead process runs no vCPU.
+        let pin = unsafe { pins.hold(index, page.expose_provenance()) };
+        Self {
+            _pin: pin,
+            fd,
+            page,
+        }
     }
 
     /// Enters the guest until its next exit.

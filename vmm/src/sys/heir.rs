@@ -510,8 +510,11 @@ mod tests {
         let board = after(|heir| {
             let (pinned, gone) = (touched(true), touched(true));
             let pins = Arc::new(Pins::new(2, LEN));
-            std::mem::forget(pins.hold(0, pinned.address()));
-            drop(pins.hold(1, gone.address()));
+            // SAFETY: both stay until this process ends, and nobody needs them then.
+            let [held, dropped] =
+                [(0, &pinned), (1, &gone)].map(|(at, it)| unsafe { pins.hold(at, it.address()) });
+            std::mem::forget(held);
+            drop(dropped);
             heir.entrust(Legacy {
                 parts: Vec::new(),
                 workers: 1,

@@ -16,7 +16,7 @@ pub use cgroup::{Cgroup, MemoryLimit};
 pub use heir::{Board, Heir, Legacy, Part};
 pub use kept::KeptFile;
 pub use mapping::{Advice, Mapping, MappingKind};
-pub use pins::Pins;
+pub use pins::{Pin, Pins};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;
 pub use usage::{own_process, resident_bytes, thread_name};

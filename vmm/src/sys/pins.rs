@@ -1,6 +1,7 @@
 //! Mappings that keep files open when their descriptors are closed.
 
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Mappings of equal length, each of a file that lives as long as it is mapped or open: the pages that KVM shares with the
@@ -23,14 +24,18 @@ impl Pins {
         }
     }
 
-    /// There is such a mapping at `address` until the returned value is dropped, which must be before it is unmapped.
-    /// There is no place for an `index` beyond the count, and nothing happens.
-    pub fn hold(&self, index: usize, address: usize) -> Pin<'_> {
-        let place = self.at.get(index);
-        if let Some(place) = place {
-            place.store(address, Ordering::Release);
-        }
-        Pin(place)
+    /// There is such a mapping at `address` until the returned value is dropped. There is no place for an `index` beyond
+    /// the count, and nothing happens.
+    ///
+    /// # Safety
+    /// It is there, and stays until then; when this process is dead nobody who shares its memory needs it.
+    pub unsafe fn hold(self: &Arc<Self>, index: usize, address: usize) -> Pin {
+        let pin = Pin {
+            pins: Arc::clone(self),
+            index,
+        };
+        pin.set(address);
+        pin
     }
 
     /// Unmaps all that are there: in the heir, when nobody else lives.
@@ -39,8 +44,7 @@ impl Pins {
             let address = place.load(Ordering::Acquire);
             if address != 0 {
                 let start = ptr::with_exposed_provenance_mut(address);
-                // SAFETY: its owner, who is dead, has said that the mapping is there, and takes that back before it
-                // unmaps it.
+                // SAFETY: as promised to `hold`: it is there, and its owner is dead.
                 let _ = unsafe { rustix::mm::munmap(start, self.len) };
             }
         }
@@ -48,13 +52,23 @@ impl Pins {
 }
 
 /// A mapping in [`Pins`].
+#[derive(Debug)]
 #[must_use = "the mapping is forgotten when this is dropped"]
-pub struct Pin<'a>(Option<&'a AtomicUsize>);
+pub struct Pin {
+    pins: Arc<Pins>,
+    index: usize,
+}
 
-impl Drop for Pin<'_> {
-    fn drop(&mut self) {
-        if let Some(place) = self.0 {
-            place.store(0, Ordering::Release);
+impl Pin {
+    fn set(&self, address: usize) {
+        if let Some(place) = self.pins.at.get(self.index) {
+            place.store(address, Ordering::Release);
         }
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.set(0);
     }
 }

@@ -41,7 +41,7 @@ pub struct Shared {
     pub way_in: Arc<dyn WayIn>,
     /// The same as the gate kicks.
     pub kicks: Arc<KickTable>,
-    /// Where each vCPU's thread says that it has mapped the page of [`KickTarget::page`].
+    /// Where it is known what each vCPU has mapped.
     pub pins: Arc<Pins>,
     /// Carries out the guest's calls.
     pub hypercalls: Arc<Hypercalls>,
@@ -119,10 +119,8 @@ fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) 
 
 /// Runs the guest until it ends the machine (then says why) or the machine stops.
 fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Option<ExitReason> {
-    let mut target = KickTarget::new(fd);
+    let mut target = KickTarget::new(fd, &shared.pins, index);
     let _registration = shared.kicks.register(index);
-    // Dropped before the vCPU, and its page with it.
-    let _pin = shared.pins.hold(index, target.page());
     loop {
         shared.way_in.pass();
         // First forget old kicks, then look at what they are for: a kick that comes in between makes
