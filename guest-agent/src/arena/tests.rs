@@ -247,3 +247,27 @@ fn what_is_no_arena_is_refused_with_a_remedy() {
     file.as_file().set_len(8).unwrap();
     assert!(message(file.path()).contains("mmap failed"));
 }
+
+#[test]
+fn a_device_of_somebody_else_is_refused_with_a_remedy() {
+    const NOBODY: u32 = 65534;
+    let file = device();
+    let nothing = std::os::unix::fs::PermissionsExt::from_mode(0o0);
+    file.as_file().set_permissions(nothing).unwrap();
+    let path = file.path();
+    let said = std::thread::scope(|scope| {
+        let as_nobody = || {
+            // Of this thread alone.
+            if rustix::process::geteuid().is_root() {
+                rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
+            }
+            Arena::open(path).err().map(|error| error.to_string())
+        };
+        scope.spawn(as_nobody).join().unwrap()
+    });
+    let said = said.expect("it was opened");
+    assert!(
+        said.contains("permission denied; run `ebb-guest setup --mode 0666` as root"),
+        "{said}"
+    );
+}
