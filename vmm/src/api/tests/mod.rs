@@ -1,5 +1,7 @@
 //! The API over a real socket, in front of a machine that only remembers what it was asked.
 
+mod names;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;

@@ -1,0 +1,118 @@
+//! The names in the API's answers, which clients depend on. A name that changes here breaks them.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::control::{
+    ArenaState, BalloonStatistics, InstanceInfo, LazyMemoryState, ReclaimOutcome, StrictState,
+    TeardownState,
+};
+
+/// Every field that `/lazy-memory` answers with when strict mode is on.
+const LAZY_MEMORY: &str = "
+    coalesced_bytes_total discard_calls_total discard_failures_total discarded_bytes
+    eager_bytes_total eager_calls_total forgotten_bytes_total freed_bytes_total generation
+    given_up_bytes_total held_slices_total invalidate_calls_total invalidate_failures_total
+    kept_bytes_total lazy_bytes open_slices_total passing_slices_total pressure_events_total
+    quiescent_generation ranges reclaimed_bytes_total reclaiming_bytes reused_bytes_total
+    reused_discarded_bytes_total reused_unmapped_bytes_total reuse_waits_total
+    slice_ranges_total unmapped_bytes unmapped_bytes_total untracked_bytes_total
+    gate.closings_total gate.kicks_total gate.longest_pause_us gate.missed_total gate.pauses
+    gate.pause_us_total gate.waits_total
+    hypercalls.arena_info_total hypercalls.failed_total hypercalls.features_total
+    hypercalls.lazy_free_batch_total hypercalls.lazy_free_total
+    hypercalls.prefaulted_bytes_total hypercalls.prefault_failures_total
+    hypercalls.query_total hypercalls.reset_total hypercalls.reuse_batch_total
+    hypercalls.reuse_total
+    reporting.bytes_total reporting.calls_total reporting.discarded_bytes_total
+    reporting.failures_total reporting.marked_bytes_total reporting.messages_total
+    reporting.mode reporting.poisoned_bytes_total reporting.ranges_total
+    strict.device_violations_total strict.discard_failures_total strict.faults_total
+    strict.vcpu_violations_total";
+
+const ARENA: &str = "
+    discarded_bytes gpa granule_bytes id lazy_bytes reclaimed_bytes_total reuse_calls_total
+    reused_bytes_total reuse_waits_total scans_total scan_us size_bytes";
+
+const STATISTICS: &str = "
+    actual_mib actual_pages available_memory disk_caches free_memory hugetlb_allocations
+    hugetlb_failures major_faults minor_faults swap_in swap_out target_mib target_pages
+    total_memory";
+
+/// The paths of all values in `answer`; those of nested objects with dots.
+fn names(answer: &impl Serialize) -> BTreeSet<String> {
+    fn collect(value: &Value, path: &str, into: &mut BTreeSet<String>) {
+        let Value::Object(fields) = value else {
+            into.insert(path.to_owned());
+            return;
+        };
+        for (name, value) in fields {
+            let dot = if path.is_empty() { "" } else { "." };
+            collect(value, &format!("{path}{dot}{name}"), into);
+        }
+    }
+    let mut found = BTreeSet::new();
+    collect(&serde_json::to_value(answer).unwrap(), "", &mut found);
+    found
+}
+
+fn expect(answer: &impl Serialize, expected: &str) {
+    let expected: BTreeSet<_> = expected.split_whitespace().map(str::to_owned).collect();
+    assert_eq!(names(answer), expected);
+}
+
+#[test]
+fn the_names_of_lazy_memory() {
+    let mut state = LazyMemoryState {
+        strict: Some(StrictState::default()),
+        ..LazyMemoryState::default()
+    };
+    expect(&state, LAZY_MEMORY);
+    let value = serde_json::to_value(state).unwrap();
+    assert_eq!(value["gate"]["pauses"].as_array().unwrap().len(), 20);
+    // Without strict mode there is no such object, not a null.
+    state.strict = None;
+    let all = LAZY_MEMORY.split_whitespace();
+    let rest: Vec<_> = all.filter(|name| !name.starts_with("strict.")).collect();
+    expect(&state, &rest.join(" "));
+}
+
+#[test]
+fn the_names_of_everything_else() {
+    expect(&ArenaState::default(), ARENA);
+    let some = Some(1);
+    let all = BalloonStatistics {
+        swap_in: some,
+        swap_out: some,
+        major_faults: some,
+        minor_faults: some,
+        free_memory: some,
+        total_memory: some,
+        available_memory: some,
+        disk_caches: some,
+        hugetlb_allocations: some,
+        hugetlb_failures: some,
+        ..BalloonStatistics::default()
+    };
+    expect(&all, STATISTICS);
+    let none = BalloonStatistics::default();
+    expect(&none, "actual_mib actual_pages target_mib target_pages");
+    let info = InstanceInfo {
+        id: String::new(),
+        state: "",
+        vmm_version: "",
+        app_name: "",
+        pid: 1,
+        uptime_ms: 1,
+    };
+    expect(&info, "app_name id pid state uptime_ms vmm_version");
+    expect(&ReclaimOutcome::default(), "duration_us reclaimed_bytes");
+    let teardown = TeardownState {
+        workers: 1,
+        batch_bytes: 1,
+        guardian: true,
+    };
+    expect(&teardown, "batch_bytes guardian workers");
+}
