@@ -1,77 +1,11 @@
-//! What can be asked of a running machine. The API translates requests into [`Command`]s; the machine
-//! implements [`Controller`]; neither knows more of the other.
+//! What an operator can ask of a running machine: the trait [`Controller`] and its answers. The API calls it, the
+//! machine implements it, and neither knows more of the other.
 
 use serde::Serialize;
 
 use crate::config::MachineConfig;
 
-/// One thing to ask of a running machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// What the machine is and how it fares.
-    Info,
-    /// The configuration that it was built from.
-    Config,
-    /// The balloon's state.
-    Balloon,
-    /// A new balloon target, in bytes.
-    SetBalloon {
-        /// Bytes that the guest should hand back; a multiple of 4 KiB.
-        bytes: u64,
-    },
-    /// The latest statistics of the guest.
-    BalloonStatistics,
-    /// Seconds between two requests for statistics.
-    SetStatisticsInterval {
-        /// At least 1.
-        seconds: u16,
-    },
-    /// Bytes by state, generation and counters of lazy memory.
-    LazyMemory,
-    /// The arenas: what they hold, and what has happened to it.
-    Arenas,
-    /// Return up to this many lazily freed bytes to the host now.
-    Reclaim {
-        /// Upper bound in bytes.
-        bytes: u64,
-    },
-    /// How memory will be freed at the end.
-    Teardown,
-    /// How memory is to be freed at the end; what is not given stays as it is.
-    SetTeardown {
-        /// Threads.
-        workers: Option<usize>,
-        /// Bytes that one takes at a time.
-        batch: Option<u64>,
-    },
-    /// End the machine.
-    Stop,
-}
-
-/// The answer to a [`Command`].
-#[derive(Clone, Debug)]
-pub enum Response {
-    /// Done, nothing to report.
-    Done,
-    /// To [`Command::Info`].
-    Info(InstanceInfo),
-    /// To [`Command::Config`].
-    Config(Box<MachineConfig>),
-    /// To [`Command::Balloon`].
-    Balloon(BalloonState),
-    /// To [`Command::BalloonStatistics`].
-    BalloonStatistics(BalloonStatistics),
-    /// To [`Command::LazyMemory`].
-    LazyMemory(Box<LazyMemoryState>),
-    /// To [`Command::Arenas`].
-    Arenas(Vec<ArenaState>),
-    /// To [`Command::Reclaim`].
-    Reclaimed(ReclaimOutcome),
-    /// To [`Command::Teardown`].
-    Teardown(TeardownState),
-}
-
-/// A command was understood but cannot be carried out.
+/// A request was understood, but the machine cannot carry it out. The message is for the operator.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CommandError {
     /// The machine has no such device.
@@ -97,14 +31,63 @@ pub enum CommandError {
     Failed(String),
 }
 
-/// A machine that can be asked. Called from the API's thread; a call may block for as long as the
-/// command takes.
+/// A running machine, as the operator sees it. A new request is one method here and one row in the API's table of
+/// routes.
+///
+/// The API calls these methods on threads of its own, several at a time. A method may block for as long as its
+/// work takes.
 pub trait Controller: Send + Sync {
-    /// Carries out one command.
+    /// The machine's name, state and age.
+    fn info(&self) -> InstanceInfo;
+
+    /// The configuration that the machine was built from.
+    fn config(&self) -> &MachineConfig;
+
+    /// The balloon's target, its actual size and its mode.
     ///
     /// # Errors
-    /// [`CommandError`], with a message for the user.
-    fn execute(&self, command: Command) -> Result<Response, CommandError>;
+    /// [`CommandError::NoDevice`] without a balloon.
+    fn balloon(&self) -> Result<BalloonState, CommandError>;
+
+    /// Asks the guest to hand back `bytes`, a multiple of 4 KiB. Returns at once; the guest follows in its own time.
+    ///
+    /// # Errors
+    /// [`CommandError`] without a balloon, or when `bytes` is more than the guest's memory or not a multiple.
+    fn set_balloon(&self, bytes: u64) -> Result<(), CommandError>;
+
+    /// The latest statistics that the guest's balloon driver has sent.
+    ///
+    /// # Errors
+    /// [`CommandError`] without a balloon, or when it was built without statistics.
+    fn balloon_statistics(&self) -> Result<BalloonStatistics, CommandError>;
+
+    /// Requests statistics from the guest every `seconds` from now on, at least 1.
+    ///
+    /// # Errors
+    /// [`CommandError`] without a balloon, or when it was built without statistics.
+    fn set_statistics_interval(&self, seconds: u16) -> Result<(), CommandError>;
+
+    /// Lazily freed memory: bytes by state, and the counters of everything that deals with it.
+    fn lazy_memory(&self) -> LazyMemoryState;
+
+    /// The machine's arenas. Counts each arena's table, which takes up to a millisecond per TiB.
+    fn arenas(&self) -> Vec<ArenaState>;
+
+    /// Returns up to `bytes` of lazily freed memory to the host. Blocks until that is done.
+    fn reclaim(&self, bytes: u64) -> ReclaimOutcome;
+
+    /// How the guest's memory will be freed when the machine ends.
+    fn teardown(&self) -> TeardownState;
+
+    /// Sets how the guest's memory will be freed: the number of threads, and the bytes that a thread takes at a
+    /// time. `None` leaves a setting as it is.
+    ///
+    /// # Errors
+    /// [`CommandError::OutOfBounds`].
+    fn set_teardown(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError>;
+
+    /// Ends the machine, as a SIGTERM to the monitor would. Returns at once.
+    fn stop(&self);
 }
 
 /// What the machine is and how it fares.

@@ -14,18 +14,18 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// Longest answer in bytes.
+/// Maximum length of an answer in bytes.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// A request was not carried out.
+/// A request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody serves the socket.
+    /// No server listens on the socket.
     #[error("{}: {source}; is the machine running, and is this the path that it was given as --api-socket?", path.display())]
     Connect {
-        /// Where the socket should be.
+        /// Path of the socket.
         path: PathBuf,
-        /// Why the connection was not made.
+        /// Error of the system call.
         source: io::Error,
     },
     /// The server answered with a fault.
@@ -36,10 +36,10 @@ pub enum ClientError {
         /// The `fault_message`.
         message: String,
     },
-    /// No answer in time.
+    /// No answer within this many seconds.
     #[error("no answer within {0} s; the machine may be busy, try again")]
     TimedOut(u64),
-    /// The conversation broke off, or made no sense.
+    /// The connection broke, or the answer is not HTTP with JSON.
     #[error("{what}: {cause}")]
     Broken {
         /// What was being done.
@@ -56,30 +56,30 @@ fn broken(what: &'static str, cause: &dyn std::fmt::Display) -> ClientError {
     }
 }
 
-/// Sends one request to the API at `socket` and waits up to `patience` for the answer: JSON, or null for
-/// "done".
+/// Sends one request to the API at `socket` and waits up to `limit` for the answer. Returns its JSON, or null for an
+/// answer without a body.
 ///
 /// # Errors
-/// [`ClientError`]; a fault of the server is [`ClientError::Refused`].
+/// [`ClientError`]. An answer with an error status is [`ClientError::Refused`].
 pub fn request(
     socket: &Path,
     method: Method,
     path: &str,
     body: Option<&Value>,
-    patience: Duration,
+    limit: Duration,
 ) -> Result<Value, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()
         .map_err(|error| broken("the client cannot start", &error))?;
-    let work = async { timeout(patience, converse(socket, method, path, body)).await };
+    let work = async { timeout(limit, exchange(socket, method, path, body)).await };
     runtime
         .block_on(work)
-        .unwrap_or(Err(ClientError::TimedOut(patience.as_secs())))
+        .unwrap_or(Err(ClientError::TimedOut(limit.as_secs())))
 }
 
-async fn converse(
+async fn exchange(
     socket: &Path,
     method: Method,
     path: &str,

@@ -1,5 +1,6 @@
-//! The REST API on a unix socket, in Firecracker's shape: JSON, 204 for "done", 400 and a `fault_message`
-//! for "no". `routes` lists what can be asked, `server` serves it, `client` asks it.
+//! The REST API on a unix socket, in the style of Firecracker's: JSON bodies, status 204 for success without an answer,
+//! 400 with a `fault_message` for failure. `routes` lists the endpoints, `server` serves them, `client` sends requests;
+//! `view` gives answers Firecracker's names.
 
 mod client;
 mod routes;

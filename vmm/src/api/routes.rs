@@ -1,4 +1,4 @@
-//! Every endpoint: the table of paths and methods, and one handler for each.
+//! The endpoints: a table of methods and paths, each with the function that answers it.
 
 use hyper::{Method, StatusCode};
 use serde::de::DeserializeOwned;
@@ -6,14 +6,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::view;
-use crate::control::{Command, CommandError, Controller, Response};
+use crate::control::{CommandError, Controller};
 
-/// What a request is answered with when all went well.
+/// The answer to a request that was carried out.
 #[derive(Debug, PartialEq)]
 pub(super) enum Reply {
-    /// 204.
+    /// Status 204, no body.
     Done,
-    /// 200 and this.
+    /// Status 200, and this body.
     Json(Value),
 }
 
@@ -25,12 +25,12 @@ impl Reply {
     }
 }
 
-/// What a request is answered with otherwise: a status and the `fault_message`.
+/// The answer to a request that was not carried out: a status, and a body with a `fault_message`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub status: StatusCode,
     pub message: String,
-    /// The methods of the path, when the request's is not among them.
+    /// The methods that the path knows, for the header `Allow` of a status 405.
     pub allow: Option<String>,
 }
 
@@ -58,26 +58,44 @@ impl From<CommandError> for Fault {
     }
 }
 
+/// Carries out a request with this body.
 type Handler = fn(&dyn Controller, &[u8]) -> Result<Reply, Fault>;
 
-/// All that can be asked. A new endpoint is a line here and a function below.
+/// Every endpoint: method, path, handler. A new one is a row here and a method of [`Controller`].
 const ROUTES: &[(Method, &str, Handler)] = &[
-    (Method::GET, "/", get_info),
-    (Method::GET, "/version", get_version),
-    (Method::GET, "/vm/config", get_config),
-    (Method::GET, "/balloon", get_balloon),
+    (Method::GET, "/", |machine, _| Reply::json(&machine.info())),
+    (Method::GET, "/version", |_, _| {
+        Reply::json(&json!({ "vmm_version": env!("CARGO_PKG_VERSION") }))
+    }),
+    (Method::GET, "/vm/config", |machine, _| {
+        Reply::json(&view::config(machine.config()))
+    }),
+    (Method::GET, "/balloon", |machine, _| {
+        Reply::json(&view::balloon(&machine.balloon()?))
+    }),
     (Method::PATCH, "/balloon", patch_balloon),
-    (Method::GET, "/balloon/statistics", get_statistics),
+    (Method::GET, "/balloon/statistics", |machine, _| {
+        Reply::json(&machine.balloon_statistics()?)
+    }),
     (Method::PATCH, "/balloon/statistics", patch_statistics),
     (Method::PUT, "/actions", put_action),
-    (Method::GET, "/lazy-memory", get_lazy_memory),
+    (Method::GET, "/lazy-memory", |machine, _| {
+        Reply::json(&machine.lazy_memory())
+    }),
     (Method::PUT, "/lazy-memory/reclaim", put_reclaim),
-    (Method::GET, "/arenas", get_arenas),
-    (Method::GET, "/teardown", get_teardown),
+    (Method::GET, "/arenas", |machine, _| {
+        Reply::json(&machine.arenas())
+    }),
+    (Method::GET, "/teardown", |machine, _| {
+        Reply::json(&machine.teardown())
+    }),
     (Method::PATCH, "/teardown", patch_teardown),
 ];
 
-/// Finds the handler of a request.
+/// Returns the handler of a request.
+///
+/// # Errors
+/// 404 for an unknown path, 405 for a method that the path does not know.
 pub(super) fn find(method: &Method, path: &str) -> Result<Handler, Fault> {
     let mut methods = Vec::new();
     for (known, _, handler) in ROUTES.iter().filter(|route| route.1 == path) {
@@ -100,49 +118,17 @@ pub(super) fn find(method: &Method, path: &str) -> Result<Handler, Fault> {
     })
 }
 
-/// Runs a command whose answer is one kind of [`Response`], and replies with what `$reply` makes of it.
-macro_rules! ask {
-    ($controller:expr, $command:expr, $response:pat => $reply:expr) => {
-        match $controller.execute($command)? {
-            $response => $reply,
-            other => Err(Fault::internal(format!("unexpected answer {other:?}"))),
-        }
-    };
-}
-
-fn get_info(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    ask!(controller, Command::Info, Response::Info(info) => Reply::json(&info))
-}
-
-fn get_version(_: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    Ok(Reply::Json(
-        json!({ "vmm_version": env!("CARGO_PKG_VERSION") }),
-    ))
-}
-
-fn get_config(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    ask!(controller, Command::Config, Response::Config(config) => Ok(Reply::Json(view::config(&config))))
-}
-
-fn get_balloon(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    ask!(controller, Command::Balloon, Response::Balloon(state) => Ok(Reply::Json(view::balloon(&state))))
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct BalloonUpdate {
     amount_mib: u64,
 }
 
-fn patch_balloon(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+fn patch_balloon(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
     let update: BalloonUpdate = parse(body)?;
     let bytes = mebibytes(update.amount_mib)?;
-    ask!(controller, Command::SetBalloon { bytes }, Response::Done => Ok(Reply::Done))
-}
-
-fn get_statistics(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    ask!(controller, Command::BalloonStatistics,
-        Response::BalloonStatistics(statistics) => Reply::json(&statistics))
+    machine.set_balloon(bytes)?;
+    Ok(Reply::Done)
 }
 
 #[derive(Deserialize)]
@@ -151,7 +137,7 @@ struct StatisticsUpdate {
     stats_polling_interval_s: u16,
 }
 
-fn patch_statistics(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+fn patch_statistics(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
     let update: StatisticsUpdate = parse(body)?;
     let seconds = update.stats_polling_interval_s;
     if seconds == 0 {
@@ -159,7 +145,8 @@ fn patch_statistics(controller: &dyn Controller, body: &[u8]) -> Result<Reply, F
             "stats_polling_interval_s is 0, but statistics cannot be turned off while the machine runs; give 1 or more",
         ));
     }
-    ask!(controller, Command::SetStatisticsInterval { seconds }, Response::Done => Ok(Reply::Done))
+    machine.set_statistics_interval(seconds)?;
+    Ok(Reply::Done)
 }
 
 #[derive(Deserialize)]
@@ -168,11 +155,12 @@ struct Action {
     action_type: String,
 }
 
-fn put_action(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+fn put_action(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
     let action: Action = parse(body)?;
     match action.action_type.as_str() {
         "InstanceStop" => {
-            ask!(controller, Command::Stop, Response::Done => Ok(Reply::Done))
+            machine.stop();
+            Ok(Reply::Done)
         }
         "InstanceStart" => Err(Fault::bad_request(
             "InstanceStart is not possible: the machine is already running",
@@ -183,14 +171,6 @@ fn put_action(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> 
     }
 }
 
-fn get_lazy_memory(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    ask!(controller, Command::LazyMemory, Response::LazyMemory(state) => Reply::json(&*state))
-}
-
-fn get_arenas(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    ask!(controller, Command::Arenas, Response::Arenas(arenas) => Reply::json(&arenas))
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Reclaim {
@@ -198,7 +178,7 @@ struct Reclaim {
     amount_bytes: Option<u64>,
 }
 
-fn put_reclaim(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+fn put_reclaim(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
     let reclaim: Reclaim = parse(body)?;
     let bytes = match (reclaim.amount_mib, reclaim.amount_bytes) {
         (Some(mib), None) => mebibytes(mib)?,
@@ -212,11 +192,7 @@ fn put_reclaim(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault>
     if bytes == 0 {
         return Err(Fault::bad_request("the amount is 0; give 1 or more"));
     }
-    ask!(controller, Command::Reclaim { bytes }, Response::Reclaimed(outcome) => Reply::json(&outcome))
-}
-
-fn get_teardown(controller: &dyn Controller, _: &[u8]) -> Result<Reply, Fault> {
-    ask!(controller, Command::Teardown, Response::Teardown(state) => Reply::json(&state))
+    Reply::json(&machine.reclaim(bytes))
 }
 
 #[derive(Deserialize)]
@@ -226,14 +202,15 @@ struct TeardownUpdate {
     batch_bytes: Option<u64>,
 }
 
-fn patch_teardown(controller: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+fn patch_teardown(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
     let update: TeardownUpdate = parse(body)?;
-    let (workers, batch) = (update.workers, update.batch_bytes);
-    ask!(controller, Command::SetTeardown { workers, batch }, Response::Done => Ok(Reply::Done))
+    machine.set_teardown(update.workers, update.batch_bytes)?;
+    Ok(Reply::Done)
 }
 
+/// Reads a request's body, which must be a JSON object with no unknown fields.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
-    // Serde would take an array for the fields in their order.
+    // Serde would also accept an array with the fields in order.
     if !body.trim_ascii_start().starts_with(b"{") {
         return Err(Fault::bad_request("the body is no JSON object"));
     }
@@ -241,6 +218,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
         .map_err(|error| Fault::bad_request(format!("the body is not what is due here: {error}")))
 }
 
+/// Converts an `amount_mib` to bytes.
 fn mebibytes(amount: u64) -> Result<u64, Fault> {
     amount.checked_mul(1 << 20).ok_or_else(|| {
         Fault::bad_request(format!(

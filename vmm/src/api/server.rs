@@ -1,4 +1,4 @@
-//! The server: one thread, a bounded number of connections, each with a bounded patience.
+//! The API's server: one thread, a limited number of connections, and a time limit for each step of a connection.
 
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
@@ -30,33 +30,33 @@ use super::routes::{self, Fault, Reply};
 use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::Controller;
 
-/// Connections served at a time; further ones wait in the socket's backlog.
+/// Connections that are served at the same time. Further ones wait in the socket's backlog.
 pub(super) const MAX_CONNECTIONS: usize = 16;
-/// Longest body of a request in bytes.
+/// Maximum length of a request's body in bytes.
 const MAX_BODY: usize = 64 << 10;
-/// Most bytes of a request's head.
+/// Maximum length of a request's line and headers in bytes.
 const MAX_HEAD: usize = 16 << 10;
-/// How long a client may take to send a request's head, and then its body, or stay silent in between.
-const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
-/// How long one connection is kept; the request in progress is still answered.
+/// Time that a client has for a request's headers, then for its body, and between two requests.
+const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+/// After this time a connection accepts no further request. The one in progress is still answered.
 const LIFETIME: Duration = Duration::from_secs(60);
-/// How long the last answer of a connection past its lifetime may take.
-const LAST_ANSWER: Duration = Duration::from_secs(600);
-/// How long requests in progress may take when the server stops.
-const FAREWELL: Duration = Duration::from_secs(1);
+/// Time that the last answer of a connection past its lifetime may take.
+const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// Time that requests in progress have to finish when the server stops.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The API could not be served.
+/// The server could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    /// The path cannot be a socket's.
+    /// The path cannot be used for a socket.
     #[error(transparent)]
     Path(#[from] ConfigError),
-    /// The socket could not be made.
+    /// The socket could not be created.
     #[error("--api-socket {}: {source}; choose a folder that you may write", path.display())]
     Bind {
-        /// Where.
+        /// Path of the socket.
         path: PathBuf,
-        /// Why.
+        /// Error of the system call.
         source: io::Error,
     },
     /// The server's thread could not be started.
@@ -64,7 +64,7 @@ pub enum ApiError {
     Thread(#[from] io::Error),
 }
 
-/// A running API server. Dropping it ends the server, joins its thread and removes the socket.
+/// A running API server. Dropping it stops the server, joins its thread and removes the socket.
 #[derive(Debug)]
 pub struct Server {
     stop: watch::Sender<bool>,
@@ -73,7 +73,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Where the socket is.
+    /// Path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.socket.path
@@ -96,12 +96,14 @@ impl Drop for Server {
     }
 }
 
-/// Serves the API of `controller` at `path`, for this user only (mode 0600), in a thread of its own. A
-/// socket that a dead server left there is replaced. Commands run on further threads: one that blocks holds
-/// up no other connection. When the server ends, commands have a second to finish.
+/// Starts a thread that serves the API of `controller` on a unix socket at `path`, which only this user may open
+/// (mode 0600). A socket that a dead server left there is replaced.
+///
+/// Requests are carried out on further threads, so one that blocks does not delay other connections. When the
+/// server is dropped, requests in progress have a second to finish.
 ///
 /// # Errors
-/// [`ApiError`] when the path is of no use, is served already, or the thread cannot be started.
+/// [`ApiError`] when the path cannot be used, another server listens there, or the thread cannot be started.
 pub fn serve(path: &Path, controller: Arc<dyn Controller>) -> Result<Server, ApiError> {
     if check_socket(path)? == SocketPath::Stale {
         std::fs::remove_file(path).map_err(|source| bind_error(path, source))?;
@@ -123,7 +125,7 @@ pub fn serve(path: &Path, controller: Arc<dyn Controller>) -> Result<Server, Api
         .name("ebb-api".to_owned())
         .spawn(move || {
             runtime.block_on(accept(&listener, &controller, stopped));
-            runtime.shutdown_timeout(FAREWELL);
+            runtime.shutdown_timeout(FINISH_TIMEOUT);
         })?;
     Ok(Server {
         stop,
@@ -139,7 +141,8 @@ fn bind_error(path: &Path, source: io::Error) -> ApiError {
     }
 }
 
-/// A socket in the file system that we made; dropping it removes the socket, unless another took its place.
+/// A socket in the file system that this server created. Dropping it removes the socket, unless another file has taken
+/// its place.
 #[derive(Debug)]
 struct BoundPath {
     path: PathBuf,
@@ -157,8 +160,8 @@ impl Drop for BoundPath {
     }
 }
 
-/// Makes the socket. Linux derives a bound socket's mode from the descriptor's, so it never exists with a
-/// wider one, and no umask changes under other threads.
+/// Creates the socket with mode 0600. Linux takes a socket file's mode from the descriptor's, so the file never exists
+/// with wider permissions, and the process's umask, which other threads share, stays as it is.
 fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -173,22 +176,22 @@ fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
     Ok((UnixListener::from(socket), bound))
 }
 
-/// Accepts connections until told to stop, then lets those in progress end.
+/// Accepts connections until `stopped` is set, then waits for those in progress.
 async fn accept(
     listener: &tokio::net::UnixListener,
     controller: &Arc<dyn Controller>,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connection_stop = stopped.clone();
     let mut stop = pin!(stopped.wait_for(|stop| *stop));
     loop {
         let next = async {
             // The semaphore is never closed.
-            let place = Arc::clone(&places).acquire_owned().await.ok();
-            (place, listener.accept().await)
+            let permit = Arc::clone(&permits).acquire_owned().await.ok();
+            (permit, listener.accept().await)
         };
-        let Some((place, accepted)) = first(pin!(next), stop.as_mut()).await else {
+        let Some((permit, accepted)) = first(pin!(next), stop.as_mut()).await else {
             break;
         };
         let stream = match accepted {
@@ -201,16 +204,16 @@ async fn accept(
         };
         let (controller, stop) = (Arc::clone(controller), connection_stop.clone());
         tokio::spawn(async move {
-            converse(stream, controller, stop).await;
-            drop(place);
+            serve_connection(stream, controller, stop).await;
+            drop(permit);
         });
     }
-    // All places are free once all connections have ended.
+    // All permits are available once all connections have ended.
     let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
-    let _ = timeout(2 * FAREWELL, places.acquire_many(all)).await;
+    let _ = timeout(2 * FINISH_TIMEOUT, permits.acquire_many(all)).await;
 }
 
-/// The outcome of `wanted`, or nothing when `stop` comes first.
+/// Returns the output of `wanted`, or `None` if `stop` is ready first.
 async fn first<W: Future, S: Future>(
     mut wanted: Pin<&mut W>,
     mut stop: Pin<&mut S>,
@@ -225,7 +228,7 @@ async fn first<W: Future, S: Future>(
 }
 
 /// Serves one connection.
-async fn converse(
+async fn serve_connection(
     stream: UnixStream,
     controller: Arc<dyn Controller>,
     mut stopped: watch::Receiver<bool>,
@@ -236,7 +239,7 @@ async fn converse(
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
+        .header_read_timeout(READ_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = pin!(connection);
@@ -244,8 +247,8 @@ async fn converse(
     let alive = first(connection.as_mut(), stop);
     let grace = match timeout(LIFETIME, alive).await {
         Ok(Some(result)) => return log_end(result),
-        Ok(None) => FAREWELL,
-        Err(_) => LAST_ANSWER,
+        Ok(None) => FINISH_TIMEOUT,
+        Err(_) => LAST_ANSWER_TIMEOUT,
     };
     connection.as_mut().graceful_shutdown();
     if let Ok(result) = timeout(grace, connection).await {
@@ -259,7 +262,7 @@ fn log_end(result: Result<(), hyper::Error>) {
     }
 }
 
-/// Reads the request, then runs its handler where it may block.
+/// Reads the request, then runs its handler on a thread that may block.
 async fn answer(
     request: Request<Incoming>,
     controller: Arc<dyn Controller>,
@@ -273,7 +276,7 @@ async fn answer(
         return Err(too_long());
     }
     let body = Limited::new(request.into_body(), MAX_BODY);
-    let body = match timeout(PATIENCE, body.collect()).await {
+    let body = match timeout(READ_TIMEOUT, body.collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(too_long()),
         Ok(Err(error)) => {
@@ -281,7 +284,7 @@ async fn answer(
             return Err(Fault::bad_request(message));
         }
         Err(_) => {
-            let message = format!("the body did not come within {} s", PATIENCE.as_secs());
+            let message = format!("the body did not come within {} s", READ_TIMEOUT.as_secs());
             return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };
@@ -290,7 +293,7 @@ async fn answer(
         .unwrap_or_else(|error| Err(Fault::internal(format!("the command failed: {error}"))))
 }
 
-/// Puts a reply or a fault into HTTP.
+/// Makes an HTTP response of a reply or a fault.
 fn respond(reply: Result<Reply, Fault>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::default());
     let json = match reply {

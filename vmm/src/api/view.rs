@@ -1,11 +1,11 @@
-//! The machine's state in the names and units of Firecracker's API.
+//! Answers in the names and units of Firecracker's API.
 
 use serde_json::{Value, json};
 
 use crate::config::MachineConfig;
 use crate::control::BalloonState;
 
-/// The configuration; what Firecracker has no name for stands under `ebb`.
+/// The configuration. What Firecracker has no name for is under `ebb`.
 pub(super) fn config(config: &MachineConfig) -> Value {
     let drives: Vec<Value> = config
         .disks
@@ -62,7 +62,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
     })
 }
 
-/// The balloon: Firecracker's fields, then ours.
+/// The balloon: Firecracker's fields, then Ebb's own.
 pub(super) fn balloon(state: &BalloonState) -> Value {
     json!({
         "amount_mib": state.target_bytes >> 20,

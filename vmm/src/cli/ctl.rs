@@ -1,4 +1,4 @@
-//! `ebb ctl`: asks a running machine through its API.
+//! `ebb ctl`: controls a running machine through its API.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -11,10 +11,10 @@ use vmm::config::{SocketSpec, TeardownSpec, format_size, parse_size};
 use vmm::exit;
 use vmm::guardian::lock;
 
-/// How long a command may take that only looks or notes.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a reclaim may take.
-const RECLAIM_PATIENCE: Duration = Duration::from_secs(3600);
+/// Time limit for requests that only read or change a setting.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Time limit for a reclaim.
+const RECLAIM_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Ask a running machine, or tell it what to do
 ///
@@ -64,7 +64,7 @@ enum Command {
     },
 }
 
-/// Runs the subcommand and returns the exit status.
+/// Runs the subcommand and returns the process's exit status.
 pub fn main(args: Args) -> u8 {
     let socket = args.api_socket.0;
     let done = match args.command {
@@ -125,14 +125,14 @@ fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
 
 fn balloon(socket: &Path, size: u64) -> Result<String, ClientError> {
     let body = json!({ "amount_mib": size >> 20 });
-    api::request(socket, Method::PATCH, "/balloon", Some(&body), PATIENCE)?;
+    api::request(socket, Method::PATCH, "/balloon", Some(&body), TIMEOUT)?;
     Ok(String::new())
 }
 
 fn reclaim(socket: &Path, size: u64) -> Result<String, ClientError> {
     let body = json!({ "amount_bytes": size });
     let path = "/lazy-memory/reclaim";
-    let outcome = api::request(socket, Method::PUT, path, Some(&body), RECLAIM_PATIENCE)?;
+    let outcome = api::request(socket, Method::PUT, path, Some(&body), RECLAIM_TIMEOUT)?;
     let time = Duration::from_micros(number(&outcome, "duration_us"));
     let bytes = human(number(&outcome, "reclaimed_bytes"));
     Ok(format!("{bytes} returned to the host in {time:?}"))
@@ -140,7 +140,7 @@ fn reclaim(socket: &Path, size: u64) -> Result<String, ClientError> {
 
 fn stop(socket: &Path) -> Result<String, ClientError> {
     let body = json!({ "action_type": "InstanceStop" });
-    api::request(socket, Method::PUT, "/actions", Some(&body), PATIENCE)?;
+    api::request(socket, Method::PUT, "/actions", Some(&body), TIMEOUT)?;
     Ok(String::new())
 }
 
@@ -168,9 +168,9 @@ fn set_teardown(socket: &Path, settings: &[TeardownSpec]) -> Result<String, Clie
             body["batch_bytes"] = batch.into();
         }
     }
-    let asked = api::request(socket, Method::PATCH, "/teardown", Some(&body), PATIENCE);
+    let asked = api::request(socket, Method::PATCH, "/teardown", Some(&body), TIMEOUT);
     match (asked, body["workers"].as_u64()) {
-        // It has ended: then the memory may be being freed behind it, by whoever holds the lock.
+        // The monitor has ended. The process that frees its memory holds the lock and takes a new number of workers.
         (Err(ClientError::Connect { .. }), Some(workers))
             if matches!(lock::ask_for_workers(socket, workers), Ok(true)) =>
         {
@@ -183,7 +183,7 @@ fn set_teardown(socket: &Path, settings: &[TeardownSpec]) -> Result<String, Clie
     }
 }
 
-/// Waits until the memory is free, with a bar where somebody looks.
+/// Waits until the machine's memory is free. Draws a progress bar if standard error is a terminal.
 fn wait(socket: &Path) -> u8 {
     let shown = io::stderr().is_terminal();
     let mut last = None;
@@ -217,10 +217,10 @@ fn wait(socket: &Path) -> u8 {
 }
 
 fn get(socket: &Path, path: &str) -> Result<Value, ClientError> {
-    api::request(socket, Method::GET, path, None, PATIENCE)
+    api::request(socket, Method::GET, path, None, TIMEOUT)
 }
 
-/// Null where the machine says that it has no such device.
+/// Turns the refusal "no such device" into null.
 fn if_present(answer: Result<Value, ClientError>) -> Result<Value, ClientError> {
     match answer {
         Err(ClientError::Refused { status: 400, .. }) => Ok(Value::Null),
@@ -294,7 +294,7 @@ fn describe_arena(arena: &Value) -> String {
     )
 }
 
-/// What became of the free pages that the guest reports; nothing to say when it was not asked to.
+/// Free pages that the guest has reported, and what was done with them; `None` where reporting is off.
 fn describe_reporting(lazy: &Value) -> Option<String> {
     let reporting = &lazy["reporting"];
     let mode = reporting["mode"].as_str().filter(|mode| *mode != "off")?;
@@ -307,7 +307,7 @@ fn describe_reporting(lazy: &Value) -> Option<String> {
     ))
 }
 
-/// `bytes` in the largest unit of which there is at least one, to three digits.
+/// Formats `bytes` with three digits in the largest unit that does not exceed it.
 fn human(bytes: u64) -> String {
     let units = ["KiB", "MiB", "GiB", "TiB"];
     if bytes < 1024 {

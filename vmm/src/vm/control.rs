@@ -1,4 +1,4 @@
-//! What the operator asks of a running machine, carried out.
+//! Carries out what the operator asks of a running machine.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,9 +11,9 @@ use crate::arena::{Arena, Arenas};
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
 use crate::control::{
-    ArenaState, BalloonState, BalloonStatistics, Command, CommandError, Controller, GateState,
-    HypercallState, InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingState, Response,
-    StrictState,
+    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, GateState,
+    HypercallState, InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingState, StrictState,
+    TeardownState,
 };
 use crate::devices::virtio::balloon::{BalloonHandle, ReportStats};
 use crate::generation::{Gate, GateStats};
@@ -51,39 +51,6 @@ pub struct Control {
     pub ending: Arc<Ending>,
 }
 
-impl Controller for Control {
-    fn execute(&self, command: Command) -> Result<Response, CommandError> {
-        Ok(match command {
-            Command::Info => Response::Info(self.info()),
-            Command::Config => Response::Config(Box::new(self.config.clone())),
-            Command::Balloon => Response::Balloon(self.balloon_state()?),
-            Command::SetBalloon { bytes } => {
-                self.set_balloon(bytes)?;
-                Response::Done
-            }
-            Command::BalloonStatistics => Response::BalloonStatistics(self.statistics()?),
-            Command::SetStatisticsInterval { seconds } => {
-                self.balloon()?
-                    .set_statistics_interval(seconds)
-                    .map_err(failed)?;
-                Response::Done
-            }
-            Command::LazyMemory => Response::LazyMemory(Box::new(self.lazy_memory())),
-            Command::Arenas => Response::Arenas(self.arenas()),
-            Command::Reclaim { bytes } => Response::Reclaimed(self.reclaim(bytes)),
-            Command::Teardown => Response::Teardown(self.ending.state()),
-            Command::SetTeardown { workers, batch } => {
-                self.ending.tune(workers, batch)?;
-                Response::Done
-            }
-            Command::Stop => {
-                self.exit.request(ExitReason::Stop);
-                Response::Done
-            }
-        })
-    }
-}
-
 fn failed(error: impl std::error::Error) -> CommandError {
     CommandError::Failed(error.to_string())
 }
@@ -109,7 +76,7 @@ const fn strict_state(stats: StrictStats) -> StrictState {
     }
 }
 
-impl Control {
+impl Controller for Control {
     fn info(&self) -> InstanceInfo {
         InstanceInfo {
             id: self.config.id.clone(),
@@ -121,16 +88,12 @@ impl Control {
         }
     }
 
-    fn balloon(&self) -> Result<&BalloonHandle, CommandError> {
-        const NO_BALLOON: CommandError = CommandError::NoDevice {
-            device: "balloon",
-            option: "--balloon size=0",
-        };
-        self.balloon.as_ref().ok_or(NO_BALLOON)
+    fn config(&self) -> &MachineConfig {
+        &self.config
     }
 
-    fn balloon_state(&self) -> Result<BalloonState, CommandError> {
-        let status = self.balloon()?.status();
+    fn balloon(&self) -> Result<BalloonState, CommandError> {
+        let status = self.balloon_handle()?.status();
         Ok(BalloonState {
             target_bytes: status.target_bytes,
             actual_bytes: status.actual_bytes,
@@ -142,7 +105,7 @@ impl Control {
     }
 
     fn set_balloon(&self, bytes: u64) -> Result<(), CommandError> {
-        let balloon = self.balloon()?;
+        let balloon = self.balloon_handle()?;
         let most = self.config.memory.size;
         if bytes > most {
             let bound = format!("the guest has {most} bytes of memory");
@@ -155,9 +118,9 @@ impl Control {
         balloon.set_target(bytes).map_err(failed)
     }
 
-    fn statistics(&self) -> Result<BalloonStatistics, CommandError> {
+    fn balloon_statistics(&self) -> Result<BalloonStatistics, CommandError> {
         const MIB: u64 = 1 << 20;
-        let balloon = self.balloon()?;
+        let balloon = self.balloon_handle()?;
         let (status, guest) = (balloon.status(), balloon.statistics().map_err(failed)?);
         // Both counts are 32 bits wide in the device.
         let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
@@ -177,6 +140,11 @@ impl Control {
             hugetlb_allocations: guest.hugetlb_allocations,
             hugetlb_failures: guest.hugetlb_failures,
         })
+    }
+
+    fn set_statistics_interval(&self, seconds: u16) -> Result<(), CommandError> {
+        let balloon = self.balloon_handle()?;
+        balloon.set_statistics_interval(seconds).map_err(failed)
     }
 
     fn lazy_memory(&self) -> LazyMemoryState {
@@ -214,28 +182,11 @@ impl Control {
             pressure_events_total: reclaim.pressure_events_total,
             gate: gate_state(&reclaim.gate),
             hypercalls: self.hypercall_state(),
-            reporting: self.reporting(),
+            reporting: self.reporting_state(),
             strict: self
                 .strict
                 .as_ref()
                 .map(|strict| strict_state(strict.snapshot())),
-        }
-    }
-
-    fn hypercall_state(&self) -> HypercallState {
-        let stats = self.hypercalls.stats();
-        HypercallState {
-            lazy_free_total: stats.calls(Operation::LazyFree),
-            reuse_total: stats.calls(Operation::Reuse),
-            lazy_free_batch_total: stats.calls(Operation::LazyFreeBatch),
-            reuse_batch_total: stats.calls(Operation::ReuseBatch),
-            query_total: stats.calls(Operation::Query),
-            reset_total: stats.calls(Operation::Reset),
-            features_total: stats.calls(Operation::Features),
-            arena_info_total: stats.calls(Operation::ArenaInfo),
-            failed_total: stats.failed,
-            prefaulted_bytes_total: stats.prefaulted_bytes,
-            prefault_failures_total: stats.prefault_failures,
         }
     }
 
@@ -260,7 +211,54 @@ impl Control {
         self.arenas.iter().map(state).collect()
     }
 
-    fn reporting(&self) -> ReportingState {
+    fn reclaim(&self, bytes: u64) -> ReclaimOutcome {
+        let outcome = self.reclaimer.reclaim(bytes);
+        ReclaimOutcome {
+            reclaimed_bytes: outcome.bytes,
+            duration_us: u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
+        }
+    }
+
+    fn teardown(&self) -> TeardownState {
+        self.ending.state()
+    }
+
+    fn set_teardown(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError> {
+        self.ending.tune(workers, batch)
+    }
+
+    fn stop(&self) {
+        self.exit.request(ExitReason::Stop);
+    }
+}
+
+impl Control {
+    fn balloon_handle(&self) -> Result<&BalloonHandle, CommandError> {
+        const NO_BALLOON: CommandError = CommandError::NoDevice {
+            device: "balloon",
+            option: "--balloon size=0",
+        };
+        self.balloon.as_ref().ok_or(NO_BALLOON)
+    }
+
+    fn hypercall_state(&self) -> HypercallState {
+        let stats = self.hypercalls.stats();
+        HypercallState {
+            lazy_free_total: stats.calls(Operation::LazyFree),
+            reuse_total: stats.calls(Operation::Reuse),
+            lazy_free_batch_total: stats.calls(Operation::LazyFreeBatch),
+            reuse_batch_total: stats.calls(Operation::ReuseBatch),
+            query_total: stats.calls(Operation::Query),
+            reset_total: stats.calls(Operation::Reset),
+            features_total: stats.calls(Operation::Features),
+            arena_info_total: stats.calls(Operation::ArenaInfo),
+            failed_total: stats.failed,
+            prefaulted_bytes_total: stats.prefaulted_bytes,
+            prefault_failures_total: stats.prefault_failures,
+        }
+    }
+
+    fn reporting_state(&self) -> ReportingState {
         let balloon = self.balloon.as_ref();
         let found = balloon.map_or_else(ReportStats::default, BalloonHandle::reports);
         let taken = self.reported.snapshot();
@@ -282,14 +280,6 @@ impl Control {
             failures_total: taken.failures_total,
             discarded_bytes_total: taken.discarded_bytes_total,
             marked_bytes_total: taken.marked_bytes_total,
-        }
-    }
-
-    fn reclaim(&self, bytes: u64) -> ReclaimOutcome {
-        let outcome = self.reclaimer.reclaim(bytes);
-        ReclaimOutcome {
-            reclaimed_bytes: outcome.bytes,
-            duration_us: u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The API over a real socket, in front of a machine that only remembers what it was asked.
+//! The API over a real socket, with a machine that only remembers what it was told.
 
 mod names;
 
@@ -18,66 +18,117 @@ use tempfile::TempDir;
 use super::{ClientError, Server, request, serve};
 use crate::config::{MachineConfig, MachineSpec};
 use crate::control::{
-    BalloonState, BalloonStatistics, Command, CommandError, Controller, InstanceInfo,
-    LazyMemoryState, ReclaimOutcome, Response,
+    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, InstanceInfo,
+    LazyMemoryState, ReclaimOutcome, TeardownState,
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a test waits for an answer.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A machine that answers every command; a reclaim waits until the test lets it go.
+/// A machine that remembers what it was told to do. A reclaim waits until the test lets it go on.
 struct Machine {
-    asked: Mutex<Vec<Command>>,
+    told: Mutex<Vec<String>>,
     reclaim: Mutex<Receiver<()>>,
     config: MachineConfig,
 }
 
+impl Machine {
+    fn note(&self, what: impl Into<String>) {
+        self.told.lock().unwrap().push(what.into());
+    }
+}
+
 impl Controller for Machine {
-    fn execute(&self, command: Command) -> Result<Response, CommandError> {
-        self.asked.lock().unwrap().push(command.clone());
-        Ok(match command {
-            Command::Info => Response::Info(InstanceInfo {
-                id: "test".to_owned(),
-                state: "Running",
-                vmm_version: "1",
-                app_name: "Ebb",
-                pid: 7,
-                uptime_ms: 9,
-            }),
-            Command::Config => Response::Config(Box::new(self.config.clone())),
-            Command::Balloon => Response::Balloon(BalloonState {
-                target_bytes: 64 << 20,
-                actual_bytes: 32 << 20,
-                deflate_on_oom: true,
-                statistics_interval_s: 5,
-                lazy: true,
-                free_page_reporting: true,
-            }),
-            Command::BalloonStatistics => Response::BalloonStatistics(BalloonStatistics {
-                target_mib: 64,
-                free_memory: Some(4096),
-                ..BalloonStatistics::default()
-            }),
-            Command::LazyMemory => Response::LazyMemory(Box::new(LazyMemoryState {
-                lazy_bytes: 4096,
-                ..LazyMemoryState::default()
-            })),
-            Command::SetBalloon { bytes } if bytes > 1 << 30 => {
-                return Err(CommandError::OutOfBounds {
-                    what: "amount",
-                    value: bytes,
-                    bound: "the guest has less".to_owned(),
-                });
-            }
-            Command::SetStatisticsInterval { seconds: 13 } => panic!("a bug in the machine"),
-            Command::Reclaim { bytes } => {
-                self.reclaim.lock().unwrap().recv().unwrap();
-                Response::Reclaimed(ReclaimOutcome {
-                    reclaimed_bytes: bytes,
-                    duration_us: 1,
-                })
-            }
-            _ => Response::Done,
+    fn info(&self) -> InstanceInfo {
+        InstanceInfo {
+            id: "test".to_owned(),
+            state: "Running",
+            vmm_version: "1",
+            app_name: "Ebb",
+            pid: 7,
+            uptime_ms: 9,
+        }
+    }
+
+    fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    fn balloon(&self) -> Result<BalloonState, CommandError> {
+        Ok(BalloonState {
+            target_bytes: 64 << 20,
+            actual_bytes: 32 << 20,
+            deflate_on_oom: true,
+            statistics_interval_s: 5,
+            lazy: true,
+            free_page_reporting: true,
         })
+    }
+
+    fn set_balloon(&self, bytes: u64) -> Result<(), CommandError> {
+        self.note(format!("balloon {bytes}"));
+        if bytes <= 1 << 30 {
+            return Ok(());
+        }
+        Err(CommandError::OutOfBounds {
+            what: "amount",
+            value: bytes,
+            bound: "the guest has less".to_owned(),
+        })
+    }
+
+    fn balloon_statistics(&self) -> Result<BalloonStatistics, CommandError> {
+        Ok(BalloonStatistics {
+            target_mib: 64,
+            free_memory: Some(4096),
+            ..BalloonStatistics::default()
+        })
+    }
+
+    fn set_statistics_interval(&self, seconds: u16) -> Result<(), CommandError> {
+        self.note(format!("interval {seconds}"));
+        assert_ne!(seconds, 13, "a bug in the machine");
+        Ok(())
+    }
+
+    fn lazy_memory(&self) -> LazyMemoryState {
+        LazyMemoryState {
+            lazy_bytes: 4096,
+            ..LazyMemoryState::default()
+        }
+    }
+
+    fn arenas(&self) -> Vec<ArenaState> {
+        vec![ArenaState {
+            id: "heap".to_owned(),
+            ..ArenaState::default()
+        }]
+    }
+
+    fn reclaim(&self, bytes: u64) -> ReclaimOutcome {
+        self.note(format!("reclaim {bytes}"));
+        self.reclaim.lock().unwrap().recv().unwrap();
+        ReclaimOutcome {
+            reclaimed_bytes: bytes,
+            duration_us: 1,
+        }
+    }
+
+    fn teardown(&self) -> TeardownState {
+        TeardownState {
+            workers: 3,
+            batch_bytes: 4096,
+            guardian: true,
+        }
+    }
+
+    fn set_teardown(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError> {
+        self.note(format!("teardown {workers:?} {batch:?}"));
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.note("stop");
     }
 }
 
@@ -100,7 +151,7 @@ impl Bench {
         config.disks = vec!["path=/d,readonly=on".parse().unwrap()];
         let (go, reclaim) = channel();
         let machine = Arc::new(Machine {
-            asked: Mutex::default(),
+            told: Mutex::default(),
             reclaim: Mutex::new(reclaim),
             config,
         });
@@ -118,14 +169,14 @@ impl Bench {
     }
 
     fn ask(&self, method: Method, path: &str, body: Option<Value>) -> Result<Value, ClientError> {
-        request(&self.socket(), method, path, body.as_ref(), PATIENCE)
+        request(&self.socket(), method, path, body.as_ref(), TIMEOUT)
     }
 
     fn get(&self, path: &str) -> Value {
         self.ask(Method::GET, path, None).unwrap()
     }
 
-    /// Status and message of a request that has to fail.
+    /// Returns the status and message of a request, which must fail.
     fn fault(&self, method: Method, path: &str, body: Value) -> (u16, String) {
         match self.ask(method, path, Some(body)) {
             Err(ClientError::Refused { status, message }) => (status, message),
@@ -133,14 +184,15 @@ impl Bench {
         }
     }
 
-    fn last(&self) -> Option<Command> {
-        self.machine.asked.lock().unwrap().last().cloned()
+    /// What the machine was told last.
+    fn last(&self) -> Option<String> {
+        self.machine.told.lock().unwrap().last().cloned()
     }
 
     /// Sends `text` as it is, and reads until the server closes the connection.
     fn raw(&self, text: &[u8]) -> String {
         let mut stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.write_all(text).unwrap();
         let mut answer = Vec::new();
         // The server may close before it has read everything, which ends in an error after the answer.
@@ -172,6 +224,9 @@ fn what_can_be_read() {
     assert_eq!(statistics["free_memory"], 4096);
     assert_eq!(statistics.get("swap_in"), None);
     assert_eq!(bench.get("/lazy-memory")["lazy_bytes"], 4096);
+    assert_eq!(bench.get("/arenas")[0]["id"], "heap");
+    let teardown = json!({ "workers": 3, "batch_bytes": 4096, "guardian": true });
+    assert_eq!(bench.get("/teardown"), teardown);
     let config = bench.get("/vm/config");
     assert_eq!(config["machine-config"]["mem_size_mib"], 512);
     assert_eq!(config["machine-config"]["vcpu_count"], 1);
@@ -184,22 +239,41 @@ fn what_can_be_read() {
 #[test]
 fn what_can_be_changed() {
     let bench = Bench::new();
-    let done = |method, path, body| {
+    for (method, path, body, told) in [
+        (
+            Method::PATCH,
+            "/balloon",
+            json!({ "amount_mib": 100 }),
+            "balloon 104857600",
+        ),
+        (
+            Method::PATCH,
+            "/balloon/statistics",
+            json!({ "stats_polling_interval_s": 3 }),
+            "interval 3",
+        ),
+        (
+            Method::PATCH,
+            "/teardown",
+            json!({ "workers": 4 }),
+            "teardown Some(4) None",
+        ),
+        (
+            Method::PATCH,
+            "/teardown",
+            json!({ "batch_bytes": 4096 }),
+            "teardown None Some(4096)",
+        ),
+        (
+            Method::PUT,
+            "/actions",
+            json!({ "action_type": "InstanceStop" }),
+            "stop",
+        ),
+    ] {
         assert_eq!(bench.ask(method, path, Some(body)).unwrap(), Value::Null);
-        bench.last().unwrap()
-    };
-    let bytes = 100 << 20;
-    assert_eq!(
-        done(Method::PATCH, "/balloon", json!({ "amount_mib": 100 })),
-        Command::SetBalloon { bytes }
-    );
-    let interval = json!({ "stats_polling_interval_s": 3 });
-    assert_eq!(
-        done(Method::PATCH, "/balloon/statistics", interval),
-        Command::SetStatisticsInterval { seconds: 3 }
-    );
-    let stop = json!({ "action_type": "InstanceStop" });
-    assert_eq!(done(Method::PUT, "/actions", stop), Command::Stop);
+        assert_eq!(bench.last().unwrap(), told);
+    }
     for amount in [
         json!({ "amount_mib": 1 }),
         json!({ "amount_bytes": 1 << 20 }),
@@ -210,7 +284,7 @@ fn what_can_be_changed() {
     }
 }
 
-/// Method, path and body; status; and what the message says.
+/// Method, path and body; status; and a part of the message.
 const REFUSED: &[(&str, u16, &str)] = &[
     (
         r#"PATCH /balloon {"amount_mb": 1}"#,
@@ -332,10 +406,10 @@ fn a_blocked_command_holds_up_no_other() {
             Method::PUT,
             "/lazy-memory/reclaim",
             Some(&body),
-            PATIENCE,
+            TIMEOUT,
         )
     });
-    while bench.last() != Some(Command::Reclaim { bytes: 5 }) {
+    while bench.last().as_deref() != Some("reclaim 5") {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(bench.get("/")["id"], "test");
@@ -346,7 +420,7 @@ fn a_blocked_command_holds_up_no_other() {
 #[test]
 fn slow_and_silent_clients_are_let_go() {
     let bench = Bench::new();
-    // More silent clients than there are places, and slow ones among them.
+    // More silent clients than the server serves at a time; every second one has begun a request.
     let clients: Vec<UnixStream> = (0..super::server::MAX_CONNECTIONS + 4)
         .map(|index| {
             let mut stream = UnixStream::connect(bench.socket()).unwrap();
@@ -364,7 +438,7 @@ fn slow_and_silent_clients_are_let_go() {
         start.elapsed()
     );
     drop(clients);
-    // One that promises a body and does not send it.
+    // A client that announces a body and does not send it.
     let head = b"PATCH /balloon HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{";
     assert!(bench.raw(head).starts_with("HTTP/1.1 408"));
 }
@@ -415,7 +489,7 @@ fn the_socket_is_private_and_goes_with_the_server() {
     // A socket left behind by a monitor that was killed is replaced.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let server = serve(&path, machine.clone()).unwrap();
-    let version = request(&path, Method::GET, "/version", None, PATIENCE).unwrap();
+    let version = request(&path, Method::GET, "/version", None, TIMEOUT).unwrap();
     assert!(version["vmm_version"].is_string());
 
     // What another put in its place is left alone.
@@ -432,15 +506,15 @@ fn the_socket_is_private_and_goes_with_the_server() {
 fn a_client_without_a_server_is_told_so() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("api");
-    let error = request(&path, Method::GET, "/", None, PATIENCE).unwrap_err();
+    let error = request(&path, Method::GET, "/", None, TIMEOUT).unwrap_err();
     assert!(matches!(error, ClientError::Connect { .. }));
     assert!(
         error.to_string().contains("is the machine running"),
         "{error}"
     );
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    let patience = Duration::from_millis(50);
-    let error = request(&path, Method::GET, "/", None, patience).unwrap_err();
+    let limit = Duration::from_millis(50);
+    let error = request(&path, Method::GET, "/", None, limit).unwrap_err();
     assert!(matches!(error, ClientError::TimedOut(_)), "{error}");
     drop(listener);
 }
