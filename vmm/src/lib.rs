@@ -1,6 +1,6 @@
 //! Ebb: a virtual machine monitor on KVM whose guests hand memory back lazily.
 //!
-//! The modules are listed bottom up; each may use only those that ARCHITECTURE.md allows it.
+//! What its threads share is in `ebb-core`. Each module may use only what ARCHITECTURE.md allows it.
 
 pub mod api;
 pub mod arch;
@@ -13,16 +13,13 @@ pub mod devices;
 pub mod doctor;
 pub mod exit;
 pub mod faults;
-pub mod generation;
 pub mod guardian;
 pub mod hypercall;
 pub mod irq;
 pub mod kvm;
-pub mod lazy;
 pub mod memory;
 pub mod reclaim;
 pub mod strict;
-pub mod sync;
 pub mod sys;
 pub mod teardown;
 pub mod vcpu;

@@ -1,11 +1,10 @@
 //! The table of an arena between a guest that keeps to the rules and the monitor's reclaimers.
 #![cfg(loom)]
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use ebb_models::arena::{Table, Words};
-use ebb_models::sync::{Mutant, set_mutant};
+use ebb_core::table::{Table, Words};
+use ebb_models::check;
 use hypercall_abi::granule::{Reuse, Word};
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU64, Ordering};
@@ -100,28 +99,6 @@ impl Machine {
     }
 }
 
-/// The mistakes are switched for the whole process.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-fn explore(preemptions: usize, model: fn()) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(model);
-}
-
-/// The model holds, and each of the mistakes makes it fail.
-fn check(preemptions: usize, model: fn(), mistakes: &[Mutant]) {
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    set_mutant(None);
-    explore(preemptions, model);
-    for &mistake in mistakes {
-        set_mutant(Some(mistake));
-        let result = catch_unwind(AssertUnwindSafe(|| explore(preemptions, model)));
-        set_mutant(None);
-        assert!(result.is_err(), "{mistake:?} is not noticed");
-    }
-}
-
 /// One granule, freed and taken back twice, while a reclaimer takes it.
 fn a_granule_in_use_is_never_discarded() {
     let machine = Machine::new(1);
@@ -137,8 +114,11 @@ fn a_granule_in_use_is_never_discarded() {
 
 #[test]
 fn one_guest_one_reclaimer() {
-    let mistakes = [Mutant::GranuleMarkedLate, Mutant::GranuleReuseDoesNotWait];
-    check(4, a_granule_in_use_is_never_discarded, &mistakes);
+    let faults = [
+        "a granule is marked late",
+        "a reuse does not wait for the granule",
+    ];
+    check(4, a_granule_in_use_is_never_discarded, &faults);
 }
 
 /// Two threads of the guest with a granule each, and two reclaimers, one of which the host refuses.
@@ -166,5 +146,9 @@ fn two_against_two() {
 
 #[test]
 fn two_guests_two_reclaimers() {
-    check(2, two_against_two, &[Mutant::GranuleReuseDoesNotWait]);
+    check(
+        2,
+        two_against_two,
+        &["a reuse does not wait for the granule"],
+    );
 }

@@ -1,47 +1,20 @@
-//! Models of vCPUs, gate, tracker and reclaimers, and the mistakes that they must catch.
+//! Models of vCPUs, gate, tracker and reclaimers, and the faults that they must catch.
 #![cfg(loom)]
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ebb_models::generation::{Gate, NoKick, VmGeneration};
-use ebb_models::lazy::{LazyMemory, Pieces, Sweep};
-use ebb_models::memory::{GpaRange, PAGE_SIZE};
-use ebb_models::offer::{Offer, Work};
-use ebb_models::slice::{Limits, Pages, Slicer, Stage, Treated};
-use ebb_models::sync::{Mutant, set_mutant};
+use ebb_core::generation::{Gate, NoKick, VmGeneration};
+use ebb_core::lazy::{LazyMemory, Pieces, Sweep};
+use ebb_core::offer::OfferSlot;
+use ebb_core::range::{GpaRange, PAGE_SIZE};
+use ebb_core::release::{Release, ReleasePages, Released};
+use ebb_core::slice::{Limits, SliceRequest, Slicer};
+use ebb_models::check;
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
-
-/// The mistakes are switched for the whole process.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-fn explore(preemptions: usize, model: fn()) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(model);
-}
-
-/// The model holds, and each of the mistakes makes it fail.
-fn check(preemptions: usize, model: fn(), mistakes: &[Mutant]) {
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    set_mutant(None);
-    explore(preemptions, model);
-    for &mistake in mistakes {
-        set_mutant(Some(mistake));
-        let result = catch_unwind(AssertUnwindSafe(|| explore(preemptions, model)));
-        set_mutant(None);
-        let Err(panic) = result else {
-            panic!("{mistake:?} is not noticed");
-        };
-        let message = panic.downcast_ref::<String>().map(String::as_str);
-        let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
-        println!("{mistake:?} is caught: {}", message.unwrap_or("a panic"));
-    }
-}
 
 fn page(index: u64) -> GpaRange {
     GpaRange::new(index * PAGE_SIZE, (index + 1) * PAGE_SIZE).unwrap()
@@ -99,8 +72,8 @@ fn quiescence_is_real() {
 
 #[test]
 fn quiescence() {
-    let mistakes = [Mutant::RelaxedSeen, Mutant::NoFence];
-    check(5, quiescence_is_real, &mistakes);
+    let faults = ["a vCPU's word is relaxed", "no fence on entry"];
+    check(5, quiescence_is_real, &faults);
 }
 
 /// A closer that waits for those who are behind gets what it waits for.
@@ -125,7 +98,11 @@ fn catching_up_ends() {
 
 #[test]
 fn catching_up() {
-    check(4, catching_up_ends, &[Mutant::RelaxedSeen, Mutant::NoFence]);
+    check(
+        4,
+        catching_up_ends,
+        &["a vCPU's word is relaxed", "no fence on entry"],
+    );
 }
 
 /// While the gate is held no vCPU is inside, and everybody gets on afterwards.
@@ -150,8 +127,8 @@ fn a_hold_excludes_vcpus() {
 #[test]
 fn holding() {
     // A relaxed word makes no difference here: the fences on both sides order what it leaves open.
-    let mistakes = [Mutant::NoFence, Mutant::SilentOpening];
-    check(2, a_hold_excludes_vcpus, &mistakes);
+    let faults = ["no fence on entry", "opening wakes nobody"];
+    check(2, a_hold_excludes_vcpus, &faults);
 }
 
 /// Whatever a closer and a vCPU are at, stopping ends it.
@@ -180,7 +157,7 @@ fn stopping() {
     check(2, stopping_ends_every_wait, &[]);
 }
 
-/// Memory of a few pages: to treat one is to write to it.
+/// Memory of a few pages: to release one is to write to it.
 struct Cells(Vec<UnsafeCell<u64>>);
 
 // SAFETY: loom runs one thread at a time, and reports accesses that are not ordered: that is the test.
@@ -200,34 +177,43 @@ impl Cells {
     }
 }
 
-impl Pages for Cells {
-    fn can_invalidate(&self) -> bool {
+impl ReleasePages for Cells {
+    fn can_mark_free(&self) -> bool {
         true
     }
 
-    fn batch(&self) -> usize {
+    fn max_batch(&self) -> usize {
         2
     }
 
-    fn treat(&self, ranges: &[GpaRange], _: Stage) -> Treated {
+    fn release(&self, ranges: &[GpaRange], _: Release) -> Released {
         ranges.iter().for_each(|&range| self.write(range));
-        Treated {
+        Released {
             bytes: ranges.iter().map(|range| range.len()).collect(),
             calls: 1,
-            failures: 0,
+            ..Released::default()
         }
     }
 }
 
-const LIMITS: Limits = Limits {
-    ranges: 8,
-    bytes: u64::MAX,
-    pause: Duration::MAX,
-};
+/// A slice over all of `sweep`.
+const fn all(sweep: Sweep, how: Release) -> SliceRequest {
+    let limits = Limits {
+        ranges: 8,
+        bytes: u64::MAX,
+        pause: Duration::MAX,
+    };
+    SliceRequest { sweep, how, limits }
+}
+
+/// A slice over all lazy ranges.
+const fn every(how: Release) -> SliceRequest {
+    all(Sweep::new(Pieces::Any, u64::MAX), how)
+}
 
 struct World {
     gate: Arc<Gate>,
-    offer: Offer,
+    offer: OfferSlot,
     lazy: LazyMemory,
     cells: Arc<Cells>,
 }
@@ -240,7 +226,7 @@ fn machine(vcpus: usize, pages: u64) -> Arc<World> {
     let (generation, gate) = gate(vcpus);
     Arc::new(World {
         gate,
-        offer: Offer::default(),
+        offer: OfferSlot::default(),
         lazy: LazyMemory::new(16, generation),
         cells: Cells::new(pages),
     })
@@ -256,27 +242,23 @@ impl World {
         })
     }
 
-    fn slice(&self, mut sweep: Sweep, stage: Stage, held: bool) {
-        self.with_slicer(|slicer| {
-            if held {
-                slicer.held(&mut sweep, stage, LIMITS);
-            } else {
-                slicer.open(&mut sweep, stage, LIMITS);
-            }
-        });
+    /// Runs a slice with the gate held.
+    fn held(&self, mut request: SliceRequest) {
+        self.with_slicer(|slicer| slicer.held(&mut request));
     }
 
-    /// Lays down a slice that discards everything.
+    /// Runs a slice with the gate open.
+    fn open(&self, mut request: SliceRequest) {
+        self.with_slicer(|slicer| slicer.open(&mut request));
+    }
+
+    /// Offers a slice that discards everything.
     fn post(&self) {
-        self.offer.post(Work {
-            sweep: Sweep::new(Pieces::Any, u64::MAX),
-            stage: Stage::Discard,
-            limits: LIMITS,
-        });
+        self.offer.post(every(Release::Discard));
     }
 
-    /// What a vCPU thread does on its way in.
-    fn pass(&self) {
+    /// What a vCPU thread does before it enters.
+    fn run_offered_slice(&self) {
         if self.offer.is_open() {
             self.with_slicer(|slicer| self.offer.run(slicer));
         }
@@ -300,7 +282,12 @@ fn owned_data_is_never_discarded() {
     let reclaimers = [false, true].map(|held| {
         let world = Arc::clone(&world);
         thread::spawn(move || {
-            world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Discard, held);
+            let request = every(Release::Discard);
+            if held {
+                world.held(request);
+            } else {
+                world.open(request);
+            }
         })
     });
     world.lazy.reuse(&[page(0)]);
@@ -316,8 +303,8 @@ fn owned_data_is_never_discarded() {
 
 #[test]
 fn owned_data() {
-    let mistakes = [Mutant::DiscardAfterReuse];
-    check(3, owned_data_is_never_discarded, &mistakes);
+    let faults = ["a reuse does not wait for the chunk"];
+    check(3, owned_data_is_never_discarded, &faults);
 }
 
 /// Two reclaimers at one range: never both.
@@ -327,10 +314,10 @@ fn one_reclaimer_a_range() {
     let other = {
         let world = Arc::clone(&world);
         thread::spawn(move || {
-            world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Invalidate, false);
+            world.open(every(Release::MarkFree));
         })
     };
-    world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Discard, false);
+    world.open(every(Release::Discard));
     other.join().unwrap();
     world.check_books();
     let stats = world.lazy.snapshot();
@@ -339,7 +326,11 @@ fn one_reclaimer_a_range() {
 
 #[test]
 fn one_reclaimer() {
-    check(4, one_reclaimer_a_range, &[Mutant::CheckThenAct]);
+    check(
+        4,
+        one_reclaimer_a_range,
+        &["the lock is released before the claim"],
+    );
 }
 
 /// The whole way: free, invalidate at the gate, discard what is quiescent, while the vCPU goes in and out
@@ -357,13 +348,10 @@ fn the_whole_way() {
             drop(inside);
         })
     };
-    world.slice(Sweep::new(Pieces::Any, u64::MAX), Stage::Invalidate, true);
+    world.held(every(Release::MarkFree));
     let quiescent = world.gate.quiescent_generation();
-    world.slice(
-        Sweep::unmapped(Pieces::Any, quiescent),
-        Stage::Discard,
-        false,
-    );
+    let unmapped = Sweep::unmapped(Pieces::Any, quiescent);
+    world.open(all(unmapped, Release::Discard));
     vcpu.join().unwrap();
     world.check_books();
     let stats = world.lazy.snapshot();
@@ -372,7 +360,7 @@ fn the_whole_way() {
 
 #[test]
 fn whole_way() {
-    check(3, the_whole_way, &[Mutant::DiscardAfterReuse]);
+    check(3, the_whole_way, &["a reuse does not wait for the chunk"]);
 }
 
 /// A slice is offered; one vCPU may run it on its way in, while another one goes in and out. Whoever runs it, the other
@@ -384,7 +372,7 @@ fn an_offer_disturbs_nobody_inside() {
         let world = Arc::clone(&world);
         thread::spawn(move || {
             if helps {
-                world.pass();
+                world.run_offered_slice();
             }
             let inside = world.gate.enter(usize::from(helps));
             // What it has in its translations.
@@ -393,9 +381,9 @@ fn an_offer_disturbs_nobody_inside() {
         })
     });
     world.post();
-    let (work, done) = world.offer.take_back().expect("it was posted");
-    if done.is_none() {
-        world.slice(work.sweep, work.stage, true);
+    let offered = world.offer.take_back().expect("it was posted");
+    if offered.outcome.is_none() {
+        world.held(offered.request);
     }
     for vcpu in vcpus {
         vcpu.join().unwrap();
@@ -408,7 +396,11 @@ fn an_offer_disturbs_nobody_inside() {
 
 #[test]
 fn offering() {
-    check(2, an_offer_disturbs_nobody_inside, &[Mutant::LookOnce]);
+    check(
+        2,
+        an_offer_disturbs_nobody_inside,
+        &["no second look at the vCPUs"],
+    );
 }
 
 /// Whoever waits for an offer to be taken up gets to know when it was.
@@ -419,21 +411,25 @@ fn an_offer_is_awaited() {
     let vcpu = {
         let world = Arc::clone(&world);
         thread::spawn(move || {
-            // One that finds the desk busy passes on, and comes by again.
+            // One that finds the slot busy enters, and looks again.
             while world.offer.is_open() {
-                world.pass();
+                world.run_offered_slice();
                 drop(world.gate.enter(0));
                 thread::yield_now();
             }
         })
     };
     world.offer.wait(Duration::MAX);
-    let (_, done) = world.offer.take_back().expect("it was posted");
-    assert!(done.is_some_and(|slice| slice.bytes == PAGE_SIZE));
+    let offered = world.offer.take_back().expect("it was posted");
+    assert!(
+        offered
+            .outcome
+            .is_some_and(|slice| slice.bytes == PAGE_SIZE)
+    );
     vcpu.join().unwrap();
 }
 
 #[test]
 fn awaiting_an_offer() {
-    check(4, an_offer_is_awaited, &[Mutant::SilentOffer]);
+    check(4, an_offer_is_awaited, &["running an offer wakes nobody"]);
 }

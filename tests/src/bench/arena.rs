@@ -3,11 +3,12 @@
 use std::path::Path;
 use std::time::Instant;
 
+use ebb_core::range::GpaRange;
 use hypercall_abi::arena::Layout;
 use hypercall_abi::granule::{State, Word};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::arena::Arena;
-use vmm::memory::{Backing, GpaRange, GuestRam};
+use vmm::memory::{Backing, GuestRam};
 use vmm::sys::resident_bytes;
 
 use super::report::{Host, Ratio, Report};

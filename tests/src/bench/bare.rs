@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
+use ebb_core::range::GpaRange;
 use kvm_ioctls::VcpuExit;
 use payload::{ENTRY, Program, Transport};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::arch::registers::Entry;
 use vmm::kvm::Hypervisor;
-use vmm::memory::{Backing, GpaRange, GuestRam};
+use vmm::memory::{Backing, GuestRam};
 
 use crate::error::{Context, Error, Result};
 

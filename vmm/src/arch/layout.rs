@@ -1,6 +1,6 @@
 //! The map of guest-physical addresses, I/O ports and interrupts.
 
-use crate::memory::GpaRange;
+use ebb_core::range::GpaRange;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

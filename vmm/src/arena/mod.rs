@@ -2,9 +2,8 @@
 //! shared table. The monitor looks at the table when the host needs memory, and at no other time.
 //!
 //! The layout is that of [`hypercall_abi::arena`]. The header is written once and never read; the table is read with
-//! suspicion, see [`table`].
+//! suspicion, see [`ebb_core::table`].
 
-pub mod table;
 mod words;
 
 use std::ops::Range;
@@ -15,8 +14,8 @@ use std::time::{Duration, Instant};
 use hypercall_abi::arena::{GENERATION, Header, Layout, REUSE_MAX_GRANULES};
 use vm_memory::GuestMemoryMmap;
 
-use crate::memory::GpaRange;
-use table::{Table, Taken};
+use ebb_core::range::GpaRange;
+use ebb_core::table::{Table, Taken};
 use words::GuestWords;
 
 /// The arenas of a machine, by their numbers.

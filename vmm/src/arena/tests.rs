@@ -1,12 +1,13 @@
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
+use ebb_core::range::PAGE_SIZE;
+use ebb_core::table::Words as _;
 use hypercall_abi::granule::{Reuse, State, Word};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::table::Words as _;
 use super::*;
-use crate::memory::{Backing, GuestRam, PAGE_SIZE};
+use crate::memory::{Backing, GuestRam};
 
 const MIB: u64 = 1 << 20;
 const GRANULE: u64 = 2 * MIB;

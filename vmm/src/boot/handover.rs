@@ -1,5 +1,6 @@
 //! The structures that tell a kernel about its machine: PVH start info, or Linux's zero page.
 
+use ebb_core::range::GpaRange;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
@@ -10,7 +11,6 @@ use linux_loader::loader::elf::start_info::{
 use vm_memory::{GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::arch::layout;
-use crate::memory::GpaRange;
 
 /// What the kernel is told.
 pub struct Handover<'a> {

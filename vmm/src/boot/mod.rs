@@ -7,13 +7,13 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use ebb_core::range::{GpaRange, PAGE_SIZE};
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, PvhBootCapability};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::arch::layout;
 use crate::arch::registers::Entry;
 use crate::config::{KernelConfig, KernelEntry};
-use crate::memory::{GpaRange, PAGE_SIZE};
 use image::{Image, ImageError};
 
 /// The guest cannot be booted from what was given.

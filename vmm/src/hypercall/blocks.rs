@@ -3,6 +3,7 @@
 
 use std::mem::{offset_of, size_of};
 
+use ebb_core::range::{GpaRange, PAGE_SIZE};
 use hypercall_abi::Error;
 use hypercall_abi::arena::ArenaInfo;
 use hypercall_abi::block::{BatchHeader, Descriptor, Query, batch_capacity};
@@ -10,7 +11,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Survey;
 use super::decode::range;
-use crate::memory::{GpaRange, PAGE_SIZE};
 
 const WORD: usize = size_of::<u64>();
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use ebb_core::range::{GpaRange, PAGE_SIZE};
 use hypercall_abi::arena::ArenaInfo;
 use hypercall_abi::block::BATCH_MAX;
 use hypercall_abi::call::PREFAULT_MAX_PAGES;
@@ -16,7 +17,6 @@ use super::decode::{Arguments, Request, decode, range};
 use super::stats::{Counters, HypercallStats, add};
 use super::{LazyOps, Survey};
 use crate::faults::GuestFaults;
-use crate::memory::{GpaRange, PAGE_SIZE};
 
 /// What a machine offers its guest. `instruction` is the feature bit of the instruction that brings a
 /// hypercall to the monitor, where the host lets one through; `arenas`: there are some.

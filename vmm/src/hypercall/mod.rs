@@ -12,10 +12,9 @@ mod tests;
 
 use hypercall_abi::arena::ArenaInfo;
 
-use crate::memory::GpaRange;
-
 pub use decode::{Arguments, Request, decode};
 pub use dispatch::{Hypercalls, offer};
+use ebb_core::range::GpaRange;
 pub use stats::HypercallStats;
 
 /// Pages by state, in bytes.

@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
+use ebb_core::range::PAGE_SIZE;
 use hypercall_abi::arena::ArenaInfo;
 use hypercall_abi::block::{BATCH_MAX, Descriptor};
 use hypercall_abi::status::{self, LAST_RANGE};
@@ -9,7 +10,6 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::memory::PAGE_SIZE;
 
 const PAGE: u64 = PAGE_SIZE;
 /// Two regions of RAM, in pages, with a hole between them.

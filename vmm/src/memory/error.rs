@@ -2,7 +2,8 @@
 
 use std::io;
 
-use super::GpaRange;
+use ebb_core::range::GpaRange;
+
 use crate::sys::Advice;
 
 /// Why guest memory could not be had, or not be given back.

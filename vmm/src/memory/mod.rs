@@ -2,8 +2,6 @@
 
 pub mod error;
 pub mod ram;
-pub mod range;
 
 pub use error::MemoryError;
 pub use ram::{Backing, GuestRam, MissingPage, MissingPages, RamRegion, Release, Released};
-pub use range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};

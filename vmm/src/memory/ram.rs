@@ -7,10 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use super::{BLOCK_SIZE, GpaRange, MemoryError};
+use super::MemoryError;
 pub use missing::{MissingPage, MissingPages};
 
 use crate::sys::mapping::MAX_PARTS;

@@ -4,10 +4,11 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ebb_core::lazy::{Chunk, LazyMemory, Sweep};
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
+use ebb_core::release::{Release, ReleasePages};
+
 use super::Outcome;
-use super::slice::{Pages, Stage};
-use crate::lazy::{Chunk, LazyMemory, Sweep};
-use crate::memory::{BLOCK_SIZE, GpaRange};
 use crate::workers::share;
 
 /// How long a reuse may have to wait for a chunk, unless a call takes that long whatever its size.
@@ -25,8 +26,8 @@ const MAX_WORKERS: u64 = 4;
 /// One sweep over whole blocks, up to a number of bytes.
 pub(super) struct BlockPass<'a> {
     lazy: &'a LazyMemory,
-    pages: &'a dyn Pages,
-    stage: Stage,
+    pages: &'a dyn ReleasePages,
+    how: Release,
     todo: Mutex<Todo>,
 }
 
@@ -39,8 +40,8 @@ struct Todo {
 impl<'a> BlockPass<'a> {
     pub fn new(
         lazy: &'a LazyMemory,
-        pages: &'a dyn Pages,
-        stage: Stage,
+        pages: &'a dyn ReleasePages,
+        how: Release,
         sweep: Sweep,
         bytes: u64,
     ) -> Self {
@@ -52,7 +53,7 @@ impl<'a> BlockPass<'a> {
         Self {
             lazy,
             pages,
-            stage,
+            how,
             todo: Mutex::new(todo),
         }
     }
@@ -91,7 +92,7 @@ impl<'a> BlockPass<'a> {
         let mut pace = Pace::new(size);
         while let Some(chunk) = self.take(pace.size) {
             let (range, start) = (chunk.range(), Instant::now());
-            let refused = self.treat(chunk);
+            let refused = self.release(chunk);
             pace.learn(range.len(), start.elapsed());
             if refused && range.len() > BLOCK_SIZE {
                 self.piecemeal(range);
@@ -112,20 +113,20 @@ impl<'a> BlockPass<'a> {
             })
         };
         while let Some(chunk) = next(&mut sweep) {
-            self.treat(chunk);
+            self.release(chunk);
         }
     }
 
-    /// Brings a chunk to the stage, if the host takes it; true: it has refused.
-    fn treat(&self, chunk: Chunk<'_>) -> bool {
+    /// Releases a chunk. Returns true if the host has refused a part of it.
+    fn release(&self, chunk: Chunk<'_>) -> bool {
         let range = chunk.range();
-        let treated = self.pages.treat(&[range], self.stage);
-        let bytes = treated.bytes.first().copied().unwrap_or(0);
+        let released = self.pages.release(&[range], self.how);
+        let bytes = released.bytes.first().copied().unwrap_or(0);
         // With hugetlb less may be gone than was asked for.
         if bytes == range.len() {
-            match self.stage {
-                Stage::Invalidate => chunk.unmapped(self.lazy.begin_generation()),
-                Stage::Discard => chunk.discarded(),
+            match self.how {
+                Release::MarkFree => chunk.unmapped(self.lazy.begin_generation()),
+                Release::Discard => chunk.discarded(),
             }
         } else {
             drop(chunk);
@@ -133,10 +134,10 @@ impl<'a> BlockPass<'a> {
         self.with(|todo| {
             todo.left += range.len() - bytes.min(range.len());
             todo.outcome.bytes += bytes;
-            todo.outcome.calls += treated.calls;
-            todo.outcome.failures += treated.failures;
+            todo.outcome.calls += released.calls;
+            todo.outcome.failures += released.failures;
         });
-        treated.failures > 0
+        released.failures > 0
     }
 }
 

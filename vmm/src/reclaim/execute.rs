@@ -4,15 +4,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ebb_core::generation::{Gate, GateStats};
+use ebb_core::lazy::{LazyMemory, Pieces, Sweep};
+use ebb_core::offer::OfferSlot;
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
+use ebb_core::release::{Release, ReleasePages};
+use ebb_core::slice::{Limits, SliceOutcome, SliceRequest, Slicer};
+
 use super::blocks::BlockPass;
 use super::granules::GranulePass;
-use super::offer::{Offer, Work};
-use super::slice::{Limits, Pages, Slice, Slicer, Stage};
 use super::{Mode, Reach, Sample, Tuning};
 use crate::arena::Arenas;
-use crate::generation::{Gate, GateStats};
-use crate::lazy::{LazyMemory, Pieces, Sweep};
-use crate::memory::{BLOCK_SIZE, GpaRange};
 
 /// Chunk size to begin with: 0.65 ms at 12 GiB/s, what one core frees in pages of 4 KiB.
 const FIRST_CHUNK: u64 = 8 << 20;
@@ -122,18 +124,18 @@ struct Round {
 /// never waits for that, only for the chunk that it meets.
 ///
 /// Whole blocks are discarded by calls of many megabytes with the vCPUs running: an interrupt for each is
-/// nothing beside the work. What is smaller goes in slices, see [`super::slice`].
+/// nothing beside the work. What is smaller goes in slices, see [`ebb_core::slice`].
 ///
-/// **Locks**, in this order: `round` (for one reclaim), the offer's, the gate's, the tracker's. `stop` is taken alone.
+/// **Locks**, in this order: `round` (for one reclaim), the offer slot's, the gate's, the tracker's. `stop` is taken alone.
 pub struct Reclaimer {
     lazy: Arc<LazyMemory>,
-    pages: Arc<dyn Pages>,
+    pages: Arc<dyn ReleasePages>,
     gate: Arc<Gate>,
     arenas: Arenas,
     tuning: Tuning,
     round: Mutex<Round>,
     cost: AtomicU64,
-    offer: Offer,
+    offer: OfferSlot,
     stop: Mutex<bool>,
     stopped: Condvar,
     counters: Counters,
@@ -145,7 +147,7 @@ impl Reclaimer {
     #[must_use]
     pub fn new(
         lazy: Arc<LazyMemory>,
-        pages: Arc<dyn Pages>,
+        pages: Arc<dyn ReleasePages>,
         gate: Arc<Gate>,
         tuning: Tuning,
     ) -> Self {
@@ -161,7 +163,7 @@ impl Reclaimer {
                 reluctance: (0, 1),
             }),
             cost: AtomicU64::new(0),
-            offer: Offer::default(),
+            offer: OfferSlot::default(),
             stop: Mutex::new(false),
             stopped: Condvar::new(),
             counters: Counters::default(),
@@ -205,7 +207,7 @@ impl Reclaimer {
         let now = self.lazy.generation();
         let old = std::mem::replace(&mut round.old, now);
         self.next_generation();
-        let mut job = self.job(order, Stage::Discard, &mut round);
+        let mut job = self.job(order, Release::Discard, &mut round);
         job.unmapped();
         let newest = now.min(order.newest);
         job.blocks(Sweep::new(Pieces::Blocks, old.min(newest)));
@@ -230,12 +232,12 @@ impl Reclaimer {
     /// discarding it later is cheap. Does nothing where memory cannot be left to the host.
     pub fn invalidate(&self, order: Order) -> Outcome {
         let start = Instant::now();
-        if !self.pages.can_invalidate() {
+        if !self.pages.can_mark_free() {
             return Outcome::default();
         }
         let mut round = self.round();
         let newest = self.lazy.generation().min(order.newest);
-        let mut job = self.job(order, Stage::Invalidate, &mut round);
+        let mut job = self.job(order, Release::MarkFree, &mut round);
         job.blocks(Sweep::new(Pieces::Blocks, newest));
         if order.reach >= Reach::Fragments {
             job.slices(Sweep::new(Pieces::Fragments, newest));
@@ -251,11 +253,11 @@ impl Reclaimer {
     /// tracked. The caller answers for nobody using them before this returns.
     pub fn discard_now(&self, ranges: &[GpaRange]) -> Outcome {
         let start = Instant::now();
-        let treated = self.pages.treat(ranges, Stage::Discard);
+        let released = self.pages.release(ranges, Release::Discard);
         let outcome = Outcome {
-            bytes: treated.bytes.iter().sum(),
-            calls: treated.calls,
-            failures: treated.failures,
+            bytes: released.bytes.iter().sum(),
+            calls: released.calls,
+            failures: released.failures,
             duration: start.elapsed(),
         };
         add(&self.counters.eager_bytes, outcome.bytes);
@@ -347,11 +349,11 @@ impl Reclaimer {
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    const fn job<'a>(&'a self, order: Order, stage: Stage, round: &'a mut Round) -> Job<'a> {
+    const fn job<'a>(&'a self, order: Order, how: Release, round: &'a mut Round) -> Job<'a> {
         Job {
             reclaimer: self,
             order,
-            stage,
+            how,
             round,
             outcome: Outcome {
                 bytes: 0,
@@ -363,7 +365,7 @@ impl Reclaimer {
     }
 
     /// Lets the vCPUs run for long enough that what the slice cost them was its share; false: it is time to stop.
-    fn rest(&self, slice: &Slice, urgent: bool) -> bool {
+    fn rest(&self, slice: &SliceOutcome, urgent: bool) -> bool {
         let share = self.tuning.share * if urgent { 10 } else { 1 };
         let rest = if slice.disturbed > 0 || slice.missed {
             slice.held * (100 * LOST / share.clamp(1, 50) - 1)
@@ -384,7 +386,7 @@ impl Reclaimer {
 struct Job<'a> {
     reclaimer: &'a Reclaimer,
     order: Order,
-    stage: Stage,
+    how: Release,
     round: &'a mut Round,
     outcome: Outcome,
 }
@@ -425,7 +427,7 @@ impl Job<'_> {
         let pass = BlockPass::new(
             &self.reclaimer.lazy,
             &*self.reclaimer.pages,
-            self.stage,
+            self.how,
             sweep,
             self.left(),
         );
@@ -453,21 +455,26 @@ impl Job<'_> {
     }
 
     /// One sweep over what is smaller, in slices with the vCPUs out.
-    fn slices(&mut self, mut sweep: Sweep) {
+    fn slices(&mut self, sweep: Sweep) {
         let reclaimer = self.reclaimer;
         let slicer = reclaimer.slicer();
-        let mut misses = 0;
-        while self.left() > 0 {
-            let limits = Limits {
+        let mut request = SliceRequest {
+            sweep,
+            how: self.how,
+            limits: Limits {
                 ranges: reclaimer.tuning.slice,
                 bytes: self.left(),
                 pause: reclaimer.tuning.pause,
-            };
+            },
+        };
+        let mut misses = 0;
+        while self.left() > 0 {
+            request.limits.bytes = self.left();
             let slice = if misses < MAX_MISSES {
-                self.offered(&mut sweep, limits)
-                    .unwrap_or_else(|| slicer.held(&mut sweep, self.stage, limits))
+                self.offered(&mut request)
+                    .unwrap_or_else(|| slicer.held(&mut request))
             } else {
-                slicer.open(&mut sweep, self.stage, limits)
+                slicer.open(&mut request)
             };
             let kind = if misses < MAX_MISSES {
                 &reclaimer.counters.held_slices
@@ -482,7 +489,7 @@ impl Job<'_> {
             misses = if slice.missed { misses + 1 } else { 0 };
             let more = !slice.done && self.left() > 0;
             if !more
-                || !reclaimer.lazy.peek(&mut sweep, self.left())
+                || !reclaimer.lazy.peek(&mut request.sweep, self.left())
                 || !reclaimer.rest(&slice, self.order.urgent)
             {
                 return;
@@ -493,7 +500,7 @@ impl Job<'_> {
 
 impl Job<'_> {
     /// Offers a slice to the vCPUs that come by; `None` when nobody took it up, or it was not worth a try.
-    fn offered(&mut self, sweep: &mut Sweep, limits: Limits) -> Option<Slice> {
+    fn offered(&mut self, request: &mut SliceRequest) -> Option<SliceOutcome> {
         let reclaimer = self.reclaimer;
         let (left, of) = &mut self.round.reluctance;
         if *left > 0 {
@@ -501,18 +508,18 @@ impl Job<'_> {
             return None;
         }
         // With every vCPU out there is nobody to ask, nor to interrupt.
-        if reclaimer.gate.is_empty() || !reclaimer.lazy.peek(sweep, limits.bytes) {
+        if reclaimer.gate.is_empty()
+            || !reclaimer
+                .lazy
+                .peek(&mut request.sweep, request.limits.bytes)
+        {
             return None;
         }
-        reclaimer.offer.post(Work {
-            sweep: sweep.clone(),
-            stage: self.stage,
-            limits,
-        });
+        reclaimer.offer.post(request.clone());
         reclaimer.offer.wait(OFFER_TIME);
-        let (work, done) = reclaimer.offer.take_back()?;
-        *sweep = work.sweep;
-        let Some(slice) = done else {
+        let offered = reclaimer.offer.take_back()?;
+        *request = offered.request;
+        let Some(slice) = offered.outcome else {
             (*left, *of) = (*of, (*of * 2).min(MAX_RELUCTANCE));
             return None;
         };
@@ -528,10 +535,12 @@ fn add(counter: &AtomicU64, amount: u64) {
 
 #[cfg(test)]
 mod tests {
+    use ebb_core::generation::{NoKick, VmGeneration};
+    use ebb_core::range::PAGE_SIZE;
+    use ebb_core::release::Released;
+
     use super::*;
-    use crate::generation::{NoKick, VmGeneration};
-    use crate::memory::{Backing, GuestRam, PAGE_SIZE};
-    use crate::reclaim::slice::Treated;
+    use crate::memory::{Backing, GuestRam};
 
     const MIB: u64 = 1 << 20;
 
@@ -544,7 +553,7 @@ mod tests {
         over(Arc::new(ram), 0, Tuning::default())
     }
 
-    fn over(pages: Arc<dyn Pages>, vcpus: usize, tuning: Tuning) -> Reclaimer {
+    fn over(pages: Arc<dyn ReleasePages>, vcpus: usize, tuning: Tuning) -> Reclaimer {
         let generation = Arc::new(VmGeneration::default());
         let gate = Gate::new(vcpus, Arc::clone(&generation), Box::new(NoKick));
         let lazy = LazyMemory::new(1000, generation);
@@ -598,28 +607,29 @@ mod tests {
 
     /// Memory whose first page the host will not take, with a log of what it was asked.
     #[derive(Default)]
-    struct Stubborn(Mutex<Vec<(GpaRange, Stage)>>);
+    struct Stubborn(Mutex<Vec<(GpaRange, Release)>>);
 
-    impl Pages for Stubborn {
-        fn can_invalidate(&self) -> bool {
+    impl ReleasePages for Stubborn {
+        fn can_mark_free(&self) -> bool {
             true
         }
 
-        fn batch(&self) -> usize {
+        fn max_batch(&self) -> usize {
             7
         }
 
-        fn treat(&self, ranges: &[GpaRange], stage: Stage) -> Treated {
+        fn release(&self, ranges: &[GpaRange], how: Release) -> Released {
             let bytes = ranges.iter().map(|range| {
-                self.0.lock().unwrap().push((*range, stage));
+                self.0.lock().unwrap().push((*range, how));
                 if range.start() == 0 { 0 } else { range.len() }
             });
             let bytes: Vec<_> = bytes.collect();
             let failures = bytes.iter().filter(|bytes| **bytes == 0).count() as u64;
-            Treated {
+            Released {
                 bytes,
                 calls: 1,
                 failures,
+                error: None,
             }
         }
     }
@@ -666,7 +676,7 @@ mod tests {
         );
         assert!(stats.held_slices_total >= 2 + 2 + 4, "{stats:?}");
         assert_eq!(stats.gate.closings, stats.held_slices_total);
-        assert_eq!(pages.0.lock().unwrap()[30].1, Stage::Discard);
+        assert_eq!(pages.0.lock().unwrap()[30].1, Release::Discard);
     }
 
     #[test]
@@ -695,10 +705,10 @@ mod tests {
     #[test]
     fn stopping_ends_a_rest() {
         let reclaimer = reclaimer(4);
-        let slice = Slice {
+        let slice = SliceOutcome {
             disturbed: 1,
             held: MAX_REST,
-            ..Slice::default()
+            ..SliceOutcome::default()
         };
         std::thread::scope(|scope| {
             let rest = scope.spawn(|| reclaimer.rest(&slice, false));

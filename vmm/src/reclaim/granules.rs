@@ -2,15 +2,16 @@
 
 use std::time::Instant;
 
+use ebb_core::release::{Release, ReleasePages};
+
 use super::Outcome;
 use super::blocks::Pace;
-use super::slice::{Pages, Stage};
 use crate::arena::Arena;
 
 /// One sweep over an arena.
 pub(super) struct GranulePass<'a> {
     pub arena: &'a Arena,
-    pub pages: &'a dyn Pages,
+    pub pages: &'a dyn ReleasePages,
     /// What was freed later is left alone.
     pub newest: u64,
     /// At most so much.
@@ -29,12 +30,12 @@ impl GranulePass<'_> {
             };
             let len = taken.ranges().iter().map(|range| range.len()).sum();
             let start = Instant::now();
-            let treated = self.pages.treat(taken.ranges(), Stage::Discard);
+            let released = self.pages.release(taken.ranges(), Release::Discard);
             pace.learn(len, start.elapsed());
-            taken.finish(&treated.bytes);
-            outcome.bytes += treated.bytes.iter().sum::<u64>();
-            outcome.calls += treated.calls;
-            outcome.failures += treated.failures;
+            taken.finish(&released.bytes);
+            outcome.bytes += released.bytes.iter().sum::<u64>();
+            outcome.calls += released.calls;
+            outcome.failures += released.failures;
         }
         *chunk = pace.size;
         outcome
@@ -45,14 +46,15 @@ impl GranulePass<'_> {
 mod tests {
     use std::sync::Arc;
 
+    use ebb_core::generation::{Gate, VmGeneration};
+    use ebb_core::lazy::LazyMemory;
+    use ebb_core::range::GpaRange;
     use hypercall_abi::granule::{State, Word};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
     use crate::arena::Arenas;
-    use crate::generation::{Gate, VmGeneration};
-    use crate::lazy::LazyMemory;
-    use crate::memory::{Backing, GpaRange, GuestRam};
+    use crate::memory::{Backing, GuestRam};
     use crate::reclaim::{Mode, Order, Reach, Reclaimer, Sample, Tuning};
 
     const MIB: u64 = 1 << 20;
@@ -78,7 +80,7 @@ mod tests {
             mode,
             ..Tuning::default()
         };
-        let pages: Arc<dyn Pages> = ram.clone();
+        let pages: Arc<dyn ReleasePages> = ram.clone();
         let reclaimer = Reclaimer::new(Arc::clone(&lazy), pages, gate, tuning);
         let arenas = Arenas::from([Arc::new(arena)]);
         Machine {

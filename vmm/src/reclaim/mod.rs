@@ -1,17 +1,15 @@
 //! Reclaim: when the host wants memory, lazily freed ranges are invalidated and discarded.
 //!
-//! `sample` watches the host, `policy` decides, `execute` carries out in `blocks` and `slice`s, `thread` runs
+//! `sample` watches the host, `policy` decides, `execute` carries out in `blocks` and slices, `thread` runs
 //! them in a loop. The shrinker of "`MADV_LAZYFREE`" (Rik van Riel), moved into the monitor.
 
 mod blocks;
 pub mod execute;
 mod granules;
-pub mod offer;
 pub mod policy;
 mod ram;
 pub mod reported;
 pub mod sample;
-pub mod slice;
 pub mod thread;
 
 #[cfg(test)]
@@ -23,5 +21,4 @@ pub use execute::{Order, Outcome, ReclaimStats, Reclaimer};
 pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Room, Sample, Tuning, decide};
 pub use reported::{Release, ReportedMemory, ReportedStats};
 pub use sample::PressureSource;
-pub use slice::Pages;
 pub use thread::{ReclaimThread, StartError};

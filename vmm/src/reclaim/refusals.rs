@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use ebb_core::generation::{Gate, VmGeneration};
+use ebb_core::lazy::{LazyMemory, LazyStats};
+use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Order, Reach, Reclaimer, Tuning};
-use crate::generation::{Gate, VmGeneration};
-use crate::lazy::{LazyMemory, LazyStats};
-use crate::memory::{BLOCK_SIZE, Backing, GpaRange, GuestRam, PAGE_SIZE};
+use crate::memory::{Backing, GuestRam};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 48 * MIB;

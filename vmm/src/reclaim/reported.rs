@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::lazy::LazyMemory;
-use crate::memory::{GpaRange, GuestRam};
+use ebb_core::lazy::LazyMemory;
+use ebb_core::range::GpaRange;
+
+use crate::memory::GuestRam;
 
 /// When the host gets reported pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,10 +114,10 @@ fn add(counter: &AtomicU64, amount: u64) {
 
 #[cfg(test)]
 mod tests {
+    use ebb_core::generation::VmGeneration;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::generation::VmGeneration;
     use crate::memory::Backing;
 
     const MIB: u64 = 1 << 20;

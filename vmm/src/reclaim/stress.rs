@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use ebb_core::generation::{Gate, NoKick, VmGeneration};
+use ebb_core::lazy::LazyMemory;
+use ebb_core::range::{GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{Order, Reach, Reclaimer, Tuning};
-use crate::generation::{Gate, NoKick, VmGeneration};
-use crate::lazy::LazyMemory;
-use crate::memory::{Backing, GpaRange, GuestRam, PAGE_SIZE};
+use crate::memory::{Backing, GuestRam};
 
 const RAM: u64 = 96 << 20;
 const OWNERS: u64 = 3;

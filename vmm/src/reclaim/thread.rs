@@ -137,10 +137,12 @@ fn respond(reclaimer: &Reclaimer, sample: Sample, state: PolicyState) -> PolicyS
 mod tests {
     use std::time::{Duration, Instant};
 
+    use ebb_core::generation::{Gate, VmGeneration};
+    use ebb_core::lazy::LazyMemory;
+    use ebb_core::range::GpaRange;
+
     use super::*;
-    use crate::generation::{Gate, VmGeneration};
-    use crate::lazy::LazyMemory;
-    use crate::memory::{Backing, GpaRange, GuestRam};
+    use crate::memory::{Backing, GuestRam};
     use crate::reclaim::Tuning;
 
     fn setup() -> (Arc<LazyMemory>, Arc<Reclaimer>) {

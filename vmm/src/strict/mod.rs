@@ -12,11 +12,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::faults::GuestFaults;
-use crate::generation::Kick;
 use crate::kvm::KickTable;
-use crate::lazy::{Freed, LazyMemory, Pieces, Sweep};
-use crate::memory::{GpaRange, GuestRam, MissingPage};
+use crate::memory::{GuestRam, MissingPage};
 
+use ebb_core::generation::Kick;
+use ebb_core::lazy::{Freed, LazyMemory, Pieces, Sweep};
+use ebb_core::range::GpaRange;
 pub use thread::{StartError, StrictThread};
 
 #[cfg(test)]

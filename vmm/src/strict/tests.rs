@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
+use ebb_core::generation::VmGeneration;
+use ebb_core::range::PAGE_SIZE;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::generation::VmGeneration;
-use crate::memory::{Backing, PAGE_SIZE};
+use crate::memory::Backing;
 use crate::sys::Userfault;
 
 const PAGES: u64 = 4096;

@@ -3,8 +3,10 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use ebb_core::range::GpaRange;
+
 use super::Plan;
-use crate::memory::{GpaRange, GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError};
 use crate::workers::share;
 
 /// What a teardown did.

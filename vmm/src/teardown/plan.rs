@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::memory::{BLOCK_SIZE, GpaRange};
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
+
 use crate::sys::heir::MAX_WORKERS;
 
 /// Bytes of a batch of small pages unless told otherwise: 20 ms of work, so that uneven workers end

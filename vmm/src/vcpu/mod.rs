@@ -14,12 +14,12 @@ use hypercall_abi::call::KVM_HC_MAP_GPA_RANGE;
 use hypercall_abi::discovery::PORT;
 
 use crate::bus::{Action, Bus, ExitReason};
-use crate::generation::Gate;
 use crate::hypercall::{Arguments, Hypercalls};
 use crate::kvm::{KickTable, KickTarget, KvmError, kick};
 use crate::strict::Strict;
 use crate::sys::Pins;
 
+use ebb_core::generation::Gate;
 pub use setup::{VcpuSetup, configure};
 
 /// What a vCPU thread may do for the machine on its way into the guest.

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use ebb_core::generation::{Gate, GateStats};
+use ebb_core::lazy::LazyMemory;
+use ebb_core::range::PAGE_SIZE;
 use hypercall_abi::Operation;
 
 use super::ending::Ending;
@@ -16,10 +19,7 @@ use crate::control::{
     TeardownState,
 };
 use crate::devices::virtio::balloon::{BalloonHandle, ReportStats};
-use crate::generation::{Gate, GateStats};
 use crate::hypercall::Hypercalls;
-use crate::lazy::LazyMemory;
-use crate::memory::PAGE_SIZE;
 use crate::reclaim::{Reclaimer, Release, ReportedMemory};
 use crate::strict::{Strict, StrictStats};
 

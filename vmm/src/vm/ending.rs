@@ -2,11 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
+
 use crate::config::MemoryConfig;
 use crate::control::{CommandError, TeardownState};
 use crate::guardian::Guardian;
 use crate::kvm;
-use crate::memory::{BLOCK_SIZE, GpaRange, GuestRam};
+use crate::memory::GuestRam;
 use crate::reclaim::PressureSource;
 use crate::sys::heir::MAX_WORKERS;
 use crate::sys::{self, Legacy, Part, Pins, nodes};

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use ebb_core::lazy::{LazyMemory, Surveyed};
+use ebb_core::range::GpaRange;
 use hypercall_abi::arena::ArenaInfo;
 
 use crate::arena::{Arena, Arenas};
 use crate::hypercall::{LazyOps, States, Survey};
-use crate::lazy::{LazyMemory, Surveyed};
-use crate::memory::{GpaRange, GuestRam};
+use crate::memory::GuestRam;
 use crate::reclaim::Reclaimer;
 use crate::strict::Strict;
 use crate::vcpu::WayIn;

@@ -3,6 +3,10 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use ebb_core::generation::{Gate, VmGeneration};
+use ebb_core::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
+use ebb_core::range::GpaRange;
+use ebb_core::release::ReleasePages;
 use event_manager::MutEventSubscriber;
 use hypercall_abi::Interface;
 use kvm_ioctls::VcpuFd;
@@ -27,14 +31,12 @@ use crate::config::{
 };
 use crate::devices::serial::RawMode;
 use crate::devices::virtio::blk::Disk;
-use crate::generation::{Gate, VmGeneration};
 use crate::guardian::Guardian;
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable};
-use crate::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
-use crate::memory::{Backing, GpaRange, GuestRam};
+use crate::memory::{Backing, GuestRam};
 use crate::reclaim::{
-    Mode, Pages, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
+    Mode, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
 };
 use crate::strict::{Strict, StrictThread};
 use crate::sys::{Pins, TerminationSignals};
@@ -131,7 +133,7 @@ impl Memory {
         let kick = Box::new(Arc::clone(&kicks));
         let gate = Arc::new(Gate::new(vcpus, Arc::clone(&generation), kick));
         let lazy = Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation));
-        let pages: Arc<dyn Pages> = ram.clone();
+        let pages: Arc<dyn ReleasePages> = ram.clone();
         let (frees, entries) = (Arc::clone(&lazy), Arc::clone(&gate));
         let reclaimer = Reclaimer::new(frees, pages, entries, tuning(config.lazy));
         let reclaimer = Arc::new(reclaimer.with_arenas(Arc::clone(&arenas)));

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use ebb_core::lazy::LazyMemory;
+use ebb_core::range::GpaRange;
+
 use crate::devices::virtio::balloon::RangeSink;
-use crate::lazy::LazyMemory;
-use crate::memory::{GpaRange, GuestRam};
+use crate::memory::GuestRam;
 use crate::reclaim::{Reclaimer, ReportedMemory};
 use crate::strict::Strict;
 

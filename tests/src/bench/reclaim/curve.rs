@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vmm::generation::GateStats;
+use ebb_core::generation::GateStats;
 use vmm::reclaim::{Mode, Order, Outcome, Reach, Reclaimer, Tuning};
 
 use super::Arguments;
@@ -121,7 +121,7 @@ fn round(rig: &Rig, reclaimer: &Reclaimer, slice: usize, samples: &mut Samples) 
 fn running(samples: &mut Samples) -> Result<()> {
     let rig = Rig::start(VCPUS, ranges(64), false)?;
     let all = rig.ranges().all();
-    let each = |act: &dyn Fn(vmm::memory::GpaRange) -> Result<u64>| -> Result<Outcome> {
+    let each = |act: &dyn Fn(ebb_core::range::GpaRange) -> Result<u64>| -> Result<Outcome> {
         let mut outcome = Outcome::default();
         for range in &all {
             outcome.bytes += act(*range)?;

@@ -4,7 +4,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use vmm::memory::GpaRange;
+use ebb_core::range::GpaRange;
 use vmm::reclaim::Tuning;
 use vmm::sys::{Advice, Mapping, MappingKind};
 

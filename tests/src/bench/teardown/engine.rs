@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::memory::{BLOCK_SIZE, Backing, GpaRange, GuestRam};
+use vmm::memory::{Backing, GuestRam};
 use vmm::teardown::{Pages, Region, Tuning, execute, plan};
 
 use super::{Arguments, GIB, Results, SECONDS};

@@ -4,8 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use ebb_core::range::{GpaRange, PAGE_SIZE};
+
 use super::GuestRam;
-use crate::memory::{GpaRange, MemoryError, PAGE_SIZE};
+use crate::memory::MemoryError;
 use crate::sys::Userfault;
 
 /// A thread that waits for a page of the guest's memory.

@@ -1,7 +1,7 @@
+use ebb_core::range::PAGE_SIZE;
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
-use crate::memory::PAGE_SIZE;
 
 const MIB: u64 = 1 << 20;
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ebb_core::range::PAGE_SIZE;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::wire::{
@@ -10,7 +11,6 @@ use super::wire::{
 };
 use crate::devices::virtio::VirtioInterrupt;
 use crate::devices::virtio::queue::GuestFaults;
-use crate::memory::PAGE_SIZE;
 
 /// A request to the balloon cannot be met.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

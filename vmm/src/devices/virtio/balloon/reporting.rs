@@ -5,10 +5,11 @@
 use std::io;
 use std::sync::Arc;
 
+use ebb_core::range::GpaRange;
+
 use super::handle::ReportStats;
 use super::worker::Context;
 use crate::devices::virtio::queue::{Chain, ChainFault, Poller, QueueFailure, ServedQueue, Work};
-use crate::memory::GpaRange;
 
 /// Ranges that are handed to the sink in one call at most: 128 full messages of Linux, a whole queue of them.
 const BATCH_RANGES: usize = 4096;
@@ -148,10 +149,10 @@ fn merge(ranges: &mut Vec<GpaRange>) {
 mod tests {
     use std::collections::BTreeSet;
 
+    use ebb_core::range::PAGE_SIZE;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::PAGE_SIZE;
 
     proptest! {
         #[test]

@@ -1,6 +1,6 @@
 //! What the balloon needs from whoever keeps account of memory.
 
-use crate::memory::GpaRange;
+use ebb_core::range::GpaRange;
 
 /// Takes the ranges that the guest hands back and wants again. The ranges of one call are sorted, apart
 /// from each other, and guest RAM.

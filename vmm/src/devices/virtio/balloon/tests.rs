@@ -4,6 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use ebb_core::range::{GpaRange, PAGE_SIZE};
 use proptest::prelude::*;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -12,7 +13,6 @@ use crate::config::Reporting;
 use crate::devices::virtio::queue::testing::{
     INDIRECT, MockInterrupt, MockQueue, NEXT, WRITE, memory, wait_for,
 };
-use crate::memory::{GpaRange, PAGE_SIZE};
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const INFLATE: u64 = 0x10_0000;

@@ -1,6 +1,6 @@
 //! Layouts of virtio 1.3, 5.5: features, configuration, arrays of page numbers, statistics.
 
-use crate::memory::{GpaRange, PAGE_SIZE};
+use ebb_core::range::{GpaRange, PAGE_SIZE};
 
 /// Device type (virtio 1.3, 5.5.1).
 pub const DEVICE_TYPE: u32 = 5;

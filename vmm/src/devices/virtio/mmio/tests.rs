@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use ebb_core::range::GpaRange;
 use proptest::prelude::*;
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
@@ -11,7 +12,6 @@ use super::*;
 use crate::config::BalloonConfig;
 use crate::devices::virtio::balloon::{Balloon, RangeSink};
 use crate::devices::virtio::queue::testing::{MockQueue, memory, wait_for};
-use crate::memory::GpaRange;
 
 const STATUS: u64 = 0x70;
 const QUEUE_SEL: u64 = 0x30;

@@ -8,7 +8,8 @@ use std::ops::Range;
 
 use hypercall_abi::granule::{Reuse, State, Word};
 
-use crate::sync::{AtomicU64, Condvar, Mutant, Mutex, Ordering, lock, mutant, wait};
+use crate::fault::fault_point;
+use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, wait};
 
 /// Words that are loaded at once.
 const WINDOW: usize = 512;
@@ -133,7 +134,7 @@ impl<W: Words> Table<W> {
         let Some(new) = Word::from_raw(raw).take() else {
             return false;
         };
-        if mutant(Mutant::GranuleMarkedLate) {
+        if fault_point!("a granule is marked late") {
             return self.words.swap(index, raw, new.raw()) && self.taken.insert(index);
         }
         // First the mark, then the word: who finds the word reclaiming finds the mark, too, and waits.
@@ -159,7 +160,7 @@ impl<W: Words> Table<W> {
 
     /// Waits until the monitor is done with granule `index`; whether it had to.
     fn wait_for(&self, index: usize) -> bool {
-        if !self.taken.contains(index) || mutant(Mutant::GranuleReuseDoesNotWait) {
+        if !self.taken.contains(index) || fault_point!("a reuse does not wait for the granule") {
             return false;
         }
         let mut sleepers = lock(&self.sleepers);

@@ -3,9 +3,9 @@
 //! Bookkeeping only, no system call on a memory range. The contract is that of `MADV_LAZYFREE` and
 //! `MADV_REUSE` (Rik van Riel), with the guest in the place of the process.
 
-pub mod shared;
-pub mod sweep;
-pub mod tracker;
+mod shared;
+mod sweep;
+mod tracker;
 
 pub use shared::{Chunk, LazyMemory, LazyStats, ReuseOutcome};
 pub use sweep::{Pieces, Sweep};

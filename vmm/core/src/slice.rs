@@ -10,70 +10,50 @@ use std::time::{Duration, Instant};
 
 use crate::generation::{Gate, Hold};
 use crate::lazy::{Chunk, LazyMemory, Sweep};
-use crate::memory::GpaRange;
+use crate::range::GpaRange;
+use crate::release::{Release, ReleasePages};
 
 /// A piece of a slice is never bigger: 40 us at 12 GiB/s, so that a pause ends near its budget.
 const MAX_PIECE: u64 = 512 << 10;
 
-/// Most ranges in one call: a reuse may have to wait for it.
+/// Maximum number of ranges in one call: a reuse may have to wait for it.
 const MAX_BATCH: usize = 128;
 
 /// What a piece is taken to cost until one was measured, in nanoseconds.
 const FIRST_COST: u64 = 10_000;
 
-/// What is done with a range.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// Lazy ranges become unmapped.
-    Invalidate,
-    /// Lazy or unmapped ranges become discarded.
-    Discard,
-}
-
-/// What became of some ranges.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Treated {
-    /// For each range, how many of its bytes were treated for sure.
-    pub bytes: Vec<u64>,
-    /// System calls made.
-    pub calls: u64,
-    /// Parts that the host would not take.
-    pub failures: u64,
-}
-
-/// The memory behind the ranges: the system calls.
-pub trait Pages: Send + Sync {
-    /// Whether there is a stage between lazy and discarded.
-    fn can_invalidate(&self) -> bool;
-
-    /// Most ranges that one call should be given.
-    fn batch(&self) -> usize;
-
-    /// Brings `ranges` to `stage`.
-    fn treat(&self, ranges: &[GpaRange], stage: Stage) -> Treated;
-}
-
 /// Bounds of one slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most ranges.
+    /// Maximum number of ranges.
     pub ranges: usize,
-    /// Most bytes.
+    /// Maximum number of bytes.
     pub bytes: u64,
-    /// The longest pause of a vCPU, less one call.
+    /// How long the gate may be closed; the system call that is under way then is added to that.
     pub pause: Duration,
+}
+
+/// What a slice is to do.
+#[derive(Clone, Debug)]
+pub struct SliceRequest {
+    /// Where to go on; a slice moves it.
+    pub sweep: Sweep,
+    /// What to do with the ranges.
+    pub how: Release,
+    /// How much to do.
+    pub limits: Limits,
 }
 
 /// What one slice did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Slice {
-    /// Bytes treated.
+pub struct SliceOutcome {
+    /// Bytes released.
     pub bytes: u64,
-    /// Ranges treated.
+    /// Ranges released.
     pub ranges: u64,
     /// System calls made.
     pub calls: u64,
-    /// Parts that the host would not take.
+    /// Parts that the kernel refused.
     pub failures: u64,
     /// vCPUs that were kept out or brought out for it.
     pub disturbed: u64,
@@ -87,84 +67,83 @@ pub struct Slice {
 
 /// Runs slices.
 pub struct Slicer<'a> {
-    /// Whose ranges.
+    /// The tracker of the ranges.
     pub lazy: &'a LazyMemory,
     /// Where the vCPUs wait.
     pub gate: &'a Gate,
     /// The memory behind the ranges.
-    pub pages: &'a dyn Pages,
-    /// What a range costs, in nanoseconds: a moving average over slices; 0: not known yet.
+    pub pages: &'a dyn ReleasePages,
+    /// Cost of a range in nanoseconds: a moving average over slices; 0: not known yet.
     pub cost: &'a AtomicU64,
 }
 
 impl Slicer<'_> {
-    /// Closes the gate, treats the next ranges of `sweep`, and opens it. The gate stays open when there is
-    /// nothing to do.
-    pub fn held(&self, sweep: &mut Sweep, stage: Stage, limits: Limits) -> Slice {
-        if !self.lazy.peek(sweep, limits.bytes.min(MAX_PIECE)) {
-            return Slice {
+    /// Closes the gate, releases the next ranges of the request's sweep, and opens the gate. The gate stays open
+    /// when there is nothing to do.
+    pub fn held(&self, request: &mut SliceRequest) -> SliceOutcome {
+        let limits = request.limits;
+        if !self
+            .lazy
+            .peek(&mut request.sweep, limits.bytes.min(MAX_PIECE))
+        {
+            return SliceOutcome {
                 done: true,
-                ..Slice::default()
+                ..SliceOutcome::default()
             };
         }
         let waits = self.gate.waits();
         let start = Instant::now();
         let Some(hold) = self.gate.hold(limits.pause) else {
-            return Slice {
+            return SliceOutcome {
                 missed: true,
                 held: start.elapsed(),
-                ..Slice::default()
+                ..SliceOutcome::default()
             };
         };
-        let mut slice = self.treat(sweep, stage, limits, Some(&hold));
-        slice.disturbed = hold.kicked();
+        let mut outcome = self.run(request, Some(&hold));
+        outcome.disturbed = hold.kicked();
         drop(hold);
-        slice.held = start.elapsed();
-        slice.disturbed += self.gate.waits().saturating_sub(waits);
-        slice
+        outcome.held = start.elapsed();
+        outcome.disturbed += self.gate.waits().saturating_sub(waits);
+        outcome
     }
 
-    /// The same for a vCPU thread on its way in: only if every vCPU is out already, else `None`.
-    pub fn in_passing(&self, sweep: &mut Sweep, stage: Stage, limits: Limits) -> Option<Slice> {
+    /// For a vCPU thread before it enters the guest: as [`Slicer::held`] if every vCPU is out already, else `None`.
+    pub fn held_if_empty(&self, request: &mut SliceRequest) -> Option<SliceOutcome> {
         let (waits, start) = (self.gate.waits(), Instant::now());
-        let hold = self.gate.hold_if_empty(limits.pause)?;
-        let mut slice = self.treat(sweep, stage, limits, Some(&hold));
+        let hold = self.gate.hold_if_empty(request.limits.pause)?;
+        let mut outcome = self.run(request, Some(&hold));
         drop(hold);
-        slice.held = start.elapsed();
+        outcome.held = start.elapsed();
         // The vCPU whose thread this is, and those that came to the gate meanwhile.
-        slice.disturbed = 1 + self.gate.waits().saturating_sub(waits);
-        Some(slice)
+        outcome.disturbed = 1 + self.gate.waits().saturating_sub(waits);
+        Some(outcome)
     }
 
-    /// The same with the gate open: the calls interrupt the vCPUs that run.
-    pub fn open(&self, sweep: &mut Sweep, stage: Stage, limits: Limits) -> Slice {
-        self.treat(sweep, stage, limits, None)
+    /// Releases the next ranges with the gate open: the calls interrupt the vCPUs that run.
+    pub fn open(&self, request: &mut SliceRequest) -> SliceOutcome {
+        self.run(request, None)
     }
 
-    fn treat(
-        &self,
-        sweep: &mut Sweep,
-        stage: Stage,
-        limits: Limits,
-        hold: Option<&Hold<'_>>,
-    ) -> Slice {
-        let mut slice = Slice::default();
+    fn run(&self, request: &mut SliceRequest, hold: Option<&Hold<'_>>) -> SliceOutcome {
+        let SliceRequest { sweep, how, limits } = request;
+        let mut outcome = SliceOutcome::default();
         let mut left = limits.ranges.max(1);
-        while left > 0 && slice.bytes < limits.bytes {
+        while left > 0 && outcome.bytes < limits.bytes {
             let room = hold.map_or(limits.pause, Hold::left);
             let batch = self.batch(room).min(left);
-            let chunks = self.take(sweep, batch, limits.bytes - slice.bytes);
+            let chunks = self.take(sweep, batch, limits.bytes - outcome.bytes);
             if chunks.is_empty() {
-                slice.done = true;
+                outcome.done = true;
                 break;
             }
             left -= chunks.len();
-            self.treat_chunks(chunks, stage, &mut slice);
+            self.release(chunks, *how, &mut outcome);
             if hold.is_some_and(Hold::expired) {
                 break;
             }
         }
-        slice
+        outcome
     }
 
     fn take(&self, sweep: &mut Sweep, batch: usize, bytes: u64) -> Vec<Chunk<'_>> {
@@ -180,41 +159,41 @@ impl Slicer<'_> {
         chunks
     }
 
-    fn treat_chunks(&self, chunks: Vec<Chunk<'_>>, stage: Stage, slice: &mut Slice) {
+    fn release(&self, chunks: Vec<Chunk<'_>>, how: Release, outcome: &mut SliceOutcome) {
         let ranges: Vec<GpaRange> = chunks.iter().map(Chunk::range).collect();
         let start = Instant::now();
-        let treated = self.pages.treat(&ranges, stage);
+        let released = self.pages.release(&ranges, how);
         self.learn(start.elapsed(), ranges.len());
-        // Begun after the invalidation: who has seen it has none of these ranges in its translations.
-        let generation = match stage {
-            Stage::Invalidate => self.lazy.begin_generation(),
-            Stage::Discard => 0,
+        // Begun after the invalidation: a vCPU that has seen it has none of these ranges in its translations.
+        let generation = match how {
+            Release::MarkFree => self.lazy.begin_generation(),
+            Release::Discard => 0,
         };
-        for (chunk, bytes) in chunks.into_iter().zip(treated.bytes) {
+        for (chunk, bytes) in chunks.into_iter().zip(released.bytes) {
             // With hugetlb less may be gone than was asked for.
             if bytes != chunk.range().len() {
                 continue;
             }
-            slice.bytes += bytes;
-            slice.ranges += 1;
-            match stage {
-                Stage::Invalidate => chunk.unmapped(generation),
-                Stage::Discard => chunk.discarded(),
+            outcome.bytes += bytes;
+            outcome.ranges += 1;
+            match how {
+                Release::MarkFree => chunk.unmapped(generation),
+                Release::Discard => chunk.discarded(),
             }
         }
-        slice.calls += treated.calls;
-        slice.failures += treated.failures;
+        outcome.calls += released.calls;
+        outcome.failures += released.failures;
     }
 
-    /// How many ranges fit in `room`, going by what they have cost so far.
+    /// The number of ranges that fit in `room`, by what they have cost so far.
     fn batch(&self, room: Duration) -> usize {
         let cost = match self.cost.load(Ordering::Relaxed) {
             0 => FIRST_COST,
             cost => cost,
         };
         let fit = room.as_nanos() / u128::from(cost);
-        let most = self.pages.batch().clamp(1, MAX_BATCH);
-        usize::try_from(fit).unwrap_or(most).clamp(1, most)
+        let max = self.pages.max_batch().clamp(1, MAX_BATCH);
+        usize::try_from(fit).unwrap_or(max).clamp(1, max)
     }
 
     fn learn(&self, took: Duration, ranges: usize) {

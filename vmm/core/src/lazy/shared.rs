@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::{Fate, Freed, Reused, Step, Surveyed, Sweep, Tracker};
+use crate::fault::fault_point;
 use crate::generation::VmGeneration;
-use crate::memory::GpaRange;
-use crate::sync::{Condvar, Mutant, Mutex, MutexGuard, lock, mutant, wait};
+use crate::range::GpaRange;
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
 /// Above this many ranges that reuses want from one chunk, they get the whole chunk: the list stays
 /// bounded under a hostile guest.
@@ -148,7 +149,7 @@ impl LazyMemory {
         for &range in ranges {
             let reused = state.tracker.reuse(range);
             state.stats.count_reused(reused);
-            if reused.busy && !mutant(Mutant::DiscardAfterReuse) {
+            if reused.busy && !fault_point!("a reuse does not wait for the chunk") {
                 awaited.extend(state.want(range));
             }
         }
@@ -186,7 +187,7 @@ impl LazyMemory {
                 Err(Step::Done) => return None,
                 Err(_) => continue,
             };
-            if mutant(Mutant::CheckThenAct) {
+            if fault_point!("the lock is released before the claim") {
                 drop(state);
                 state = self.lock();
             }
@@ -347,7 +348,7 @@ mod tests {
 
     use super::*;
     use crate::lazy::Pieces;
-    use crate::memory::PAGE_SIZE;
+    use crate::range::PAGE_SIZE;
 
     const ALL: u64 = u64::MAX;
 

@@ -1,7 +1,7 @@
 //! One pass over the lazy ranges in ascending order of addresses.
 
 use super::RangeState;
-use crate::memory::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
+use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
 /// Which pieces of a lazy range a sweep takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

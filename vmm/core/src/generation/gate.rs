@@ -5,9 +5,10 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use super::{PAUSE_BUCKETS, Pauses, VcpuWords, VmGeneration, count};
+use crate::fault::fault_point;
 use crate::sync::{
-    AtomicU32, Condvar, Deadline, Mutant, Mutex, MutexGuard, Ordering, fence, linger, lock, mutant,
-    try_lock, wait, wait_until,
+    AtomicU32, Condvar, Deadline, Mutex, MutexGuard, Ordering, fence, lock, spin_until, try_lock,
+    wait, wait_until,
 };
 
 /// vCPUs that come in wait.
@@ -128,7 +129,7 @@ impl Gate {
         loop {
             // Loaded before the word says "in": a generation that begins later is not claimed as seen.
             self.words.publish_in(index, self.generation.current());
-            if !mutant(Mutant::NoFence) {
+            if !fault_point!("no fence on entry") {
                 fence(Ordering::SeqCst);
             }
             let state = self.state.load(Ordering::Acquire);
@@ -212,13 +213,13 @@ impl Gate {
             _turn: turn,
         };
         // A vCPU takes a few microseconds to come out: no time to sleep and be woken by an interrupt.
-        linger(Deadline::after(budget / 4), || {
+        spin_until(Deadline::after(budget / 4), || {
             self.words.quiescent(u64::MAX)
         });
         if self.wait_until_quiescent(u64::MAX, deadline) {
             // The kernel interrupts threads that still run for each page that is taken; not sleeping ones.
             let asleep = &self.counters.asleep;
-            linger(Deadline::after(budget / 8), || {
+            spin_until(Deadline::after(budget / 8), || {
                 asleep.load(std::sync::atomic::Ordering::Relaxed) >= kicked
             });
             return Some(hold);
@@ -246,7 +247,7 @@ impl Gate {
         let (start, deadline) = (Instant::now(), Deadline::after(budget));
         let stopped = self.state.fetch_or(CLOSED, Ordering::AcqRel) & STOPPED != 0;
         fence(Ordering::SeqCst);
-        if stopped || !(mutant(Mutant::LookOnce) || self.is_empty()) {
+        if stopped || !(fault_point!("no second look at the vCPUs") || self.is_empty()) {
             self.open();
             return None;
         }
@@ -355,7 +356,7 @@ impl Gate {
         self.state.fetch_and(!CLOSED, Ordering::AcqRel);
         // Those who are woken take the lock: it is to be free by then.
         drop(sleepers);
-        if !mutant(Mutant::SilentOpening) {
+        if !fault_point!("opening wakes nobody") {
             self.opened.notify_all();
         }
     }

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use super::Sweep;
-use crate::memory::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
+use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
 /// How many ranges a tracker holds unless told otherwise. An entry takes 24 bytes in nodes of 11 that are
 /// at least 5/11 full: less than 1 MiB at worst, whatever a hostile guest does.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::lazy::Pieces;
-use crate::memory::{BLOCK_SIZE, PAGE_SIZE};
+use crate::range::{BLOCK_SIZE, PAGE_SIZE};
 
 /// Pages in the model: three blocks.
 const PAGES: u64 = 3 * BLOCK_SIZE / PAGE_SIZE;

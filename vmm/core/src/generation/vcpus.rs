@@ -1,6 +1,7 @@
 //! What each vCPU says about itself: one word, written by its thread alone.
 
-use crate::sync::{AtomicU64, Mutant, Ordering, mutant};
+use crate::fault::fault_point;
+use crate::sync::{AtomicU64, Ordering};
 
 /// The lowest bit: in the guest, or about to be.
 const IN_GUEST: u64 = 1;
@@ -75,7 +76,7 @@ const fn behind(word: u64, generation: u64) -> bool {
 }
 
 fn publication() -> Ordering {
-    if mutant(Mutant::RelaxedSeen) {
+    if fault_point!("a vCPU's word is relaxed") {
         Ordering::Relaxed
     } else {
         Ordering::Release

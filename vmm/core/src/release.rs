@@ -1,0 +1,41 @@
+//! How pages go back to the host, and who makes the system calls for that.
+
+use crate::range::GpaRange;
+
+/// How pages go back to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// The pages are gone when the call returns, and the next touch reads zeroes: `MADV_DONTNEED`, or
+    /// `MADV_REMOVE` for shared memory, where the former would keep the pages. Lazy and unmapped ranges become
+    /// discarded.
+    Discard,
+    /// The host takes the pages when it is short of memory; a write before that keeps a page: `MADV_FREE`, for
+    /// private anonymous memory only. The guest's translations of them are gone when the call returns. To
+    /// *invalidate* lazy ranges is to release them this way: they become unmapped.
+    MarkFree,
+}
+
+/// What a release did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Released {
+    /// For each range, how many of its bytes were released for sure.
+    pub bytes: Vec<u64>,
+    /// System calls made.
+    pub calls: u64,
+    /// Parts of ranges that the kernel refused.
+    pub failures: u64,
+    /// The first error number among these.
+    pub error: Option<i32>,
+}
+
+/// Memory whose pages can be released: makes the system calls.
+pub trait ReleasePages: Send + Sync {
+    /// Returns true if [`Release::MarkFree`] is supported.
+    fn can_mark_free(&self) -> bool;
+
+    /// The maximum number of ranges that one call should be given.
+    fn max_batch(&self) -> usize;
+
+    /// Releases `ranges`. A range that the kernel refuses is left as it is, or in part.
+    fn release(&self, ranges: &[GpaRange], how: Release) -> Released;
+}

@@ -1,0 +1,87 @@
+//! Atomics, locks and time: those of std, or those of loom under `--cfg loom`.
+//!
+//! Counters that no decision depends on use std even then: they would only multiply the interleavings.
+
+#[cfg(loom)]
+pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+#[cfg(loom)]
+pub use loom::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(not(loom))]
+pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+#[cfg(not(loom))]
+pub use std::sync::{Condvar, Mutex, MutexGuard};
+
+use std::sync::{PoisonError, TryLockError};
+use std::time::Duration;
+
+/// Locks `mutex`, also after a thread has panicked while holding it: every step under these locks is whole.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks `mutex` unless another thread holds it.
+pub fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
+/// Waits on `condvar`; may return without a notification.
+pub fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits on `condvar` until `deadline` at the latest; may return without a notification.
+pub fn wait_until<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    deadline: Deadline,
+) -> MutexGuard<'a, T> {
+    let waited = condvar.wait_timeout(guard, deadline.left());
+    waited.unwrap_or_else(PoisonError::into_inner).0
+}
+
+/// A point in time. Under loom, which has no time, it never comes.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline {
+    #[cfg(not(loom))]
+    at: std::time::Instant,
+}
+
+impl Deadline {
+    /// The point `time` from now.
+    #[must_use]
+    pub fn after(time: Duration) -> Self {
+        #[cfg(loom)]
+        let _ = time;
+        Self {
+            #[cfg(not(loom))]
+            at: std::time::Instant::now() + time,
+        }
+    }
+
+    /// The time that is left; zero when it has passed.
+    #[must_use]
+    pub fn left(self) -> Duration {
+        #[cfg(loom)]
+        return Duration::MAX;
+        #[cfg(not(loom))]
+        self.at.saturating_duration_since(std::time::Instant::now())
+    }
+
+    /// Returns true if it has passed.
+    #[must_use]
+    pub fn passed(self) -> bool {
+        self.left().is_zero()
+    }
+}
+
+/// Yields the processor until `done` is true or `limit` has passed, without sleeping. Under loom, which has no
+/// time, it returns at once.
+pub fn spin_until(limit: Deadline, mut done: impl FnMut() -> bool) {
+    while !cfg!(loom) && !done() && !limit.passed() {
+        std::thread::yield_now();
+    }
+}
