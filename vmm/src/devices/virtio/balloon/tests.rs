@@ -10,7 +10,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMma
 
 use super::*;
 use crate::config::Reporting;
-use crate::devices::virtio::queue::testing::{
+use crate::devices::virtio::queue::tests::driver::{
     INDIRECT, MockInterrupt, MockQueue, NEXT, WRITE, memory, wait_for,
 };
 

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::wire::{STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
 use super::*;
 use crate::config::DiskConfig;
-use crate::devices::virtio::queue::testing::{
+use crate::devices::virtio::queue::tests::driver::{
     INDIRECT, MockInterrupt, MockQueue, NEXT, WRITE, memory, wait_for,
 };
 

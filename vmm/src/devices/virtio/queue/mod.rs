@@ -4,7 +4,9 @@
 mod chain;
 mod service;
 #[cfg(test)]
-pub(super) mod testing;
+pub(super) mod tests {
+    pub mod driver;
+}
 mod worker;
 
 pub use crate::faults::GuestFaults;
