@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use crate::steps;
-use guest_agent::arena::{Arena, Granule};
+use ebb_guest_agent::arena::{Arena, Granule};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// Bytes between two touches.

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use hypercall_abi::discovery::{CPUID_BASE, CPUID_VERSION_OFFSET, signature_registers};
+use ebb_hypercall_abi::discovery::{CPUID_BASE, CPUID_VERSION_OFFSET, signature_registers};
 
 /// Distance between the leaves of two hypervisor interfaces.
 const STRIDE: u32 = 0x100;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use guest_agent::arena::Arena;
+use ebb_guest_agent::arena::Arena;
 
 /// The kernel modules that make devices of soft-reserved memory.
 const MODULES: [&str; 2] = ["device_dax", "dax_hmem"];

@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode};
 
-use guest_agent::arena::Arena;
+use ebb_guest_agent::arena::Arena;
 use rustix::process::{Signal, getpid, kill_process};
 
 /// Pairs between two stops: what the stops themselves cost is in both.

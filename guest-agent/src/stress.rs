@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use guest_agent::arena::{Arena, Granule};
+use ebb_guest_agent::arena::{Arena, Granule};
 
 /// Bytes between two stamps.
 const PAGE: usize = 4096;

@@ -8,27 +8,27 @@ use std::process::Command;
 fn main() {
     let out = PathBuf::from(variable("OUT_DIR"));
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
-    let guest = here.join("guest");
+    let guest = here.join("../payload-guest");
     let abi = here.join("../../hypercall-abi/src");
     for path in [guest.join("src"), guest.join("image.ld"), abi.clone()] {
         println!("cargo::rerun-if-changed={}", path.display());
     }
     println!("cargo::rerun-if-changed=build.rs");
 
-    let library = out.join("libhypercall_abi.rlib");
-    let mut build = rustc(&abi.join("lib.rs"), "hypercall_abi", &library);
+    let library = out.join("libebb_hypercall_abi.rlib");
+    let mut build = rustc(&abi.join("lib.rs"), "ebb_hypercall_abi", &library);
     build.args(["--crate-type", "rlib", "--cfg", "feature=\"stubs\""]);
     run(build);
 
     let mut build = rustc(
         &guest.join("src/lib.rs"),
-        "payload_guest",
+        "ebb_payload_guest",
         &out.join("guest.bin"),
     );
     let script = format!("link-arg=-Wl,-T,{}", guest.join("image.ld").display());
     build
         .args(["--crate-type", "bin", "--cfg", "ebb_guest", "--extern"])
-        .arg(format!("hypercall_abi={}", library.display()))
+        .arg(format!("ebb_hypercall_abi={}", library.display()))
         .args(["-C", "link-arg=-nostartfiles", "-C", "link-arg=-nostdlib"])
         .args(["-C", "link-arg=-static", "-C", "link-arg=-no-pie"])
         .args(["-C", "link-arg=-Wl,--oformat=binary,--build-id=none"])

@@ -1,8 +1,8 @@
 //! What an arena costs that nobody uses. Alone in its process, so that the process's memory is the arena's.
 
 use ebb_core::range::GpaRange;
-use vmm::arena::Arena;
-use vmm::memory::{Backing, GuestRam};
+use ebb_vmm::arena::Arena;
+use ebb_vmm::memory::{Backing, GuestRam};
 
 const MIB: u64 = 1 << 20;
 const START: u64 = 4 << 30;

@@ -1,188 +1,209 @@
-//! jemalloc on an Ebb arena.
-//!
-//! A program's heap lives in an arena, device-dax memory that the monitor may take back wherever it is free. Freeing and
-//! reusing are one compare-and-swap a granule: no call, no TLB shootdown, no fault on what was not taken. Without an arena,
-//! or when it is full, the heap is ordinary memory.
-//!
-//! A Rust program names [`EbbMalloc`] as its `#[global_allocator]`; other programs are run with `libebb_malloc.so`, which is
-//! made of the same parts.
-//!
-//! Environment: `EBB_ARENA` is the device, or else the first of `/dev/dax*` that is an arena. `EBB_FORK=off` uses no arena;
-//! `copy`, the default, copies the heap for children, see [`fork`]. `EBB_QUIET=1` leaves out the line about a missing arena.
+//! `libebb_malloc.so`: the names of malloc(3), fork(3), and of one switch of prctl(2), over `ebb-heap`.
 
-pub mod fork;
-mod heap;
-mod hooks;
-mod pages;
-mod park;
-mod say;
-mod start;
-mod tide;
-mod zero;
+use std::ffi::{c_int, c_ulong, c_void};
+use std::ptr::null_mut;
 
-use std::alloc::{GlobalAlloc, Layout};
-use std::ffi::{c_int, c_void};
+use libc::{EINVAL, ENOMEM, size_t};
 
-use tikv_jemalloc_sys as jemalloc;
+/// Bytes of a page.
+const PAGE: usize = 4096;
 
-use heap::Heap;
-pub use start::start;
-
-/// Whether this process has its heap in an arena: it found one, and is no child of a fork.
-#[must_use]
-pub fn uses_arena() -> bool {
-    Heap::get().is_some()
+fn fail(code: c_int) -> *mut c_void {
+    // SAFETY: the thread's own.
+    unsafe { *libc::__errno_location() = code };
+    null_mut()
 }
 
-/// Alignment, in bytes, that every allocation has which is at least as big.
-const ALIGN: usize = 16;
-
-/// What goes before every allocation.
-#[inline]
-fn before_allocating() {
-    start::first_call();
-    if tide::ebbs() {
-        tide::allocated();
-    }
-}
-
-/// `malloc(size)`.
+/// malloc(3).
 ///
 /// # Safety
 /// As malloc(3).
-#[inline]
-pub unsafe fn malloc(size: usize) -> *mut c_void {
-    before_allocating();
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn malloc(size: size_t) -> *mut c_void {
     // SAFETY: the caller's.
-    unsafe { jemalloc::malloc(size) }
+    unsafe { ebb_heap::malloc(size) }
 }
 
-/// `calloc(count, size)`.
+/// calloc(3).
 ///
 /// # Safety
 /// As calloc(3).
-pub unsafe fn calloc(count: usize, size: usize) -> *mut c_void {
-    before_allocating();
-    let total = count.checked_mul(size).filter(|total| *total > zero::SMALL);
-    match total.filter(|_| Heap::get().is_some()) {
-        // SAFETY: the caller's; a small request, or memory that is zero where jemalloc believes it.
-        None => unsafe { jemalloc::calloc(count, size) },
-        Some(total) => {
-            zero::forget();
-            // SAFETY: the caller's.
-            let memory = unsafe { jemalloc::malloc(total) };
-            if !memory.is_null() {
-                // SAFETY: just allocated by this thread.
-                unsafe { zero::clear(memory.cast(), total) };
-            }
-            memory
-        }
-    }
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn calloc(count: size_t, size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { ebb_heap::calloc(count, size) }
 }
 
-/// `realloc(memory, size)`.
+/// realloc(3).
 ///
 /// # Safety
 /// As realloc(3).
-#[inline]
-pub unsafe fn realloc(memory: *mut c_void, size: usize) -> *mut c_void {
-    before_allocating();
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn realloc(memory: *mut c_void, size: size_t) -> *mut c_void {
     // SAFETY: the caller's.
-    unsafe { jemalloc::realloc(memory, size) }
+    unsafe { ebb_heap::realloc(memory, size) }
 }
 
-/// `posix_memalign(memory, align, size)`.
+/// reallocarray(3).
 ///
 /// # Safety
-/// As posix_memalign(3).
-pub unsafe fn posix_memalign(memory: *mut *mut c_void, align: usize, size: usize) -> c_int {
-    before_allocating();
-    // SAFETY: the caller's.
-    unsafe { jemalloc::posix_memalign(memory, align, size) }
+/// As reallocarray(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn reallocarray(
+    memory: *mut c_void,
+    count: size_t,
+    size: size_t,
+) -> *mut c_void {
+    match count.checked_mul(size) {
+        // SAFETY: the caller's.
+        Some(total) => unsafe { ebb_heap::realloc(memory, total) },
+        None => fail(ENOMEM),
+    }
 }
 
-/// `aligned_alloc(align, size)`.
-///
-/// # Safety
-/// As aligned_alloc(3).
-pub unsafe fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
-    before_allocating();
-    // SAFETY: the caller's.
-    unsafe { jemalloc::aligned_alloc(align, size) }
-}
-
-/// `free(memory)`.
+/// free(3).
 ///
 /// # Safety
 /// As free(3).
-#[inline]
-pub unsafe fn free(memory: *mut c_void) {
-    if tide::ebbs() {
-        // SAFETY: the caller's.
-        return unsafe { tide::free(memory) };
-    }
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn free(memory: *mut c_void) {
     // SAFETY: the caller's.
-    unsafe { jemalloc::free(memory) }
+    unsafe { ebb_heap::free(memory) }
 }
 
-/// `malloc_usable_size(memory)`.
+/// posix_memalign(3).
+///
+/// # Safety
+/// As posix_memalign(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn posix_memalign(
+    memory: *mut *mut c_void,
+    align: size_t,
+    size: size_t,
+) -> c_int {
+    // SAFETY: the caller's.
+    unsafe { ebb_heap::posix_memalign(memory, align, size) }
+}
+
+/// aligned_alloc(3).
+///
+/// # Safety
+/// As aligned_alloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn aligned_alloc(align: size_t, size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { ebb_heap::aligned_alloc(align, size) }
+}
+
+/// memalign(3).
+///
+/// # Safety
+/// As memalign(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn memalign(align: size_t, size: size_t) -> *mut c_void {
+    let Some(align) = align.checked_next_power_of_two() else {
+        return fail(EINVAL);
+    };
+    // SAFETY: the caller's.
+    unsafe { ebb_heap::aligned_alloc(align.max(size_of::<usize>()), size) }
+}
+
+/// valloc(3).
+///
+/// # Safety
+/// As valloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn valloc(size: size_t) -> *mut c_void {
+    // SAFETY: the caller's.
+    unsafe { ebb_heap::aligned_alloc(PAGE, size) }
+}
+
+/// pvalloc(3).
+///
+/// # Safety
+/// As pvalloc(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvalloc(size: size_t) -> *mut c_void {
+    match size.checked_next_multiple_of(PAGE) {
+        // SAFETY: the caller's.
+        Some(size) => unsafe { ebb_heap::aligned_alloc(PAGE, size) },
+        None => fail(ENOMEM),
+    }
+}
+
+/// malloc_usable_size(3).
 ///
 /// # Safety
 /// As malloc_usable_size(3).
-pub unsafe fn usable_size(memory: *const c_void) -> usize {
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn malloc_usable_size(memory: *mut c_void) -> size_t {
     // SAFETY: the caller's.
-    unsafe { jemalloc::malloc_usable_size(memory) }
+    unsafe { ebb_heap::usable_size(memory) }
 }
 
-/// The allocator of Rust programs.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct EbbMalloc;
-
-/// jemalloc's flag for an alignment; 0 where every allocation of that size has it.
-const fn flags(layout: Layout) -> c_int {
-    if layout.align() <= ALIGN && layout.align() <= layout.size() {
-        0
-    } else {
-        jemalloc::MALLOCX_ALIGN(layout.align())
-    }
+/// A function of glibc's that ours stands before.
+///
+/// # Safety
+/// `F` is the type of that function.
+unsafe fn real<F: Copy>(name: &std::ffi::CStr) -> F {
+    // SAFETY: looks up a name.
+    let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
+    assert!(!function.is_null(), "{name:?} is not in the C library");
+    // SAFETY: the caller's; functions are as wide as data pointers.
+    unsafe { std::mem::transmute_copy(&function) }
 }
 
-// SAFETY: jemalloc's functions, with the sizes and alignments that they were asked for.
-unsafe impl GlobalAlloc for EbbMalloc {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        before_allocating();
-        // SAFETY: a layout's size is not 0 here.
-        unsafe { jemalloc::mallocx(layout.size(), flags(layout)).cast() }
-    }
+/// A function without arguments.
+type Plain = extern "C" fn() -> c_int;
+/// prctl(2), whose arguments glibc takes as five words.
+type Prctl = unsafe extern "C" fn(c_int, c_ulong, c_ulong, c_ulong, c_ulong) -> c_int;
 
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        if layout.align() <= ALIGN {
-            // SAFETY: as above.
-            return unsafe { calloc(1, layout.size()).cast() };
-        }
-        zero::forget();
-        // SAFETY: as above.
-        let memory = unsafe { self.alloc(layout) };
-        if !memory.is_null() {
-            // SAFETY: just allocated by this thread.
-            unsafe { zero::clear(memory, layout.size()) };
-        }
-        memory
+/// prctl(2). PR_SET_THP_DISABLE does nothing where the heap is in an arena, and succeeds: a device-dax mapping has huge pages
+/// or faults with SIGBUS, and Redis turns them off, for the sake of its forks, which copy the heap here anyway.
+///
+/// # Safety
+/// As prctl(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn prctl(
+    option: c_int,
+    second: c_ulong,
+    third: c_ulong,
+    fourth: c_ulong,
+    fifth: c_ulong,
+) -> c_int {
+    if option == libc::PR_SET_THP_DISABLE && ebb_heap::uses_arena() {
+        return 0;
     }
+    // SAFETY: its type.
+    let prctl: Prctl = unsafe { real(c"prctl") };
+    // SAFETY: the caller's.
+    unsafe { prctl(option, second, third, fourth, fifth) }
+}
 
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        if tide::ebbs() {
-            // SAFETY: it is from `alloc`.
-            return unsafe { tide::free(memory.cast()) };
-        }
-        // SAFETY: it is from `alloc`, with this layout.
-        unsafe { jemalloc::sdallocx(memory.cast(), layout.size(), flags(layout)) }
-    }
+/// fork(3): ENOMEM where the heap cannot be copied for the child.
+#[unsafe(no_mangle)]
+pub extern "C" fn fork() -> c_int {
+    // SAFETY: its type.
+    let fork: Plain = unsafe { real(c"fork") };
+    ebb_heap::fork::fork(|| fork())
+}
 
-    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: the size does not overflow when rounded up to the alignment.
-        let new = unsafe { Layout::from_size_align_unchecked(size, layout.align()) };
-        // SAFETY: it is from `alloc`, with this layout.
-        unsafe { jemalloc::rallocx(memory.cast(), size, flags(new)).cast() }
-    }
+/// _Fork(3), which runs no handlers: the heap is copied all the same.
+#[unsafe(no_mangle)]
+pub extern "C" fn _Fork() -> c_int {
+    // SAFETY: its type.
+    let fork: Plain = unsafe { real(c"_Fork") };
+    ebb_heap::fork::fork(|| {
+        ebb_heap::fork::before();
+        match fork() {
+            0 => {
+                ebb_heap::fork::in_child();
+                0
+            }
+            child => {
+                ebb_heap::fork::in_parent();
+                child
+            }
+        }
+    })
 }

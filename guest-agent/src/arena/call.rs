@@ -8,9 +8,9 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use core::arch::x86_64::__cpuid;
-use hypercall_abi::call::{Attributes, Operation};
-use hypercall_abi::stubs::{self, Transport};
-use hypercall_abi::{Features, PAGE_SIZE};
+use ebb_hypercall_abi::call::{Attributes, Operation};
+use ebb_hypercall_abi::stubs::{self, Transport};
+use ebb_hypercall_abi::{Features, PAGE_SIZE};
 
 /// CPUID.1:ECX: this is a virtual machine.
 const HYPERVISOR: u32 = 1 << 31;

@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use hypercall_abi::arena::{GENERATION, Header, HeaderError, Layout, ROOM_BASE};
-use hypercall_abi::granule::{Reuse, State, Word};
+use ebb_hypercall_abi::arena::{GENERATION, Header, HeaderError, Layout, ROOM_BASE};
+use ebb_hypercall_abi::granule::{Reuse, State, Word};
 
 use call::Caller;
 use memory::Memory;

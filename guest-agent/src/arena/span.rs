@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use hypercall_abi::granule::State;
+use ebb_hypercall_abi::granule::State;
 
 use super::Arena;
 

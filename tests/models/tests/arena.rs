@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use ebb_core::table::{Table, Words};
+use ebb_hypercall_abi::granule::{Reuse, Word};
 use ebb_models::check;
-use hypercall_abi::granule::{Reuse, Word};
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;

@@ -4,9 +4,9 @@ use std::arch::global_asm;
 use std::ptr;
 use std::slice;
 
-use hypercall_abi::call::{Attributes, Operation};
-use hypercall_abi::discovery::PORT;
-use hypercall_abi::stubs;
+use ebb_hypercall_abi::call::{Attributes, Operation};
+use ebb_hypercall_abi::discovery::PORT;
+use ebb_hypercall_abi::stubs;
 
 use crate::elf;
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-pub use payload_guest::{COUNTS, Counts, Job, Parameters, map, marker};
+pub use ebb_payload_guest::{COUNTS, Counts, Job, Parameters, map, marker};
 
 use crate::{RESULT_SIZE, elf, results};
 

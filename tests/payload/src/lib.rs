@@ -13,8 +13,8 @@ pub mod trespass;
 use std::io;
 use std::path::Path;
 
-use hypercall_abi::discovery::PORT;
-use hypercall_abi::{Attributes, Operation, PAGE_SIZE};
+use ebb_hypercall_abi::discovery::PORT;
+use ebb_hypercall_abi::{Attributes, Operation, PAGE_SIZE};
 
 /// First address that programs may use as they like; what lies below belongs to the payload.
 pub const FREE_START: u64 = 8 << 20;

@@ -6,8 +6,8 @@ use std::io;
 use std::path::Path;
 use std::slice;
 
-use hypercall_abi::discovery::PORT;
-use hypercall_abi::{Attributes, Operation};
+use ebb_hypercall_abi::discovery::PORT;
+use ebb_hypercall_abi::{Attributes, Operation};
 
 use crate::{code, elf};
 

@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use nested_machine::error::Result;
-use nested_machine::platform::Platform;
-use nested_machine::runner::run_here;
-use nested_machine::session::Command;
+use ebb_nested_machine::error::Result;
+use ebb_nested_machine::platform::Platform;
+use ebb_nested_machine::runner::run_here;
+use ebb_nested_machine::session::Command;
 
 use crate::cargo::{build, build_library};
 use crate::project::{binary, environment, output_folder, root, start_runner};
@@ -28,7 +28,7 @@ pub struct Arguments {
 /// Runs the subcommand.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
-    build(&["vmm", "ebb-tests"])?;
+    build(&["ebb-vmm", "ebb-harness", "ebb-benches"])?;
     if arguments.name == "malloc" {
         build_library("ebb-malloc")?;
     }

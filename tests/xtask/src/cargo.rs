@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use nested_machine::error::{Error, Result};
+use ebb_nested_machine::error::{Error, Result};
 
 use crate::project::root;
 use crate::shell::{command, progress, visibly};

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use nested_machine::error::Result;
-use nested_machine::session::Command;
+use ebb_nested_machine::error::Result;
+use ebb_nested_machine::session::Command;
 
 use crate::cargo::{build, build_library};
 use crate::project::{binary, environment, output_folder, root, start_runner};
@@ -27,7 +27,7 @@ pub struct Arguments {
 /// Runs the subcommand.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
-    build(&["vmm", "ebb-tests"])?;
+    build(&["ebb-vmm", "ebb-harness", "ebb-demo"])?;
     if arguments.story == "malloc" {
         build_library("ebb-malloc")?;
     }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use nested_machine::error::Result;
-use nested_machine::session::Command;
+use ebb_nested_machine::error::Result;
+use ebb_nested_machine::session::Command;
 
 use crate::project::{environment, output_folder, start_runner};
 use crate::shell::{Seconds, progress};

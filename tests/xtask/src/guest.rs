@@ -1,7 +1,7 @@
 //! `cargo xtask guest`: a shell in a guest.
 
-use nested_machine::error::Result;
-use nested_machine::session::Command;
+use ebb_nested_machine::error::Result;
+use ebb_nested_machine::session::Command;
 
 use crate::cargo::build;
 use crate::project::{binary, environment, output_folder, root, start_runner};
@@ -19,7 +19,7 @@ pub struct Arguments {
 /// Runs the subcommand.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
-    build(&["vmm"])?;
+    build(&["ebb-vmm"])?;
     let out = output_folder("guest-out")?;
     let runner = start_runner(&assets)?;
     let ebb = binary("ebb");

@@ -16,7 +16,7 @@ mod verdict;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use nested_machine::error::chain;
+use ebb_nested_machine::error::chain;
 
 /// Sets up, demonstrates, tests and measures Ebb.
 #[derive(Parser)]

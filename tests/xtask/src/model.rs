@@ -8,7 +8,7 @@
 
 use std::fmt::Write;
 
-use nested_machine::error::{Context, Result};
+use ebb_nested_machine::error::{Context, Result};
 use serde_json::Value;
 
 use crate::project::root;

@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use nested_machine::assets::Assets;
-use nested_machine::error::{Context, Result};
-use nested_machine::machine::Options;
-use nested_machine::platform::Platform;
-use nested_machine::runner::Runner;
+use ebb_nested_machine::assets::Assets;
+use ebb_nested_machine::error::{Context, Result};
+use ebb_nested_machine::machine::Options;
+use ebb_nested_machine::platform::Platform;
+use ebb_nested_machine::runner::Runner;
 
 use crate::shell::{Seconds, progress};
 

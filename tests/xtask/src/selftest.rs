@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use nested_machine::error::{Error, Result, chain};
-use nested_machine::frame::Exit;
-use nested_machine::machine::{Machine, Options};
-use nested_machine::runner::Runner;
-use nested_machine::session::{Command, Event, Output};
+use ebb_nested_machine::error::{Error, Result, chain};
+use ebb_nested_machine::frame::Exit;
+use ebb_nested_machine::machine::{Machine, Options};
+use ebb_nested_machine::runner::Runner;
+use ebb_nested_machine::session::{Command, Event, Output};
 
 use crate::project::root;
 use crate::setup;

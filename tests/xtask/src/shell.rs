@@ -5,7 +5,7 @@ use std::fmt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nested_machine::error::{Context, Error, Result};
+use ebb_nested_machine::error::{Context, Error, Result};
 
 /// Prints one line of progress.
 pub fn progress(text: impl fmt::Display) {

@@ -1,16 +1,16 @@
 //! `cargo xtask test`: checks of the source, host tests, and KVM tests where KVM is.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command as Process, Stdio};
 use std::time::{Duration, Instant};
 
-use nested_machine::assets::Assets;
-use nested_machine::error::{Context, Error, Result, chain};
-use nested_machine::frame::Exit;
-use nested_machine::platform::Platform;
-use nested_machine::runner::{Runner, run_here};
-use nested_machine::session::{Command, Stream};
+use ebb_nested_machine::assets::Assets;
+use ebb_nested_machine::error::{Context, Error, Result, chain};
+use ebb_nested_machine::frame::Exit;
+use ebb_nested_machine::platform::Platform;
+use ebb_nested_machine::runner::{Runner, run_here};
+use ebb_nested_machine::session::{Command, Stream};
 use serde_json::Value;
 
 use crate::cargo::{build, build_library, cargo};
@@ -35,10 +35,15 @@ pub struct Arguments {
     filters: Vec<String>,
 }
 
-/// A test binary of the package ebb-tests.
+/// Packages whose tests are built with optimization and run where KVM is if their binary's name starts with `kvm_`.
+const ACROSS: [&str; 3] = ["ebb-harness", "ebb-benches", "ebb-demo"];
+
+/// A test binary of one of these packages.
 struct Binary {
     name: String,
     path: PathBuf,
+    /// The package's folder, which cargo would run it in.
+    folder: PathBuf,
 }
 
 /// What was run, and how it went.
@@ -89,7 +94,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     report.step("documentation tests", || {
         visibly(cargo(["test", "--workspace", "--doc", "-q"]))
     });
-    build(&["vmm", "ebb-tests"])?;
+    build(&["ebb-vmm", "ebb-harness"])?;
     build_library("ebb-malloc")?;
     let binaries = test_binaries()?;
     let (kvm, host): (Vec<_>, Vec<_>) = binaries
@@ -173,13 +178,10 @@ fn unit_tests(filters: &[String]) -> Result<bool> {
     } else {
         cargo(["test", "--all-targets"])
     };
-    tests.args([
-        "--workspace",
-        "--exclude",
-        "ebb-tests",
-        "--exclude",
-        "ebb-models",
-    ]);
+    tests.args(["--workspace", "--exclude", "ebb-models"]);
+    ACROSS.iter().for_each(|package| {
+        tests.args(["--exclude", package]);
+    });
     if has_nextest {
         tests.args(filters);
     } else {
@@ -197,21 +199,20 @@ fn models() -> Result<bool> {
     visibly(models)
 }
 
-/// Builds the tests of ebb-tests and says where cargo put them.
+/// Builds the tests of [`ACROSS`] and says where cargo put them.
 fn test_binaries() -> Result<Vec<Binary>> {
-    progress("building the tests of ebb-tests (release)");
-    let mut build = cargo(["test", "-p", "ebb-tests", "--release", "--no-run"]);
+    let what = format!("build the tests of {} (release)", ACROSS.join(", "));
+    progress(&what);
+    let mut build = cargo(["test", "--release", "--no-run"]);
+    ACROSS.iter().for_each(|package| {
+        build.args(["-p", package]);
+    });
     build
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit());
-    let output = build
-        .output()
-        .context(|| "build the tests of ebb-tests".into())?;
+    let output = build.output().context(|| what.clone())?;
     if !output.status.success() {
-        return Err(Error::new(format!(
-            "building the tests of ebb-tests: {}",
-            output.status
-        )));
+        return Err(Error::new(format!("{what}: {}", output.status)));
     }
     let text = String::from_utf8_lossy(&output.stdout);
     let mut binaries: Vec<Binary> = text.lines().filter_map(test_binary).collect();
@@ -224,10 +225,11 @@ fn test_binary(line: &str) -> Option<Binary> {
     if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
         return None;
     }
-    let name = message["target"]["name"].as_str()?.to_owned();
+    let manifest = Path::new(message["manifest_path"].as_str()?);
     Some(Binary {
-        name,
+        name: message["target"]["name"].as_str()?.to_owned(),
         path: message["executable"].as_str()?.into(),
+        folder: manifest.parent()?.to_owned(),
     })
 }
 
@@ -249,13 +251,13 @@ impl Tests {
             // The machine's CPUs are emulated by what is usually fewer.
             command.env.push(("RUST_TEST_THREADS".into(), "2".into()));
         }
-        command.cwd = Some(root().join("tests"));
+        command.cwd = Some(binary.folder.clone());
         command
     }
 
     fn on_kvm(&self, binaries: &[Binary], mut runner: Option<Runner>, report: &mut Report) {
         if binaries.is_empty() {
-            progress("ebb-tests has no test binary named kvm_*");
+            progress("there is no test binary named kvm_*");
         }
         for binary in binaries {
             report.step(&format!("{} (KVM)", binary.name), || {
@@ -316,12 +318,11 @@ mod tests {
     #[test]
     fn only_test_executables_are_taken_from_cargos_messages() {
         let line = r#"{"reason":"compiler-artifact","profile":{"test":true},
-            "target":{"name":"kvm_boot"},"executable":"/t/kvm_boot-1"}"#;
+            "target":{"name":"kvm_boot"},"executable":"/t/kvm_boot-1","manifest_path":"/p/Cargo.toml"}"#;
         let binary = test_binary(line).unwrap();
-        assert_eq!(
-            (binary.name.as_str(), binary.path.to_str()),
-            ("kvm_boot", Some("/t/kvm_boot-1"))
-        );
+        assert_eq!(binary.name, "kvm_boot");
+        assert_eq!(binary.path, Path::new("/t/kvm_boot-1"));
+        assert_eq!(binary.folder, Path::new("/p"));
         assert!(test_binary(&line.replace("true", "false")).is_none());
         assert!(test_binary(&line.replace("\"/t/kvm_boot-1\"", "null")).is_none());
         assert!(test_binary("warning: not JSON").is_none());

@@ -36,7 +36,7 @@ mod tests {
         assert!(kernel_broke(
             b"[    1.2] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI"
         ));
-        assert!(kernel_broke(b"ERROR vmm::vcpu: vCPU 0: triple fault"));
+        assert!(kernel_broke(b"ERROR ebb_vmm::vcpu: vCPU 0: triple fault"));
         assert!(kernel_broke(b"no \"ready\": not within 120 s"));
         assert!(!kernel_broke(b"assertion `left == right` failed"));
     }

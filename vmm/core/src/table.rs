@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use hypercall_abi::granule::{Reuse, State, Word};
+use ebb_hypercall_abi::granule::{Reuse, State, Word};
 
 use crate::fault::fault_point;
 use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, wait};

@@ -1,7 +1,7 @@
 //! CPUID: what KVM supports, made to fit the topology, and our own leaf.
 
-use hypercall_abi::Interface;
-use hypercall_abi::discovery::{CPUID_BASE, CPUID_VERSION_OFFSET, signature_registers};
+use ebb_hypercall_abi::Interface;
+use ebb_hypercall_abi::discovery::{CPUID_BASE, CPUID_VERSION_OFFSET, signature_registers};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 /// Leaf 1, ECX: a hypervisor is present.
@@ -140,8 +140,8 @@ mod tests {
     use super::*;
 
     const INTERFACE: Interface = Interface {
-        version: hypercall_abi::discovery::VERSION,
-        features: hypercall_abi::Features::PORT,
+        version: ebb_hypercall_abi::discovery::VERSION,
+        features: ebb_hypercall_abi::Features::PORT,
         port: 0x77,
         batch_max: 9,
     };

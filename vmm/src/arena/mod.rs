@@ -1,7 +1,7 @@
 //! The arena: guest memory apart from its RAM, in which the guest frees and reuses granules by changing a word in a
 //! shared table. The monitor looks at the table when the host needs memory, and at no other time.
 //!
-//! The layout is that of [`hypercall_abi::arena`]. The header is written once and never read; the table is read with
+//! The layout is that of [`ebb_hypercall_abi::arena`]. The header is written once and never read; the table is read with
 //! suspicion, see [`ebb_core::table`].
 
 mod words;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use hypercall_abi::arena::{GENERATION, Header, Layout, REUSE_MAX_GRANULES};
+use ebb_hypercall_abi::arena::{GENERATION, Header, Layout, REUSE_MAX_GRANULES};
 use vm_memory::GuestMemoryMmap;
 
 use ebb_core::range::GpaRange;

@@ -3,7 +3,7 @@ use std::thread;
 
 use ebb_core::range::PAGE_SIZE;
 use ebb_core::table::Words as _;
-use hypercall_abi::granule::{Reuse, State, Word};
+use ebb_hypercall_abi::granule::{Reuse, State, Word};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;

@@ -4,12 +4,12 @@ use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use ebb_vmm::api::{self, ClientError};
+use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_size};
+use ebb_vmm::exit;
+use ebb_vmm::guardian::lock;
 use hyper::Method;
 use serde_json::{Value, json};
-use vmm::api::{self, ClientError};
-use vmm::config::{SocketSpec, TeardownSpec, format_size, parse_size};
-use vmm::exit;
-use vmm::guardian::lock;
 
 /// Time limit for requests that only read or change a setting.
 const TIMEOUT: Duration = Duration::from_secs(10);

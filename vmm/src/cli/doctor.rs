@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use vmm::doctor::{Report, Status, examine};
-use vmm::exit;
+use ebb_vmm::doctor::{Report, Status, examine};
+use ebb_vmm::exit;
 
 /// Say whether guests can run here, what is missing, and how to get it
 ///

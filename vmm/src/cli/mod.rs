@@ -10,7 +10,7 @@ use std::io::{self, Write};
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
-use vmm::exit;
+use ebb_vmm::exit;
 
 /// A virtual machine monitor whose guests hand memory back lazily.
 #[derive(Debug, Parser)]

@@ -4,13 +4,13 @@ use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tracing::Level;
-use vmm::config::{
+use ebb_vmm::config::{
     ArenaSpec, BalloonConfig, CpusSpec, DiskConfig, KernelEntry, LazyConfig, MachineSpec,
     MemorySpec, SerialConfig, SocketSpec, Toggle,
 };
-use vmm::exit;
-use vmm::guardian::Log;
+use ebb_vmm::exit;
+use ebb_vmm::guardian::Log;
+use tracing::Level;
 
 /// Start a guest and stay with it until it ends
 ///
@@ -91,7 +91,7 @@ pub fn main(mut args: Args) -> u8 {
             return exit::BAD_ARGUMENTS;
         }
     };
-    match vmm::vm::run(config, &log) {
+    match ebb_vmm::vm::run(config, &log) {
         Ok(reason) => exit::status(reason),
         Err(error) => {
             super::complain_of(&error);

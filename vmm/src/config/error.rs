@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use hypercall_abi::arena::{DEFAULT_GRANULE, MAX_GRANULE, MAX_ID};
+use ebb_hypercall_abi::arena::{DEFAULT_GRANULE, MAX_GRANULE, MAX_ID};
 
 use super::format_size;
 

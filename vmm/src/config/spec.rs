@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use hypercall_abi::arena;
+use ebb_hypercall_abi::arena;
 
 use super::options::Options;
 use super::{

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use hypercall_abi::arena::{DEFAULT_GRANULE, Layout, MAX_GRANULE, MAX_ID};
+use ebb_hypercall_abi::arena::{DEFAULT_GRANULE, Layout, MAX_GRANULE, MAX_ID};
 
 use super::spec::{ArenaSpec, MachineSpec, MemorySpec};
 use super::{

@@ -4,9 +4,9 @@
 use std::mem::{offset_of, size_of};
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
-use hypercall_abi::Error;
-use hypercall_abi::arena::ArenaInfo;
-use hypercall_abi::block::{BatchHeader, Descriptor, Query, batch_capacity};
+use ebb_hypercall_abi::Error;
+use ebb_hypercall_abi::arena::ArenaInfo;
+use ebb_hypercall_abi::block::{BatchHeader, Descriptor, Query, batch_capacity};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::Survey;

@@ -1,8 +1,8 @@
 //! From registers to a request. Pure: nothing here looks at guest memory.
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
-use hypercall_abi::block::BATCH_MAX_PAGES;
-use hypercall_abi::{Attributes, Error, Flags, Operation, call};
+use ebb_hypercall_abi::block::BATCH_MAX_PAGES;
+use ebb_hypercall_abi::{Attributes, Error, Flags, Operation, call};
 
 /// The three numbers of a call, as they stood in the guest's registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

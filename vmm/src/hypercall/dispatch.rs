@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
-use hypercall_abi::arena::ArenaInfo;
-use hypercall_abi::block::BATCH_MAX;
-use hypercall_abi::call::PREFAULT_MAX_PAGES;
-use hypercall_abi::discovery::{PORT, VERSION};
-use hypercall_abi::{Error, Features, Interface, Success, status};
+use ebb_hypercall_abi::arena::ArenaInfo;
+use ebb_hypercall_abi::block::BATCH_MAX;
+use ebb_hypercall_abi::call::PREFAULT_MAX_PAGES;
+use ebb_hypercall_abi::discovery::{PORT, VERSION};
+use ebb_hypercall_abi::{Error, Features, Interface, Success, status};
 use vm_memory::GuestMemoryMmap;
 
 use super::blocks::{

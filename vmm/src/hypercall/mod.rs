@@ -10,7 +10,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-use hypercall_abi::arena::ArenaInfo;
+use ebb_hypercall_abi::arena::ArenaInfo;
 
 pub use decode::{Arguments, Request, decode};
 pub use dispatch::{Hypercalls, offer};

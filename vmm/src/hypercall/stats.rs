@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use hypercall_abi::Operation;
+use ebb_hypercall_abi::Operation;
 
 const OPERATIONS: usize = Operation::ALL.len();
 

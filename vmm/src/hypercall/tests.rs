@@ -2,10 +2,10 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use ebb_core::range::PAGE_SIZE;
-use hypercall_abi::arena::ArenaInfo;
-use hypercall_abi::block::{BATCH_MAX, Descriptor};
-use hypercall_abi::status::{self, LAST_RANGE};
-use hypercall_abi::{Attributes, Error, Features, Flags, Operation, Success};
+use ebb_hypercall_abi::arena::ArenaInfo;
+use ebb_hypercall_abi::block::{BATCH_MAX, Descriptor};
+use ebb_hypercall_abi::status::{self, LAST_RANGE};
+use ebb_hypercall_abi::{Attributes, Error, Features, Flags, Operation, Success};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 

@@ -2,8 +2,8 @@
 
 use std::ptr;
 
-use hypercall_abi::Features;
-use hypercall_abi::call::KVM_HC_MAP_GPA_RANGE;
+use ebb_hypercall_abi::Features;
+use ebb_hypercall_abi::call::KVM_HC_MAP_GPA_RANGE;
 use kvm_bindings::{KVM_SYNC_X86_REGS, kvm_enable_cap, kvm_regs};
 use kvm_ioctls::{Cap, SyncReg, VcpuFd};
 

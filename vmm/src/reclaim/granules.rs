@@ -49,7 +49,7 @@ mod tests {
     use ebb_core::generation::{Gate, VmGeneration};
     use ebb_core::lazy::LazyMemory;
     use ebb_core::range::GpaRange;
-    use hypercall_abi::granule::{State, Word};
+    use ebb_hypercall_abi::granule::{State, Word};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
@@ -99,7 +99,7 @@ mod tests {
                 memory.store(word, GuestAddress(START + at), order).unwrap();
             };
             store(index * GRANULE, 1);
-            let at = GuestAddress(START + hypercall_abi::arena::GENERATION);
+            let at = GuestAddress(START + ebb_hypercall_abi::arena::GENERATION);
             let generation: u64 = memory.read_obj(at).unwrap();
             store(4096 + 8 * index, Word::new(State::Lazy, generation).raw());
         }

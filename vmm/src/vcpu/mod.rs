@@ -10,8 +10,8 @@ use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use hypercall_abi::call::KVM_HC_MAP_GPA_RANGE;
-use hypercall_abi::discovery::PORT;
+use ebb_hypercall_abi::call::KVM_HC_MAP_GPA_RANGE;
+use ebb_hypercall_abi::discovery::PORT;
 
 use crate::bus::{Action, Bus, ExitReason};
 use crate::hypercall::{Arguments, Hypercalls};

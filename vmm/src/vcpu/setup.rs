@@ -1,6 +1,6 @@
 //! The state of a vCPU before its first instruction.
 
-use hypercall_abi::Interface;
+use ebb_hypercall_abi::Interface;
 use kvm_ioctls::VcpuFd;
 
 use crate::arch::cpuid::{self, Topology};

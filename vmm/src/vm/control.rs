@@ -6,7 +6,7 @@ use std::time::Instant;
 use ebb_core::generation::{Gate, GateStats};
 use ebb_core::lazy::LazyMemory;
 use ebb_core::range::PAGE_SIZE;
-use hypercall_abi::Operation;
+use ebb_hypercall_abi::Operation;
 
 use super::ending::Ending;
 use super::events::ExitSlot;

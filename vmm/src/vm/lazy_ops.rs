@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ebb_core::lazy::{LazyMemory, Surveyed};
 use ebb_core::range::GpaRange;
-use hypercall_abi::arena::ArenaInfo;
+use ebb_hypercall_abi::arena::ArenaInfo;
 
 use crate::arena::{Arena, Arenas};
 use crate::hypercall::{LazyOps, States, Survey};

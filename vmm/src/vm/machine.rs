@@ -7,8 +7,8 @@ use ebb_core::generation::{Gate, VmGeneration};
 use ebb_core::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
 use ebb_core::range::GpaRange;
 use ebb_core::release::ReleasePages;
+use ebb_hypercall_abi::Interface;
 use event_manager::MutEventSubscriber;
-use hypercall_abi::Interface;
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nested_machine::error::{Context, Error, Result};
+use ebb_nested_machine::error::{Context, Error, Result};
 
 use crate::shell::{Seconds, command, progress, quietly};
 

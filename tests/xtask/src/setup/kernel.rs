@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nested_machine::bzimage;
-use nested_machine::error::{Context, Error, Result};
-use nested_machine::package::{newest_kernel, release};
+use ebb_nested_machine::bzimage;
+use ebb_nested_machine::error::{Context, Error, Result};
+use ebb_nested_machine::package::{newest_kernel, release};
 
 use super::apt;
 use crate::shell::{Seconds, Size, command, progress, quietly};

@@ -6,9 +6,9 @@ mod qemu;
 mod root_disk;
 mod system_disk;
 
-use nested_machine::assets::Assets;
-use nested_machine::error::{Context, Result};
-use nested_machine::initramfs;
+use ebb_nested_machine::assets::Assets;
+use ebb_nested_machine::error::{Context, Result};
+use ebb_nested_machine::initramfs;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::cargo::build_static;
@@ -66,8 +66,12 @@ fn prepare(refresh: bool) -> Result<Assets> {
     let assets = Assets::locate(&root, &release);
     root_disk::ensure(&root, &assets.root_disk)?;
     progress("building the guest's and the nested machine's agents (static)");
-    build_static("nested-machine", "nested-agent", &["--no-default-features"])?;
-    build_static("guest-agent", "ebb-guest", &[])?;
+    build_static(
+        "ebb-nested-machine",
+        "nested-agent",
+        &["--no-default-features"],
+    )?;
+    build_static("ebb-guest-agent", "ebb-guest", &[])?;
     initramfs::write_guest(&assets)?;
     let size = std::fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
     progress(format_args!("guest initramfs: {}", Size(size)));

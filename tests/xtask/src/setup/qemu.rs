@@ -9,8 +9,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use nested_machine::assets::{emulator, emulator_folder};
-use nested_machine::error::{Context, Error, Result};
+use ebb_nested_machine::assets::{emulator, emulator_folder};
+use ebb_nested_machine::error::{Context, Error, Result};
 
 use super::apt;
 use crate::shell::{Seconds, command, progress, quietly};

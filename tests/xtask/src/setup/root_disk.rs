@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use nested_machine::error::{Context, Error, Result};
+use ebb_nested_machine::error::{Context, Error, Result};
 
 use crate::shell::{Seconds, Size, command, progress, quietly};
 

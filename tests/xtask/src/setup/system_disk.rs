@@ -4,8 +4,8 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use nested_machine::assets::Assets;
-use nested_machine::error::{Context, Result};
+use ebb_nested_machine::assets::Assets;
+use ebb_nested_machine::error::{Context, Result};
 
 use super::root_disk::{Recipe, format};
 use crate::shell::{Seconds, command, progress, quietly};
@@ -23,7 +23,7 @@ pub fn ensure(root: &Path, assets: &Assets) -> Result<()> {
     let stamp = [
         &*read(&base.with_extension("stamp"))?,
         &read(&root.join(UNIT))?,
-        &read(&assets.guest_agent)?,
+        &read(&assets.ebb_guest_agent)?,
     ]
     .concat();
     let (image, stamp_file) = (
@@ -90,7 +90,7 @@ fn install(root: &Path, assets: &Assets, base: &Path, tree: &Path) -> Result<()>
     quietly(tar)?;
     // Twice, as users do: the second must change nothing that the first has made.
     for _ in 0..2 {
-        let agent = assets.guest_agent.to_string_lossy();
+        let agent = assets.ebb_guest_agent.to_string_lossy();
         let mut program = command(&agent, ["install", "--mode", "0660", "--root"]);
         program.arg(tree);
         quietly(program)?;

@@ -1,0 +1,54 @@
+//! `ebb-bench`: benchmarks against other monitors; started by `cargo xtask bench`.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ebb_benches::{arena, boot, integrity, lazy, malloc, reclaim, reporting, teardown};
+
+/// Benchmarks against other monitors. Start them with `cargo xtask bench`.
+#[derive(Parser)]
+#[command(name = "ebb-bench")]
+struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// What an arena costs the monitor: memory when nobody touches it, and looks through its table
+    Arena(arena::Arguments),
+    /// Boot of the same guest, from the start of the process to its end, and memory overhead
+    Boot(boot::Arguments),
+    /// Guests verify their memory while it is reclaimed flat out: 10 million operations unless told otherwise
+    Integrity(integrity::Arguments),
+    /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time beside an empty exit
+    Lazy(lazy::Arguments),
+    /// What a heap in an arena costs, beside the same jemalloc on normal memory
+    Malloc(malloc::Arguments),
+    /// What reclaim costs: interrupts, pauses, throughput beside plain madvise, work of a busy guest
+    Reclaim(reclaim::Arguments),
+    /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
+    Reporting(reporting::Arguments),
+    /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, beside QEMU
+    Teardown(teardown::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().bench {
+        Bench::Arena(arguments) => arena::run(&arguments),
+        Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::Integrity(arguments) => integrity::run(&arguments),
+        Bench::Lazy(arguments) => lazy::run(&arguments),
+        Bench::Malloc(arguments) => malloc::run(&arguments),
+        Bench::Reclaim(arguments) => reclaim::run(&arguments),
+        Bench::Reporting(arguments) => reporting::run(&arguments),
+        Bench::Teardown(arguments) => teardown::run(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! `ebb-bench lazy`: what LAZY_FREE and REUSE cost when the memory is reused before anybody wants it.
+//!
+//! **Flushes**: a guest makes pairs of LAZY_FREE and REUSE and writes to the memory after each; the kernel's
+//! counters tell what that has caused. The noise is what they show while the same guest makes as many calls
+//! that do nothing. At the end one range is reclaimed, to show that the counters would have moved.
+//!
+//! **Time**: the same calls beside an exit of the same kind that nobody does anything about: the payload runs
+//! in turn under Ebb and in a bare loop around KVM_RUN, and takes its own time by its time stamp counter.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use ebb_hypercall_abi::{Attributes, Operation, PAGE_SIZE};
+use ebb_payload::{FREE_START, PAIR_RANGES, Program, RESULT_SIZE, Step, Transport, page};
+
+use super::counters::{Counters, above};
+use super::report::{Host, Ratio, Report};
+use super::samples::{Metric, Samples};
+use super::{BenchError, bare, path};
+use ebb_harness::error::{Context, Error, Result};
+use ebb_harness::wait::LONG;
+use ebb_harness::{Launch, Monitor};
+
+/// Pages of each range that is freed and reused.
+const PAGES: u64 = 4;
+/// Pages that the ranges lie in.
+const ALL_PAGES: u64 = PAIR_RANGES * 2 * PAGES;
+/// The guest's memory in bytes: more than the ranges need.
+const MEMORY: u64 = 128 << 20;
+/// What is reclaimed at the end: beyond the ranges.
+const CONTROL: u64 = page(ALL_PAGES);
+/// Pages of it.
+const CONTROL_PAGES: u64 = 64;
+/// Where the guest's query block lies, beyond that.
+const QUERY: u64 = page(ALL_PAGES + CONTROL_PAGES);
+
+/// Pieces of a round whose time is taken.
+const PIECES: u64 = 10;
+
+/// Arguments of the benchmark.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Arguments {
+    /// Rounds of each measurement
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+    /// Pairs of LAZY_FREE and REUSE in a round
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pairs: u64,
+    /// One short round of each: whether it works, not how fast it is
+    #[arg(long)]
+    quick: bool,
+}
+
+impl Arguments {
+    /// Those of `--quick`.
+    #[must_use]
+    pub const fn quick() -> Self {
+        Self {
+            runs: 1,
+            pairs: 500,
+            quick: true,
+        }
+    }
+}
+
+/// Runs the benchmark, prints the table and writes the report.
+///
+/// # Errors
+/// As for [`measure`]; the report cannot be written.
+pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
+    let report = measure(arguments)?;
+    println!("{report}");
+    let path = report.write(&path("EBB_OUT")?)?;
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// A guest does not do what it should, or the kernel does not count what it should.
+pub fn measure(arguments: &Arguments) -> Result<Report> {
+    let arguments = if arguments.quick {
+        Arguments::quick()
+    } else {
+        arguments.clone()
+    };
+    let transports = transports()?;
+    let mut samples = Samples::default();
+    count_flushes(&arguments, &transports, &mut samples)?;
+    for run in 1..=arguments.runs {
+        time_calls(&arguments, &transports, &mut samples)?;
+        eprintln!("lazy: times, run {run} of {}", arguments.runs);
+    }
+    Ok(Report {
+        name: "lazy".to_owned(),
+        host: Host::probe(),
+        rows: samples.rows(),
+        ratios: ratios(&transports, arguments.pairs, &samples)?,
+    })
+}
+
+/// How a guest here can call, by name.
+fn transports() -> Result<Vec<(&'static str, Transport)>> {
+    let instruction = bare::instruction()?.map(|by| ("instruction", by));
+    let port = ("port", Transport::Port);
+    Ok(instruction.into_iter().chain([port]).collect())
+}
+
+const REQUESTS: Metric = ("flush-requests", "");
+const FLUSHES: Metric = ("flushes", "");
+const CALLS: Metric = ("function-calls", "");
+const DISTURBED: Metric = ("disturbed", "");
+const EXITS: Metric = ("exits", "");
+const TIME: Metric = ("time", "us");
+
+/// The name of a transport's pairs, and of the calls that do nothing.
+fn cases(name: &str) -> [String; 2] {
+    [format!("{name}/pairs"), format!("{name}/nothing")]
+}
+
+fn nothing(program: &mut Program, by: Transport, times: u64) -> Step {
+    let features = Attributes::new(Operation::Features).encode();
+    program.repeated_call(by, [0, 1, features], times)
+}
+
+fn count_flushes(
+    arguments: &Arguments,
+    transports: &[(&'static str, Transport)],
+    samples: &mut Samples,
+) -> Result<()> {
+    let mut program = Program::kernel();
+    let warm = program.fill(FREE_START, ALL_PAGES + CONTROL_PAGES, 1);
+    let mut steps = Vec::new();
+    for _ in 0..arguments.runs {
+        for &(name, by) in transports {
+            let [pairs, idle] = cases(name);
+            steps.push((idle, nothing(&mut program, by, 2 * arguments.pairs)));
+            let step = program.pairs(by, (FREE_START, PAGES), arguments.pairs);
+            steps.push((pairs, step));
+        }
+    }
+    program.words(QUERY, &[CONTROL, CONTROL_PAGES]);
+    let freed = program.call(Transport::Port, Operation::LazyFree, CONTROL, CONTROL_PAGES);
+    // It stays until it is killed, so that the counters can be read.
+    program.query_until(QUERY, 8, u64::MAX);
+    let mut guest = Payload::start(&program)?;
+    guest.wait_for(warm)?;
+    let mut last = Counters::read(guest.monitor.pid())?;
+    for (case, step) in &steps {
+        guest.wait_for(*step)?;
+        let now = Counters::read(guest.monitor.pid())?;
+        let added = now.since(last);
+        last = now;
+        let calls = added.calls as f64;
+        let requests = added.kvm.remote_tlb_flush_requests as f64;
+        samples.add(("ebb", case), REQUESTS, requests);
+        samples.add(("ebb", case), FLUSHES, added.kvm.remote_tlb_flush as f64);
+        samples.add(("ebb", case), CALLS, calls);
+        samples.add(("ebb", case), DISTURBED, requests + calls);
+        samples.add(("ebb", case), EXITS, added.kvm.exits as f64);
+        eprintln!("lazy: {case}: {requests} flush requests, {calls} function calls");
+    }
+    guest.wait_for(freed)?;
+    let rounds = u64::from(arguments.runs) * transports.len() as u64;
+    check(&guest, rounds * arguments.pairs + 1)?;
+    let before = Counters::read(guest.monitor.pid())?;
+    let taken = guest.monitor.ctl(&["reclaim", "64M"])?;
+    if !taken.status.success() {
+        return Err(Error::new(format!("ebb ctl reclaim: {taken:?}")));
+    }
+    let added = Counters::read(guest.monitor.pid())?.since(before);
+    let requests = added.kvm.remote_tlb_flush_requests as f64;
+    samples.add(("ebb", "reclaim"), REQUESTS, requests);
+    if requests < 1.0 {
+        return Err(Error::new(
+            "a reclaim of touched memory has flushed nothing: the counters do not count",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether the guest has really freed and reused, by the monitor's own account.
+fn check(guest: &Payload, frees: u64) -> Result<()> {
+    let lazy = guest.monitor.api().get("/lazy-memory")?;
+    let calls = &lazy["hypercalls"]["lazy_free_total"];
+    let reclaimed = &lazy["reclaimed_bytes_total"];
+    if *calls == frees && *reclaimed == 0 {
+        Ok(())
+    } else {
+        let text = format!("{frees} calls of LAZY_FREE and no reclaim expected: {lazy}");
+        Err(Error::new(text))
+    }
+}
+
+/// One round under Ebb and one in the bare loop, each in many short pieces: what else the host does then
+/// falls on both alike.
+fn time_calls(
+    arguments: &Arguments,
+    transports: &[(&'static str, Transport)],
+    samples: &mut Samples,
+) -> Result<()> {
+    let pairs = (arguments.pairs / 2 / PIECES).max(1);
+    let mut program = Program::kernel();
+    program.fill(FREE_START, ALL_PAGES, 1);
+    let mut times = vec![program.time()];
+    for _ in 0..PIECES {
+        for &(_, by) in transports {
+            nothing(&mut program, by, 2 * pairs);
+            times.push(program.time());
+            program.pairs(by, (FREE_START, PAGES), pairs);
+            times.push(program.time());
+        }
+    }
+    let bare = bare::run(&program, MEMORY)?;
+    let mut guest = Payload::start(&program)?;
+    guest.wait_for(program.results() - 1)?;
+    let ebb = guest.results();
+    guest.finish()?;
+    let each = 2.0 * pairs as f64 * f64::from(bare.tsc_khz) / 1e3;
+    for (system, results) in [("bare", bare.results), ("ebb", ebb)] {
+        let ticks: Vec<u64> = times.iter().map(|step| results[*step]).collect();
+        let names = transports.iter().map(|(name, _)| *name).cycle();
+        for (piece, name) in ticks.windows(3).step_by(2).zip(names) {
+            let [pairs, idle] = cases(name);
+            let time = |from: usize| (piece[from + 1] - piece[from]) as f64 / each;
+            samples.add((system, &idle), TIME, time(0));
+            samples.add((system, &pairs), TIME, time(1));
+        }
+    }
+    Ok(())
+}
+
+fn ratios(
+    transports: &[(&'static str, Transport)],
+    pairs: u64,
+    samples: &Samples,
+) -> Result<Vec<Ratio>> {
+    let (mut requests, mut disturbed, mut time) = (0.0f64, 0.0f64, 0.0f64);
+    let mut ratios = Vec::new();
+    let missing = "a measurement is missing";
+    for (name, _) in transports {
+        let [case, idle] = cases(name);
+        let per_10k = 10_000.0 / pairs as f64;
+        // Exact: nothing else makes KVM flush.
+        let most = samples.of("ebb", &case, REQUESTS.0);
+        requests = most.iter().copied().fold(requests, f64::max);
+        // What exceeds the noisiest of the rounds without.
+        let noise = samples.of("ebb", &idle, DISTURBED.0);
+        let noise = noise.iter().copied().fold(0.0, f64::max);
+        let found = samples.median("ebb", &case, DISTURBED.0).context(missing)?;
+        disturbed = disturbed.max(above(found, noise) * per_10k);
+        let ours = samples.median("ebb", &case, TIME.0).context(missing)?;
+        let value = ours / samples.median("bare", &idle, TIME.0).context(missing)?;
+        time = time.max(value);
+        ratios.push((format!("hypercall_us_{name}"), value));
+    }
+    let requests = requests * 10_000.0 / pairs as f64;
+    let mut all = vec![
+        ("free_flushes_per_10k".to_owned(), disturbed),
+        ("free_kvm_flush_requests_per_10k".to_owned(), requests),
+        ("hypercall_us".to_owned(), time),
+    ];
+    all.extend(ratios);
+    let ratio = |(name, value)| Ratio { name, value };
+    Ok(all.into_iter().map(ratio).collect())
+}
+
+/// A payload under Ebb.
+struct Payload {
+    monitor: Monitor,
+    serial: PathBuf,
+}
+
+impl Payload {
+    fn start(program: &Program) -> Result<Self> {
+        let launch = Launch::new()?;
+        let (kernel, serial) = (
+            launch.folder().join("payload"),
+            launch.folder().join("serial"),
+        );
+        program.write(&kernel).context(kernel.display())?;
+        let launch = launch
+            .kernel(&kernel)
+            .memory(&format!("size={}M,thp=off", MEMORY >> 20))
+            .serial(&format!("file={}", serial.display()));
+        let monitor = launch.start()?;
+        Ok(Self { monitor, serial })
+    }
+
+    fn results(&self) -> Vec<u64> {
+        ebb_payload::results(&fs::read(&self.serial).unwrap_or_default())
+    }
+
+    /// Waits until the guest has made the step.
+    fn wait_for(&mut self, step: Step) -> Result<()> {
+        let (size, start) = (((step + 1) * RESULT_SIZE) as u64, Instant::now());
+        while fs::metadata(&self.serial).map_or(0, |file| file.len()) < size {
+            if start.elapsed() > LONG {
+                let error = Error::new(format!("step {step}: not within {LONG:?}"));
+                return Err(self.monitor.explain(error));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<()> {
+        match self.monitor.wait()? {
+            0 => Ok(()),
+            code => {
+                let error = Error::new(format!("the payload ended with {code}"));
+                Err(self.monitor.explain(error))
+            }
+        }
+    }
+}
+
+const _: () = assert!(QUERY + PAGE_SIZE < MEMORY);

@@ -1,0 +1,150 @@
+//! The engine alone: memory of this process, which KVM knows nothing of.
+
+use std::time::Instant;
+
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
+use ebb_vmm::memory::{Backing, GuestRam};
+use ebb_vmm::teardown::{Pages, Region, Tuning, execute, plan};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{Arguments, GIB, Results, SECONDS};
+use crate::report::Row;
+use crate::{BenchError, system};
+
+/// What is compared.
+const WORKERS: [usize; 6] = [1, 2, 4, 8, 16, 32];
+
+/// Memory of `bytes` bytes.
+pub(super) fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
+    let range = GpaRange::new(0, bytes).ok_or(std::io::ErrorKind::InvalidInput);
+    let range = range.map_err(system("size the memory"))?;
+    GuestRam::allocate(backing, &[range])
+        .map_err(|error| std::io::Error::other(error.to_string()))
+        .map_err(system("make the memory; give a smaller --gib"))
+}
+
+/// Frees it as the kernel does at an exit: by one CPU.
+pub(super) fn serially(ram: GuestRam) -> f64 {
+    let start = Instant::now();
+    drop(ram);
+    start.elapsed().as_secs_f64()
+}
+
+/// Frees it with so many workers; unmapping counts.
+pub(super) fn shared(ram: GuestRam, workers: usize) -> f64 {
+    let start = Instant::now();
+    free(&ram, workers);
+    drop(ram);
+    start.elapsed().as_secs_f64()
+}
+
+/// Frees it with so many workers; it stays mapped.
+pub(super) fn free(ram: &GuestRam, workers: usize) {
+    let regions = ram.regions().iter().map(|region| Region {
+        range: region.gpa,
+        pages: Pages::Small,
+        unit: region.file.unwrap_or(BLOCK_SIZE),
+    });
+    let tuning = Tuning {
+        workers,
+        batch: None,
+    };
+    let plan = plan(regions, tuning, |_| 0);
+    execute(&plan, ram, || {});
+}
+
+/// Touched memory in pages of 4 KiB, or transparent huge pages.
+pub(super) fn touched(bytes: u64, thp: bool) -> Result<GuestRam, BenchError> {
+    let backing = Backing {
+        prefault: true,
+        thp,
+        ..Backing::default()
+    };
+    memory(bytes, backing)
+}
+
+/// An address space of which one page in 2 MiB was read: no memory but the tables, which are real.
+fn sparse(bytes: u64) -> Result<GuestRam, BenchError> {
+    let ram = memory(bytes, Backing::default())?;
+    let view = ram.memory();
+    for address in (0..bytes).step_by(2 << 20) {
+        let mut byte = [0u8];
+        let read = view.read_slice(&mut byte, GuestAddress(address));
+        read.map_err(|error| std::io::Error::other(error.to_string()))
+            .map_err(system("touch the sparse memory"))?;
+    }
+    drop(view);
+    Ok(ram)
+}
+
+/// Measures, and adds what follows.
+pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<(), BenchError> {
+    let bytes = arguments.gib * GIB;
+    for run in 1..=arguments.runs {
+        for (case, thp) in [("4k", false), ("thp", true)] {
+            let time = serially(touched(bytes, thp)?);
+            results.add("munmap", case, SECONDS, time);
+            for workers in if thp { &WORKERS[1..2] } else { &WORKERS[..] } {
+                let time = shared(touched(bytes, thp)?, *workers);
+                results.add("ebb", &case_of(case, *workers), SECONDS, time);
+            }
+        }
+        eprintln!("teardown: memory, run {run} of {}", arguments.runs);
+    }
+    // What the model is calibrated with.
+    #[allow(clippy::cast_precision_loss, reason = "whole GiB")]
+    results.add("munmap", "4k", ("size", "bytes"), bytes as f64);
+    let sparse_bytes = arguments.sparse_gib * GIB;
+    #[allow(clippy::cast_precision_loss, reason = "a count of millions at most")]
+    results.add(
+        "munmap",
+        "sparse",
+        ("tables", "pages"),
+        (sparse_bytes >> 21) as f64,
+    );
+    for _ in 0..arguments.runs.min(3) {
+        results.add("munmap", "sparse", SECONDS, serially(sparse(sparse_bytes)?));
+        let time = shared(sparse(sparse_bytes)?, 2);
+        results.add("ebb", &case_of("sparse", 2), SECONDS, time);
+    }
+    for case in ["4k", "thp", "sparse"] {
+        let name = match case {
+            "4k" => "speedup_2".to_owned(),
+            case => format!("speedup_2_{case}"),
+        };
+        results.divide(
+            &name,
+            ["munmap", case, "time"],
+            ["ebb", &case_of(case, 2), "time"],
+        );
+    }
+    beyond_best(results, "", |row| row.median);
+    beyond_best(results, "_best", |row| row.min);
+    Ok(())
+}
+
+/// Which setting is the best, and how much of its rate is left at the worst higher one.
+fn beyond_best(results: &mut Results, suffix: &str, time: impl Fn(&Row) -> f64) {
+    let sweep = sweep(results, time);
+    let best = sweep.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1));
+    if let Some((workers, time)) = best {
+        let beyond = sweep.iter().filter(|point| point.0 > workers);
+        let worst = beyond.map(|point| point.1).fold(time, f64::max);
+        results.ratio(&format!("best_workers{suffix}"), workers);
+        results.ratio(&format!("beyond_best{suffix}"), time / worst);
+    }
+}
+
+fn case_of(case: &str, workers: usize) -> String {
+    format!("{case}, {workers}w")
+}
+
+/// Workers and the time.
+pub(super) fn sweep(results: &Results, time: impl Fn(&Row) -> f64) -> Vec<(f64, f64)> {
+    let point = |workers: usize| {
+        let row = results.row("ebb", &case_of("4k", workers), "time")?;
+        #[allow(clippy::cast_precision_loss, reason = "a small count")]
+        Some((workers as f64, time(&row)))
+    };
+    WORKERS.into_iter().filter_map(point).collect()
+}

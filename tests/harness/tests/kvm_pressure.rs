@@ -1,0 +1,214 @@
+//! A host that is short of memory takes what the guest has handed over, and nothing else.
+
+use std::fs;
+
+use ebb_harness::Launch;
+use ebb_harness::cgroup::Cgroup;
+use ebb_harness::error::{Context, Result};
+use ebb_harness::host::meminfo;
+use ebb_harness::size::MIB;
+use ebb_harness::wait::{LONG, until};
+
+/// The monitor's own cgroup is over its limit: pressure reports arrive, and the lazy memory goes until
+/// the guest can go on.
+#[test]
+fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
+    let cgroup = Cgroup::new("over")?;
+    let launch = Launch::new()?
+        .memory("size=512M")
+        .option("--balloon", "size=0");
+    let mut monitor = cgroup.within(|| launch.start())?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    let checksum = guest.checksum("keep 64M")?;
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    api.set_balloon(160 * MIB)?;
+    let before = until("the guest hands its memory over", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.lazy_bytes == 160 * MIB))
+    })?;
+    // A little: far over its limit the kernel lets every thread of a cgroup sleep for seconds at each charge, and
+    // those who would bring it back below are among them. And again where the kernel finds what it may drop, files and
+    // its own caches, and the cgroup is below its limit and at rest.
+    until("the host takes lazy memory", LONG, || {
+        let taken = api.lazy()?.reclaimed_bytes_total;
+        if taken >= 4 * MIB {
+            return Ok(Some(()));
+        }
+        let used = cgroup.number("memory.current")?;
+        if !cgroup.number("memory.high").is_ok_and(|high| used > high) {
+            cgroup.set("memory.high", used - 4 * MIB)?;
+        }
+        Ok(None)
+    })?;
+    guest.ask("fill 96M")?;
+    let after = until("the host takes more of it", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.reclaimed_bytes_total >= 64 * MIB))
+    })?;
+    assert!(
+        after.pressure_events_total > before.pressure_events_total,
+        "{before:?} {after:?}"
+    );
+    assert_eq!(after.discard_failures_total, 0, "{after:?}");
+
+    cgroup.set("memory.high", 4096 * MIB)?;
+    guest.ask("drop")?;
+    api.set_balloon(0)?;
+    until("the guest takes its memory back", LONG, || {
+        let state = api.lazy()?;
+        Ok((state.lazy_bytes + state.discarded_bytes == 0).then_some(()))
+    })?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
+/// A limit above the monitor's own cgroup comes near: lazy memory goes before anything stalls.
+#[test]
+fn a_cgroup_near_its_limit_takes_lazy_memory_before_anything_stalls() -> Result<()> {
+    let above = Cgroup::new("above")?;
+    let own = above.below("own")?;
+    let launch = Launch::new()?
+        .memory("size=512M")
+        .option("--balloon", "size=0");
+    let mut monitor = own.within(|| launch.start())?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    api.set_balloon(160 * MIB)?;
+    let before = until("the guest hands its memory over", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.lazy_bytes == 160 * MIB))
+    })?;
+    assert_eq!(before.pressure_events_total, 0, "{before:?}");
+
+    // The watermark is a quarter of such a limit: more than what is left.
+    above.set("memory.high", above.number("memory.current")? + 16 * MIB)?;
+    let after = until("the host takes lazy memory", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state.reclaimed_bytes_total >= 32 * MIB))
+    })?;
+    assert!(after.pressure_events_total > 0, "{after:?}");
+    let events = above.text("memory.events")?;
+    assert!(
+        events.contains("\nhigh 0\n"),
+        "nobody was over the limit: {events}"
+    );
+
+    above.set("memory.high", 4096 * MIB)?;
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
+/// Pages of 2 MiB that the host keeps for hugetlb; as before at the end.
+struct HugePages(String);
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(count: u64) -> Result<Self> {
+        let before = fs::read_to_string(NR_HUGEPAGES).context(NR_HUGEPAGES)?;
+        let reserved = Self(before);
+        let free = Self::free()?;
+        let total: u64 = reserved.0.trim().parse().ok().context(NR_HUGEPAGES)?;
+        fs::write(
+            NR_HUGEPAGES,
+            (total + count.saturating_sub(free)).to_string(),
+        )
+        .context(NR_HUGEPAGES)?;
+        Ok(reserved)
+    }
+
+    fn free() -> Result<u64> {
+        meminfo("HugePages_Free")
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        // The host may refuse, and then keeps the pages: nothing that a test can mend.
+        let _ = fs::write(NR_HUGEPAGES, &self.0);
+    }
+}
+
+/// A stock guest whose memory is in files hands memory over, loses it, takes it back, and misses nothing.
+#[test]
+fn memory_in_files_is_taken_and_given_back() -> Result<()> {
+    let before = meminfo("Shmem")?;
+    let shmem = || Ok(meminfo("Shmem")?.saturating_sub(before));
+    let launch = Launch::new()?
+        .memory("size=384M,shared=on,thp=off")
+        .option("--balloon", "size=0");
+    let mut monitor = launch.start()?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    let checksum = guest.checksum("keep 64M")?;
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    let touched = shmem()?;
+    api.set_balloon(160 * MIB)?;
+    until("the guest hands its memory over", LONG, || {
+        Ok((api.lazy()?.lazy_bytes == 160 * MIB).then_some(()))
+    })?;
+    assert!(shmem()? + 16 * MIB >= touched, "lazily: nothing is gone");
+    let taken = api.reclaim(160 * MIB)?.reclaimed_bytes;
+    assert_eq!(taken, 160 * MIB);
+    let freed = touched.saturating_sub(shmem()?);
+    assert!(freed >= 128 * MIB, "{freed} bytes are free again");
+    api.set_balloon(0)?;
+    until("the guest takes its memory back", LONG, || {
+        let state = api.lazy()?;
+        Ok((state.lazy_bytes + state.discarded_bytes == 0).then_some(()))
+    })?;
+    guest.ask("fill 160M")?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
+/// hugetlb pages go back to the host's pool whole, and come back zeroed and usable.
+#[test]
+fn hugetlb_pages_are_taken_and_given_back() -> Result<()> {
+    let _reserved = HugePages::reserve(192)?;
+    let free = HugePages::free()?;
+    assert!(free >= 192, "the host has only {free} free pages of 2 MiB");
+    let launch = Launch::new()?
+        .memory("size=384M,hugepages=on")
+        .option("--balloon", "size=0");
+    let mut monitor = launch.start()?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    let checksum = guest.checksum("keep 64M")?;
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    let touched = HugePages::free()?;
+    api.set_balloon(160 * MIB)?;
+    until("the guest hands its memory over", LONG, || {
+        Ok((api.lazy()?.lazy_bytes == 160 * MIB).then_some(()))
+    })?;
+    assert_eq!(
+        HugePages::free()?,
+        touched,
+        "lazily: the pool has not changed"
+    );
+    let taken = api.reclaim(160 * MIB)?.reclaimed_bytes;
+    let freed = (HugePages::free()? - touched) * 2 * MIB;
+    assert!(
+        freed >= 96 * MIB && freed <= taken,
+        "{taken} bytes taken, {freed} in the pool"
+    );
+    api.set_balloon(0)?;
+    until("the guest takes its memory back", LONG, || {
+        let state = api.lazy()?;
+        Ok((state.lazy_bytes + state.discarded_bytes == 0).then_some(()))
+    })?;
+    guest.ask("fill 160M")?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    let end = HugePages::free()?;
+    assert_eq!(end, free, "every page is back in the pool");
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! Other people's tests of other people's programs, with their heaps in an arena, while the monitor takes all that is free.
+//!
+//! `EBB_SUITES="test_bytes test_dict"` runs these modules of Python's tests instead of a few that take minutes
+//! (`cargo xtask exec -- env EBB_SUITES=… BINARY`).
+
+use std::time::Duration;
+
+use ebb_harness::debian::Debian;
+use ebb_harness::error::{Context, Result};
+
+/// Modules of Python's own tests, all or those whose names contain a word.
+const MODULES: &str = "test_fork1 test_threading test_multiprocessing_fork:TestPool.test_";
+/// How long the tests may take, each time.
+const LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// None fails on the arena that passes without it.
+#[test]
+fn pythons_own_tests_pass_as_they_do_without_an_arena() -> Result<()> {
+    let modules = std::env::var("EBB_SUITES").unwrap_or_else(|_| MODULES.to_owned());
+    let mut debian = Debian::start(1)?;
+    let python = "env PYTHONMALLOC=malloc python3 /tmp/suites.py";
+    let plain = debian.run_within(&format!("{python} /tmp/plain {modules}"), LIMIT)?;
+    println!("without an arena: {plain}");
+    let (arena, asked) = debian.under_reclaim(|debian| {
+        let run = format!("/tmp/ebb-guest run -- {python} /tmp/arena {modules}");
+        debian.run_within(&run, LIMIT)
+    })?;
+    println!("on an arena: {arena}; {asked} reclaims");
+    let count = |debian: &mut Debian, what: &str| -> Result<usize> {
+        let said = debian.run(&format!("sh -c '{what} | wc -l'"))?;
+        said.parse().ok().context(said)
+    };
+    let (passed, all) = (
+        count(&mut debian, "grep ^ok /tmp/plain")?,
+        count(&mut debian, "cat /tmp/plain")?,
+    );
+    assert_eq!(
+        count(&mut debian, "cat /tmp/arena")?,
+        all,
+        "tests are missing"
+    );
+    assert!(
+        passed * 10 > all * 8,
+        "{passed} of {all} pass without an arena"
+    );
+    println!("{passed} of {all} tests pass without an arena");
+    let worse = "grep ^failed /tmp/arena | grep -vxFf /tmp/plain || true";
+    for line in debian.run(&format!("sh -c '{worse}'"))?.split("\\n") {
+        if let Some(test) = line.strip_prefix("failed test.") {
+            passes_alone(&mut debian, test)?;
+        }
+    }
+    assert!(asked > 3, "{asked}");
+    debian.end()
+}
+
+/// Python's tests have limits of time, which an emulated processor breaks now and then, with an arena or without.
+fn passes_alone(debian: &mut Debian, test: &str) -> Result<()> {
+    let module = test.split('.').next().unwrap_or(test);
+    let run = format!("python3 /tmp/suites.py /tmp/again {module}:{test}");
+    let (said, _) = debian.under_reclaim(|debian| {
+        debian.run_within(
+            &format!("/tmp/ebb-guest run -- env PYTHONMALLOC=malloc {run}"),
+            LIMIT,
+        )
+    })?;
+    println!("again: {test}: {said}");
+    let failed = debian.run("sh -c 'grep ^failed /tmp/again && cat /tmp/again.log || true'")?;
+    assert_eq!(failed, "", "passes without an arena");
+    Ok(())
+}
+
+/// The postmaster forks for each connection.
+#[test]
+fn postgresql_forks_for_each_connection() -> Result<()> {
+    let mut debian = Debian::start(1)?;
+    let run = "bash /tmp/postgres.sh 10";
+    let (said, asked) = debian.under_reclaim(|debian| debian.run_within(run, LIMIT))?;
+    println!("{said}; {asked} reclaims");
+    assert_eq!(said, "sums: equal, 40 transactions");
+    debian.end()
+}

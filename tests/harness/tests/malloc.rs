@@ -1,0 +1,286 @@
+//! Programs as they are, with their heap in an arena: a file stands for the device, and a thread for the monitor.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use ebb_guest_agent::arena::{Arena, Census};
+use ebb_hypercall_abi::arena::{Header, Layout};
+use ebb_hypercall_abi::granule::Word;
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+
+const GRANULE: u64 = 2 << 20;
+const MIB: u64 = 1 << 20;
+
+/// An arena in a file.
+struct Device(tempfile::NamedTempFile, Layout);
+
+impl Device {
+    fn new(size: u64) -> Self {
+        // Where it is memory.
+        let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+        let layout = Layout::new(size, GRANULE).unwrap();
+        file.as_file().set_len(size).unwrap();
+        let header = Header::new(layout, 0, 4 << 30, "test").to_words();
+        let bytes: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
+        file.as_file().write_all_at(&bytes, 0).unwrap();
+        Self(file, layout)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Its granules when all processes have ended and their slots were tidied up.
+    fn census(&self) -> Census {
+        let arena = Arena::open(self.path()).unwrap();
+        arena.recover().unwrap();
+        arena.census()
+    }
+
+    /// Takes whatever is free, as the monitor does, and leaves zeroes; how many granules.
+    fn reclaim(&self, done: &AtomicBool) -> u64 {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(self.path())
+            .unwrap();
+        let (prot, len) = (ProtFlags::READ | ProtFlags::WRITE, self.1.size() as usize);
+        // SAFETY: a new mapping where the kernel finds room; it stays until the process ends.
+        let base: *mut u8 =
+            unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, file, 0).unwrap() }
+                .cast();
+        let mut taken = 0;
+        while !done.load(Ordering::Relaxed) {
+            for index in self.1.first()..self.1.granules() {
+                let word = self.1.table() + index * 8;
+                // SAFETY: inside the mapping and aligned; all sides use atomics.
+                let word = unsafe { AtomicU64::from_ptr(base.add(word as usize).cast()) };
+                let old = word.load(Ordering::Acquire);
+                let Some(mine) = Word::from_raw(old).take() else {
+                    continue;
+                };
+                let (success, failure) = (Ordering::AcqRel, Ordering::Relaxed);
+                if word
+                    .compare_exchange(old, mine.raw(), success, failure)
+                    .is_ok()
+                {
+                    // SAFETY: a granule that is ours while it is being discarded.
+                    unsafe {
+                        base.add((index * GRANULE) as usize)
+                            .write_bytes(0, GRANULE as usize)
+                    };
+                    word.store(mine.finish(true).unwrap().raw(), Ordering::Release);
+                    taken += 1;
+                }
+            }
+            thread::yield_now();
+        }
+        taken
+    }
+
+    /// Runs a program while whatever it frees is taken; what it printed, and how many granules were taken.
+    fn run(&self, program: &mut Command) -> (Output, u64) {
+        let (done, program) = (AtomicBool::new(false), with_library(program));
+        thread::scope(|scope| {
+            let monitor = scope.spawn(|| self.reclaim(&done));
+            let output = program.env("EBB_ARENA", self.path()).output();
+            done.store(true, Ordering::Relaxed);
+            (output.unwrap(), monitor.join().unwrap())
+        })
+    }
+}
+
+/// The folder of the release binaries.
+fn products() -> PathBuf {
+    let monitor = std::env::var_os("EBB_BIN").expect("run this through `cargo xtask test`");
+    Path::new(&monitor).parent().unwrap().to_owned()
+}
+
+fn with_library(program: &mut Command) -> &mut Command {
+    let library = products().join("libebb_malloc.so");
+    assert!(library.exists(), "{}", library.display());
+    program.env("LD_PRELOAD", library).env_remove("EBB_ARENA")
+}
+
+fn blocks(threads: usize, rounds: usize, forks: usize) -> Command {
+    let mut command = Command::new(products().join("ebb-blocks"));
+    command.args([threads, rounds, forks].map(|number| number.to_string()));
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Asserts that a program succeeded without a word of ours; what it printed.
+fn passed(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(text(&output.stderr), "");
+    text(&output.stdout)
+}
+
+/// What jemalloc has from before the heap was there is ordinary memory, which costs calls and faults; no thread gets it.
+#[test]
+fn every_thread_reuses_what_it_freed_without_a_fault() {
+    let device = Device::new(1024 * MIB);
+    let mut program = Command::new(products().join("ebb-churn"));
+    let program = with_library(program.args(["3", "2"])).env("EBB_ARENA", device.path());
+    let said = passed(&program.output().unwrap());
+    let number = |name: &str| -> u64 {
+        let mut words = said.split_whitespace();
+        let value = words.find_map(|word| word.strip_prefix(name)).unwrap();
+        value.parse().unwrap()
+    };
+    let (operations, faults) = (number("ops="), number("faults="));
+    assert!(faults < operations / 8, "{said}");
+}
+
+/// What a thread keeps for later would keep most granules in use, as Redis does after FLUSHALL.
+#[test]
+fn a_heap_that_is_emptied_in_no_order_is_free_before_the_program_does_anything_else() {
+    let device = Device::new(1024 * MIB);
+    let script = r#"use List::Util "shuffle"; my @order = shuffle(0..39999); my @a = map { "$_" } @order;
+        $a[$_] = "x" x (5000 + $_ % 7) for 0..39999; undef $a[$_] for @order; $| = 1; print "freed\n"; <STDIN>"#;
+    let mut command = Command::new("perl");
+    let command = with_library(command.args(["-e", script])).env("EBB_ARENA", device.path());
+    let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut program = pipes.spawn().unwrap();
+    let mut line = [0; 6];
+    let output = program.stdout.as_mut().unwrap();
+    output.read_exact(&mut line).unwrap();
+    let census = Arena::open(device.path()).unwrap().census();
+    drop(program.stdin.take());
+    assert!(program.wait().unwrap().success());
+    assert!(census.owned > 90, "{census:?}");
+    assert!(census.lazy >= census.owned / 10 * 9, "{census:?}");
+}
+
+#[test]
+fn threads_and_children_keep_their_blocks_while_what_is_free_is_taken() {
+    let device = Device::new(1024 * MIB);
+    let (output, taken) = device.run(&mut blocks(3, 4000, 20));
+    let said = passed(&output);
+    assert!(said.ends_with("20 children\n"), "{said}");
+    assert!(taken > 20, "{taken} granules were taken");
+    let census = device.census();
+    assert_eq!(
+        (census.owned, census.in_use),
+        (0, census.granules - census.lazy - census.discarded)
+    );
+}
+
+#[test]
+fn a_full_arena_is_said_once_and_the_program_goes_on() {
+    let device = Device::new(16 * MIB);
+    let (output, _) = device.run(&mut blocks(2, 500, 3));
+    assert!(output.status.success(), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(
+        said.starts_with(
+            "ebb-malloc: the arena is full: this program goes on with normal memory\n"
+        ),
+        "{said}"
+    );
+    // Each child has ordinary memory and says nothing.
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
+#[test]
+fn shells_pipe_and_fork() {
+    let device = Device::new(64 * MIB);
+    let script =
+        "x=$(echo hi | tr a-z A-Z); for i in 1 2 3; do (x=$x$i; echo $x); done; cat <(echo end)";
+    let (output, _) = device.run(Command::new("bash").args(["-c", script]));
+    assert_eq!(passed(&output), "HI1\nHI2\nHI3\nend\n");
+}
+
+#[test]
+fn perl_and_its_children_have_heaps_of_their_own() {
+    let device = Device::new(256 * MIB);
+    let script = r#"my @a = map { "x" x 1000 . $_ } 1..20000; $| = 1;
+        for my $n (1..5) {
+            my $pid = fork() // die "fork: $!";
+            if (!$pid) { $a[$_] = "child" x 300 for 0..19999; exit 0 }
+            $a[$_] .= "p" for 0..19999;
+            waitpid $pid, 0; die "child: $?" if $?;
+        }
+        my $bad = grep { $a[$_] ne ("x" x 1000 . ($_ + 1) . "ppppp") } 0..19999;
+        print "bad $bad\n""#;
+    let (output, _) = device.run(Command::new("perl").args(["-e", script]));
+    assert_eq!(passed(&output), "bad 0\n");
+}
+
+#[test]
+fn without_an_arena_programs_run_on_normal_memory_and_say_so() {
+    let run = |name: &str, value: &str| {
+        let output = with_library(&mut blocks(1, 100, 1))
+            .env(name, value)
+            .output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{output:?}");
+        text(&output.stderr)
+    };
+    let said = run("EBB_ARENA", "/dev/dax7.0");
+    assert!(
+        said.starts_with("ebb-malloc: normal memory: /dev/dax7.0: there is no such device"),
+        "{said}"
+    );
+    let said = run("EBB_FORK", "maybe");
+    assert!(said.contains("EBB_FORK is neither copy nor off"), "{said}");
+    assert_eq!(run("EBB_FORK", "off"), "");
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    empty.as_file().set_len(64 * MIB).unwrap();
+    let said = run("EBB_ARENA", empty.path().to_str().unwrap());
+    assert!(
+        said.contains("normal memory") && said.lines().count() == 1,
+        "{said}"
+    );
+}
+
+#[test]
+fn a_program_that_is_killed_loses_no_granule() {
+    let device = Device::new(512 * MIB);
+    for _ in 0..5 {
+        let mut program = blocks(3, usize::MAX, 1_000_000);
+        let command = with_library(&mut program).env("EBB_ARENA", device.path());
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+        thread::sleep(std::time::Duration::from_millis(150));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    assert_eq!(device.census().owned, 0);
+    let (output, _) = device.run(&mut blocks(2, 500, 2));
+    passed(&output);
+}
+
+#[test]
+fn a_fork_that_gets_no_copy_fails_and_the_program_goes_on() {
+    let device = Device::new(1024 * MIB);
+    let script = r#"my $x = "y" x (32 << 20); my $pid = fork(); exit 7 if defined $pid && !$pid;
+        print defined $pid ? "forked" : "$!", " ", length $x, "\n""#;
+    // There is address space for the arena, but not for a copy as well.
+    let limited = format!("ulimit -v 1700000; exec perl -e '{script}'");
+    let (output, _) = device.run(Command::new("bash").args(["-c", &limited]));
+    assert_eq!(text(&output.stdout), "Cannot allocate memory 33554432\n");
+    let said = text(&output.stderr);
+    assert!(
+        said.starts_with("ebb-malloc: fork failed: no address space"),
+        "{said}"
+    );
+}
+
+/// Nobody can copy the heap for it. It must not have its parent's.
+#[test]
+fn a_child_of_a_bare_clone_faults_and_its_parent_goes_on() {
+    let device = Device::new(256 * MIB);
+    let script = r#"my $x = "y" x 5000; my $pid = syscall(56, 17, 0, 0, 0, 0);
+        if ($pid == 0) { $x = "child" x 1000; exit 0 }
+        waitpid $pid, 0; print $? & 127, " ", $x eq "y" x 5000 ? "mine" : "lost", "\n""#;
+    let (output, _) = device.run(Command::new("perl").args(["-e", script]));
+    assert_eq!(passed(&output), "11 mine\n");
+}

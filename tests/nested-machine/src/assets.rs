@@ -1,0 +1,129 @@
+//! The kernel, its modules and the images that tests boot; made by `cargo xtask setup`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::bzimage::unxz;
+use crate::error::{Context, Result};
+use crate::modules::{Index, module_name};
+
+/// Paths of everything that boots.
+#[derive(Clone, Debug)]
+pub struct Assets {
+    /// The kernel as the distribution ships it, a bzImage.
+    pub vmlinuz: PathBuf,
+    /// The ELF kernel that was inside it.
+    pub vmlinux: PathBuf,
+    /// The kernel's configuration.
+    pub config: PathBuf,
+    /// The emulator, with the options that say where its data lie.
+    pub qemu: Vec<String>,
+    /// What `uname -r` says under this kernel.
+    pub release: String,
+    /// The folder with modules.dep.
+    pub modules: PathBuf,
+    /// A static busybox.
+    pub busybox: PathBuf,
+    /// An ext4 image with a small Debian.
+    pub root_disk: PathBuf,
+    /// An ext4 image of a Debian that boots by itself, with `ebb-guest` installed.
+    pub system_disk: PathBuf,
+    /// That Debian's own initramfs.
+    pub system_initramfs: PathBuf,
+    /// The static agent of the nested machine.
+    pub nested_agent: PathBuf,
+    /// The static `ebb-guest`.
+    pub ebb_guest_agent: PathBuf,
+    /// The guest's initramfs.
+    pub guest_initramfs: PathBuf,
+}
+
+/// Where `cargo xtask setup` unpacks an emulator that is newer than the distribution's.
+pub fn emulator_folder(cache: &Path) -> PathBuf {
+    cache.join("emulator")
+}
+
+/// The first words of the command line of an emulator that was unpacked in `folder` with its libraries, the dynamic
+/// loader included.
+pub fn emulator(folder: &Path) -> Vec<String> {
+    let below = |path: &str| folder.join(path).to_string_lossy().into_owned();
+    vec![
+        below("usr/lib64/ld-linux-x86-64.so.2"),
+        "--library-path".into(),
+        below("usr/lib/x86_64-linux-gnu"),
+        below("usr/bin/qemu-system-x86_64"),
+        "-L".into(),
+        below("usr/share/qemu"),
+        "-L".into(),
+        below("usr/share/seabios"),
+    ]
+}
+
+fn qemu(cache: &Path) -> Vec<String> {
+    let folder = emulator_folder(cache);
+    if folder.exists() {
+        emulator(&folder)
+    } else {
+        vec!["qemu-system-x86_64".into()]
+    }
+}
+
+/// A kernel module, ready to load.
+#[derive(Clone, Debug)]
+pub struct Module {
+    /// Its name, with `_` for `-`.
+    pub name: String,
+    /// The decompressed file.
+    pub image: Vec<u8>,
+}
+
+impl Assets {
+    /// Where everything lies for the repository `root` and this kernel release.
+    pub fn locate(root: &Path, release: &str) -> Self {
+        let kernel = root.join(".cache/kernel").join(release);
+        let agents = root.join("target/static/x86_64-unknown-linux-gnu/release");
+        Self {
+            vmlinuz: kernel.join(format!("boot/vmlinuz-{release}")),
+            vmlinux: kernel.join("vmlinux"),
+            config: kernel.join(format!("boot/config-{release}")),
+            qemu: qemu(&root.join(".cache")),
+            release: release.to_owned(),
+            modules: kernel.join("lib/modules").join(release),
+            busybox: "/bin/busybox".into(),
+            root_disk: root.join(".cache/rootdisk.ext4"),
+            system_disk: root.join(".cache/system.ext4"),
+            system_initramfs: root.join(".cache/system.initramfs"),
+            nested_agent: agents.join("nested-agent"),
+            ebb_guest_agent: agents.join("ebb-guest"),
+            guest_initramfs: root.join("target/guest/initramfs.cpio"),
+        }
+    }
+
+    /// The modules `names` and all they need, in load order.
+    ///
+    /// # Errors
+    /// When a module is unknown, or a file cannot be read or unpacked.
+    pub fn load_modules(&self, names: &[&str]) -> Result<Vec<Module>> {
+        let read = |file: &str| {
+            let path = self.modules.join(file);
+            fs::read_to_string(&path).context(|| format!("read {}", path.display()))
+        };
+        let index = Index::parse(&read("modules.dep")?, &read("modules.builtin")?);
+        let files = index.load_order(names)?;
+        files.iter().map(|file| self.load_module(file)).collect()
+    }
+
+    fn load_module(&self, file: &str) -> Result<Module> {
+        let path = self.modules.join(file);
+        let data = fs::read(&path).context(|| format!("read {}", path.display()))?;
+        let image = if file.ends_with(".xz") {
+            unxz(&data).context(|| format!("unpack {}", path.display()))?
+        } else {
+            data
+        };
+        Ok(Module {
+            name: module_name(file),
+            image,
+        })
+    }
+}

@@ -1,0 +1,146 @@
+//! Builds the initramfs of the nested machine and that of the guests.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::assets::{Assets, Module};
+use crate::cpio::Archive;
+use crate::error::{Context, Error, Result};
+
+/// What a guest needs beyond what its kernel has built in.
+const GUEST_MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_balloon",
+    "virtio-rng",
+    "ext4",
+    "pvpanic-mmio",
+];
+
+/// What makes `/dev/daxN.M` of an arena; loaded where there is one.
+const ARENA_MODULES: &[&str] = &["device_dax", "dax_hmem"];
+
+/// What makes the nested machine a KVM host.
+const OUTER_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
+
+/// Parameters of the nested machine's modules: halting vCPUs must not spin on a shared host.
+const OUTER_PARAMETERS: &[(&str, &str)] = &[("kvm", "halt_poll_ns=0")];
+
+/// The guests' init.
+const GUEST_INIT: &str = include_str!("../../../resources/guest-init.sh");
+
+/// A host folder that the nested machine sees at the same path.
+#[derive(Clone, Debug)]
+pub struct Share {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Whether the machine may write to it.
+    pub writable: bool,
+}
+
+/// The nested machine's initramfs.
+///
+/// # Errors
+/// When a file cannot be read, or the path of a share cannot be passed on.
+pub fn outer(assets: &Assets, shares: &[Share]) -> Result<Vec<u8>> {
+    let mut archive = skeleton();
+    archive.dir("/ebb");
+    archive.file("/init", 0o755, &read(&assets.nested_agent)?);
+    let modules = assets.load_modules(OUTER_MODULES)?;
+    add_modules(&mut archive, &modules, "/ebb/modules", OUTER_PARAMETERS);
+    let mut lines = String::new();
+    for Share { path, writable } in shares {
+        let text = path
+            .to_str()
+            .filter(|text| !text.contains('\n') && path.is_absolute());
+        let text = text.context(|| format!("cannot share {path:?}"))?;
+        let _ = writeln!(lines, "{} {text}", if *writable { "rw" } else { "ro" });
+    }
+    archive.file("/ebb/shares", 0o644, lines.as_bytes());
+    Ok(archive.finish())
+}
+
+/// The guests' initramfs; `resources/guest-init.sh` tells what it does.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
+    let mut archive = skeleton();
+    for folder in [
+        "/bin",
+        "/sbin",
+        "/usr",
+        "/usr/bin",
+        "/usr/sbin",
+        "/etc",
+        "/root",
+        "/tmp",
+    ] {
+        archive.dir(folder);
+    }
+    archive.file("/bin/busybox", 0o755, &read(&assets.busybox)?);
+    archive.symlink("/bin/sh", "busybox");
+    archive.file("/init", 0o755, GUEST_INIT.as_bytes());
+    if assets.ebb_guest_agent.exists() {
+        archive.file("/bin/ebb-guest", 0o755, &read(&assets.ebb_guest_agent)?);
+    }
+    add_modules(
+        &mut archive,
+        &assets.load_modules(GUEST_MODULES)?,
+        "/etc/modules",
+        &[],
+    );
+    add_modules(
+        &mut archive,
+        &assets.load_modules(ARENA_MODULES)?,
+        "/etc/modules.arena",
+        &[],
+    );
+    Ok(archive.finish())
+}
+
+/// Writes the guests' initramfs to its place, unless it is there already.
+///
+/// # Errors
+/// As for [`guest`], and when the file cannot be written.
+pub fn write_guest(assets: &Assets) -> Result<()> {
+    let path = &assets.guest_initramfs;
+    let bytes = guest(assets)?;
+    if fs::read(path).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    let what = || format!("write {}", path.display());
+    let folder = path.parent().ok_or_else(|| Error::new(what()))?;
+    fs::create_dir_all(folder).context(what)?;
+    let part = path.with_extension("part");
+    fs::write(&part, &bytes).context(what)?;
+    fs::rename(&part, path).context(what)
+}
+
+/// Folders, and the console that the kernel opens for init.
+fn skeleton() -> Archive {
+    let mut archive = Archive::new();
+    for folder in ["/dev", "/proc", "/sys", "/modules"] {
+        archive.dir(folder);
+    }
+    archive.char_device("/dev/console", 5, 1);
+    archive
+}
+
+/// Adds the modules and a list of them in load order: a path, then parameters.
+fn add_modules(archive: &mut Archive, modules: &[Module], list: &str, parameters: &[(&str, &str)]) {
+    let mut lines = String::new();
+    for module in modules {
+        let path = format!("/modules/{}.ko", module.name);
+        archive.file(&path, 0o644, &module.image);
+        let options = parameters.iter().find(|(name, _)| *name == module.name);
+        let line = format!("{path} {}", options.map_or("", |(_, options)| options));
+        let _ = writeln!(lines, "{}", line.trim_end());
+    }
+    archive.file(list, 0o644, lines.as_bytes());
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).context(|| format!("read {}", path.display()))
+}
