@@ -2,6 +2,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use ebb_core::range::PAGE_SIZE;
+use ebb_core::release::Release;
 use ebb_core::table::Words as _;
 use ebb_hypercall_abi::granule::{Reuse, State, Word};
 use vm_memory::{Bytes, GuestAddress};
@@ -88,7 +89,8 @@ fn lazy_granules_go_to_the_host_and_come_back_by_a_call() {
     assert!(arena.take(&mut cursor, 9, GRANULE - 1).is_none());
     let taken = arena.take(&mut cursor, 9, 3 * GRANULE + 1).unwrap();
     assert_eq!(taken.ranges(), [range(START + GRANULE, 3 * GRANULE)]);
-    ram.discard(taken.ranges()[0]).unwrap();
+    ram.release_range(taken.ranges()[0], Release::Discard)
+        .unwrap();
     taken.finish(&[3 * GRANULE]);
     let stats = arena.stats();
     assert_eq!(
@@ -199,7 +201,7 @@ fn a_guest_that_scribbles_over_the_table_harms_nobody_else() {
                 let bytes: Vec<u64> = taken
                     .ranges()
                     .iter()
-                    .map(|r| ram.discard(*r).unwrap())
+                    .map(|r| ram.release_range(*r, Release::Discard).unwrap())
                     .collect();
                 taken.finish(&bytes);
             }
@@ -231,7 +233,7 @@ fn nothing_is_lost_while_everything_is_taken() {
                     let bytes: Vec<u64> = taken
                         .ranges()
                         .iter()
-                        .map(|r| ram.discard(*r).unwrap())
+                        .map(|r| ram.release_range(*r, Release::Discard).unwrap())
                         .collect();
                     taken.finish(&bytes);
                 }

@@ -1,12 +1,10 @@
-//! What can go wrong with guest memory.
+//! Errors of guest memory.
 
 use std::io;
 
 use ebb_core::range::GpaRange;
 
-use crate::sys::Advice;
-
-/// Why guest memory could not be had, or not be given back.
+/// Guest memory cannot be mapped, populated, watched or released.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The address space or the overcommit limit is too small.
@@ -15,11 +13,11 @@ pub enum MemoryError {
          or raise the address space limit (ulimit -v)"
     )]
     Map {
-        /// Size of the region.
+        /// Size of the region in bytes.
         bytes: u64,
-        /// Where it lies in the guest.
+        /// First address of the region in the guest.
         gpa: u64,
-        /// mmap(2)'s error.
+        /// Error of mmap(2).
         source: io::Error,
     },
     /// The host has too few hugetlb pages.
@@ -28,14 +26,14 @@ pub enum MemoryError {
          needed; raise /proc/sys/vm/nr_hugepages or leave hugepages off"
     )]
     HugePages {
-        /// Size of the region.
+        /// Size of the region in bytes.
         bytes: u64,
-        /// How many pages that is.
+        /// Number of hugetlb pages in the region.
         pages: u64,
-        /// mmap(2)'s error.
+        /// Error of mmap(2).
         source: io::Error,
     },
-    /// hugetlb pages fit only where both ends are multiples of 2 MiB.
+    /// hugetlb pages need regions whose ends are multiples of 2 MiB.
     #[error("huge pages cannot back {start:#x}..{end:#x}: both ends must be multiples of 2 MiB")]
     HugePageAlignment {
         /// First address of the region.
@@ -43,40 +41,40 @@ pub enum MemoryError {
         /// First address after it.
         end: u64,
     },
-    /// Advice that the configuration asks for was refused.
-    #[error("madvise({advice:?}) on {bytes} bytes of guest memory failed")]
+    /// The kernel refused advice for a region.
+    #[error("madvise({advice}) on {bytes} bytes of guest memory failed")]
     Advise {
-        /// What was asked for.
-        advice: Advice,
-        /// Size of the region.
+        /// Name of the advice.
+        advice: &'static str,
+        /// Size of the region in bytes.
         bytes: u64,
-        /// madvise(2)'s error.
+        /// Error of madvise(2).
         source: io::Error,
     },
-    /// The host has too little memory for prefault.
+    /// The host has too little memory to populate a range.
     #[error(
         "populating {bytes} bytes of guest memory failed; choose a smaller memory size or leave \
          prefault off"
     )]
     Populate {
-        /// Size of the region.
+        /// Size of the range in bytes.
         bytes: u64,
-        /// madvise(2)'s error.
+        /// Error of madvise(2).
         source: io::Error,
     },
-    /// Faults cannot be watched.
+    /// Page faults cannot be watched.
     #[error(
         "watching the guest's page faults failed: {source}; they need userfaultfd for faults of the kernel: run as \
          root or with CAP_SYS_PTRACE, or sudo sysctl vm.unprivileged_userfaultfd=1, or give your user /dev/userfaultfd"
     )]
     Watch {
-        /// userfaultfd(2)'s or ioctl_userfaultfd(2)'s error.
+        /// Error of userfaultfd(2) or ioctl_userfaultfd(2).
         source: io::Error,
     },
-    /// Regions overlap, are out of order, or there is none.
+    /// Regions overlap, are out of order, or there is no region.
     #[error("the layout of guest memory is not a list of disjoint ascending regions: {layout:x?}")]
     Layout {
-        /// What was given.
+        /// The regions.
         layout: Vec<GpaRange>,
     },
     /// A range is not wholly guest memory.
@@ -87,14 +85,14 @@ pub enum MemoryError {
         /// First address after it.
         end: u64,
     },
-    /// The kernel would not drop pages.
-    #[error("discarding {bytes} bytes of guest memory at {gpa:#x} failed")]
-    Discard {
-        /// Size of the part that failed.
+    /// The kernel refused to release a range, or a part of it.
+    #[error("releasing {bytes} bytes of guest memory at {gpa:#x} failed")]
+    Release {
+        /// Size of the range in bytes.
         bytes: u64,
-        /// Where it lies in the guest.
+        /// First address in the guest.
         gpa: u64,
-        /// madvise(2)'s error.
+        /// Error of madvise(2).
         source: io::Error,
     },
 }

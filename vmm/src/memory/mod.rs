@@ -1,7 +1,10 @@
-//! Guest memory: address ranges, and the mappings behind them.
+//! Guest memory: the mappings behind ranges of guest-physical addresses.
 
+mod backing;
 pub mod error;
 pub mod ram;
+mod release;
 
+pub use backing::Backing;
 pub use error::MemoryError;
-pub use ram::{Backing, GuestRam, MissingPage, MissingPages, RamRegion, Release, Released};
+pub use ram::{GuestRam, MissingPage, MissingPages, RamRegion};

@@ -7,7 +7,6 @@ mod blocks;
 pub mod execute;
 mod granules;
 pub mod policy;
-mod ram;
 pub mod reported;
 pub mod sample;
 pub mod thread;
@@ -19,6 +18,6 @@ mod stress;
 
 pub use execute::{Order, Outcome, ReclaimStats, Reclaimer};
 pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Room, Sample, Tuning, decide};
-pub use reported::{Release, ReportedMemory, ReportedStats};
+pub use reported::{ReportedMemory, ReportedStats};
 pub use sample::PressureSource;
 pub use thread::{ReclaimThread, StartError};

@@ -1,33 +1,24 @@
-//! Free pages that the guest reports, and may write to as soon as it has been answered.
+//! Releases the free pages that the guest reports, to which it may write as soon as the report is acknowledged.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebb_core::lazy::LazyMemory;
 use ebb_core::range::GpaRange;
+use ebb_core::release::{Release, ReleasePages};
 
 use crate::memory::GuestRam;
-
-/// When the host gets reported pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Release {
-    /// Before the guest is answered.
-    AtOnce,
-    /// When it is short of memory, unless the guest has written to them by then.
-    WhenNeeded,
-}
 
 /// Counters since the machine started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReportedStats {
-    /// `madvise` calls: one for each range, merged across the messages that were there.
+    /// Releases: one for each range, after ranges of all messages in the queue were merged.
     pub calls_total: u64,
-    /// Calls that failed: those pages stay as they are, which is legal.
+    /// Releases that failed. Those pages stay as they are, which is legal.
     pub failures_total: u64,
-    /// Bytes returned to the host at once.
+    /// Bytes discarded.
     pub discarded_bytes_total: u64,
-    /// Bytes that the host was allowed to take; how many it took, and how many the guest wrote to first, only the
-    /// kernel knows.
+    /// Bytes marked free. Only the kernel knows how many of these it took, and to how many the guest wrote first.
     pub marked_bytes_total: u64,
 }
 
@@ -39,41 +30,41 @@ struct Counters {
     marked: AtomicU64,
 }
 
-/// Takes reported memory. There is no reuse message for it, so it is never tracked: what is not done with it before
-/// [`ReportedMemory::take`] returns can be done by the kernel only, which sees the guest's writes.
+/// Releases reported memory. No message tells when the guest uses it again, so it is never tracked: after
+/// [`ReportedMemory::take`] has returned, only the kernel, which sees the guest's writes, may still take pages.
 pub struct ReportedMemory {
     lazy: Arc<LazyMemory>,
     ram: Arc<GuestRam>,
-    release: Release,
+    how: Release,
     counters: Counters,
 }
 
 impl ReportedMemory {
-    /// Takes memory of `ram`; what of it is lazily free in `lazy` ceases to be.
+    /// Releases pages of `ram`, whose tracker is `lazy`.
     #[must_use]
-    pub fn new(lazy: Arc<LazyMemory>, ram: Arc<GuestRam>, release: Release) -> Self {
-        let release = if ram.can_free_lazily() {
-            release
+    pub fn new(lazy: Arc<LazyMemory>, ram: Arc<GuestRam>, how: Release) -> Self {
+        let how = if ram.can_mark_free() {
+            how
         } else {
-            Release::AtOnce
+            Release::Discard
         };
         Self {
             lazy,
             ram,
-            release,
+            how,
             counters: Counters::default(),
         }
     }
 
-    /// When the host gets the pages: [`Release::AtOnce`] for backing that cannot be marked, whatever was asked for.
+    /// How pages are released: always [`Release::Discard`] for memory that cannot be marked free.
     #[must_use]
-    pub const fn release(&self) -> Release {
-        self.release
+    pub const fn how(&self) -> Release {
+        self.how
     }
 
-    /// Takes `ranges`, for which the guest has no use. They may be written to when this returns.
+    /// Releases `ranges`, which the guest does not use. The guest may write to them when this returns.
     pub fn take(&self, ranges: &[GpaRange]) {
-        // A guest that reports what it has freed lazily may write to it without a reuse from here on.
+        // The guest may have freed them lazily before. From now on it may write to them without a reuse.
         self.lazy.reuse(ranges);
         for &range in ranges {
             self.take_range(range);
@@ -82,20 +73,20 @@ impl ReportedMemory {
 
     fn take_range(&self, range: GpaRange) {
         add(&self.counters.calls, 1);
-        let (result, done) = match self.release {
-            Release::WhenNeeded => (self.ram.mark_free(range), &self.counters.marked),
-            Release::AtOnce => (self.ram.discard(range), &self.counters.discarded),
+        let released = match self.how {
+            Release::MarkFree => &self.counters.marked,
+            Release::Discard => &self.counters.discarded,
         };
-        match result {
-            Ok(bytes) => add(done, bytes),
+        match self.ram.release_range(range, self.how) {
+            Ok(bytes) => add(released, bytes),
             Err(error) => {
                 add(&self.counters.failures, 1);
-                tracing::debug!(%error, "a reported range stays as it is");
+                tracing::debug!(%error, "a reported range is not released");
             }
         }
     }
 
-    /// The counters; each is right, together they may be of slightly different moments.
+    /// The counters. Each is exact; they are not read at the same moment.
     #[must_use]
     pub fn snapshot(&self) -> ReportedStats {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -126,10 +117,10 @@ mod tests {
         GpaRange::new(start * MIB, end * MIB).unwrap()
     }
 
-    fn reported(release: Release) -> ReportedMemory {
+    fn reported(how: Release) -> ReportedMemory {
         let ram = GuestRam::allocate(Backing::default(), &[range(0, 16)]).unwrap();
         let lazy = LazyMemory::new(100, Arc::new(VmGeneration::default()));
-        ReportedMemory::new(Arc::new(lazy), Arc::new(ram), release)
+        ReportedMemory::new(Arc::new(lazy), Arc::new(ram), how)
     }
 
     fn put(reported: &ReportedMemory, mib: u64, byte: u8) {
@@ -143,8 +134,8 @@ mod tests {
     }
 
     #[test]
-    fn at_once_is_gone_when_the_guest_is_answered() {
-        let reported = reported(Release::AtOnce);
+    fn discarded_pages_are_gone_when_the_report_is_acknowledged() {
+        let reported = reported(Release::Discard);
         (0..16).for_each(|mib| put(&reported, mib, 7));
         reported.take(&[range(2, 4), range(8, 9)]);
         let zero: Vec<_> = (0..16).filter(|&mib| get(&reported, mib) == 0).collect();
@@ -158,31 +149,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_after_the_answer_is_kept() {
-        for release in [Release::AtOnce, Release::WhenNeeded] {
-            let reported = reported(release);
+    fn what_is_written_after_the_acknowledgement_is_kept() {
+        for how in [Release::Discard, Release::MarkFree] {
+            let reported = reported(how);
             put(&reported, 2, 7);
             reported.take(&[range(2, 4)]);
             put(&reported, 2, 8);
             put(&reported, 3, 9);
-            assert_eq!(
-                (get(&reported, 2), get(&reported, 3)),
-                (8, 9),
-                "{release:?}"
-            );
-            assert_eq!(reported.release(), release);
+            assert_eq!((get(&reported, 2), get(&reported, 3)), (8, 9), "{how:?}");
+            assert_eq!(reported.how(), how);
         }
     }
 
     #[test]
     fn a_report_of_lazily_free_memory_takes_it_out_of_the_tracker() {
-        for release in [Release::AtOnce, Release::WhenNeeded] {
-            let reported = reported(release);
+        for how in [Release::Discard, Release::MarkFree] {
+            let reported = reported(how);
             reported.lazy.free(&[range(2, 6)]);
             reported.take(&[range(3, 4), range(5, 8)]);
             let stats = reported.lazy.snapshot();
             assert_eq!((stats.lazy_bytes, stats.ranges), (2 * MIB, 2));
-            // The balloon's deflate of the same pages is nothing new then.
+            // A deflate of the same pages changes nothing then.
             reported.lazy.reuse(&[range(2, 6)]);
             assert_eq!(reported.lazy.snapshot().lazy_bytes, 0);
         }
@@ -190,16 +177,16 @@ mod tests {
 
     #[test]
     fn what_the_host_refuses_stays_and_changes_nothing_else() {
-        for release in [Release::AtOnce, Release::WhenNeeded] {
-            let reported = reported(release);
+        for how in [Release::Discard, Release::MarkFree] {
+            let reported = reported(how);
             (0..16).for_each(|mib| put(&reported, mib, 7));
             reported.ram.lock(range(3, 4));
-            // Locked memory is refused with EINVAL, what is no RAM by ourselves.
+            // The kernel refuses locked memory (EINVAL), `GuestRam` what is not RAM.
             reported.take(&[range(3, 4), range(15, 17), range(5, 6)]);
             assert_eq!(reported.snapshot().failures_total, 2);
             let done = reported.snapshot();
             assert_eq!(done.discarded_bytes_total + done.marked_bytes_total, MIB);
-            assert_eq!(reported.release(), release);
+            assert_eq!(reported.how(), how);
             assert_eq!((get(&reported, 3), get(&reported, 15)), (7, 7));
         }
     }

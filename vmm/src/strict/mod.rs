@@ -18,6 +18,7 @@ use crate::memory::{GuestRam, MissingPage};
 use ebb_core::generation::Kick;
 use ebb_core::lazy::{Freed, LazyMemory, Pieces, Sweep};
 use ebb_core::range::GpaRange;
+use ebb_core::release::Release;
 pub use thread::{StartError, StrictThread};
 
 #[cfg(test)]
@@ -120,7 +121,7 @@ impl Strict {
         for &range in ranges {
             let mut sweep = Sweep::new(Pieces::Any, u64::MAX).within(range);
             while let Some(chunk) = self.lazy.take_chunk(&mut sweep, CHUNK) {
-                match self.ram.discard(chunk.range()) {
+                match self.ram.release_range(chunk.range(), Release::Discard) {
                     Ok(_) => chunk.discarded(),
                     Err(error) => {
                         add(&self.counters.discard_failures);

@@ -1,21 +1,21 @@
-//! The limits on memory of this process's cgroup, version 2 (Documentation/admin-guide/cgroup-v2.rst).
+//! The memory limits of this process's cgroup, version 2 (Documentation/admin-guide/cgroup-v2.rst).
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::KeptFile;
 
-/// The cgroup of this process and those above it, as far as they control memory. Where the process is moved to later is
-/// not noticed.
+/// The cgroup of this process and its ancestors, as far as they control memory. If the process is moved later, this stays
+/// the old cgroup.
 #[derive(Debug)]
 pub struct Cgroup {
-    /// The own one's.
+    /// Folder of the process's own cgroup.
     folder: PathBuf,
-    /// The own one first; not empty.
+    /// Files of the own cgroup, then of its ancestors; not empty.
     files: Vec<Files>,
 }
 
-/// One cgroup's.
+/// The files of one cgroup.
 #[derive(Debug)]
 struct Files {
     high: KeptFile,
@@ -24,17 +24,17 @@ struct Files {
     stat: KeptFile,
 }
 
-/// A limit on memory, in bytes.
+/// A memory limit, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryLimit {
     /// The lower one of `memory.high` and `memory.max`.
     pub limit: u64,
-    /// What of it is not in use, or in use for cached files that nobody has needed for long.
+    /// The part of it that is not in use, or in use for cached files that were not needed for long (`inactive_file`).
     pub available: u64,
 }
 
 impl Cgroup {
-    /// That of this process; `None` where no cgroup of version 2 controls its memory.
+    /// The cgroup of this process. `None` if no cgroup of version 2 controls its memory.
     #[must_use]
     pub fn own() -> Option<Self> {
         let cgroup = fs::read_to_string("/proc/self/cgroup").ok()?;
@@ -47,7 +47,7 @@ impl Cgroup {
     fn at(point: &Path, path: &Path) -> Option<Self> {
         let own = point.join(path);
         let controlled = |folder: &&Path| folder.join("memory.current").exists();
-        // The root has no such file, nor has what is above a namespace's root.
+        // The root cgroup has no such file; nor has the root of a cgroup namespace.
         let folders = own
             .ancestors()
             .take_while(|folder| folder.starts_with(point));
@@ -55,13 +55,13 @@ impl Cgroup {
         (!files.is_empty()).then_some(Self { folder: own, files })
     }
 
-    /// The file that tells of pressure in the own one.
+    /// The pressure file of the own cgroup.
     #[must_use]
     pub fn pressure_file(&self) -> PathBuf {
         self.folder.join("memory.pressure")
     }
 
-    /// The limits that there are just now, the own one first.
+    /// The present limits, those of the own cgroup first.
     pub fn limits(&self) -> impl Iterator<Item = MemoryLimit> {
         self.files.iter().filter_map(Files::limit)
     }
@@ -79,7 +79,7 @@ impl Files {
     }
 
     fn limit(&self) -> Option<MemoryLimit> {
-        // "max" is no number: no limit.
+        // "max" is not a number and means no limit.
         let number = |file: &KeptFile| file.read(|text| text.trim().parse::<u64>().ok());
         let limits = number(&self.high).into_iter().chain(number(&self.max));
         let limit = limits.min()?;
@@ -100,15 +100,15 @@ fn inactive_file(stat: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Where cgroups of version 2 are mounted, says `mounts` (/proc/self/mountinfo), and below that the folder of the
-/// one that `cgroup` (/proc/self/cgroup) names.
+/// Returns the mount point of cgroups of version 2, from `mounts` (/proc/self/mountinfo), and below it the path of the
+/// cgroup that `cgroup` (/proc/self/cgroup) names.
 fn own_folder(cgroup: &str, mounts: &str) -> Option<(PathBuf, PathBuf)> {
     let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"))?;
     mounts.lines().find_map(|line| {
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        // Under another root than our own namespace's the path would mean something else.
+        // If another cgroup than the namespace's root is mounted there, the path is relative to something else.
         (root == "/" && filesystem.starts_with("cgroup2 ")).then(|| (point.into(), path.into()))
     })
 }

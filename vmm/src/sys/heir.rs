@@ -461,9 +461,7 @@ mod tests {
             Mapping::new(LEN, 0, MappingKind::Small)
         };
         let mapping = mapping.unwrap();
-        mapping
-            .advise(0, LEN, crate::sys::Advice::NoHugePage)
-            .unwrap();
+        mapping.set_transparent_huge_pages(false).unwrap();
         mapping.populate().unwrap();
         mapping
     }

@@ -1,20 +1,20 @@
-//! Small files of the kernel's that are read again and again.
+//! Small files of the kernel that are read repeatedly.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// More than any of them has.
-const MOST: usize = 8192;
+/// Maximum number of bytes read; the files are smaller.
+const MAX_LEN: usize = 8192;
 
-/// A file that stays open. Opening it each time would charge kernel memory to the own cgroup, and whoever charges a
-/// cgroup that is over its `memory.high` is put to sleep for up to 2 s (Documentation/admin-guide/cgroup-v2.rst): the
-/// thread that would free memory must not be.
+/// A file that stays open. Opening it each time would charge kernel memory to this process's cgroup, and a thread that
+/// charges a cgroup above its `memory.high` is put to sleep for up to 2 s (Documentation/admin-guide/cgroup-v2.rst). That
+/// must not happen to the thread that would free memory.
 #[derive(Debug)]
 pub struct KeptFile(Option<File>);
 
 impl KeptFile {
-    /// Opens it, and reads it once, so that the kernel has its buffer.
+    /// Opens the file and reads it once, so that the kernel has allocated its buffer.
     #[must_use]
     pub fn open(path: &Path) -> Self {
         let kept = Self(File::open(path).ok());
@@ -22,12 +22,12 @@ impl KeptFile {
         kept
     }
 
-    /// What `parse` finds in it; `None` too when it cannot be read.
+    /// Returns the result of `parse` for the file's text; `None` if the file cannot be read.
     pub fn read<T>(&self, parse: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         let file = self.0.as_ref()?;
-        let mut buffer = [0; MOST];
+        let mut buffer = [0; MAX_LEN];
         let mut len = 0;
-        while len < MOST {
+        while len < MAX_LEN {
             match file.read_at(&mut buffer[len..], len as u64) {
                 Ok(0) => break,
                 Ok(more) => len += more,

@@ -1,4 +1,4 @@
-//! Memory that its owner reaches by address only: private and anonymous, or files that have no name.
+//! Memory mappings that are used by address only: private anonymous memory, or files without a name.
 
 use std::ffi::c_void;
 use std::io;
@@ -8,63 +8,46 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-/// Size in bytes of the pages that the kernel hands out when nothing bigger is asked for.
+use ebb_core::release::Release;
+
+/// Size in bytes of the kernel's smallest page.
 const SMALL_PAGE: usize = 4096;
 
-/// Size in bytes of a huge page of the kind that [`MappingKind::Huge`] asks for.
+/// Size in bytes of the pages of [`MappingKind::Huge`].
 pub const HUGE_PAGE: usize = 2 << 20;
 
-/// Most parts in one call (`UIO_MAXIOV`).
+/// Maximum number of parts in one call of [`Mapping::release_parts`] (`UIO_MAXIOV`).
 pub const MAX_PARTS: usize = 1024;
 
-/// What stands behind a [`Mapping`].
+/// The pages behind a [`Mapping`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MappingKind {
-    /// Pages on first touch, not reserved beforehand (`MAP_NORESERVE`).
+    /// Pages of any size, allocated on first touch and not reserved before (`MAP_NORESERVE`).
     Small,
-    /// hugetlb pages of 2 MiB, reserved by the mapping call, so that a lack of them is an error there
-    /// and not a SIGBUS later.
+    /// hugetlb pages of 2 MiB. The mapping call reserves them: if there are too few, it fails, instead of a SIGBUS
+    /// later.
     Huge,
 }
 
-/// Advice for a part of a [`Mapping`], see madvise(2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Advice {
-    /// Drop the pages; the next touch reads zeroes. `MADV_DONTNEED`, and `MADV_REMOVE` for files, where the former
-    /// drops the translations and keeps the pages.
-    DontNeed,
-    /// Let the kernel drop the pages when it is short of memory; a write to a page cancels that. Private
-    /// anonymous memory only.
-    Free,
-    /// Use transparent huge pages; for files only where the host's `shmem_enabled` says `advise`.
-    HugePage,
-    /// Use no transparent huge pages.
-    NoHugePage,
-    /// Leave it out of core dumps.
-    DontDump,
-    /// Populate it for writing (Linux 5.14).
-    PopulateWrite,
-}
-
-/// A mapping, readable and writable, unmapped on drop. It never lends references to
-/// its bytes, so dropping pages under other users, who can only hold the address, breaks no rule of Rust.
+/// A mapping that is readable and writable, unmapped on drop. It never lends references to its bytes. Its users hold
+/// nothing but the address, so releasing pages while they use them breaks no rule of Rust.
 #[derive(Debug)]
 pub struct Mapping {
     address: usize,
     len: usize,
-    /// Files are behind it, and nobody else has them open.
+    /// The mapping is of files, which nobody else has open.
     shared: bool,
 }
 
 impl Mapping {
-    /// Maps `len` bytes of private anonymous memory at an address that is congruent to `congruent_to` modulo 2 MiB, so
-    /// that what is one huge page to the guest can be one to the host. Both numbers are multiples of the page size,
-    /// of 2 MiB for [`MappingKind::Huge`].
+    /// Maps `len` bytes of private anonymous memory at an address that is congruent to `congruent_to` modulo 2 MiB:
+    /// then a huge page of the guest can be a huge page of the host. Both numbers must be multiples of the page size
+    /// (of 2 MiB for [`MappingKind::Huge`]).
     ///
     /// # Errors
-    /// mmap(2)'s; `EINVAL` for sizes that are 0, not aligned, or beyond the address space.
+    /// Those of mmap(2); `EINVAL` for sizes that are 0, not aligned, or larger than the address space.
     pub fn new(len: usize, congruent_to: u64, kind: MappingKind) -> io::Result<Self> {
         let mapping = Self::reserve(len, congruent_to, kind)?;
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, kind.flags());
@@ -72,12 +55,13 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// The same of memory that other processes could share: memfds of `file` bytes each, a multiple of 2 MiB. One ends
-    /// and the next begins where `congruent_to` plus the offset is a multiple of `file`, so that the files are those
-    /// of the guest's address space. They have no name, and stay open as long as they are mapped.
+    /// As [`Mapping::new`], but of memory that other processes could share: memfds of `file` bytes each, a multiple of
+    /// 2 MiB. One file ends and the next begins where `congruent_to` plus the offset is a multiple of `file`, so the
+    /// files divide the guest's address space at multiples of their size. They have no name and exist as long as they
+    /// are mapped.
     ///
     /// # Errors
-    /// As for [`Mapping::new`], and memfd_create(2)'s.
+    /// As for [`Mapping::new`], and those of memfd_create(2).
     pub fn shared(len: usize, congruent_to: u64, kind: MappingKind, file: u64) -> io::Result<Self> {
         if file == 0 || !file.is_multiple_of(HUGE_PAGE as u64) {
             return Err(Errno::INVAL.into());
@@ -95,7 +79,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Addresses for a mapping, with nothing behind them.
+    /// Reserves addresses for a mapping, without memory behind them.
     fn reserve(len: usize, congruent_to: u64, kind: MappingKind) -> io::Result<Self> {
         let align = match kind {
             MappingKind::Small => SMALL_PAGE,
@@ -107,7 +91,7 @@ impl Mapping {
             return Err(Errno::INVAL.into());
         }
         let base = map(0, reserve, ProtFlags::empty(), MapFlags::NORESERVE)?;
-        // From here on the reservation is owned and goes away with `reserved` when a step fails.
+        // `reserved` owns the reservation and unmaps it if a step fails.
         let mut reserved = Self {
             address: base,
             len: reserve,
@@ -119,7 +103,7 @@ impl Mapping {
         Ok(reserved)
     }
 
-    /// Unmaps everything but `len` bytes from `head` on.
+    /// Unmaps everything except `len` bytes from `head` on.
     fn trim(&mut self, head: usize, len: usize) -> io::Result<()> {
         let end = self.address + self.len;
         if head > 0 {
@@ -150,46 +134,32 @@ impl Mapping {
         self.len
     }
 
-    /// Whether files are behind it.
+    /// Returns true if the mapping is of files.
     #[must_use]
     pub const fn is_shared(&self) -> bool {
         self.shared
     }
 
-    const fn raw(&self, advice: Advice) -> rustix::mm::Advice {
-        match advice {
-            Advice::DontNeed => drop_advice(self.shared),
-            Advice::Free => rustix::mm::Advice::LinuxFree,
-            Advice::HugePage => rustix::mm::Advice::LinuxHugepage,
-            Advice::NoHugePage => rustix::mm::Advice::LinuxNoHugepage,
-            Advice::DontDump => rustix::mm::Advice::LinuxDontDump,
-            Advice::PopulateWrite => rustix::mm::Advice::LinuxPopulateWrite,
-        }
-    }
-
-    /// Gives `advice` for `len` bytes from `offset` on.
+    /// Releases the pages behind `len` bytes from `offset` on (madvise(2)).
     ///
     /// # Errors
-    /// madvise(2)'s; `EINVAL` also for a part that leaves the mapping.
-    pub fn advise(&self, offset: usize, len: usize, advice: Advice) -> io::Result<()> {
-        self.check(offset, len)?;
-        // SAFETY: the part lies in this mapping. No advice of ours unmaps anything; the one that changes
-        // content changes bytes that nobody holds references to.
-        unsafe { rustix::mm::madvise(pointer(self.address + offset), len, self.raw(advice))? };
-        Ok(())
+    /// Those of madvise(2), for instance `EINVAL` for locked pages and for [`Release::MarkFree`] of files or hugetlb
+    /// pages; `EINVAL` also for a part that leaves the mapping.
+    pub fn release(&self, offset: usize, len: usize, how: Release) -> io::Result<()> {
+        self.advise(offset, len, release_advice(how, self.shared))
     }
 
-    /// Gives `advice` for several parts, each an offset and a length, in one system call, and returns how
-    /// many bytes, in order, were taken care of: what comes after a part that fails is not looked at.
+    /// Releases several parts, each an offset and a length, in one system call (process_madvise(2)). Returns how many
+    /// bytes were released, in the order of the parts: the call ends at the first part that fails.
     ///
     /// # Errors
-    /// process_madvise(2)'s when not even the first part was taken care of; `EINVAL` also for a part that
-    /// leaves the mapping. Kernels before 6.13 refuse with `EINVAL` what changes content.
-    pub fn advise_parts(
+    /// Those of process_madvise(2) if the first part fails; `EINVAL` also for a part that leaves the mapping. Kernels
+    /// before 6.13 answer `EINVAL` to every release.
+    pub fn release_parts(
         &self,
         process: BorrowedFd<'_>,
         parts: &[(usize, usize)],
-        advice: Advice,
+        how: Release,
     ) -> io::Result<usize> {
         let vector = |&(offset, len): &(usize, usize)| {
             self.check(offset, len)?;
@@ -203,19 +173,49 @@ impl Mapping {
             .take(MAX_PARTS)
             .map(vector)
             .collect::<io::Result<Vec<_>>>()?;
-        // SAFETY: as in `advise`; the descriptor is that of this process or the call fails or concerns
-        // addresses of another one, which is memory safe here. The vector lives across the call.
+        // SAFETY: as in `advise`. If the descriptor is of another process, the addresses are that process's, and the
+        // memory of this one is not touched. The vector lives until the call returns.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_process_madvise,
                 process.as_raw_fd(),
                 vectors.as_ptr(),
                 vectors.len(),
-                self.raw(advice) as libc::c_int,
+                release_advice(how, self.shared) as libc::c_int,
                 0,
             )
         };
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Turns transparent huge pages on or off for the whole mapping. For files they are used only if the host's
+    /// `shmem_enabled` is `advise`.
+    ///
+    /// # Errors
+    /// Those of madvise(2); `EINVAL` where the kernel has no transparent huge pages.
+    pub fn set_transparent_huge_pages(&self, on: bool) -> io::Result<()> {
+        let advice = if on {
+            Advice::LinuxHugepage
+        } else {
+            Advice::LinuxNoHugepage
+        };
+        self.advise(0, self.len, advice)
+    }
+
+    /// Leaves the whole mapping out of core dumps.
+    ///
+    /// # Errors
+    /// Those of madvise(2).
+    pub fn exclude_from_dumps(&self) -> io::Result<()> {
+        self.advise(0, self.len, Advice::LinuxDontDump)
+    }
+
+    fn advise(&self, offset: usize, len: usize, advice: Advice) -> io::Result<()> {
+        self.check(offset, len)?;
+        // SAFETY: the part lies in this mapping. None of the advice used in this file unmaps anything, and what changes
+        // content changes bytes to which nobody holds references.
+        unsafe { rustix::mm::madvise(pointer(self.address + offset), len, advice)? };
+        Ok(())
     }
 
     fn check(&self, offset: usize, len: usize) -> io::Result<()> {
@@ -228,18 +228,18 @@ impl Mapping {
     /// Populates the whole mapping for writing, see [`Mapping::populate_part`].
     ///
     /// # Errors
-    /// madvise(2)'s, for instance `ENOMEM` and `EFAULT` when the host has too few pages.
+    /// Those of madvise(2), for instance `ENOMEM` and `EFAULT` if the host has too few pages.
     pub fn populate(&self) -> io::Result<()> {
         self.populate_part(0, self.len)
     }
 
-    /// Populates `len` bytes from `offset` on for writing; content that is there stays. Kernels before 5.14
-    /// have no advice for it: there every page is touched.
+    /// Populates `len` bytes from `offset` on for writing; existing content stays. Kernels before 5.14 have no advice
+    /// for that: there every page is touched.
     ///
     /// # Errors
-    /// madvise(2)'s; `EINVAL` also for a part that leaves the mapping.
+    /// Those of madvise(2); `EINVAL` also for a part that leaves the mapping.
     pub fn populate_part(&self, offset: usize, len: usize) -> io::Result<()> {
-        match self.advise(offset, len, Advice::PopulateWrite) {
+        match self.advise(offset, len, Advice::LinuxPopulateWrite) {
             Err(error)
                 if error.raw_os_error() == Some(libc::EINVAL)
                     && offset.checked_add(len).is_some_and(|end| end <= self.len) =>
@@ -247,8 +247,8 @@ impl Mapping {
                 let start = self.address + offset;
                 for address in (start..start + len).step_by(SMALL_PAGE) {
                     let byte = ptr::with_exposed_provenance_mut::<u8>(address);
-                    // SAFETY: the byte lies in this mapping, which is readable and writable; others
-                    // reach it by volatile or atomic accesses only, as they hold no references.
+                    // SAFETY: the byte lies in this mapping, which is readable and writable. Others hold no
+                    // references to it: they use volatile or atomic accesses.
                     unsafe { AtomicU8::from_ptr(byte) }.fetch_or(0, Ordering::Relaxed);
                 }
                 Ok(())
@@ -257,10 +257,10 @@ impl Mapping {
         }
     }
 
-    /// Whether there is a page behind the byte at `offset`, by mincore(2).
+    /// Returns true if there is a page behind the byte at `offset` (mincore(2)).
     ///
     /// # Errors
-    /// mincore(2)'s; `EINVAL` also for an offset outside of the mapping.
+    /// Those of mincore(2); `EINVAL` also for an offset outside of the mapping.
     pub fn is_present(&self, offset: usize) -> io::Result<bool> {
         self.check(offset, 1)?;
         let page = pointer(self.address + offset / SMALL_PAGE * SMALL_PAGE);
@@ -272,11 +272,11 @@ impl Mapping {
         }
     }
 
-    /// Locks a part in memory (mlock(2)): advice that drops its pages is refused with `EINVAL` then.
+    /// Locks a part in memory (mlock(2)): the kernel then answers `EINVAL` to a release of it.
     #[cfg(test)]
     pub(crate) fn lock(&self, offset: usize, len: usize) {
         self.check(offset, len).unwrap();
-        // SAFETY: the part lies in this mapping; nothing changes but where its pages may go.
+        // SAFETY: the part lies in this mapping, and its content stays.
         unsafe { rustix::mm::mlock(pointer(self.address + offset), len).unwrap() };
     }
 
@@ -288,19 +288,19 @@ impl Mapping {
         unsafe { rustix::mm::munlock(pointer(self.address + offset), len).unwrap() };
     }
 
-    /// Makes a hole: advice for what is around it is answered with `ENOMEM` then. Nobody may touch it afterwards.
+    /// Makes a hole: the kernel then answers `ENOMEM` to a release that spans it. Nobody may touch it afterwards.
     #[cfg(test)]
     pub(crate) fn unmap(&self, offset: usize, len: usize) {
         self.check(offset, len).unwrap();
-        // SAFETY: the part lies in this mapping, and the test that asks for it keeps away from it.
+        // SAFETY: the part lies in this mapping, and the test that asks for this does not touch it.
         unsafe { rustix::mm::munmap(pointer(self.address + offset), len).unwrap() };
     }
 
-    /// How many bytes the host holds, by mincore(2).
+    /// Number of resident bytes (mincore(2)).
     #[cfg(test)]
     pub(crate) fn resident(&self) -> usize {
         let mut pages = vec![0u8; self.len / SMALL_PAGE];
-        // SAFETY: the vector has one byte for each page of this mapping, and nothing else is written.
+        // SAFETY: the vector has one byte for each page of this mapping, which is what the kernel writes.
         let rc = unsafe { libc::mincore(pointer(self.address), self.len, pages.as_mut_ptr()) };
         assert_eq!(rc, 0, "{}", io::Error::last_os_error());
         pages.iter().filter(|&&page| page & 1 == 1).count() * SMALL_PAGE
@@ -309,9 +309,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: this value owns the mapping. Whoever was given the address has promised to be gone.
+        // SAFETY: this value owns the mapping. Everyone who was given the address has promised not to use it any more.
         let unmapped = unsafe { rustix::mm::munmap(pointer(self.address), self.len) };
-        debug_assert_eq!(unmapped, Ok(()), "a mapping that we made can be unmapped");
+        debug_assert_eq!(unmapped, Ok(()), "munmap of a whole mapping");
     }
 }
 
@@ -324,12 +324,20 @@ impl MappingKind {
     }
 }
 
-/// The advice that drops pages, of files or of anonymous memory.
-pub(super) const fn drop_advice(shared: bool) -> rustix::mm::Advice {
+/// The advice that discards pages of files or of anonymous memory: for files `MADV_DONTNEED` would drop the
+/// translations and keep the pages.
+pub(super) const fn drop_advice(shared: bool) -> Advice {
     if shared {
-        rustix::mm::Advice::LinuxRemove
+        Advice::LinuxRemove
     } else {
-        rustix::mm::Advice::LinuxDontNeed
+        Advice::LinuxDontNeed
+    }
+}
+
+const fn release_advice(how: Release, shared: bool) -> Advice {
+    match how {
+        Release::Discard => drop_advice(shared),
+        Release::MarkFree => Advice::LinuxFree,
     }
 }
 
@@ -337,16 +345,16 @@ fn pointer(address: usize) -> *mut c_void {
     ptr::with_exposed_provenance_mut(address)
 }
 
-/// Maps private anonymous memory; with `MAP_FIXED` only over a reservation of our own.
+/// Maps private anonymous memory. With `MAP_FIXED`, `address` must lie in a reservation of the caller.
 fn map(address: usize, len: usize, prot: ProtFlags, flags: MapFlags) -> Result<usize, Errno> {
     let flags = flags | MapFlags::PRIVATE;
-    // SAFETY: without MAP_FIXED the kernel picks an unused place; with it the callers in this file name
-    // a part of a reservation that they have just made and that nobody else knows.
+    // SAFETY: without MAP_FIXED the kernel picks an unused place; with it the callers in this file name a part of a
+    // reservation that they have just made, whose address nobody else has.
     let pointer = unsafe { rustix::mm::mmap_anonymous(pointer(address), len, prot, flags)? };
     Ok(pointer.expose_provenance())
 }
 
-/// Maps a file of its own over a reservation of ours. The file goes with the mapping.
+/// Maps a new file over a reservation of the caller. The file is deleted with the mapping.
 fn map_file(address: usize, len: usize, kind: MappingKind) -> io::Result<()> {
     let (of_file, of_map) = match kind {
         MappingKind::Small => (MemfdFlags::empty(), MapFlags::NORESERVE),
@@ -359,7 +367,7 @@ fn map_file(address: usize, len: usize, kind: MappingKind) -> io::Result<()> {
     rustix::fs::ftruncate(&file, len as u64)?;
     let prot = ProtFlags::READ | ProtFlags::WRITE;
     let flags = of_map | MapFlags::SHARED | MapFlags::FIXED;
-    // SAFETY: the caller has just made the reservation, and nobody else knows it.
+    // SAFETY: the caller has just made the reservation, and nobody else has its address.
     unsafe { rustix::mm::mmap(pointer(address), len, prot, flags, &file, 0)? };
     Ok(())
 }
@@ -396,7 +404,7 @@ mod tests {
         );
         let process = process.unwrap();
         let parts = [(0, 4096), (3 << 12, 2 << 12)];
-        match mapping.advise_parts(process.as_fd(), &parts, Advice::DontNeed) {
+        match mapping.release_parts(process.as_fd(), &parts, Release::Discard) {
             Ok(bytes) => {
                 assert_eq!((bytes, mapping.resident()), (3 << 12, 5 << 12));
                 println!("process_madvise on this process works");
@@ -404,12 +412,12 @@ mod tests {
             Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{error}"),
         }
         let outside = [(0, 4096), (7 << 12, 2 << 12)];
-        let result = mapping.advise_parts(process.as_fd(), &outside, Advice::Free);
+        let result = mapping.release_parts(process.as_fd(), &outside, Release::MarkFree);
         assert!(result.is_err() && mapping.resident() >= 5 << 12);
     }
 
     #[test]
-    fn senseless_sizes_and_parts_outside_are_refused() {
+    fn invalid_sizes_and_parts_outside_are_refused() {
         for (len, at) in [
             (0, 0),
             (1, 0),
@@ -426,7 +434,7 @@ mod tests {
         let mapping = Mapping::new(8192, 0, MappingKind::Small).unwrap();
         for (offset, len) in [(4096, 8192), (12288, 0), (usize::MAX, 2)] {
             assert!(
-                mapping.advise(offset, len, Advice::DontNeed).is_err(),
+                mapping.release(offset, len, Release::Discard).is_err(),
                 "{offset} {len}"
             );
         }

@@ -15,7 +15,7 @@ mod userfault;
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use heir::{Board, Heir, Legacy, Part};
 pub use kept::KeptFile;
-pub use mapping::{Advice, Mapping, MappingKind};
+pub use mapping::{Mapping, MappingKind};
 pub use pins::{Pin, Pins};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;

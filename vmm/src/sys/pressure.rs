@@ -1,15 +1,15 @@
-//! What the host kernel says about memory pressure.
+//! Memory pressure and available memory of the host.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-/// Pressure of the whole host.
+/// The pressure file of the whole host.
 pub const HOST_PRESSURE: &str = "/proc/pressure/memory";
 
-/// A trigger on a pressure file: its descriptor polls `POLLPRI` whenever tasks have stalled for longer
-/// than a threshold within a window, at most once per window (Documentation/accounting/psi.rst).
+/// A trigger on a pressure file. Its descriptor polls `POLLPRI` when tasks have stalled for longer than a threshold within
+/// a window, at most once per window (Documentation/accounting/psi.rst).
 #[derive(Debug)]
 pub struct PsiTrigger {
     file: OwnedFd,
@@ -20,7 +20,7 @@ impl PsiTrigger {
     /// microseconds. Without `CAP_SYS_RESOURCE` the window must be a multiple of 2 s.
     ///
     /// # Errors
-    /// open(2)'s and write(2)'s; `EOPNOTSUPP` where PSI is turned off.
+    /// Those of open(2) and write(2); `EOPNOTSUPP` if PSI is turned off.
     pub fn arm(file: &Path, stall_us: u32, window_us: u32) -> io::Result<Self> {
         let mut file = OpenOptions::new().read(true).write(true).open(file)?;
         file.write_all(format!("some {stall_us} {window_us}\0").as_bytes())?;
@@ -34,20 +34,20 @@ impl AsFd for PsiTrigger {
     }
 }
 
-/// The host's memory as /proc/meminfo has it, in bytes.
+/// The host's memory in bytes (/proc/meminfo).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemInfo {
-    /// All of it.
+    /// Total memory.
     pub total: u64,
-    /// What can be had without swapping.
+    /// Memory that can be allocated without swapping.
     pub available: u64,
 }
 
 impl MemInfo {
-    /// Where it stands.
+    /// Path of the file.
     pub const PATH: &str = "/proc/meminfo";
 
-    /// Takes it from the text of that file; `None` when a field is missing.
+    /// Parses the text of that file. `None` if a field is missing.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let field = |name| {

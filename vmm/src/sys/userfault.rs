@@ -1,4 +1,4 @@
-//! Page faults of this process, those that the kernel takes for KVM included, handed to us (userfaultfd(2)).
+//! Handles page faults of this process, including those that the kernel takes for KVM (userfaultfd(2)).
 
 use std::ffi::c_void;
 use std::fs::OpenOptions;
@@ -28,26 +28,25 @@ const NEW: libc::c_ulong = 0xaa00;
 pub struct Fault {
     /// Address of the page in this process.
     pub address: usize,
-    /// It wants to write; else to read.
+    /// True if the thread writes, false if it reads.
     pub write: bool,
-    /// Its number: one of our threads, or of the kernel's that work for us.
+    /// Number of the thread: one of this process, or of the kernel's that work for it.
     pub thread: i32,
 }
 
-/// Faults on missing pages of the mappings that were given to [`Userfault::watch`]. When this is dropped, whoever
-/// waits gets its page from the kernel, and later faults are none of ours.
+/// Page faults on missing pages of the mappings that were given to [`Userfault::watch`]. When this value is dropped, the
+/// threads that wait get their pages from the kernel, and later faults are not reported.
 #[derive(Debug)]
 pub struct Userfault {
     fd: OwnedFd,
 }
 
 impl Userfault {
-    /// Opens one that sees faults of the kernel, too: by the system call, which needs `CAP_SYS_PTRACE` or
-    /// `vm.unprivileged_userfaultfd=1`, else by /dev/userfaultfd (Linux 6.1), which needs the permission to
-    /// write to it.
+    /// Opens a descriptor that reports faults of the kernel, too: by the system call, which needs `CAP_SYS_PTRACE` or
+    /// `vm.unprivileged_userfaultfd=1`, else by /dev/userfaultfd (Linux 6.1), which needs write permission on it.
     ///
     /// # Errors
-    /// `EPERM` when neither is allowed, `ENOSYS` when the kernel has no such thing, `EINVAL` before Linux 4.14.
+    /// `EPERM` if neither is allowed, `ENOSYS` if the kernel has no userfaultfd, `EINVAL` before Linux 4.14.
     pub fn open() -> io::Result<Self> {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
         // SAFETY: no memory is registered yet; `watch` says what may be.
@@ -66,10 +65,10 @@ impl Userfault {
     }
 
     /// From now on a thread that touches a missing page of `mapping` waits until [`Userfault::zero`] or
-    /// [`Userfault::wake`] is called for it.
+    /// [`Userfault::wake`] is called for that page.
     ///
     /// # Errors
-    /// ioctl_userfaultfd(2)'s.
+    /// Those of ioctl_userfaultfd(2).
     pub fn watch(&self, mapping: &Mapping) -> io::Result<()> {
         let mut register = uffdio_register {
             range: range(mapping.address(), mapping.len()),
@@ -79,10 +78,10 @@ impl Userfault {
         self.ioctl(UFFDIO_REGISTER, &mut register)
     }
 
-    /// The next thread that waits; `None`: no more just now. The descriptor polls readable when there is one.
+    /// The next thread that waits, or `None` if none does. The descriptor polls readable when one does.
     ///
     /// # Errors
-    /// read(2)'s; `InvalidData` for a message that we have not asked for.
+    /// Those of read(2); `InvalidData` for an unexpected message.
     pub fn next(&self) -> io::Result<Option<Fault>> {
         let mut bytes = [0u8; size_of::<uffd_msg>()];
         match rustix::io::read(&self.fd, &mut bytes) {
@@ -108,11 +107,11 @@ impl Userfault {
         }))
     }
 
-    /// Puts a page of zeroes at `offset` of a watched mapping, where there is none, and lets those go on who wait
+    /// Puts a page of zeroes at `offset` of a watched mapping, if there is no page yet, and wakes the threads that wait
     /// for it.
     ///
     /// # Errors
-    /// ioctl_userfaultfd(2)'s; `EINVAL` also for an offset outside of the mapping.
+    /// Those of ioctl_userfaultfd(2); `EINVAL` also for an offset outside of the mapping.
     pub fn zero(&self, mapping: &Mapping, offset: usize) -> io::Result<()> {
         let mut page = uffdio_zeropage {
             range: page(mapping, offset)?,
@@ -132,7 +131,7 @@ impl Userfault {
         }
     }
 
-    /// Lets those go on who wait for the page at `offset` of a watched mapping.
+    /// Wakes the threads that wait for the page at `offset` of a watched mapping.
     ///
     /// # Errors
     /// As for [`Userfault::zero`].
@@ -142,8 +141,8 @@ impl Userfault {
 
     fn ioctl<T>(&self, request: u32, argument: &mut T) -> io::Result<()> {
         let (fd, argument) = (self.fd.as_raw_fd(), &raw mut *argument);
-        // SAFETY: each request of this file is given the structure that it is defined with, and concerns a
-        // `Mapping` at most: where pages are missing, pages of zeroes appear, as they would have without us.
+        // SAFETY: each request in this file gets the structure that it is defined with. The only memory that changes is
+        // that of a `Mapping`: zeroes appear where pages are missing, as they would without userfaultfd.
         match unsafe { libc::ioctl(fd, request.into(), argument.cast::<c_void>()) } {
             -1 => Err(io::Error::last_os_error()),
             _ => Ok(()),

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ebb_core::range::GpaRange;
+use ebb_core::release::Release;
 
 use super::Plan;
 use crate::memory::{GuestRam, MemoryError};
@@ -49,7 +50,9 @@ impl Report {
 /// cannot be started are done without. The mapping itself goes when `ram` is dropped.
 pub fn execute(plan: &Plan, ram: &GuestRam, beside: impl FnOnce()) -> Report {
     let start = Instant::now();
-    let freeing = Freeing::new(plan.batches(), |range| ram.discard(range));
+    let freeing = Freeing::new(plan.batches(), |range| {
+        ram.release_range(range, Release::Discard)
+    });
     let mut report = freeing.run(plan.workers(), beside);
     report.duration = start.elapsed();
     report

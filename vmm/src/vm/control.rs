@@ -6,6 +6,7 @@ use std::time::Instant;
 use ebb_core::generation::{Gate, GateStats};
 use ebb_core::lazy::LazyMemory;
 use ebb_core::range::PAGE_SIZE;
+use ebb_core::release::Release;
 use ebb_hypercall_abi::Operation;
 
 use super::ending::Ending;
@@ -20,7 +21,7 @@ use crate::control::{
 };
 use crate::devices::virtio::balloon::{BalloonHandle, ReportStats};
 use crate::hypercall::Hypercalls;
-use crate::reclaim::{Reclaimer, Release, ReportedMemory};
+use crate::reclaim::{Reclaimer, ReportedMemory};
 use crate::strict::{Strict, StrictStats};
 
 /// A running machine, as far as it can be asked.
@@ -265,9 +266,9 @@ impl Control {
         let configured = self.config.balloon.as_ref();
         let mode = match configured.and_then(|balloon| balloon.free_page_reporting) {
             None => "off",
-            Some(_) => match self.reported.release() {
-                Release::AtOnce => "eager",
-                Release::WhenNeeded => "lazy",
+            Some(_) => match self.reported.how() {
+                Release::Discard => "eager",
+                Release::MarkFree => "lazy",
             },
         };
         ReportingState {

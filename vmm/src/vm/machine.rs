@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ebb_core::generation::{Gate, VmGeneration};
 use ebb_core::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
 use ebb_core::range::GpaRange;
-use ebb_core::release::ReleasePages;
+use ebb_core::release::{Release, ReleasePages};
 use ebb_hypercall_abi::Interface;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
@@ -35,9 +35,7 @@ use crate::guardian::Guardian;
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable};
 use crate::memory::{Backing, GuestRam};
-use crate::reclaim::{
-    Mode, PressureSource, ReclaimThread, Reclaimer, Release, ReportedMemory, Tuning,
-};
+use crate::reclaim::{Mode, PressureSource, ReclaimThread, Reclaimer, ReportedMemory, Tuning};
 use crate::strict::{Strict, StrictThread};
 use crate::sys::{Pins, TerminationSignals};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
@@ -375,8 +373,8 @@ fn start_reclaim(reclaimer: Arc<Reclaimer>) -> Result<Option<ReclaimThread>, Lau
 fn release(balloon: Option<&BalloonConfig>) -> Release {
     let reporting = balloon.and_then(|balloon| balloon.free_page_reporting);
     match reporting.unwrap_or_default() {
-        Reporting::Eager => Release::AtOnce,
-        Reporting::Lazy => Release::WhenNeeded,
+        Reporting::Eager => Release::Discard,
+        Reporting::Lazy => Release::MarkFree,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ebb_core::generation::GateStats;
+use ebb_core::release::Release;
 use ebb_vmm::reclaim::{Mode, Order, Outcome, Reach, Reclaimer, Tuning};
 
 use super::Arguments;
@@ -128,8 +129,16 @@ fn running(samples: &mut Samples) -> Result<()> {
         }
         Ok(outcome)
     };
-    let mark = |range| rig.ram.mark_free(range).context("madvise");
-    let discard = |range| rig.ram.discard(range).context("madvise");
+    let mark = |range| {
+        rig.ram
+            .release_range(range, Release::MarkFree)
+            .context("madvise")
+    };
+    let discard = |range| {
+        rig.ram
+            .release_range(range, Release::Discard)
+            .context("madvise")
+    };
     let mut measure = |name: &str, act: &dyn Fn(_) -> Result<u64>| -> Result<()> {
         let mut outcome = Ok(Outcome::default());
         let found = step(&rig, || {

@@ -5,8 +5,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ebb_core::range::GpaRange;
+use ebb_core::release::Release;
 use ebb_vmm::reclaim::Tuning;
-use ebb_vmm::sys::{Advice, Mapping, MappingKind};
+use ebb_vmm::sys::{Mapping, MappingKind};
 
 use super::Arguments;
 use crate::rig::{FIRST, Ranges, Rig};
@@ -93,16 +94,11 @@ fn plain(bytes: u64, thp: bool) -> Result<f64> {
     let _busy = Busy::start()?;
     let len = usize::try_from(bytes).context("size")?;
     let mapping = Mapping::new(len, 0, MappingKind::Small).context("mmap")?;
-    let advice = if thp {
-        Advice::HugePage
-    } else {
-        Advice::NoHugePage
-    };
-    mapping.advise(0, len, advice).context("madvise")?;
+    mapping.set_transparent_huge_pages(thp).context("madvise")?;
     mapping.populate().context("populate")?;
     let start = Instant::now();
     mapping
-        .advise(0, len, Advice::DontNeed)
+        .release(0, len, Release::Discard)
         .context("madvise")?;
     Ok(rate(bytes, start.elapsed()))
 }
@@ -125,7 +121,9 @@ fn mapped(bytes: u64, thp: bool) -> Result<f64> {
     let hold = rig.gate.hold(LONG).context("the vCPU is not out")?;
     let all = GpaRange::new(FIRST, FIRST + bytes).context("no ranges")?;
     let start = Instant::now();
-    rig.ram.discard(all).context("madvise")?;
+    rig.ram
+        .release_range(all, Release::Discard)
+        .context("madvise")?;
     let rate = rate(bytes, start.elapsed());
     drop(hold);
     Ok(rate)

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use ebb_core::release::Release;
 use ebb_vmm::memory::Backing;
-use ebb_vmm::sys::{Advice, Mapping, MappingKind};
+use ebb_vmm::sys::{Mapping, MappingKind};
 
 use super::{Arguments, GIB, Results, SECONDS, engine};
 use crate::{BenchError, system};
@@ -64,7 +65,7 @@ fn in_files(bytes: u64, files: u64) -> Result<f64, BenchError> {
             if offset >= len {
                 break Ok(());
             }
-            mapping.advise(offset, piece.min(len - offset), Advice::DontNeed)?;
+            mapping.release(offset, piece.min(len - offset), Release::Discard)?;
         }
     };
     let freed = thread::scope(|scope| {

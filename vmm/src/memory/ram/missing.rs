@@ -1,4 +1,4 @@
-//! Accesses to missing pages, by whomever, seen before they go on.
+//! Catches accesses to missing pages of guest memory, by any thread, before they go on.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,19 +15,19 @@ use crate::sys::Userfault;
 pub struct MissingPage {
     /// The page in the guest.
     pub page: GpaRange,
-    /// It wants to write; else to read.
+    /// True if the thread writes, false if it reads.
     pub write: bool,
-    /// Its number, see [`crate::sys::Fault`].
+    /// Number of the thread, see [`crate::sys::Fault`].
     pub thread: i32,
     region: usize,
     offset: usize,
 }
 
-/// Whoever touches a missing page of the guest's memory waits for [`MissingPages::zero`], for as long as this lives.
-/// Pages of 4 KiB only.
+/// While this value exists, every thread that touches a missing page of the guest's memory waits for
+/// [`MissingPages::zero`]. Pages of 4 KiB only.
 #[derive(Debug)]
 pub struct MissingPages {
-    // First, so that nobody waits for it any more when the memory goes.
+    // First: it must be dropped before the memory, so that nobody waits any more when the memory is unmapped.
     faults: Userfault,
     ram: Arc<GuestRam>,
 }
@@ -46,11 +46,11 @@ impl MissingPages {
         Ok(Self { faults, ram })
     }
 
-    /// The next thread that waits, `None` when there is none; the descriptor polls readable when there is one.
-    /// Threads whose page came into being meanwhile are let go on and not mentioned.
+    /// The next thread that waits, or `None` if none does. The descriptor polls readable when one does. A thread whose
+    /// page exists by now is woken and not returned.
     ///
     /// # Errors
-    /// The system calls'; `InvalidData` for an address that is not the guest's.
+    /// Those of read(2) and ioctl_userfaultfd(2); `InvalidData` for an address that is not guest memory.
     pub fn next(&self) -> io::Result<Option<MissingPage>> {
         while let Some(fault) = self.faults.next()? {
             let mut regions = self.ram.regions.iter().zip(&self.ram.mappings).enumerate();
@@ -77,10 +77,10 @@ impl MissingPages {
         Ok(None)
     }
 
-    /// Makes `missing` a page of zeroes and lets those go on who wait for it.
+    /// Makes `missing` a page of zeroes and wakes the threads that wait for it.
     ///
     /// # Errors
-    /// ioctl_userfaultfd(2)'s.
+    /// Those of ioctl_userfaultfd(2).
     pub fn zero(&self, missing: &MissingPage) -> io::Result<()> {
         self.faults
             .zero(&self.ram.mappings[missing.region], missing.offset)

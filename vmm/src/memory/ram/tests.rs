@@ -2,6 +2,7 @@ use ebb_core::range::PAGE_SIZE;
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
+use crate::memory::backing::{FILE, MAX_FILES};
 
 const MIB: u64 = 1 << 20;
 
@@ -79,7 +80,10 @@ fn ram_is_what_lies_in_regions() {
     let adjacent = [range(0, 4096), range(4096, 12288)];
     let ram = GuestRam::allocate(Backing::default(), &adjacent).unwrap();
     assert!(ram.is_ram(range(0, 12288)));
-    assert_eq!(ram.discard(range(0, 8192)).unwrap(), 8192);
+    assert_eq!(
+        ram.release_range(range(0, 8192), Release::Discard).unwrap(),
+        8192
+    );
 }
 
 #[test]
@@ -94,7 +98,10 @@ fn discard_drops_exactly_its_pages(backing: Backing) {
     fill(&ram);
     assert_eq!(ram.resident(), 10 * MIB);
     let gone = range(9 * MIB, 10 * MIB + PAGE_SIZE);
-    assert_eq!(ram.discard(gone).unwrap(), gone.len());
+    assert_eq!(
+        ram.release_range(gone, Release::Discard).unwrap(),
+        gone.len()
+    );
     assert_eq!(ram.resident(), 10 * MIB - gone.len());
     for (gpa, want) in [
         (gone.start() - 1, 0xa5),
@@ -105,7 +112,7 @@ fn discard_drops_exactly_its_pages(backing: Backing) {
         assert_eq!(byte(&ram, gpa), want, "{gpa:#x}");
     }
     assert!(matches!(
-        ram.discard(range(3 * MIB, 5 * MIB)),
+        ram.release_range(range(3 * MIB, 5 * MIB), Release::Discard),
         Err(MemoryError::NotRam { .. })
     ));
     assert_eq!(byte(&ram, 3 * MIB), 0xa5, "a refused discard drops nothing");
@@ -114,11 +121,11 @@ fn discard_drops_exactly_its_pages(backing: Backing) {
 #[test]
 fn a_release_of_many_ranges_drops_exactly_their_pages() {
     let (private, shared) = (two_regions(), two_regions_of(SHARED));
-    assert!(private.can_free_lazily() && !shared.can_free_lazily());
+    assert!(private.can_mark_free() && !shared.can_mark_free());
     for (ram, how) in [
-        (&private, Release::Lazily),
-        (&private, Release::Now),
-        (&shared, Release::Now),
+        (&private, Release::MarkFree),
+        (&private, Release::Discard),
+        (&shared, Release::Discard),
     ] {
         fill(ram);
         let even = |page: u64| range(page * 2 * PAGE_SIZE, (page * 2 + 1) * PAGE_SIZE);
@@ -133,16 +140,8 @@ fn a_release_of_many_ranges_drops_exactly_their_pages() {
         for page in 0..512 {
             assert_eq!(byte(ram, (page * 2 + 1) * PAGE_SIZE), 0xa5);
         }
-        let gone = if how == Release::Now { 3 * MIB } else { 0 };
+        let gone = if how == Release::Discard { 3 * MIB } else { 0 };
         assert_eq!(ram.resident(), 10 * MIB - gone);
-    }
-}
-
-#[test]
-fn progress_is_counted_in_whole_parts() {
-    let parts = [(0, 10), (20, 10), (40, 10)];
-    for (bytes, want) in [(0, 0), (9, 0), (10, 1), (29, 2), (30, 3), (99, 3)] {
-        assert_eq!(whole_parts(&parts, bytes), want, "{bytes}");
     }
 }
 
@@ -151,7 +150,10 @@ fn what_is_marked_free_is_kept_once_written_to() {
     let ram = two_regions();
     fill(&ram);
     let marked = range(9 * MIB, 11 * MIB);
-    assert_eq!(ram.mark_free(marked).unwrap(), marked.len());
+    assert_eq!(
+        ram.release_range(marked, Release::MarkFree).unwrap(),
+        marked.len()
+    );
     ram.memory()
         .write_obj(0x5a_u8, GuestAddress(marked.start()))
         .unwrap();
@@ -159,7 +161,7 @@ fn what_is_marked_free_is_kept_once_written_to() {
     assert_eq!(byte(&ram, marked.start() - 1), 0xa5);
     assert_eq!(byte(&ram, marked.end()), 0xa5);
     assert!(matches!(
-        ram.mark_free(range(3 * MIB, 5 * MIB)),
+        ram.release_range(range(3 * MIB, 5 * MIB), Release::MarkFree),
         Err(MemoryError::NotRam { .. })
     ));
 }
@@ -174,6 +176,49 @@ fn prefault_populates_and_keeps_zeroes() {
         let ram = GuestRam::allocate(backing, &[range(0, 4 * MIB)]).unwrap();
         assert_eq!(ram.resident(), 4 * MIB);
         assert_eq!(byte(&ram, 4 * MIB - 1), 0);
+    }
+}
+
+/// Flags of the mapping at `address` (`VmFlags` in proc_pid_smaps(5)).
+fn flags(address: usize) -> Vec<String> {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let start = |line: &str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        let number = |text| usize::from_str_radix(text, 16).ok();
+        Some(number(start)?..number(end)?)
+    };
+    let mut lines = smaps.lines();
+    lines
+        .find(|line| start(line).is_some_and(|range| range.contains(&address)))
+        .expect("the mapping exists");
+    let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"));
+    flags
+        .unwrap()
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn transparent_huge_pages_are_turned_on_and_off_as_asked_for() {
+    let supported = std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists();
+    for thp in [false, true] {
+        for shared in [false, true] {
+            let backing = Backing {
+                thp,
+                shared,
+                ..Backing::default()
+            };
+            let (ram, arena) = (range(0, 4 * MIB), range(8 * MIB, 12 * MIB));
+            let ram = GuestRam::with_arenas(backing, &[ram], &[arena]).unwrap();
+            for region in ram.regions() {
+                let flags = flags(region.host);
+                let has = |flag: &str| flags.iter().any(|it| it == flag);
+                let want = (supported && thp, supported && !thp);
+                assert_eq!((has("hg"), has("nh")), want, "{backing:?} {flags:?}");
+                assert!(has("dd"), "not in core dumps: {flags:?}");
+            }
+        }
     }
 }
 
