@@ -11,7 +11,8 @@ use ebb_core::range::{GpaRange, PAGE_SIZE};
 use ebb_payload::busy::{self, word};
 use ebb_vmm::arch::registers::Entry;
 use ebb_vmm::bus::Bus;
-use ebb_vmm::hypercall::{Hypercalls, LazyOps, Survey, offer};
+use ebb_vmm::guest_memory::{LazyOps, Survey};
+use ebb_vmm::hypercall::{Hypercalls, offer};
 use ebb_vmm::kvm::{Hypervisor, KickTable, Machine, prepare_kicks};
 use ebb_vmm::memory::{Backing, GuestRam};
 use ebb_vmm::reclaim::{Reclaimer, Tuning};
@@ -161,7 +162,7 @@ impl Rig {
             hypercalls: Arc::new(Hypercalls::new(
                 offer(None, false),
                 memory,
-                Box::new(NoCalls),
+                Arc::new(NoCalls),
             )),
             on_exit: Box::new(|reason| eprintln!("the guest has ended: {reason:?}")),
             strict: None,

@@ -9,8 +9,8 @@ use ebb_hypercall_abi::arena::ArenaInfo;
 use ebb_hypercall_abi::block::{BatchHeader, Descriptor, Query, batch_capacity};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::Survey;
 use super::decode::range;
+use crate::guest_memory::Survey;
 
 const WORD: usize = size_of::<u64>();
 

@@ -15,8 +15,8 @@ use super::blocks::{
 };
 use super::decode::{Arguments, Request, decode, range};
 use super::stats::{Counters, HypercallStats, add};
-use super::{LazyOps, Survey};
 use crate::faults::GuestFaults;
+use crate::guest_memory::LazyOps;
 
 /// What a machine offers its guest. `instruction` is the feature bit of the instruction that brings a
 /// hypercall to the monitor, where the host lets one through; `arenas`: there are some.
@@ -46,7 +46,7 @@ pub fn offer(instruction: Option<Features>, arenas: bool) -> Interface {
 pub struct Hypercalls {
     interface: Interface,
     memory: Arc<GuestMemoryMmap>,
-    ops: Box<dyn LazyOps>,
+    ops: Arc<dyn LazyOps>,
     counters: Counters,
     faults: GuestFaults,
 }
@@ -54,7 +54,7 @@ pub struct Hypercalls {
 impl Hypercalls {
     /// Calls that reach `ops`, with blocks in `memory`.
     #[must_use]
-    pub fn new(interface: Interface, memory: Arc<GuestMemoryMmap>, ops: Box<dyn LazyOps>) -> Self {
+    pub fn new(interface: Interface, memory: Arc<GuestMemoryMmap>, ops: Arc<dyn LazyOps>) -> Self {
         Self {
             interface,
             memory,
@@ -209,7 +209,7 @@ impl Hypercalls {
         let block = self.block(block)?;
         let (query, range) = read_query(&self.memory, block)?;
         let range = range.map(|range| self.ram(range)).transpose()?;
-        let survey: Survey = self.ops.survey(range);
+        let survey = self.ops.survey(range);
         write_query(&self.memory, block, query, &survey)?;
         Ok(Success::Done)
     }

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use ebb_core::range::PAGE_SIZE;
+use ebb_core::range::{GpaRange, PAGE_SIZE};
 use ebb_hypercall_abi::arena::ArenaInfo;
 use ebb_hypercall_abi::block::{BATCH_MAX, Descriptor};
 use ebb_hypercall_abi::status::{self, LAST_RANGE};
@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
+use crate::guest_memory::{LazyOps, States, Survey};
 
 const PAGE: u64 = PAGE_SIZE;
 /// Two regions of RAM, in pages, with a hole between them.
@@ -135,7 +136,7 @@ impl Bench {
         });
         let model = Arc::new(model);
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
-        let ops = Box::new(Shared(Arc::clone(&model)));
+        let ops = Arc::new(Shared(Arc::clone(&model)));
         let interface = offer(Some(Features::VMMCALL), model.arenas);
         Self {
             calls: Hypercalls::new(interface, Arc::clone(&memory), ops),

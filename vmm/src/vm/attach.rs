@@ -9,7 +9,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::LaunchError;
 use super::events::ExitSlot;
-use super::sink::LazySink;
 use crate::arch::acpi::{self, VirtioWindow};
 use crate::arch::layout;
 use crate::bus::{Bus, ExitReason};
@@ -20,6 +19,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::blk::{Block, Disk};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::guest_memory::RangeSink;
 use crate::kvm;
 
 /// The devices of a machine while it is being built.
@@ -111,9 +111,9 @@ impl Devices {
         machine: &kvm::Machine,
         memory: &Arc<GuestMemoryMmap>,
         config: &BalloonConfig,
-        sink: LazySink,
+        sink: Arc<dyn RangeSink>,
     ) -> Result<BalloonHandle, LaunchError> {
-        let balloon = Balloon::new(config, Arc::new(sink))?;
+        let balloon = Balloon::new(config, sink)?;
         let handle = balloon.handle();
         self.attach_virtio(machine, memory, Box::new(balloon))?;
         Ok(handle)

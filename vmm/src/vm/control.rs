@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use ebb_core::generation::{Gate, GateStats};
-use ebb_core::lazy::LazyMemory;
+use ebb_core::generation::GateStats;
 use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
 use ebb_hypercall_abi::Operation;
 
 use super::ending::Ending;
 use super::events::ExitSlot;
-use crate::arena::{Arena, Arenas};
+use crate::arena::Arena;
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
 use crate::control::{
@@ -20,9 +19,9 @@ use crate::control::{
     TeardownState,
 };
 use crate::devices::virtio::balloon::{BalloonHandle, ReportStats};
+use crate::guest_memory::GuestMemory;
 use crate::hypercall::Hypercalls;
-use crate::reclaim::{Reclaimer, ReportedMemory};
-use crate::strict::{Strict, StrictStats};
+use crate::strict::StrictStats;
 
 /// A running machine, as far as it can be asked.
 pub struct Control {
@@ -34,20 +33,10 @@ pub struct Control {
     pub exit: Arc<ExitSlot>,
     /// Its balloon.
     pub balloon: Option<BalloonHandle>,
-    /// Its lazily freed memory.
-    pub lazy: Arc<LazyMemory>,
-    /// Where its vCPUs enter the guest.
-    pub gate: Arc<Gate>,
-    /// Its arenas.
-    pub arenas: Arenas,
-    /// Takes that memory.
-    pub reclaimer: Arc<Reclaimer>,
-    /// The guest's calls.
+    /// Its memory.
+    pub memory: Arc<GuestMemory>,
+    /// Its guest's calls.
     pub hypercalls: Arc<Hypercalls>,
-    /// Takes what the guest reports free.
-    pub reported: Arc<ReportedMemory>,
-    /// Strict mode, where it is on.
-    pub strict: Option<Arc<Strict>>,
     /// Frees the machine's memory at its end.
     pub ending: Arc<Ending>,
 }
@@ -149,10 +138,11 @@ impl Controller for Control {
     }
 
     fn lazy_memory(&self) -> LazyMemoryState {
-        let (lazy, reclaim) = (self.lazy.snapshot(), self.reclaimer.snapshot());
+        let memory = &self.memory;
+        let (lazy, reclaim) = (memory.lazy().snapshot(), memory.reclaimer().snapshot());
         LazyMemoryState {
             generation: lazy.generation,
-            quiescent_generation: self.gate.quiescent_generation(),
+            quiescent_generation: memory.gate().quiescent_generation(),
             lazy_bytes: lazy.lazy_bytes,
             unmapped_bytes: lazy.unmapped_bytes,
             reclaiming_bytes: lazy.reclaiming_bytes,
@@ -184,9 +174,8 @@ impl Controller for Control {
             gate: gate_state(&reclaim.gate),
             hypercalls: self.hypercall_state(),
             reporting: self.reporting_state(),
-            strict: self
-                .strict
-                .as_ref()
+            strict: memory
+                .strict()
                 .map(|strict| strict_state(strict.snapshot())),
         }
     }
@@ -209,11 +198,11 @@ impl Controller for Control {
                 scan_us: u64::try_from(stats.last_scan.as_micros()).unwrap_or(u64::MAX),
             }
         };
-        self.arenas.iter().map(state).collect()
+        self.memory.arenas().iter().map(state).collect()
     }
 
     fn reclaim(&self, bytes: u64) -> ReclaimOutcome {
-        let outcome = self.reclaimer.reclaim(bytes);
+        let outcome = self.memory.reclaimer().reclaim(bytes);
         ReclaimOutcome {
             reclaimed_bytes: outcome.bytes,
             duration_us: u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
@@ -262,11 +251,11 @@ impl Control {
     fn reporting_state(&self) -> ReportingState {
         let balloon = self.balloon.as_ref();
         let found = balloon.map_or_else(ReportStats::default, BalloonHandle::reports);
-        let taken = self.reported.snapshot();
+        let taken = self.memory.reported().snapshot();
         let configured = self.config.balloon.as_ref();
         let mode = match configured.and_then(|balloon| balloon.free_page_reporting) {
             None => "off",
-            Some(_) => match self.reported.how() {
+            Some(_) => match self.memory.reported().how() {
                 Release::Discard => "eager",
                 Release::MarkFree => "lazy",
             },

@@ -7,8 +7,8 @@ use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use crate::config::MemoryConfig;
 use crate::control::{CommandError, TeardownState};
 use crate::guardian::Guardian;
+use crate::guest_memory::GuestMemory;
 use crate::kvm;
-use crate::memory::GuestRam;
 use crate::reclaim::PressureSource;
 use crate::sys::heir::MAX_WORKERS;
 use crate::sys::{self, Legacy, Part, Pins, nodes};
@@ -18,7 +18,7 @@ use crate::teardown::{self, Pages, Plan, Region, Tuning, plan};
 /// What is needed to free the guest's memory at the end, whoever will do it.
 pub struct Ending {
     guardian: &'static Guardian,
-    ram: Arc<GuestRam>,
+    memory: Arc<GuestMemory>,
     pages: Pages,
     /// What keeps the machine in KVM alive, as long as its vCPUs' threads run.
     pins: Arc<Pins>,
@@ -26,10 +26,10 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// From here on `ram` is freed fast even if the monitor is killed.
+    /// From here on `memory` is freed fast even if the monitor is killed.
     pub fn new(
         guardian: &'static Guardian,
-        ram: Arc<GuestRam>,
+        memory: Arc<GuestMemory>,
         pins: Arc<Pins>,
         config: &MemoryConfig,
     ) -> Self {
@@ -41,7 +41,7 @@ impl Ending {
         };
         let ending = Self {
             guardian,
-            ram,
+            memory,
             pages,
             pins,
             tuning: Mutex::new(Tuning::for_host(cores, nodes::count())),
@@ -126,7 +126,7 @@ impl Ending {
         }
         self.guardian.disinherit();
         let before = sys::resident_bytes();
-        let mut report = teardown::execute(&plan, &self.ram, move || drop(beside));
+        let mut report = teardown::execute(&plan, self.memory.ram(), move || drop(beside));
         let freed = before.zip(sys::resident_bytes());
         report.bytes = freed.map_or(report.bytes, |(a, b)| a.saturating_sub(b));
         report.log();
@@ -137,7 +137,7 @@ impl Ending {
     }
 
     fn plan(&self, node_of: impl FnMut(GpaRange) -> u32) -> Plan {
-        let regions = self.ram.regions().iter().map(|region| Region {
+        let regions = self.memory.ram().regions().iter().map(|region| Region {
             range: region.gpa,
             pages: self.pages,
             unit: region.file.unwrap_or(BLOCK_SIZE),
@@ -157,7 +157,7 @@ impl Ending {
 
     /// What a batch is in this process.
     fn part(&self, batch: GpaRange) -> Option<Part> {
-        let regions = self.ram.regions();
+        let regions = self.memory.ram().regions();
         let region = regions.iter().find(|region| region.gpa.contains(batch))?;
         let offset = batch.start() - region.gpa.start();
         Some(Part {

@@ -1,13 +1,9 @@
 //! A machine from its first mapping to the last page freed.
 
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use ebb_core::generation::{Gate, VmGeneration};
-use ebb_core::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
 use ebb_core::range::GpaRange;
-use ebb_core::release::{Release, ReleasePages};
-use ebb_hypercall_abi::Interface;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
@@ -17,31 +13,23 @@ use super::attach::{Console, Devices};
 use super::control::Control;
 use super::ending::Ending;
 use super::events::{self, ExitSlot};
-use super::lazy_ops::TrackedMemory;
-use super::sink::LazySink;
+use super::memory;
 use crate::api;
 use crate::arch::registers::Entry;
-use crate::arch::{acpi, layout, reset};
-use crate::arena::{Arena, Arenas};
+use crate::arch::{acpi, reset};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::ExitReason;
-use crate::config::{
-    ArenaConfig, BalloonConfig, DiskConfig, LazyConfig, LazyMode, MachineConfig, MemoryConfig,
-    Reporting,
-};
+use crate::config::{DiskConfig, MachineConfig};
 use crate::devices::serial::RawMode;
 use crate::devices::virtio::blk::Disk;
 use crate::guardian::Guardian;
+use crate::guest_memory::{GuestMemory, Setup};
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable};
-use crate::memory::{Backing, GuestRam};
-use crate::reclaim::{Mode, PressureSource, ReclaimThread, Reclaimer, ReportedMemory, Tuning};
-use crate::strict::{Strict, StrictThread};
+use crate::reclaim::{ReclaimThread, Reclaimer};
+use crate::strict::StrictThread;
 use crate::sys::{Pins, TerminationSignals};
-use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
-
-/// Time between two looks for something to take in the eager mode.
-const EAGER_INTERVAL: Duration = Duration::from_millis(100);
+use crate::vcpu::{self, Shared, VcpuSetup, Vcpus, WayIn};
 
 /// A running machine. The fields stand in the order in which [`Vm::shut_down`] lets them go: first those
 /// who give orders, then those who touch guest memory, then KVM, and the memory last.
@@ -57,125 +45,6 @@ pub struct Vm {
     exit: Arc<ExitSlot>,
     /// Restores the terminal, however we leave.
     _raw_mode: Option<RawMode>,
-}
-
-/// Where guest memory lies.
-struct Layout {
-    ram: Vec<GpaRange>,
-    arenas: Vec<GpaRange>,
-}
-
-impl Layout {
-    fn new(config: &MachineConfig) -> Self {
-        let ram = layout::ram(config.memory.size);
-        let sizes: Vec<u64> = config.arenas.iter().map(|arena| arena.size).collect();
-        let arenas = layout::arenas(&ram, &sizes);
-        Self { ram, arenas }
-    }
-
-    fn end(&self) -> u64 {
-        let last = self.arenas.last().or(self.ram.last());
-        last.map_or(0, |range| range.end())
-    }
-}
-
-/// The arenas at `places`.
-fn arenas(
-    configs: &[ArenaConfig],
-    places: &[GpaRange],
-    memory: &Arc<GuestMemoryMmap>,
-) -> Result<Arenas, LaunchError> {
-    let arena = |(index, (config, &gpa)): (u32, (&ArenaConfig, &GpaRange))| {
-        let id = config.id.clone();
-        let arena = Arena::new(index, id, gpa, config.granule, Arc::clone(memory))?;
-        Ok(Arc::new(arena))
-    };
-    (0..).zip(configs.iter().zip(places)).map(arena).collect()
-}
-
-/// Guest memory and what keeps account of it.
-struct Memory {
-    ram: Arc<GuestRam>,
-    guest: Arc<GuestMemoryMmap>,
-    layout: Layout,
-    arenas: Arenas,
-    lazy: Arc<LazyMemory>,
-    reclaimer: Arc<Reclaimer>,
-    gate: Arc<Gate>,
-    kicks: Arc<KickTable>,
-    reported: Arc<ReportedMemory>,
-    strict: Option<Arc<Strict>>,
-}
-
-impl Memory {
-    fn allocate(config: &MachineConfig, layout: Layout) -> Result<Self, LaunchError> {
-        let MemoryConfig {
-            size: _,
-            thp,
-            hugepages,
-            prefault,
-            shared,
-        } = config.memory;
-        let vcpus = config.vcpus as usize;
-        let backing = Backing {
-            thp,
-            hugepages,
-            prefault,
-            shared,
-        };
-        let ram = GuestRam::with_arenas(backing, &layout.ram, &layout.arenas)?;
-        let ram = Arc::new(ram);
-        let arenas = arenas(&config.arenas, &layout.arenas, &ram.memory())?;
-        let generation = Arc::new(VmGeneration::default());
-        let kicks = Arc::new(KickTable::new(vcpus));
-        let kick = Box::new(Arc::clone(&kicks));
-        let gate = Arc::new(Gate::new(vcpus, Arc::clone(&generation), kick));
-        let lazy = Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation));
-        let pages: Arc<dyn ReleasePages> = ram.clone();
-        let (frees, entries) = (Arc::clone(&lazy), Arc::clone(&gate));
-        let reclaimer = Reclaimer::new(frees, pages, entries, tuning(config.lazy));
-        let reclaimer = Arc::new(reclaimer.with_arenas(Arc::clone(&arenas)));
-        let release = release(config.balloon.as_ref());
-        let reported = ReportedMemory::new(Arc::clone(&lazy), Arc::clone(&ram), release);
-        let strict = config.lazy.strict.then(|| {
-            let (lazy, ram, kicks) = (Arc::clone(&lazy), Arc::clone(&ram), Arc::clone(&kicks));
-            Arc::new(Strict::new(lazy, ram, kicks, vcpus))
-        });
-        Ok(Self {
-            guest: ram.memory(),
-            ram,
-            layout,
-            arenas,
-            lazy,
-            reclaimer,
-            gate,
-            kicks,
-            reported: Arc::new(reported),
-            strict,
-        })
-    }
-
-    /// The way of the guest's calls to this memory.
-    fn hypercalls(&self, interface: Interface) -> Arc<Hypercalls> {
-        let ops = TrackedMemory {
-            lazy: Arc::clone(&self.lazy),
-            ram: Arc::clone(&self.ram),
-            arenas: Arc::clone(&self.arenas),
-            strict: self.strict.clone(),
-        };
-        let guest = Arc::clone(&self.guest);
-        Arc::new(Hypercalls::new(interface, guest, Box::new(ops)))
-    }
-
-    fn sink(&self) -> LazySink {
-        LazySink {
-            lazy: Arc::clone(&self.lazy),
-            reclaimer: Arc::clone(&self.reclaimer),
-            reported: Arc::clone(&self.reported),
-            ram: Arc::clone(&self.ram),
-            strict: self.strict.clone(),
-        }
-    }
 }
 
 /// What is left of the devices once the machine runs: the way to stop them.
@@ -200,66 +69,62 @@ impl Vm {
     pub fn build(config: MachineConfig, guardian: &'static Guardian) -> Result<Self, LaunchError> {
         let started = Instant::now();
         let mut host = Hypervisor::open()?;
-        let layout = Layout::new(&config);
-        host.check_limits(config.vcpus, layout.end())?;
+        let setup = memory::setup(&config);
+        host.check_limits(config.vcpus, setup.end())?;
         let disks = open_disks(&config.disks)?;
-        let memory = Memory::allocate(&config, layout)?;
-        let ram = Arc::clone(&memory.ram);
-        let pins = Arc::new(Pins::new(config.vcpus as usize, host.vcpu_mapping()?));
-        let ending = Arc::new(Ending::new(guardian, ram, pins, &config.memory));
+        let vcpus = config.vcpus as usize;
+        let kicks = Arc::new(KickTable::new(vcpus));
+        let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
+        let ram = memory.ram().memory();
+        let pins = Arc::new(Pins::new(vcpus, host.vcpu_mapping()?));
+        let ending = Ending::new(guardian, Arc::clone(&memory), pins, &config.memory);
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
         let mut machine = host.create_machine()?;
-        machine.map_memory(Arc::clone(&memory.ram))?;
-        if memory.strict.is_some() {
+        machine.map_memory(Arc::clone(memory.ram()))?;
+        if setup.strict {
             host.hide_async_faults();
             machine.fault_synchronously()?;
         }
 
         let mut devices = Devices::default();
         devices.attach_platform()?;
-        if !memory.arenas.is_empty() {
+        if !setup.arenas.is_empty() {
             devices.attach_pci()?;
         }
-        devices.attach_disks(&machine, &memory.guest, disks)?;
+        devices.attach_disks(&machine, &ram, disks)?;
+        let sink = Arc::clone(&memory) as _;
         let balloon = match &config.balloon {
-            Some(balloon) => {
-                Some(devices.attach_balloon(&machine, &memory.guest, balloon, memory.sink())?)
-            }
+            Some(balloon) => Some(devices.attach_balloon(&machine, &ram, balloon, sink)?),
             None => None,
         };
 
-        let entry = load_guest(&config, &memory, &devices)?;
+        let entry = load_guest(&config, &setup, &ram, &devices)?;
         let instruction = host.take_hypercalls(&machine)?;
-        let interface = hypercall::offer(instruction, !memory.arenas.is_empty());
-        let setup = VcpuSetup {
+        let interface = hypercall::offer(instruction, !setup.arenas.is_empty());
+        let vcpu = VcpuSetup {
             index: 0,
             vcpus: config.vcpus,
             entry,
             interface,
         };
-        let vcpus = create_vcpus(&host, &machine, setup)?;
+        let vcpus = create_vcpus(&host, &machine, vcpu)?;
         // Late: what fails before this leaves no file behind and the terminal as it was.
         let console = devices.attach_serial(&machine, &config.serial, &exit)?;
         let control = Control {
             started,
             exit: Arc::clone(&exit),
             balloon,
-            lazy: Arc::clone(&memory.lazy),
-            arenas: Arc::clone(&memory.arenas),
-            gate: Arc::clone(&memory.gate),
-            reclaimer: Arc::clone(&memory.reclaimer),
-            hypercalls: memory.hypercalls(interface),
-            reported: Arc::clone(&memory.reported),
-            strict: memory.strict.clone(),
-            ending,
+            hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
+            memory,
+            ending: Arc::new(ending),
             config,
         };
-        Self::start(machine, memory, devices, console, vcpus, control)
+        Self::start(machine, kicks, devices, console, vcpus, control)
     }
 
     fn start(
         kvm: kvm::Machine,
-        memory: Memory,
+        kicks: Arc<KickTable>,
         devices: Devices,
         console: Option<Console>,
         vcpus: Vec<VcpuFd>,
@@ -274,11 +139,9 @@ impl Vm {
         let exit = Arc::clone(&control.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
         let ending = Arc::clone(&control.ending);
-        let way_in = Arc::clone(&memory.reclaimer);
-        let reclaim = start_reclaim(memory.reclaimer)?;
-        let strict = memory.strict.clone();
-        let watch = |strict| StrictThread::start(strict, Arc::clone(&memory.ram));
-        let strict_thread = strict.clone().map(watch).transpose()?;
+        let memory = Arc::clone(&control.memory);
+        let reclaim = memory.start_reclaim()?;
+        let strict = memory.start_strict()?;
         let socket = control.config.api_socket.clone();
         let api = socket
             .map(|path| api::serve(&path, Arc::new(control)))
@@ -293,12 +156,12 @@ impl Vm {
         let shared = Arc::new(Shared {
             ports,
             mmio,
-            gate: memory.gate,
-            way_in,
-            kicks: memory.kicks,
+            gate: Arc::clone(memory.gate()),
+            way_in: Arc::clone(memory.reclaimer()) as _,
+            kicks,
             pins: ending.pins(),
             hypercalls,
-            strict,
+            strict: memory.strict().cloned(),
             on_exit,
         });
         let vcpus = Vcpus::start(vcpus, &shared).map_err(LaunchError::system("vCPU thread"))?;
@@ -309,7 +172,7 @@ impl Vm {
             vcpus,
             devices: DeviceStop(virtio),
             reclaim,
-            strict: strict_thread,
+            strict,
             kvm,
             ending,
             exit,
@@ -346,38 +209,6 @@ impl Vm {
     }
 }
 
-fn tuning(config: LazyConfig) -> Tuning {
-    Tuning {
-        mode: match config.mode {
-            LazyMode::Pressure => Mode::Pressure,
-            LazyMode::Eager => Mode::Eager,
-            LazyMode::Age => Mode::Age(Duration::from_secs(config.age_s.into())),
-            LazyMode::Off => Mode::Off,
-        },
-        pause: Duration::from_micros(config.pause_us.into()),
-        slice: config.slice as usize,
-        share: config.share,
-    }
-}
-
-fn start_reclaim(reclaimer: Arc<Reclaimer>) -> Result<Option<ReclaimThread>, LaunchError> {
-    let source = match reclaimer.tuning().mode {
-        Mode::Off => return Ok(None),
-        Mode::Eager => PressureSource::every(EAGER_INTERVAL),
-        Mode::Pressure | Mode::Age(_) => PressureSource::open(),
-    };
-    Ok(Some(ReclaimThread::start(reclaimer, source)?))
-}
-
-/// When the host gets the pages that the guest reports free.
-fn release(balloon: Option<&BalloonConfig>) -> Release {
-    let reporting = balloon.and_then(|balloon| balloon.free_page_reporting);
-    match reporting.unwrap_or_default() {
-        Reporting::Eager => Release::Discard,
-        Reporting::Lazy => Release::MarkFree,
-    }
-}
-
 fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {
     configs
         .iter()
@@ -388,23 +219,20 @@ fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {
 /// Writes the tables, the kernel and what comes with it to guest memory.
 fn load_guest(
     config: &MachineConfig,
-    memory: &Memory,
+    setup: &Setup,
+    memory: &GuestMemoryMmap,
     devices: &Devices,
 ) -> Result<Entry, LaunchError> {
-    let rsdp = acpi::write(&memory.guest, config.vcpus, &devices.windows)?;
-    reset::write(&memory.guest).map_err(BootError::Write)?;
+    let rsdp = acpi::write(memory, config.vcpus, &devices.windows)?;
+    reset::write(memory).map_err(BootError::Write)?;
+    let arenas: Vec<GpaRange> = setup.arenas.iter().map(|arena| arena.gpa).collect();
     let payload = Payload {
         kernel: &config.kernel,
         initramfs: config.initramfs.as_deref(),
         cmdline: &config.cmdline,
-        arenas: &memory.layout.arenas,
+        arenas: &arenas,
     };
-    Ok(boot::load(
-        &memory.guest,
-        &memory.layout.ram,
-        &payload,
-        rsdp,
-    )?)
+    Ok(boot::load(memory, &setup.ram, &payload, rsdp)?)
 }
 
 fn create_vcpus(
@@ -418,4 +246,11 @@ fn create_vcpus(
         Ok(fd)
     };
     (0..setup.vcpus).map(create).collect()
+}
+
+impl WayIn for Reclaimer {
+    #[inline]
+    fn pass(&self) {
+        self.help();
+    }
 }

@@ -4,16 +4,14 @@ mod attach;
 mod control;
 mod ending;
 mod events;
-mod lazy_ops;
 mod machine;
-mod sink;
+mod memory;
 
 use std::io;
 use std::path::PathBuf;
 
 use crate::api::ApiError;
 use crate::arch::acpi::AcpiError;
-use crate::arena::BadArena;
 use crate::boot::BootError;
 use crate::bus::{ExitReason, Overlap};
 use crate::config::MachineConfig;
@@ -21,8 +19,8 @@ use crate::devices::virtio::balloon::BalloonError;
 use crate::devices::virtio::blk::DiskError;
 use crate::devices::virtio::mmio::TransportError;
 use crate::guardian::{Guardian, Log};
+use crate::guest_memory::SetupError;
 use crate::kvm::{self, KvmError};
-use crate::memory::MemoryError;
 use crate::reclaim;
 use crate::strict;
 use crate::sys::TerminationSignals;
@@ -34,12 +32,9 @@ pub enum LaunchError {
     /// KVM cannot do it.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// Guest memory cannot be had.
+    /// Guest memory cannot be set up.
     #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// An arena cannot be had.
-    #[error(transparent)]
-    Arena(#[from] BadArena),
+    Memory(#[from] SetupError),
     /// There is nothing to boot.
     #[error(transparent)]
     Boot(#[from] BootError),

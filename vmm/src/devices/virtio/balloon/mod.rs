@@ -9,7 +9,6 @@
 
 mod handle;
 mod reporting;
-mod sink;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -24,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::queue::{ServedQueue, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice};
 use crate::config::BalloonConfig;
+use crate::guest_memory::RangeSink;
 use handle::Shared;
 use reporting::ReportWorker;
 use wire::{
@@ -32,7 +32,6 @@ use wire::{
 use worker::{BalloonWorker, Context};
 
 pub use handle::{BalloonError, BalloonHandle, BalloonStatus, ReportStats};
-pub use sink::RangeSink;
 pub use wire::Statistics;
 
 /// Entries of each queue.

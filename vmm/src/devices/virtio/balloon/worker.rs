@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemoryMmap;
 
-use super::RangeSink;
 use super::handle::Shared;
 use super::wire::{ARRAY_PFNS, Batch, PFN_BYTES, STATISTICS_BYTES, Statistics};
 use crate::devices::virtio::VirtioInterrupt;
 use crate::devices::virtio::queue::{
     Chain, ChainFault, GuestFaults, Poller, QueueFailure, ServedQueue, StopSignal, Work,
 };
+use crate::guest_memory::RangeSink;
 
 /// Pages that are handed to the sink in one call at most: 32 full messages of Linux, 32 MiB.
 const BATCH_PFNS: usize = 32 * ARRAY_PFNS;

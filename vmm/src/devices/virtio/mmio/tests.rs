@@ -10,8 +10,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::config::BalloonConfig;
-use crate::devices::virtio::balloon::{Balloon, RangeSink};
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::queue::tests::driver::{MockQueue, memory, wait_for};
+use crate::guest_memory::RangeSink;
 
 const STATUS: u64 = 0x70;
 const QUEUE_SEL: u64 = 0x30;

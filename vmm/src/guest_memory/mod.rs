@@ -1,0 +1,314 @@
+//! The one owner of a machine's memory: RAM, arenas, the tracker of lazily freed ranges, strict mode, reported memory,
+//! and the requests to the reclaimer.
+//!
+//! A guest-physical address comes in here from a hypercall or from a balloon queue, and goes down from here: to the
+//! tracker ([`LazyMemory`]), or through [`Reclaimer`], [`Strict`] or [`ReportedMemory`] to the madvise in
+//! [`GuestRam`].
+
+mod ops;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ebb_core::generation::{Gate, VmGeneration};
+use ebb_core::lazy::{DEFAULT_MAX_RANGES, Freed, LazyMemory, Surveyed};
+use ebb_core::range::GpaRange;
+use ebb_core::release::Release;
+use ebb_hypercall_abi::arena::ArenaInfo;
+
+use crate::arena::{Arena, Arenas, BadArena};
+use crate::kvm::KickTable;
+use crate::memory::{Backing, GuestRam, MemoryError};
+use crate::reclaim::{
+    self, Mode, PressureSource, ReclaimThread, Reclaimer, ReportedMemory, Tuning,
+};
+use crate::strict::{self, Strict, StrictThread};
+
+pub use ops::{LazyOps, RangeSink, States, Survey};
+
+/// Time between two reclaims in [`Mode::Eager`].
+const EAGER_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The memory of a machine cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// RAM cannot be mapped.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// An arena cannot be made.
+    #[error(transparent)]
+    Arena(#[from] BadArena),
+}
+
+/// An arena to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArenaSetup {
+    /// Its name.
+    pub id: String,
+    /// Its addresses, above all RAM.
+    pub gpa: GpaRange,
+    /// Bytes of a granule.
+    pub granule: u64,
+}
+
+/// Describes the memory of a machine.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// What the host puts behind the RAM.
+    pub backing: Backing,
+    /// Addresses of the RAM, ascending and disjoint.
+    pub ram: Vec<GpaRange>,
+    /// The arenas, by number.
+    pub arenas: Vec<ArenaSetup>,
+    /// When and how lazily freed memory is taken.
+    pub tuning: Tuning,
+    /// How reported free pages are released.
+    pub reported: Release,
+    /// Strict mode is on.
+    pub strict: bool,
+}
+
+impl Setup {
+    /// First address after the memory.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        let arenas = self.arenas.iter().map(|arena| arena.gpa);
+        let last = self.ram.iter().copied().chain(arenas).last();
+        last.map_or(0, GpaRange::end)
+    }
+}
+
+/// The memory of one machine, shared by its vCPUs, its devices and the operator.
+///
+/// It has no lock of its own. The fields are dropped in this order, so that every handle on the RAM is gone before the
+/// RAM itself, which then unmaps.
+pub struct GuestMemory {
+    strict: Option<Arc<Strict>>,
+    reported: ReportedMemory,
+    reclaimer: Arc<Reclaimer>,
+    gate: Arc<Gate>,
+    lazy: Arc<LazyMemory>,
+    arenas: Arenas,
+    ram: Arc<GuestRam>,
+}
+
+impl GuestMemory {
+    /// Maps the memory of a machine with `vcpus` vCPUs, whose threads register with `kicks`.
+    ///
+    /// # Errors
+    /// [`SetupError`]; nothing stays mapped then.
+    pub fn new(setup: &Setup, vcpus: usize, kicks: &Arc<KickTable>) -> Result<Self, SetupError> {
+        let places: Vec<GpaRange> = setup.arenas.iter().map(|arena| arena.gpa).collect();
+        let ram = GuestRam::with_arenas(setup.backing, &setup.ram, &places)?;
+        let ram = Arc::new(ram);
+        let arenas = arenas(&setup.arenas, &ram)?;
+        let generation = Arc::new(VmGeneration::default());
+        let kick = Box::new(Arc::clone(kicks));
+        let gate = Arc::new(Gate::new(vcpus, Arc::clone(&generation), kick));
+        let lazy = Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation));
+        let (frees, entries) = (Arc::clone(&lazy), Arc::clone(&gate));
+        let reclaimer = Reclaimer::new(frees, ram.clone(), entries, setup.tuning);
+        let strict = setup.strict.then(|| {
+            let (lazy, ram) = (Arc::clone(&lazy), Arc::clone(&ram));
+            Arc::new(Strict::new(lazy, ram, Arc::clone(kicks), vcpus))
+        });
+        Ok(Self {
+            strict,
+            reported: ReportedMemory::new(Arc::clone(&lazy), Arc::clone(&ram), setup.reported),
+            reclaimer: Arc::new(reclaimer.with_arenas(Arc::clone(&arenas))),
+            gate,
+            lazy,
+            arenas,
+            ram,
+        })
+    }
+
+    /// The RAM and the memory of the arenas.
+    #[must_use]
+    pub const fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The arenas, by number.
+    #[must_use]
+    pub const fn arenas(&self) -> &Arenas {
+        &self.arenas
+    }
+
+    /// The tracker of lazily freed ranges.
+    #[must_use]
+    pub fn lazy(&self) -> &LazyMemory {
+        &self.lazy
+    }
+
+    /// The gate through which the vCPUs enter the guest.
+    #[must_use]
+    pub const fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Takes lazily freed memory.
+    #[must_use]
+    pub const fn reclaimer(&self) -> &Arc<Reclaimer> {
+        &self.reclaimer
+    }
+
+    /// Takes what the guest reports free.
+    #[must_use]
+    pub const fn reported(&self) -> &ReportedMemory {
+        &self.reported
+    }
+
+    /// Strict mode, if it is on.
+    #[must_use]
+    pub const fn strict(&self) -> Option<&Arc<Strict>> {
+        self.strict.as_ref()
+    }
+
+    /// Starts the thread that reclaims as [`Tuning::mode`] says; `None` for [`Mode::Off`].
+    ///
+    /// # Errors
+    /// [`reclaim::StartError`].
+    pub fn start_reclaim(&self) -> Result<Option<ReclaimThread>, reclaim::StartError> {
+        let source = match self.reclaimer.tuning().mode {
+            Mode::Off => return Ok(None),
+            Mode::Eager => PressureSource::every(EAGER_INTERVAL),
+            Mode::Pressure | Mode::Age(_) => PressureSource::open(),
+        };
+        ReclaimThread::start(Arc::clone(&self.reclaimer), source).map(Some)
+    }
+
+    /// Starts the thread that catches accesses to lazily freed memory; `None` unless strict mode is on.
+    ///
+    /// # Errors
+    /// [`strict::StartError`].
+    pub fn start_strict(&self) -> Result<Option<StrictThread>, strict::StartError> {
+        let start = |strict| StrictThread::start(Arc::clone(strict), Arc::clone(&self.ram));
+        self.strict.as_ref().map(start).transpose()
+    }
+
+    /// Makes `ranges` lazily free; in strict mode they are discarded at once.
+    fn free(&self, ranges: &[GpaRange]) -> Freed {
+        match &self.strict {
+            Some(strict) => strict.free(ranges),
+            None => self.lazy.free(ranges),
+        }
+    }
+
+    /// The arena whose granules `range` names.
+    fn arena_of(&self, range: GpaRange) -> Option<&Arena> {
+        let mut arenas = self.arenas.iter().map(|arena| &**arena);
+        arenas.find(|arena| arena.may_reuse(range))
+    }
+}
+
+impl LazyOps for GuestMemory {
+    fn is_ram(&self, range: GpaRange) -> bool {
+        self.ram.is_ram(range)
+    }
+
+    fn is_granules(&self, range: GpaRange) -> bool {
+        self.arena_of(range).is_some()
+    }
+
+    fn arenas(&self) -> u64 {
+        self.arenas.len() as u64
+    }
+
+    fn arena(&self, index: u64) -> Option<ArenaInfo> {
+        let place = self.arenas.get(usize::try_from(index).ok()?)?.place();
+        Some(ArenaInfo {
+            index,
+            gpa: place.gpa.start(),
+            size: place.layout.size(),
+            granule: place.layout.granule(),
+            first: place.layout.first(),
+            table: place.layout.table(),
+            ..ArenaInfo::default()
+        })
+    }
+
+    fn lazy_free(&self, ranges: &[GpaRange]) -> u64 {
+        self.free(ranges).refused
+    }
+
+    fn reuse(&self, ranges: &[GpaRange]) -> bool {
+        let mut ram = Vec::with_capacity(ranges.len());
+        for &range in ranges {
+            match self.arena_of(range) {
+                Some(arena) => arena.reuse(range),
+                None => ram.push(range),
+            }
+        }
+        self.lazy.reuse(&ram).last
+    }
+
+    fn reset(&self) {
+        self.lazy.reset();
+        self.arenas.iter().for_each(|arena| arena.reset());
+    }
+
+    fn prefault(&self, range: GpaRange) -> bool {
+        let populated = self.ram.populate(range);
+        if let Err(error) = &populated {
+            tracing::debug!(%error, "prefault");
+        }
+        populated.is_ok()
+    }
+
+    fn survey(&self, range: Option<GpaRange>) -> Survey {
+        let found = range.map_or_else(Surveyed::default, |range| self.lazy.survey(range));
+        let all = self.lazy.snapshot();
+        Survey {
+            range: States {
+                lazy: found.totals.lazy + found.totals.reclaiming,
+                unmapped: found.totals.unmapped,
+                discarded: found.totals.discarded,
+            },
+            examined: range.map_or(0, |range| found.end - range.start()),
+            machine: States {
+                lazy: all.lazy_bytes + all.reclaiming_bytes,
+                unmapped: all.unmapped_bytes,
+                discarded: all.discarded_bytes,
+            },
+            ranges: all.ranges,
+            generation: all.generation,
+        }
+    }
+}
+
+impl RangeSink for GuestMemory {
+    fn lazy_free(&self, ranges: &[GpaRange]) {
+        self.free(ranges);
+    }
+
+    fn reuse(&self, ranges: &[GpaRange]) {
+        self.lazy.reuse(ranges);
+    }
+
+    fn discard(&self, ranges: &[GpaRange]) {
+        self.reclaimer.discard_now(ranges);
+    }
+
+    fn report(&self, ranges: &[GpaRange]) {
+        self.reported.take(ranges);
+    }
+
+    fn reset(&self) {
+        self.lazy.reset();
+    }
+
+    fn is_ram(&self, range: GpaRange) -> bool {
+        self.ram.is_ram(range)
+    }
+}
+
+fn arenas(setups: &[ArenaSetup], ram: &GuestRam) -> Result<Arenas, BadArena> {
+    let arena = |(index, setup): (u32, &ArenaSetup)| {
+        let ArenaSetup { id, gpa, granule } = setup.clone();
+        Arena::new(index, id, gpa, granule, ram.memory()).map(Arc::new)
+    };
+    (0..).zip(setups).map(arena).collect()
+}
