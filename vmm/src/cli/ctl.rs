@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ebb_vmm::api::{self, ClientError};
-use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_size};
+use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
 use ebb_vmm::exit;
 use ebb_vmm::guardian::lock;
 use hyper::Method;
@@ -51,7 +51,7 @@ enum Command {
     /// Say how memory will be freed at the end, or change it: workers=N, batch=SIZE
     Teardown {
         /// For instance workers=4 or batch=1G
-        #[arg(value_name = "KEY=VALUE")]
+        #[arg(value_name = "KEY=VALUE", value_parser = parse_keys::<TeardownSpec>)]
         settings: Vec<TeardownSpec>,
     },
     /// End the machine
@@ -66,7 +66,7 @@ enum Command {
 
 /// Runs the subcommand and returns the process's exit status.
 pub fn main(args: Args) -> u8 {
-    let socket = args.api_socket.0;
+    let socket = args.api_socket.path;
     let done = match args.command {
         Command::Status { json } => status(&socket, json),
         Command::Balloon { size } if !size.is_multiple_of(1 << 20) => {

@@ -1,15 +1,20 @@
 //! The command line: one subcommand, one file.
 
 mod ctl;
+#[cfg(test)]
+mod docs;
 mod doctor;
+mod file;
 mod run;
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{self, Write};
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ErrorKind};
 use clap::{Parser, Subcommand};
+use ebb_vmm::config::choices;
 use ebb_vmm::exit;
 
 /// A virtual machine monitor whose guests hand memory back lazily.
@@ -29,14 +34,27 @@ enum Command {
 
 /// Runs the command that the arguments name, and returns the exit status.
 pub fn main() -> u8 {
-    match Cli::try_parse() {
+    match parse(std::env::args_os().collect()) {
         Ok(cli) => match cli.command {
             Command::Run(args) => run::main(*args),
             Command::Ctl(args) => ctl::main(args),
             Command::Doctor(args) => doctor::main(&args),
         },
-        Err(error) => refuse(&error),
+        Err(status) => status,
     }
+}
+
+/// Parses the arguments, together with those that a configuration file stands for. Says what is wrong, and returns
+/// the exit status for it.
+fn parse(mut words: Vec<OsString>) -> Result<Cli, u8> {
+    if words.get(1).is_some_and(|word| word == "run") {
+        let more = file::arguments(&words[2..]).map_err(|complaint| {
+            complain(&complaint);
+            exit::BAD_ARGUMENTS
+        })?;
+        words.splice(2..2, more);
+    }
+    Cli::try_parse_from(words).map_err(|error| refuse(&error))
 }
 
 /// Tells `message` to the user in one line.
@@ -82,16 +100,28 @@ fn refuse(error: &clap::Error) -> u8 {
             exit::BAD_ARGUMENTS
         }
         _ => {
-            complain(&one_line(&error.to_string()));
+            complain(&one_line(error));
             exit::BAD_ARGUMENTS
         }
     }
 }
 
 /// What clap says before the usage, joined into one line.
-fn one_line(text: &str) -> String {
+fn one_line(error: &clap::Error) -> String {
+    if let (Some(value), Some(option), Some(choices)) = (
+        error.get(ContextKind::InvalidValue),
+        error.get(ContextKind::InvalidArg),
+        choices(error),
+    ) {
+        return format!("invalid value '{value}' for '{option}': write {choices}");
+    }
     let mut line = String::new();
-    for part in text.lines().map(str::trim).filter(|part| !part.is_empty()) {
+    for part in error
+        .to_string()
+        .lines()
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
         if part.starts_with("Usage:") || part.starts_with("For more information") {
             break;
         }
@@ -127,12 +157,16 @@ mod tests {
             ),
             (
                 vec!["ebb", "run", "--kernel", "/k", "--memory", "size=4X"],
-                "invalid value 'size=4X' for '--memory <OPTIONS>': '4X' is not a size; write digits \
+                "invalid value 'size=4X' for '--memory <KEY=VALUE,...>': '4X' is not a size; write digits \
                  and one of K, M, G, T, for instance 512M",
+            ),
+            (
+                vec!["ebb", "run", "--kernel", "/k", "--kernel-entry", "side"],
+                "invalid value 'side' for '--kernel-entry <HOW>': write auto or image",
             ),
         ] {
             let error = Cli::try_parse_from(arguments).unwrap_err();
-            assert_eq!(one_line(&error.to_string()), expected);
+            assert_eq!(one_line(&error), expected);
         }
     }
 }

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use ebb_hypercall_abi::arena::{DEFAULT_GRANULE, MAX_GRANULE, MAX_ID};
+use ebb_hypercall_abi::arena::MAX_ID;
 
-use super::format_size;
+use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
+use super::size::format_size;
 
 /// A mistake in what the operator asked for; the message is one line that names the value and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -19,56 +20,42 @@ pub enum ConfigError {
         known: String,
     },
     #[error("{key} is given twice; keep one")]
-    DuplicateKey { key: &'static str },
+    DuplicateKey { key: String },
     #[error("{key} has no value; write {key}=VALUE")]
-    EmptyValue { key: &'static str },
-    #[error("{key} is missing; write for instance {example}")]
-    MissingKey {
-        key: &'static str,
-        example: &'static str,
-    },
+    EmptyValue { key: String },
+    #[error("{key} is missing: {help}")]
+    MissingKey { key: String, help: String },
     #[error(
         "{text} has an opening quote without a closing one; close it, or write \\\" for a quote"
     )]
     OpenQuote { text: String },
-    #[error("{key}={value}: write on or off")]
-    NotAToggle { key: &'static str, value: String },
     #[error("'{value}' is not a size; write digits and one of K, M, G, T, for instance 512M")]
     NotASize { value: String },
-    #[error("{key}={value}: write a whole number of at most {max}")]
-    NotANumber {
-        key: &'static str,
+    #[error("{key}={value}: {remedy}")]
+    BadValue {
+        key: String,
         value: String,
-        max: u32,
+        remedy: String,
     },
-    #[error("'{value}' is unknown; write {choices}")]
-    NotAChoice {
-        value: String,
-        choices: &'static str,
-    },
+    #[error("'{0}' is unknown; write tty, null or file=PATH")]
+    NotASerial(String),
+    #[error("{0}")]
+    Other(String),
 
     #[error("--id '{0}': use 1 to 64 letters, digits or hyphens")]
     Id(String),
-    #[error("--cmdline has {0} bytes; the kernel takes at most {max}", max = super::validate::MAX_CMDLINE)]
+    #[error("--cmdline has {0} bytes; the kernel takes at most {MAX_CMDLINE}")]
     CmdlineTooLong(usize),
     #[error("--cmdline holds the control character {0:?}; remove it")]
     CmdlineControl(char),
-    #[error("--cpus boot={given}: choose 1 to {max}", max = super::validate::MAX_VCPUS)]
-    Vcpus { given: u32 },
     #[error("--memory size=0: a guest needs memory, for instance size=1G")]
     NoMemory,
-    #[error("--memory size={}: not a multiple of 2 MiB; the nearest below is {}", format_size(*.0), format_size(.0 & !0x1f_ffff))]
-    MemoryGranule(u64),
-    #[error("--memory size={}: beyond the address width; choose at most {}", format_size(*.0), format_size(super::validate::MAX_MEMORY))]
-    MemoryTooLarge(u64),
     #[error(
         "--memory hugepages=on,thp=on: hugetlb pages are never transparent; remove one of them"
     )]
     ThpWithHugepages,
-    #[error("--arena size={}: choose at most {}, all arenas together", format_size(*.0), format_size(super::validate::MAX_MEMORY))]
+    #[error("--arena size={}: choose at most {}, all arenas together", format_size(*.0), format_size(MAX_MEMORY))]
     ArenaTooLarge(u64),
-    #[error("--arena granule={}: choose a power of two from {} to {}", format_size(*.0), format_size(DEFAULT_GRANULE), format_size(MAX_GRANULE))]
-    ArenaGranule(u64),
     #[error("--arena size={}: not a multiple of the granule of {}; the nearest below is {}", format_size(*.size), format_size(*.granule), format_size(.size / .granule * .granule))]
     ArenaSize { size: u64, granule: u64 },
     #[error("--arena size={}: no granule of {} is left behind the table; choose at least {}", format_size(*.size), format_size(*.granule), format_size(.granule * 2))]
@@ -79,18 +66,16 @@ pub enum ConfigError {
     ArenaIdTwice(String),
     #[error("--cmdline has pci=off, with which Linux finds no --arena; remove one of them")]
     ArenaWithoutPci,
-    #[error("--arena is given {given} times; at most {max} fit into the guest's memory map", max = super::validate::MAX_ARENAS)]
+    #[error("--arena is given {given} times; at most {MAX_ARENAS} fit into the guest's memory map")]
     TooManyArenas { given: usize },
     #[error(
         "--lazy strict=on,{key}: strict mode discards at once and needs no tuning; remove {key}"
     )]
-    StrictTuned { key: &'static str },
+    StrictTuned { key: String },
     #[error("--lazy strict=on --memory {key}=on: strict mode watches pages of 4 KiB; remove {key}")]
     StrictHugePages { key: &'static str },
     #[error("--balloon free_page_reporting=off,reporting: remove one of them")]
     ReportingOff,
-    #[error("--balloon size={}: not a multiple of 4 KiB; the nearest below is {}", format_size(*.0), format_size(.0 & !0xfff))]
-    BalloonGranule(u64),
     #[error("--balloon size={}: the guest has only {} of memory; choose less", format_size(*.balloon), format_size(*.memory))]
     BalloonTooLarge { balloon: u64, memory: u64 },
 

@@ -1,8 +1,10 @@
-//! The validated description of a machine. Whoever holds one need not check it again.
+//! The checked description of a machine: who has one need not check it again.
 
 use std::path::PathBuf;
 
 use serde::Serialize;
+
+use super::spec::{DiskConfig, KernelEntry, LazyConfig, Reporting, SerialConfig};
 
 /// Everything that `ebb run` needs to build a machine.
 #[derive(Clone, Debug, Serialize)]
@@ -44,17 +46,6 @@ pub struct KernelConfig {
     pub entry: KernelEntry,
 }
 
-/// How a kernel image is entered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KernelEntry {
-    /// A bzImage through the ELF inside it when its compression is known, else as it is.
-    #[default]
-    Auto,
-    /// A bzImage as it is: its own decompressor runs in the guest.
-    Image,
-}
-
 /// The guest's RAM.
 #[derive(Clone, Debug, Serialize)]
 pub struct MemoryConfig {
@@ -81,27 +72,6 @@ pub struct ArenaConfig {
     pub id: String,
 }
 
-/// A block device backed by a raw file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct DiskConfig {
-    /// The file or block device.
-    pub path: PathBuf,
-    /// The guest may not write.
-    pub readonly: bool,
-}
-
-/// Where the first serial port goes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SerialConfig {
-    /// Standard input and output; raw mode when it is a terminal.
-    Tty,
-    /// Output to a file, no input.
-    File(PathBuf),
-    /// Output dropped, no input.
-    Null,
-}
-
 /// The balloon device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct BalloonConfig {
@@ -113,61 +83,4 @@ pub struct BalloonConfig {
     pub statistics_interval_s: u16,
     /// What becomes of free pages that the guest reports; `None`: reporting is not offered.
     pub free_page_reporting: Option<Reporting>,
-}
-
-/// What becomes of free pages that the guest reports. After the acknowledgement the guest may write to them
-/// without a word, so nothing may drop them unconditionally any more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Reporting {
-    /// They are returned to the host at once, and only then is the report acknowledged.
-    Eager,
-    /// The host may take them when it is short of memory, unless the guest writes to them first.
-    #[default]
-    Lazy,
-}
-
-/// When and how lazily freed memory is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct LazyConfig {
-    /// When.
-    pub mode: LazyMode,
-    /// The age of [`LazyMode::Age`] in seconds.
-    pub age_s: u32,
-    /// For how long a vCPU may be kept out of the guest at a time, in microseconds.
-    pub pause_us: u32,
-    /// Most ranges that are taken in one pause.
-    pub slice: u32,
-    /// Percentage of their time that vCPUs may lose, 1 to 50; a pause counts twice, for what it leaves cold.
-    pub share: u32,
-    /// Discard it at once and report accesses to it; [`LazyMode::Off`] then.
-    pub strict: bool,
-}
-
-/// When lazily freed memory is taken.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LazyMode {
-    /// Under memory pressure of the host.
-    #[default]
-    Pressure,
-    /// As soon as possible.
-    Eager,
-    /// When it has been lazy for some time.
-    Age,
-    /// On request only.
-    Off,
-}
-
-impl Default for LazyConfig {
-    fn default() -> Self {
-        Self {
-            mode: LazyMode::default(),
-            age_s: 60,
-            pause_us: 100,
-            slice: 512,
-            share: 1,
-            strict: false,
-        }
-    }
 }

@@ -1,16 +1,24 @@
-//! What the operator asks for: raw text parsed, then validated into a typed description of the machine.
+//! What the operator asks for: options parsed, then checked and made a typed description of the machine.
 
 mod error;
+mod files;
+mod keys;
+mod limits;
 mod machine;
-mod options;
+mod number;
+mod size;
 mod spec;
+#[cfg(test)]
+mod tests;
 mod validate;
 
 pub use error::ConfigError;
-pub use machine::{
-    ArenaConfig, BalloonConfig, DiskConfig, KernelConfig, KernelEntry, LazyConfig, LazyMode,
-    MachineConfig, MemoryConfig, Reporting, SerialConfig,
+pub use files::{SocketPath, check_socket};
+pub use keys::{choices, explain, parse_keys};
+pub use machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, MemoryConfig};
+pub use number::parse_size;
+pub use size::format_size;
+pub use spec::{
+    DiskConfig, KernelEntry, LazyConfig, LazyMode, MachineSpec, Reporting, SerialConfig,
+    SocketSpec, TeardownSpec,
 };
-pub use options::{format_size, parse_size};
-pub use spec::{ArenaSpec, CpusSpec, MachineSpec, MemorySpec, SocketSpec, TeardownSpec, Toggle};
-pub use validate::{SocketPath, check_socket};

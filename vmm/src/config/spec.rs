@@ -1,380 +1,330 @@
-//! What the operator wrote, typed but not yet checked against the host or against itself.
+//! What the operator can ask for: each option of `ebb run` that describes the machine, and each key of an option,
+//! declared once. Parsing, `--help`, configuration files and `docs/options.md` follow from these structures.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use ebb_hypercall_abi::arena;
+use clap::ArgAction::Set;
+use clap::{Args, Parser, ValueEnum};
+use ebb_hypercall_abi::arena::{DEFAULT_GRANULE, MAX_GRANULE};
+use serde::Serialize;
 
-use super::options::Options;
-use super::{
-    BalloonConfig, ConfigError, DiskConfig, KernelEntry, LazyConfig, LazyMode, Reporting,
-    SerialConfig,
-};
+use super::ConfigError;
+use super::keys::{Keys, keys, on_off, parse_keys};
+use super::limits::{MAX_MEMORY, MAX_VCPUS};
+use super::number::{number, parse_size, power_of_two, size};
 
 /// A machine as asked for; [`MachineSpec::validate`] makes it a [`super::MachineConfig`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Parser)]
+#[command(no_binary_name = true)]
 pub struct MachineSpec {
-    /// Name of the machine.
-    pub id: String,
-    /// The guest's kernel.
+    /// Guest kernel: a bzImage as distributions ship it, or an ELF vmlinux
+    #[arg(long, value_name = "PATH")]
     pub kernel: PathBuf,
-    /// How the kernel is entered.
+    /// How a bzImage is entered
+    #[arg(long, value_name = "HOW", default_value = "auto")]
     pub kernel_entry: KernelEntry,
-    /// Initial RAM disk.
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH")]
     pub initramfs: Option<PathBuf>,
-    /// Kernel command line.
+    /// Kernel command line, instead of the default
+    #[arg(long, value_name = "TEXT", default_value = Self::DEFAULT_CMDLINE, allow_hyphen_values = true)]
     pub cmdline: String,
-    /// Number of vCPUs.
-    pub cpus: CpusSpec,
-    /// The guest's RAM.
-    pub memory: MemorySpec,
-    /// Arenas beside the RAM.
+    /// The guest's processors
+    #[arg(long, value_name = PAIRS, value_parser = keys::<CpusSpec>())]
+    pub cpus: Option<CpusSpec>,
+    /// The guest's RAM
+    #[arg(long, value_name = PAIRS, value_parser = keys::<MemorySpec>())]
+    pub memory: Option<MemorySpec>,
+    /// Memory next to the RAM, /dev/daxN.M in a Linux guest, that the guest frees and reuses without a call. It may be
+    /// bigger than the host's memory. Repeat the option for more arenas
+    #[arg(long = "arena", value_name = PAIRS, value_parser = keys::<ArenaSpec>())]
     pub arenas: Vec<ArenaSpec>,
-    /// Block devices.
+    /// A disk. Repeat the option for more disks: the first is /dev/vda
+    #[arg(long = "disk", value_name = PAIRS, value_parser = keys::<DiskConfig>())]
     pub disks: Vec<DiskConfig>,
-    /// The first serial port.
+    /// The first serial port: this terminal (Ctrl-A X quits), nothing, or a file for the output
+    #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     pub serial: SerialConfig,
-    /// The balloon device.
-    pub balloon: Option<BalloonConfig>,
-    /// When and how lazily freed memory is taken.
-    pub lazy: LazyConfig,
-    /// Socket of the API.
-    pub api_socket: Option<PathBuf>,
-    /// Helpers that outlive the monitor.
+    /// The balloon, by which a stock guest hands memory back lazily
+    #[arg(long, value_name = PAIRS, value_parser = keys::<BalloonSpec>())]
+    pub balloon: Option<BalloonSpec>,
+    /// When the host takes what the guest has freed lazily, and at which cost for the guest
+    #[arg(long, value_name = PAIRS, value_parser = keys::<LazyConfig>())]
+    pub lazy: Option<LazyConfig>,
+    /// Serve the REST API on this unix socket
+    #[arg(long, value_name = "PATH|path=PATH", alias = "api-sock")]
+    pub api_socket: Option<SocketSpec>,
+    /// Helper processes that free the machine's memory and clean up after the monitor's end, also when it is killed
+    #[arg(long, action = Set, value_parser = on_off(), value_name = "on|off", hide_possible_values = true, default_value = "on")]
     pub guardian: bool,
+    /// Name of the machine: letters, digits and hyphens
+    #[arg(long, value_name = "NAME", default_value = "ebb")]
+    pub id: String,
 }
 
-impl MachineSpec {
-    /// Name of a machine that was not given one.
-    pub const DEFAULT_ID: &str = "ebb";
+/// How the help shows an option that consists of keys.
+const PAIRS: &str = "KEY=VALUE,...";
 
+impl MachineSpec {
     /// The kernel command line when none is given: messages on the serial port, and a panicking kernel
     /// resets at once instead of hanging. Power off and reset need no option: the kernel finds them in the
     /// ACPI tables.
     pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
-
-    /// A machine with this kernel, and the defaults for all else.
-    #[must_use]
-    pub fn new(kernel: PathBuf) -> Self {
-        Self {
-            id: Self::DEFAULT_ID.to_owned(),
-            kernel,
-            kernel_entry: KernelEntry::default(),
-            initramfs: None,
-            cmdline: Self::DEFAULT_CMDLINE.to_owned(),
-            cpus: CpusSpec::default(),
-            memory: MemorySpec::default(),
-            arenas: Vec::new(),
-            disks: Vec::new(),
-            serial: SerialConfig::Tty,
-            balloon: None,
-            lazy: LazyConfig::default(),
-            api_socket: None,
-            guardian: true,
-        }
-    }
 }
 
-/// `--cpus boot=N`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a kernel image is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelEntry {
+    /// a bzImage through the ELF inside it when its compression is known (faster, no KASLR), else as it is
+    Auto,
+    /// a bzImage as it is: its own decompressor runs in the guest
+    Image,
+}
+
+/// `--cpus`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
 pub struct CpusSpec {
-    /// vCPUs that the guest finds at boot.
+    /// Number of vCPUs
+    #[arg(long, value_parser = number::<u32>(1..=MAX_VCPUS as u64), default_value = "1")]
     pub boot: u32,
 }
 
-impl Default for CpusSpec {
-    fn default() -> Self {
-        Self { boot: 1 }
-    }
-}
+impl Keys for CpusSpec {}
 
-impl FromStr for CpusSpec {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["boot"])?;
-        options.required("boot", "boot=1")?;
-        Ok(Self {
-            boot: options
-                .number("boot", super::validate::MAX_VCPUS)?
-                .unwrap_or(1),
-        })
-    }
-}
-
-/// `--memory size=,thp=,hugepages=,prefault=,shared=`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// `--memory`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args)]
 pub struct MemorySpec {
-    /// Bytes.
+    /// Size
+    #[arg(long, value_parser = size(0..=MAX_MEMORY, 2 << 20), default_value = "512M")]
     pub size: u64,
-    /// Transparent huge pages; `None`: on, unless `hugepages` is.
+    /// Transparent huge pages; on by default, off with hugepages=on
+    #[arg(long, value_parser = on_off())]
     pub thp: Option<bool>,
-    /// Pages of 2 MiB from hugetlbfs.
+    /// Pages of 2 MiB from hugetlbfs
+    #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
     pub hugepages: bool,
-    /// Populate before the guest starts.
+    /// Populate the memory before the guest starts
+    #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
     pub prefault: bool,
-    /// Files without a name instead of private memory.
+    /// Memory in memfds of 256 MiB, which other processes can map, instead of private memory
+    #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
     pub shared: bool,
 }
 
-impl Default for MemorySpec {
-    fn default() -> Self {
-        Self {
-            size: 512 << 20,
-            thp: None,
-            hugepages: false,
-            prefault: false,
-            shared: false,
-        }
-    }
-}
+impl Keys for MemorySpec {}
 
-impl FromStr for MemorySpec {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["size", "thp", "hugepages", "prefault", "shared"])?;
-        let default = Self::default();
-        Ok(Self {
-            size: options.size("size")?.unwrap_or(default.size),
-            thp: options.toggle("thp")?,
-            hugepages: options.toggle("hugepages")?.unwrap_or(default.hugepages),
-            prefault: options.toggle("prefault")?.unwrap_or(default.prefault),
-            shared: options.toggle("shared")?.unwrap_or(default.shared),
-        })
-    }
-}
-
-/// `--arena size=,granule=,id=`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// `--arena`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct ArenaSpec {
-    /// Bytes.
+    /// Size, a multiple of the granule, for instance size=64G
+    #[arg(long, value_parser = size(0..=MAX_MEMORY, 1))]
     pub size: u64,
-    /// Bytes of a granule.
+    /// The unit in which the guest frees and reuses memory
+    #[arg(long, value_parser = power_of_two(DEFAULT_GRANULE..=MAX_GRANULE), default_value = "2M")]
     pub granule: u64,
-    /// Name; `None`: `arena` and its number.
+    /// Name: letters, digits and hyphens; arena0, arena1 and so on by default
+    #[arg(long, value_name = "NAME")]
     pub id: Option<String>,
 }
 
-impl FromStr for ArenaSpec {
-    type Err = ConfigError;
+impl Keys for ArenaSpec {}
 
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["size", "granule", "id"])?;
-        options.required("size", "size=64G")?;
-        Ok(Self {
-            size: options.size("size")?.unwrap_or(0),
-            granule: options.size("granule")?.unwrap_or(arena::DEFAULT_GRANULE),
-            id: options.text("id").map(str::to_owned),
-        })
+/// `--disk`: a block device backed by a raw file.
+#[derive(Clone, Debug, PartialEq, Eq, Args, Serialize)]
+pub struct DiskConfig {
+    /// Raw disk image or block device, for instance path=disk.raw
+    #[arg(long, value_name = "PATH")]
+    pub path: PathBuf,
+    /// The guest may not write
+    #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
+    pub readonly: bool,
+}
+
+impl Keys for DiskConfig {}
+
+/// `--balloon`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+#[command(rename_all = "snake_case")]
+pub struct BalloonSpec {
+    /// What the guest is asked for at the start, at most its memory
+    #[arg(long, value_parser = size(0..=MAX_MEMORY, 4096), default_value = "0")]
+    pub size: u64,
+    /// Let the guest take pages back when it runs out of memory
+    #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
+    pub deflate_on_oom: bool,
+    /// Seconds between two requests for the guest's statistics; 0: never
+    #[arg(long, value_parser = number::<u16>(0..=u16::MAX as u64), default_value = "0")]
+    pub statistics: u16,
+    /// Let the guest report free pages by itself; on if reporting= is given
+    #[arg(long, value_parser = on_off())]
+    pub free_page_reporting: Option<bool>,
+    /// When the host gets reported pages; lazy by default
+    #[arg(long)]
+    pub reporting: Option<Reporting>,
+}
+
+impl Keys for BalloonSpec {
+    fn settle(mut self, _given: &[String]) -> Result<Self, ConfigError> {
+        match (self.free_page_reporting, self.reporting) {
+            (Some(false), Some(_)) => return Err(ConfigError::ReportingOff),
+            (Some(true), None) => self.reporting = Some(Reporting::default()),
+            _ => {}
+        }
+        Ok(self)
     }
 }
 
-impl FromStr for DiskConfig {
-    type Err = ConfigError;
-
-    /// Parses `--disk path=,readonly=`.
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["path", "readonly"])?;
-        Ok(Self {
-            path: options.required("path", "path=disk.raw")?.into(),
-            readonly: options.toggle("readonly")?.unwrap_or(false),
-        })
-    }
+/// When the host gets free pages that the guest reports. After the acknowledgement the guest may write to them
+/// without a word, so nothing may drop them unconditionally any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Reporting {
+    /// at once, before the report is acknowledged
+    Eager,
+    /// when it is short of memory, unless the guest writes to them first
+    #[default]
+    Lazy,
 }
 
-impl FromStr for BalloonConfig {
-    type Err = ConfigError;
+/// `--lazy`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Args, Serialize)]
+pub struct LazyConfig {
+    /// When it is taken; age= without mode= means mode=age
+    #[arg(long, value_enum, default_value = "pressure")]
+    pub mode: LazyMode,
+    /// With mode=age: seconds after which it is taken
+    #[arg(long = "age", value_parser = number::<u32>(0..=1 << 20), default_value = "60")]
+    pub age_s: u32,
+    /// Microseconds for which a vCPU may be kept out of the guest at a time
+    #[arg(long = "pause", value_parser = number::<u32>(0..=1_000_000), default_value = "100")]
+    pub pause_us: u32,
+    /// Number of ranges that are taken in one such pause
+    #[arg(long, value_parser = number::<u32>(0..=1 << 16), default_value = "512")]
+    pub slice: u32,
+    /// Percentage of their time that vCPUs may lose; a pause counts twice, because caches are cold after it
+    #[arg(long, value_parser = number::<u32>(0..=50), default_value = "1")]
+    pub share: u32,
+    /// For those who write guest allocators: discard at once, and report accesses to freed memory; allows no other key
+    #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
+    pub strict: bool,
+}
 
-    /// Parses `--balloon size=,deflate_on_oom=,statistics=,free_page_reporting=,reporting=`.
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        const KEYS: &[&str] = &[
-            "size",
-            "deflate_on_oom",
-            "statistics",
-            "free_page_reporting",
-            "reporting",
+/// When lazily freed memory is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LazyMode {
+    /// when the host is short of memory
+    Pressure,
+    /// as soon as possible
+    Eager,
+    /// when it has been free for some time
+    Age,
+    /// on request only
+    Off,
+}
+
+impl Keys for LazyConfig {
+    /// An age alone means the mode `age`; strict mode needs no tuning.
+    fn settle(mut self, given: &[String]) -> Result<Self, ConfigError> {
+        let is_given = |key: &str| given.iter().any(|other| other == key);
+        if self.strict {
+            if let Some(key) = given.iter().find(|key| *key != "strict") {
+                return Err(ConfigError::StrictTuned { key: key.clone() });
+            }
+            self.mode = LazyMode::Off;
+        } else if is_given("age") && !is_given("mode") {
+            self.mode = LazyMode::Age;
+        }
+        let numbers = [
+            &mut self.age_s,
+            &mut self.pause_us,
+            &mut self.slice,
+            &mut self.share,
         ];
-        let options = Options::parse(text, KEYS)?;
-        let seconds = options.number("statistics", u16::MAX.into())?.unwrap_or(0);
-        Ok(Self {
-            size: options.size("size")?.unwrap_or(0),
-            deflate_on_oom: options.toggle("deflate_on_oom")?.unwrap_or(false),
-            statistics_interval_s: u16::try_from(seconds).unwrap_or(u16::MAX),
-            free_page_reporting: parse_reporting(&options)?,
-        })
+        numbers
+            .into_iter()
+            .for_each(|number| *number = (*number).max(1));
+        Ok(self)
     }
 }
 
-impl FromStr for LazyConfig {
-    type Err = ConfigError;
-
-    /// Parses `--lazy mode=,age=,pause=,slice=,share=`, or `--lazy strict=on` alone. An age alone means the mode `age`.
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        const TUNING: [&str; 5] = ["mode", "age", "pause", "slice", "share"];
-        let options = Options::parse(text, &["mode", "age", "pause", "slice", "share", "strict"])?;
-        let default = Self::default();
-        if options.toggle("strict")?.unwrap_or(false) {
-            let other = TUNING.into_iter().find(|key| options.text(key).is_some());
-            if let Some(key) = other {
-                return Err(ConfigError::StrictTuned { key });
-            }
-            return Ok(Self {
-                mode: LazyMode::Off,
-                strict: true,
-                ..default
-            });
-        }
-        let number = |key, most, default: u32| {
-            let number = options.number(key, most)?.unwrap_or(default);
-            Ok(number.max(1))
-        };
-        let mode = match options.text("mode") {
-            None if options.text("age").is_some() => LazyMode::Age,
-            None | Some("pressure") => LazyMode::Pressure,
-            Some("eager") => LazyMode::Eager,
-            Some("age") => LazyMode::Age,
-            Some("off") => LazyMode::Off,
-            Some(value) => {
-                return Err(ConfigError::NotAChoice {
-                    value: value.to_owned(),
-                    choices: "pressure, eager, age or off",
-                });
-            }
-        };
-        Ok(Self {
-            mode,
-            age_s: number("age", 1 << 20, default.age_s)?,
-            pause_us: number("pause", 1_000_000, default.pause_us)?,
-            slice: number("slice", 1 << 16, default.slice)?,
-            share: number("share", 50, default.share)?,
-            strict: false,
-        })
-    }
-}
-
-/// `free_page_reporting=on|off,reporting=eager|lazy`: the second alone switches reporting on.
-fn parse_reporting(options: &Options) -> Result<Option<Reporting>, ConfigError> {
-    let how = match options.text("reporting") {
-        None => None,
-        Some("eager") => Some(Reporting::Eager),
-        Some("lazy") => Some(Reporting::Lazy),
-        Some(value) => {
-            return Err(ConfigError::NotAChoice {
-                value: value.to_owned(),
-                choices: "reporting=eager or reporting=lazy",
-            });
-        }
-    };
-    match (options.toggle("free_page_reporting")?, how) {
-        (Some(false), Some(_)) => Err(ConfigError::ReportingOff),
-        (Some(false), None) => Ok(None),
-        (Some(true), how) => Ok(Some(how.unwrap_or_default())),
-        (None, how) => Ok(how),
-    }
-}
-
-impl FromStr for KernelEntry {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "image" => Ok(Self::Image),
-            _ => Err(ConfigError::NotAChoice {
-                value: text.to_owned(),
-                choices: "auto or image",
-            }),
-        }
-    }
+/// Where the first serial port goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SerialConfig {
+    /// Standard input and output; raw mode when it is a terminal.
+    Tty,
+    /// Output to a file, no input.
+    File(PathBuf),
+    /// Output dropped, no input.
+    Null,
 }
 
 impl FromStr for SerialConfig {
     type Err = ConfigError;
 
-    /// Parses `--serial tty|null|file=`.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         match text {
-            "tty" => return Ok(Self::Tty),
-            "null" | "off" => return Ok(Self::Null),
-            _ => {}
+            "tty" => Ok(Self::Tty),
+            "null" | "off" => Ok(Self::Null),
+            _ if text.starts_with("file=") => Ok(Self::File(parse_keys::<OutputSpec>(text)?.file)),
+            _ => Err(ConfigError::NotASerial(text.to_owned())),
         }
-        if !text.starts_with("file=") {
-            return Err(ConfigError::NotAChoice {
-                value: text.to_owned(),
-                choices: "tty, null or file=PATH",
-            });
-        }
-        let options = Options::parse(text, &["file"])?;
-        Ok(Self::File(
-            options.required("file", "file=serial.log")?.into(),
-        ))
     }
 }
 
-/// `--api-socket path=PATH`, or the path alone.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SocketSpec(pub PathBuf);
+#[derive(Clone, Args)]
+struct OutputSpec {
+    /// Output
+    #[arg(long)]
+    file: PathBuf,
+}
+
+impl Keys for OutputSpec {}
+
+/// `--api-socket PATH`, or `path=PATH`.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+pub struct SocketSpec {
+    /// Socket
+    #[arg(long)]
+    pub path: PathBuf,
+}
+
+impl Keys for SocketSpec {}
 
 impl FromStr for SocketSpec {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        if !text.starts_with("path=") {
-            return Ok(Self(text.into()));
+        if text.starts_with("path=") {
+            return parse_keys(text);
         }
-        let options = Options::parse(text, &["path"])?;
-        Ok(Self(options.required("path", "path=ebb.sock")?.into()))
+        Ok(Self { path: text.into() })
     }
 }
 
 /// `workers=N,batch=SIZE`, either or both.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
 pub struct TeardownSpec {
-    /// Threads that free memory at the end.
+    /// Threads that free memory at the end
+    #[arg(long, value_parser = number::<u32>(0..=u32::MAX as u64))]
     pub workers: Option<u32>,
-    /// Bytes that one takes at a time.
+    /// Bytes that one thread takes at a time
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub batch: Option<u64>,
 }
 
-impl FromStr for TeardownSpec {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let options = Options::parse(text, &["workers", "batch"])?;
-        Ok(Self {
-            workers: options.number("workers", u32::MAX)?,
-            batch: options.size("batch")?,
-        })
-    }
-}
-
-/// `on` or `off`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Toggle(pub bool);
-
-impl FromStr for Toggle {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match text {
-            "on" => Ok(Self(true)),
-            "off" => Ok(Self(false)),
-            _ => Err(ConfigError::NotAChoice {
-                value: text.to_owned(),
-                choices: "on or off",
-            }),
-        }
-    }
-}
+impl Keys for TeardownSpec {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn arguments_as_the_readme_writes_them() {
-        let memory: MemorySpec = "size=4G,thp=off,prefault=on,shared=on".parse().unwrap();
+    fn keys_become_values() {
+        let memory = parse_keys("size=4G,thp=off,prefault=on,shared=on");
         let expected = MemorySpec {
             size: 4 << 30,
             thp: Some(false),
@@ -382,38 +332,40 @@ mod tests {
             prefault: true,
             shared: true,
         };
-        assert_eq!(memory, expected);
-        assert_eq!("boot=4".parse(), Ok(CpusSpec { boot: 4 }));
-        let disk: DiskConfig = "path=/d,readonly=on".parse().unwrap();
+        assert_eq!(memory, Ok(expected));
+        assert_eq!(parse_keys("boot=4"), Ok(CpusSpec { boot: 4 }));
+        let disk: DiskConfig = parse_keys("path=/d,readonly=on").unwrap();
         assert_eq!((disk.path, disk.readonly), (PathBuf::from("/d"), true));
-        let balloon: BalloonConfig = "size=1G,deflate_on_oom=on,statistics=5".parse().unwrap();
-        assert_eq!(balloon.size, 1 << 30);
-        assert!(balloon.deflate_on_oom);
-        assert_eq!(balloon.statistics_interval_s, 5);
-        let lazy: LazyConfig = "age=9,pause=250,slice=64".parse().unwrap();
-        let expected = LazyConfig {
-            mode: LazyMode::Age,
-            age_s: 9,
-            pause_us: 250,
-            slice: 64,
-            share: 1,
-            strict: false,
+        let arena: ArenaSpec = parse_keys("size=1G").unwrap();
+        assert_eq!((arena.granule, arena.id), (DEFAULT_GRANULE, None));
+        assert_eq!("file=/l".parse(), Ok(SerialConfig::File("/l".into())));
+        assert_eq!("null".parse(), Ok(SerialConfig::Null));
+        let teardown = TeardownSpec {
+            workers: Some(4),
+            batch: Some(1 << 30),
         };
-        assert_eq!(lazy, expected);
-        let strict = LazyConfig {
-            mode: LazyMode::Off,
-            strict: true,
-            ..LazyConfig::default()
+        assert_eq!(parse_keys("workers=4,batch=1G"), Ok(teardown));
+        for text in ["/s", "path=/s"] {
+            let path = "/s".into();
+            assert_eq!(text.parse(), Ok(SocketSpec { path }), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_balloon_reports_when_asked_to() {
+        let balloon: BalloonSpec =
+            parse_keys("size=1G,deflate_on_oom=on,statistics=5,reporting=eager").unwrap();
+        let expected = BalloonSpec {
+            size: 1 << 30,
+            deflate_on_oom: true,
+            statistics: 5,
+            free_page_reporting: None,
+            reporting: Some(Reporting::Eager),
         };
-        assert_eq!("strict=on".parse(), Ok(strict));
-        assert_eq!(
-            "strict=off,mode=pressure".parse(),
-            Ok(LazyConfig::default())
-        );
-        assert_eq!("mode=pressure".parse(), Ok(LazyConfig::default()));
-        assert_eq!(balloon.free_page_reporting, None);
+        assert_eq!(balloon, expected);
         for (text, reporting) in [
-            ("free_page_reporting=on", Some(Reporting::default())),
+            ("size=0", None),
+            ("free_page_reporting=on", Some(Reporting::Lazy)),
             ("free_page_reporting=off", None),
             (
                 "free_page_reporting=on,reporting=eager",
@@ -421,79 +373,136 @@ mod tests {
             ),
             ("reporting=lazy", Some(Reporting::Lazy)),
         ] {
-            let balloon: BalloonConfig = text.parse().unwrap();
-            assert_eq!(balloon.free_page_reporting, reporting, "{text}");
-        }
-        assert_eq!("file=/l".parse(), Ok(SerialConfig::File("/l".into())));
-        assert_eq!("null".parse(), Ok(SerialConfig::Null));
-        let teardown = TeardownSpec {
-            workers: Some(4),
-            batch: Some(1 << 30),
-        };
-        assert_eq!("workers=4,batch=1G".parse(), Ok(teardown));
-        assert_eq!("off".parse(), Ok(Toggle(false)));
-        assert_eq!("image".parse(), Ok(KernelEntry::Image));
-        for text in ["/s", "path=/s"] {
-            assert_eq!(text.parse(), Ok(SocketSpec("/s".into())), "{text}");
+            let balloon: BalloonSpec = parse_keys(text).unwrap();
+            assert_eq!(balloon.reporting, reporting, "{text}");
         }
     }
 
     #[test]
-    fn wrong_arguments_say_what_is_right() {
-        fn message<T: FromStr<Err = ConfigError>>(text: &str) -> String {
-            text.parse::<T>()
-                .err()
-                .map_or_else(String::new, |error| error.to_string())
+    fn an_age_means_a_mode_and_strict_mode_stands_alone() {
+        let default = LazyConfig {
+            mode: LazyMode::Pressure,
+            age_s: 60,
+            pause_us: 100,
+            slice: 512,
+            share: 1,
+            strict: false,
+        };
+        for (text, expected) in [
+            ("mode=pressure", default),
+            ("strict=off,mode=pressure", default),
+            (
+                "age=9,pause=250,slice=64",
+                LazyConfig {
+                    mode: LazyMode::Age,
+                    age_s: 9,
+                    pause_us: 250,
+                    slice: 64,
+                    ..default
+                },
+            ),
+            (
+                "age=0,pause=0,slice=0,share=0,mode=eager",
+                LazyConfig {
+                    mode: LazyMode::Eager,
+                    age_s: 1,
+                    pause_us: 1,
+                    slice: 1,
+                    ..default
+                },
+            ),
+            (
+                "strict=on",
+                LazyConfig {
+                    mode: LazyMode::Off,
+                    strict: true,
+                    ..default
+                },
+            ),
+        ] {
+            assert_eq!(parse_keys(text), Ok(expected), "{text}");
         }
-        let cases = [
-            (message::<MemorySpec>("siez=1G"), "did you mean 'size'?"),
-            (message::<MemorySpec>("size=1Q"), "'1Q' is not a size"),
+    }
+
+    fn assert_refused<T: Keys + std::fmt::Debug>(cases: &[(&str, &str)]) {
+        for (text, part) in cases {
+            let message = parse_keys::<T>(text).unwrap_err().to_string();
+            assert!(message.contains(part), "{message:?} lacks {part:?}");
+        }
+    }
+
+    #[test]
+    fn wrong_numbers_say_what_is_right() {
+        assert_refused::<MemorySpec>(&[
+            ("siez=1G", "did you mean 'size'?"),
+            ("size=1Q", "'1Q' is not a size"),
             (
-                message::<MemorySpec>("thp=maybe"),
-                "thp=maybe: write on or off",
+                "size=3M",
+                "size=3M: not a multiple of 2M; the nearest below is 2M",
             ),
+            ("size=128T", "size=128T: choose at most 64T"),
+            ("thp=maybe", "thp=maybe: write on or off"),
+        ]);
+        assert_refused::<CpusSpec>(&[
+            ("boot=-1", "boot=-1: write a whole number"),
+            ("boot=0", "boot=0: choose 1 to 255"),
+            ("boot=256", "at most 255"),
+            ("4", "the keys are boot"),
+        ]);
+        assert_refused::<ArenaSpec>(&[
             (
-                message::<CpusSpec>("boot=-1"),
-                "boot=-1: write a whole number",
+                "granule=2M",
+                "size is missing: Size, a multiple of the granule, for instance size=64G",
             ),
-            (message::<CpusSpec>("boot=256"), "at most 255"),
-            (message::<CpusSpec>("4"), "the keys are boot"),
-            (message::<DiskConfig>("readonly=on"), "path is missing"),
+            ("size=x", "'x' is not a size"),
+            ("size=65T", "size=65T: choose at most 64T"),
             (
-                message::<BalloonConfig>("statistics=65536"),
-                "at most 65535",
+                "size=1G,granule=4K",
+                "granule=4K: choose a power of two from 2M to 1G",
             ),
-            (message::<LazyConfig>("mode=later"), "eager, age or off"),
-            (message::<LazyConfig>("share=99"), "at most 50"),
+            ("size=9M,granule=3M", "granule=3M: choose a power of two"),
+            ("size=8G,granule=2G", "granule=2G: choose a power of two"),
+        ]);
+        assert_refused::<TeardownSpec>(&[
+            ("worker=4", "did you mean 'workers'?"),
+            ("batch=x", "'x' is not a size"),
+        ]);
+    }
+
+    #[test]
+    fn wrong_choices_say_what_is_right() {
+        assert_refused::<DiskConfig>(&[("readonly=on", "path is missing")]);
+        assert_refused::<BalloonSpec>(&[
             (
-                message::<BalloonConfig>("reporting=on"),
-                "'on' is unknown; write reporting=eager",
+                "size=6K",
+                "size=6K: not a multiple of 4K; the nearest below is 4K",
             ),
+            ("statistics=65536", "at most 65535"),
+            ("reporting=on", "reporting=on: write eager or lazy"),
             (
-                message::<LazyConfig>("strict=on,mode=eager"),
+                "free_page_reporting=off,reporting=lazy",
+                "free_page_reporting=off,reporting: remove one of them",
+            ),
+        ]);
+        assert_refused::<LazyConfig>(&[
+            (
+                "mode=later",
+                "mode=later: write pressure, eager, age or off",
+            ),
+            ("share=99", "at most 50"),
+            (
+                "strict=on,mode=eager",
                 "--lazy strict=on,mode: strict mode discards at once and needs no tuning; remove mode",
             ),
             (
-                message::<LazyConfig>("slice=3,strict=on"),
+                "slice=3,strict=on",
                 "--lazy strict=on,slice: strict mode discards at once and needs no tuning; remove slice",
             ),
-            (
-                message::<BalloonConfig>("free_page_reporting=off,reporting=lazy"),
-                "free_page_reporting=off,reporting: remove one of them",
-            ),
-            (message::<SerialConfig>("pty"), "tty, null or file=PATH"),
-            (message::<SerialConfig>("file="), "file has no value"),
-            (message::<KernelEntry>("elf"), "auto or image"),
-            (
-                message::<TeardownSpec>("worker=4"),
-                "did you mean 'workers'?",
-            ),
-            (message::<TeardownSpec>("batch=x"), "'x' is not a size"),
-            (message::<Toggle>("yes"), "write on or off"),
-            (message::<SocketSpec>("path="), "path has no value"),
-        ];
-        for (message, part) in cases {
-            assert!(message.contains(part), "{message:?} lacks {part:?}");
-        }
+        ]);
+        let serial = |text: &str| text.parse::<SerialConfig>().unwrap_err().to_string();
+        assert!(serial("pty").contains("tty, null or file=PATH"));
+        assert!(serial("file=").contains("file has no value"));
+        let socket = "path=".parse::<SocketSpec>().unwrap_err();
+        assert!(socket.to_string().contains("path has no value"));
     }
 }

@@ -11,12 +11,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use clap::Parser;
 use hyper::Method;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{ClientError, Server, request, serve};
-use crate::config::{MachineConfig, MachineSpec};
+use crate::config::{MachineConfig, MachineSpec, parse_keys};
 use crate::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, InstanceInfo,
     LazyMemoryState, ReclaimOutcome, TeardownState,
@@ -145,10 +146,10 @@ impl Bench {
         let folder = TempDir::new().unwrap();
         let kernel = folder.path().join("kernel");
         fs::write(&kernel, "MZ").unwrap();
-        let mut spec = MachineSpec::new(kernel);
-        spec.balloon = Some("size=64M".parse().unwrap());
+        let kernel = kernel.to_str().unwrap();
+        let spec = MachineSpec::try_parse_from(["--kernel", kernel, "--balloon=size=64M"]).unwrap();
         let mut config = spec.validate().unwrap();
-        config.disks = vec!["path=/d,readonly=on".parse().unwrap()];
+        config.disks = vec![parse_keys("path=/d,readonly=on").unwrap()];
         let (go, reclaim) = channel();
         let machine = Arc::new(Machine {
             told: Mutex::default(),
