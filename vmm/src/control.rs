@@ -1,9 +1,29 @@
 //! What an operator can ask of a running machine: the trait [`Controller`] and its answers. The API calls it, the
 //! machine implements it, and neither knows more of the other.
 
-use serde::Serialize;
+use ebb_core::generation::GateStats;
+use ebb_core::lazy::LazyStats;
+use ebb_core::metrics::Metric;
+use serde::{Deserialize, Serialize};
 
+use crate::arena::ArenaStats;
 use crate::config::MachineConfig;
+use crate::devices::virtio::balloon::{ReportStats, Statistics};
+use crate::hypercall::HypercallStats;
+use crate::reclaim::{ReclaimStats, ReportedStats};
+use crate::strict::StrictStats;
+
+/// The metrics in the API's answers: the path of the request, the object in its answer, and what that object holds.
+pub const METRICS: &[(&str, &str, &[Metric])] = &[
+    ("/lazy-memory", "", LazyStats::METRICS),
+    ("/lazy-memory", "", ReclaimStats::METRICS),
+    ("/lazy-memory", "gate", GateStats::METRICS),
+    ("/lazy-memory", "hypercalls", HypercallStats::METRICS),
+    ("/lazy-memory", "reporting", ReportStats::METRICS),
+    ("/lazy-memory", "reporting", ReportedStats::METRICS),
+    ("/lazy-memory", "strict", StrictStats::METRICS),
+    ("/arenas", "", ArenaStats::METRICS),
+];
 
 /// A request was understood, but the machine cannot carry it out. The message is for the operator.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -90,243 +110,104 @@ pub trait Controller: Send + Sync {
     fn stop(&self);
 }
 
-/// What the machine is and how it fares.
-#[derive(Clone, Debug, Serialize)]
+/// The machine's name, state and age.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceInfo {
     /// Name of the machine.
     pub id: String,
-    /// `Running`; the API is served for a running machine only.
-    pub state: &'static str,
+    /// `Running`: the API is served for a running machine only.
+    pub state: String,
     /// Version of the monitor.
-    pub vmm_version: &'static str,
+    pub vmm_version: String,
     /// `Ebb`.
-    pub app_name: &'static str,
+    pub app_name: String,
     /// Process id of the monitor.
     pub pid: u32,
     /// Milliseconds since the monitor started.
     pub uptime_ms: u64,
 }
 
-/// The balloon's state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// The balloon, in the names and units of Firecracker's API.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
-    /// Bytes that the host asked for.
-    pub target_bytes: u64,
-    /// Bytes that the guest says it has handed back.
-    pub actual_bytes: u64,
+    /// MiB that the host has asked for.
+    pub amount_mib: u64,
+    /// MiB that the guest says it has handed back.
+    pub actual_mib: u64,
     /// The guest may take pages back when it runs out of memory.
     pub deflate_on_oom: bool,
     /// Seconds between two requests for statistics; 0: off.
-    pub statistics_interval_s: u16,
-    /// The guest's driver is bound and tells the host before it reuses a page: frees are lazy.
+    pub stats_polling_interval_s: u16,
+    /// The guest's driver is bound and tells the host before it reuses a page, so frees are lazy.
     pub lazy: bool,
     /// The guest's driver is bound and reports free pages.
     pub free_page_reporting: bool,
 }
 
-/// Memory statistics that the guest reported (virtio 1.3, 5.5.6.3), bytes unless the name says otherwise.
+/// The balloon's size, and memory statistics of the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct BalloonStatistics {
     /// Target in pages of 4 KiB.
     pub target_pages: u32,
-    /// Actual in pages of 4 KiB.
+    /// Actual size in pages of 4 KiB.
     pub actual_pages: u32,
     /// Target in MiB.
     pub target_mib: u32,
-    /// Actual in MiB.
+    /// Actual size in MiB.
     pub actual_mib: u32,
-    /// Swapped in.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub swap_in: Option<u64>,
-    /// Swapped out.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub swap_out: Option<u64>,
-    /// Major page faults, a count.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub major_faults: Option<u64>,
-    /// Minor page faults, a count.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub minor_faults: Option<u64>,
-    /// Unused memory.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub free_memory: Option<u64>,
-    /// All memory.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub total_memory: Option<u64>,
-    /// Memory that could be had without swapping.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub available_memory: Option<u64>,
-    /// Disk caches.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub disk_caches: Option<u64>,
-    /// Successful hugetlb allocations, a count.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hugetlb_allocations: Option<u64>,
-    /// Failed hugetlb allocations, a count.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hugetlb_failures: Option<u64>,
+    /// What the guest's driver has sent.
+    #[serde(flatten)]
+    pub guest: Statistics,
 }
 
-/// Lazy memory: bytes by state, and what has happened so far. At every moment `freed` is the sum of
-/// `lazy`, `unmapped`, `reclaiming`, `discarded`, `reused`, `given_up` and `forgotten`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+/// Lazily freed memory: bytes by state, and the counters of everything that deals with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LazyMemoryState {
-    /// The VM's generation.
-    pub generation: u64,
-    /// The latest generation that every vCPU in the guest has seen.
-    pub quiescent_generation: u64,
-    /// Bytes freed by the guest, still with the guest's pages.
-    pub lazy_bytes: u64,
-    /// Bytes freed by the guest that the host may take at any time.
-    pub unmapped_bytes: u64,
-    /// Bytes that are being invalidated or discarded.
-    pub reclaiming_bytes: u64,
-    /// Bytes freed by the guest whose host pages are returned.
-    pub discarded_bytes: u64,
-    /// Ranges that the tracker holds.
-    pub ranges: u64,
-    /// Bytes ever freed lazily.
-    pub freed_bytes_total: u64,
-    /// Bytes that went from lazy to unmapped.
-    pub unmapped_bytes_total: u64,
-    /// Bytes ever returned to the host by reclaim.
-    pub reclaimed_bytes_total: u64,
-    /// Bytes that went back to what they were because the host would not take them.
-    pub kept_bytes_total: u64,
-    /// Bytes ever taken back by the guest.
-    pub reused_bytes_total: u64,
-    /// Of these, bytes that had been unmapped.
-    pub reused_unmapped_bytes_total: u64,
-    /// Of these, bytes that had been discarded.
-    pub reused_discarded_bytes_total: u64,
-    /// Bytes ever discarded at once, before the acknowledgement, for a driver without `MUST_TELL_HOST`.
-    pub eager_bytes_total: u64,
-    /// Frees that were not tracked because the tracker was full: that memory just stays with the guest.
-    pub untracked_bytes_total: u64,
-    /// Of these, bytes that were tracked and then given up.
-    pub given_up_bytes_total: u64,
-    /// Discarded bytes that the tracker has forgotten because it was full.
-    pub forgotten_bytes_total: u64,
-    /// Unmapped bytes that became lazy again because the tracker was full.
-    pub coalesced_bytes_total: u64,
-    /// Times that a reuse had to wait for the chunk being worked on.
-    pub reuse_waits_total: u64,
-    /// System calls made to discard lazy or unmapped memory.
-    pub discard_calls_total: u64,
-    /// Discards that failed.
-    pub discard_failures_total: u64,
-    /// System calls made to invalidate lazy memory.
-    pub invalidate_calls_total: u64,
-    /// Invalidations that failed.
-    pub invalidate_failures_total: u64,
-    /// System calls of eager discards.
-    pub eager_calls_total: u64,
-    /// Slices run with the vCPUs out.
-    pub held_slices_total: u64,
-    /// Of these, slices that vCPU threads have run on their way in.
-    pub passing_slices_total: u64,
-    /// Slices run with the vCPUs in the guest, because they were not out within the pause.
-    pub open_slices_total: u64,
-    /// Ranges treated in slices.
-    pub slice_ranges_total: u64,
-    /// Reclaims started by host memory pressure.
-    pub pressure_events_total: u64,
-    /// The entry gate.
-    pub gate: GateState,
+    /// What is lazily free, and in which state.
+    #[serde(flatten)]
+    pub lazy: LazyStats,
+    /// What reclaim has done.
+    #[serde(flatten)]
+    pub reclaim: ReclaimStats,
+    /// What reclaim has cost the vCPUs.
+    pub gate: GateStats,
     /// The guest's calls.
-    pub hypercalls: HypercallState,
+    pub hypercalls: HypercallStats,
     /// Free page reporting.
     pub reporting: ReportingState,
-    /// Strict mode; nothing where it is off.
+    /// Strict mode, where it is on.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub strict: Option<StrictState>,
+    pub strict: Option<StrictStats>,
 }
 
-/// Strict mode: what touched memory that was lazily free, each page once until it is freed again.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct StrictState {
-    /// Missing pages that were made, whoever touched them.
-    pub faults_total: u64,
-    /// Lazily free pages that vCPUs touched.
-    pub vcpu_violations_total: u64,
-    /// Lazily free pages that threads of the monitor touched on the guest's behalf.
-    pub device_violations_total: u64,
-    /// Chunks that the host would not take: accesses to them are not caught.
-    pub discard_failures_total: u64,
-}
-
-/// The entry gate: what reclaim has cost the vCPUs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct GateState {
-    /// vCPUs interrupted to bring them out.
-    pub kicks_total: u64,
-    /// Times that it was closed.
-    pub closings_total: u64,
-    /// Closings given up because a vCPU was not out in time.
-    pub missed_total: u64,
-    /// Entries that had to wait.
-    pub waits_total: u64,
-    /// Pauses by length: the count at index `i` is of those shorter than 2^i microseconds and not shorter
-    /// than half of that; the last also counts everything longer.
-    pub pauses: [u64; 20],
-    /// All pauses together, in microseconds.
-    pub pause_us_total: u64,
-    /// The longest pause, in microseconds.
-    pub longest_pause_us: u64,
-}
-
-/// The guest's calls to the monitor since it started, by operation, failed ones included.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct HypercallState {
-    /// `LAZY_FREE`.
-    pub lazy_free_total: u64,
-    /// `REUSE`.
-    pub reuse_total: u64,
-    /// `LAZY_FREE_BATCH`.
-    pub lazy_free_batch_total: u64,
-    /// `REUSE_BATCH`.
-    pub reuse_batch_total: u64,
-    /// `QUERY`.
-    pub query_total: u64,
-    /// `RESET`.
-    pub reset_total: u64,
-    /// `FEATURES`.
-    pub features_total: u64,
-    /// `ARENA_INFO`.
-    pub arena_info_total: u64,
-    /// Calls that failed, unknown ones included.
-    pub failed_total: u64,
-    /// Bytes populated because a reuse asked for it.
-    pub prefaulted_bytes_total: u64,
-    /// Ranges that could not be populated.
-    pub prefault_failures_total: u64,
-}
-
-/// Free page reporting: what came and what became of it. Reported memory is never tracked as lazily free.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+/// Free page reporting. Reported memory is never tracked as lazily free.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReportingState {
-    /// `off`, `eager` or `lazy`: what is in force, `eager` also where the memory's backing knows nothing else.
-    pub mode: &'static str,
-    /// Messages.
-    pub messages_total: u64,
-    /// Ranges in them that are RAM, before they are merged.
-    pub ranges_total: u64,
-    /// Bytes in those ranges.
-    pub bytes_total: u64,
-    /// Bytes of them that were left alone because the guest fills free pages with something other than zero.
-    pub poisoned_bytes_total: u64,
-    /// `madvise` calls made for them; `ranges_total` over this is how many ranges were merged into one.
-    pub calls_total: u64,
-    /// Calls that failed.
-    pub failures_total: u64,
-    /// Bytes returned to the host before the acknowledgement.
-    pub discarded_bytes_total: u64,
-    /// Bytes that the host may take when it is short of memory, unless the guest wrote to them first.
-    pub marked_bytes_total: u64,
+    /// The mode in force.
+    pub mode: ReportingMode,
+    /// What the guest has reported.
+    #[serde(flatten)]
+    pub found: ReportStats,
+    /// What was done with it.
+    #[serde(flatten)]
+    pub taken: ReportedStats,
 }
 
-/// An arena. The table was counted for this; what the guest does with it meanwhile may or may not be in.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+/// What is done with free pages that the guest reports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReportingMode {
+    /// Reports are not offered to the guest.
+    #[default]
+    Off,
+    /// They are discarded before the report is acknowledged. Also in force where memory cannot be marked free.
+    Eager,
+    /// The host may take them when it is short of memory.
+    Lazy,
+}
+
+/// An arena.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArenaState {
     /// Its name.
     pub id: String,
@@ -336,26 +217,13 @@ pub struct ArenaState {
     pub size_bytes: u64,
     /// Bytes of a granule.
     pub granule_bytes: u64,
-    /// Bytes that the guest has freed, still with the guest's pages.
-    pub lazy_bytes: u64,
-    /// Bytes that the monitor has returned to the host and the guest has not taken back.
-    pub discarded_bytes: u64,
-    /// Bytes ever returned to the host.
-    pub reclaimed_bytes_total: u64,
-    /// Bytes that had been returned and that the guest was seen to have taken back.
-    pub reused_bytes_total: u64,
-    /// Granules made in use by calls.
-    pub reuse_calls_total: u64,
-    /// Of these, granules that were being discarded, so that the call waited.
-    pub reuse_waits_total: u64,
-    /// How often the table was counted.
-    pub scans_total: u64,
-    /// Time that this count took, in microseconds.
-    pub scan_us: u64,
+    /// What it holds, and what has happened to it.
+    #[serde(flatten)]
+    pub stats: ArenaStats,
 }
 
 /// What one reclaim did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReclaimOutcome {
     /// Bytes returned to the host.
     pub reclaimed_bytes: u64,
@@ -363,13 +231,13 @@ pub struct ReclaimOutcome {
     pub duration_us: u64,
 }
 
-/// How memory will be freed at the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// How the guest's memory will be freed when the machine ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TeardownState {
     /// Threads that free it.
     pub workers: usize,
-    /// Bytes that one takes at a time.
+    /// Bytes that a thread takes at a time.
     pub batch_bytes: u64,
-    /// It is freed behind the monitor's end, and as fast when the monitor is killed.
+    /// A helper process frees it after the monitor has ended, also when the monitor is killed.
     pub guardian: bool,
 }

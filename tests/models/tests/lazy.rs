@@ -391,7 +391,7 @@ fn an_offer_disturbs_nobody_inside() {
     world.check_books();
     let stats = world.lazy.snapshot();
     assert_eq!(stats.reclaimed_bytes_total, PAGE_SIZE);
-    assert_eq!(world.gate.stats().closings, 1);
+    assert_eq!(world.gate.stats().closings_total, 1);
 }
 
 #[test]

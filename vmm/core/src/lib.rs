@@ -10,6 +10,7 @@ mod fault;
 
 pub mod generation;
 pub mod lazy;
+pub mod metrics;
 pub mod offer;
 pub mod range;
 pub mod release;

@@ -71,7 +71,7 @@ const ROUTES: &[(Method, &str, Handler)] = &[
         Reply::json(&view::config(machine.config()))
     }),
     (Method::GET, "/balloon", |machine, _| {
-        Reply::json(&view::balloon(&machine.balloon()?))
+        Reply::json(&machine.balloon()?)
     }),
     (Method::PATCH, "/balloon", patch_balloon),
     (Method::GET, "/balloon/statistics", |machine, _| {

@@ -1,9 +1,8 @@
-//! Answers in the names and units of Firecracker's API.
+//! The configuration in the names and units of Firecracker's API.
 
 use serde_json::{Value, json};
 
 use crate::config::MachineConfig;
-use crate::control::BalloonState;
 
 /// The configuration. What Firecracker has no name for is under `ebb`.
 pub(super) fn config(config: &MachineConfig) -> Value {
@@ -59,17 +58,5 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "serial": config.serial,
             "api_socket": config.api_socket,
         },
-    })
-}
-
-/// The balloon: Firecracker's fields, then Ebb's own.
-pub(super) fn balloon(state: &BalloonState) -> Value {
-    json!({
-        "amount_mib": state.target_bytes >> 20,
-        "deflate_on_oom": state.deflate_on_oom,
-        "stats_polling_interval_s": state.statistics_interval_s,
-        "actual_mib": state.actual_bytes >> 20,
-        "lazy": state.lazy,
-        "free_page_reporting": state.free_page_reporting,
     })
 }

@@ -8,8 +8,7 @@ mod words;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ebb_hypercall_abi::arena::{GENERATION, Header, Layout, REUSE_MAX_GRANULES};
 use vm_memory::GuestMemoryMmap;
@@ -46,34 +45,27 @@ pub struct BadArena {
     pub granule: u64,
 }
 
-/// What an arena holds, and what has happened to it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ArenaStats {
-    /// Bytes that the guest offers.
-    pub lazy_bytes: u64,
-    /// Bytes that the monitor has returned to the host and the guest has not taken back.
-    pub discarded_bytes: u64,
-    /// Bytes ever returned to the host.
-    pub reclaimed_bytes_total: u64,
-    /// Bytes that had been returned and that the guest has taken back, as far as that was noticed.
-    pub reused_bytes_total: u64,
-    /// Granules made in use by calls.
-    pub reuse_calls_total: u64,
-    /// Of these, granules that had to be waited for.
-    pub reuse_waits_total: u64,
-    /// Counts of the table.
-    pub scans_total: u64,
-    /// Time of the latest one.
-    pub last_scan: Duration,
-}
-
-#[derive(Default)]
-struct Counters {
-    reclaimed: AtomicU64,
-    reused: AtomicU64,
-    reuse_calls: AtomicU64,
-    reuse_waits: AtomicU64,
-    scans: AtomicU64,
+ebb_core::metrics! {
+    /// What an arena holds, and what has happened to it. The gauges are counted in the arena's table when they are asked
+    /// for; what the guest does meanwhile may or may not be included.
+    pub struct ArenaStats from struct Counters {
+        /// Memory that the guest has freed and that still has the guest's pages.
+        lazy_bytes: Gauge of Bytes,
+        /// Memory that the monitor has returned to the host and the guest has not taken back.
+        discarded_bytes: Gauge of Bytes,
+        /// Memory that the monitor has returned to the host.
+        reclaimed_bytes_total: Counter of Bytes,
+        /// Returned memory that the guest was seen to have taken back.
+        reused_bytes_total: Counter of Bytes,
+        /// Granules that calls have taken back.
+        reuse_calls_total: Counter,
+        /// The part of these calls that waited, because the granule was being discarded.
+        reuse_waits_total: Counter,
+        /// Times that the table was counted.
+        scans_total: Counter,
+        /// Time that this count took.
+        scan_us: Gauge of Microseconds,
+    }
 }
 
 /// One arena of a machine.
@@ -158,8 +150,8 @@ impl Arena {
         }
         for index in self.granules(range) {
             let waited = self.table.reuse(index);
-            add(&self.counters.reuse_calls, 1);
-            add(&self.counters.reuse_waits, u64::from(waited));
+            self.counters.reuse_calls_total.increment();
+            self.counters.reuse_waits_total.add(u64::from(waited));
         }
     }
 
@@ -191,24 +183,19 @@ impl Arena {
         self.stats().lazy_bytes
     }
 
-    /// Counts, and tells.
+    /// Counts the table and returns all metrics.
     pub fn stats(&self) -> ArenaStats {
         let start = Instant::now();
         let count = self.table.count();
-        let last_scan = start.elapsed();
+        let scan_us = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
         let granule = self.place.layout.granule();
-        add(&self.counters.scans, 1);
-        add(&self.counters.reused, count.reused * granule);
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        self.counters.scans_total.increment();
+        self.counters.reused_bytes_total.add(count.reused * granule);
         ArenaStats {
             lazy_bytes: count.lazy * granule,
             discarded_bytes: count.discarded * granule,
-            reclaimed_bytes_total: read(&self.counters.reclaimed),
-            reused_bytes_total: read(&self.counters.reused),
-            reuse_calls_total: read(&self.counters.reuse_calls),
-            reuse_waits_total: read(&self.counters.reuse_waits),
-            scans_total: read(&self.counters.scans),
-            last_scan,
+            scan_us,
+            ..self.counters.snapshot()
         }
     }
 }
@@ -232,16 +219,10 @@ impl Granules<'_> {
         let gone = |(range, &bytes): (&GpaRange, &u64)| bytes == range.len();
         let gone: Vec<bool> = self.ranges.iter().zip(bytes).map(gone).collect();
         let whole = self.ranges.iter().zip(&gone).filter(|(_, gone)| **gone);
-        add(
-            &self.arena.counters.reclaimed,
-            whole.map(|(range, _)| range.len()).sum(),
-        );
+        let bytes = whole.map(|(range, _)| range.len()).sum();
+        self.arena.counters.reclaimed_bytes_total.add(bytes);
         self.taken.finish(&gone);
     }
-}
-
-fn add(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
 }
 
 #[cfg(test)]

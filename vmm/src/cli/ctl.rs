@@ -6,9 +6,14 @@ use std::time::Duration;
 
 use ebb_vmm::api::{self, ClientError};
 use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
+use ebb_vmm::control::{
+    ArenaState, BalloonState, InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingMode,
+    ReportingState, TeardownState,
+};
 use ebb_vmm::exit;
 use ebb_vmm::guardian::lock;
 use hyper::Method;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 /// Time limit for requests that only read or change a setting.
@@ -104,7 +109,7 @@ pub fn main(args: Args) -> u8 {
 fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
     let info = get(socket, "/")?;
     let balloon = if_present(get(socket, "/balloon"))?;
-    let lazy = if_present(get(socket, "/lazy-memory"))?;
+    let lazy = get(socket, "/lazy-memory")?;
     let arenas = get(socket, "/arenas")?;
     if json {
         let all = json!({
@@ -112,14 +117,16 @@ fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
         });
         return Ok(format!("{all:#}"));
     }
+    let balloon: Option<BalloonState> = parse(balloon)?;
+    let lazy: LazyMemoryState = parse(lazy)?;
+    let balloon = balloon.as_ref().map(describe_balloon);
     let mut lines = vec![
-        format!("machine      {}", describe_machine(&info)),
-        format!("balloon      {}", describe_balloon(&balloon)),
+        format!("machine      {}", describe_machine(&parse(info)?)),
+        format!("balloon      {}", balloon.as_deref().unwrap_or("none")),
         format!("lazy memory  {}", describe_lazy(&lazy)),
     ];
-    lines.extend(describe_reporting(&lazy).map(|text| format!("reporting    {text}")));
-    let arenas = arenas.as_array().into_iter().flatten();
-    lines.extend(arenas.map(describe_arena));
+    lines.extend(describe_reporting(&lazy.reporting).map(|text| format!("reporting    {text}")));
+    lines.extend(parse::<Vec<_>>(arenas)?.iter().map(describe_arena));
     Ok(lines.join("\n"))
 }
 
@@ -132,9 +139,10 @@ fn balloon(socket: &Path, size: u64) -> Result<String, ClientError> {
 fn reclaim(socket: &Path, size: u64) -> Result<String, ClientError> {
     let body = json!({ "amount_bytes": size });
     let path = "/lazy-memory/reclaim";
-    let outcome = api::request(socket, Method::PUT, path, Some(&body), RECLAIM_TIMEOUT)?;
-    let time = Duration::from_micros(number(&outcome, "duration_us"));
-    let bytes = human(number(&outcome, "reclaimed_bytes"));
+    let answer = api::request(socket, Method::PUT, path, Some(&body), RECLAIM_TIMEOUT)?;
+    let outcome: ReclaimOutcome = parse(answer)?;
+    let time = Duration::from_micros(outcome.duration_us);
+    let bytes = human(outcome.reclaimed_bytes);
     Ok(format!("{bytes} returned to the host in {time:?}"))
 }
 
@@ -145,16 +153,16 @@ fn stop(socket: &Path) -> Result<String, ClientError> {
 }
 
 fn teardown(socket: &Path) -> Result<String, ClientError> {
-    let state = get(socket, "/teardown")?;
-    let behind = if state["guardian"] == true {
+    let state: TeardownState = parse(get(socket, "/teardown")?)?;
+    let behind = if state.guardian {
         "behind the monitor's end"
     } else {
         "before the monitor ends"
     };
     Ok(format!(
         "{} workers in batches of {}, {behind}",
-        number(&state, "workers"),
-        human(number(&state, "batch_bytes")),
+        state.workers,
+        human(state.batch_bytes),
     ))
 }
 
@@ -228,16 +236,16 @@ fn if_present(answer: Result<Value, ClientError>) -> Result<Value, ClientError> 
     }
 }
 
-fn number(value: &Value, key: &str) -> u64 {
-    value[key].as_u64().unwrap_or_default()
+/// Reads an answer of the API.
+fn parse<T: DeserializeOwned>(answer: Value) -> Result<T, ClientError> {
+    serde_json::from_value(answer).map_err(|error| ClientError::Broken {
+        what: "the answer is not understood",
+        cause: error.to_string(),
+    })
 }
 
-fn text<'a>(value: &'a Value, key: &str) -> &'a str {
-    value[key].as_str().unwrap_or("?")
-}
-
-fn describe_machine(info: &Value) -> String {
-    let seconds = number(info, "uptime_ms") / 1000;
+fn describe_machine(info: &InstanceInfo) -> String {
+    let seconds = info.uptime_ms / 1000;
     let (minutes, seconds) = (seconds / 60, seconds % 60);
     let uptime = match (minutes / 60, minutes % 60) {
         (0, 0) => format!("{seconds} s"),
@@ -246,64 +254,62 @@ fn describe_machine(info: &Value) -> String {
     };
     format!(
         "{}, {} for {uptime}, process {}, {} {}",
-        text(info, "id"),
-        text(info, "state").to_lowercase(),
-        number(info, "pid"),
-        text(info, "app_name"),
-        text(info, "vmm_version"),
+        info.id,
+        info.state.to_lowercase(),
+        info.pid,
+        info.app_name,
+        info.vmm_version,
     )
 }
 
-fn describe_balloon(balloon: &Value) -> String {
-    if balloon.is_null() {
-        return "none".to_owned();
-    }
-    let mib = |key| human(number(balloon, key) << 20);
-    let frees = match balloon["lazy"].as_bool() {
-        Some(true) => "lazy",
-        _ => "not lazy: no driver yet, or one that does not tell before it reuses a page",
+fn describe_balloon(balloon: &BalloonState) -> String {
+    let frees = if balloon.lazy {
+        "lazy"
+    } else {
+        "not lazy: no driver yet, or one that does not tell before it reuses a page"
     };
-    let (actual, target) = (mib("actual_mib"), mib("amount_mib"));
+    let (actual, target) = (
+        human(balloon.actual_mib << 20),
+        human(balloon.amount_mib << 20),
+    );
     format!("{actual} of {target}, {frees}")
 }
 
-fn describe_lazy(lazy: &Value) -> String {
-    if lazy.is_null() {
-        return "none".to_owned();
-    }
-    let bytes = |key| human(number(lazy, key));
+fn describe_lazy(state: &LazyMemoryState) -> String {
+    let lazy = &state.lazy;
     format!(
         "{} free and still here, {} returned to the host; so far {} freed, {} reused, {} reclaimed",
-        bytes("lazy_bytes"),
-        bytes("discarded_bytes"),
-        bytes("freed_bytes_total"),
-        bytes("reused_bytes_total"),
-        bytes("reclaimed_bytes_total"),
+        human(lazy.lazy_bytes),
+        human(lazy.discarded_bytes),
+        human(lazy.freed_bytes_total),
+        human(lazy.reused_bytes_total),
+        human(lazy.reclaimed_bytes_total),
     )
 }
 
-fn describe_arena(arena: &Value) -> String {
-    let bytes = |key| human(number(arena, key));
+fn describe_arena(arena: &ArenaState) -> String {
     format!(
         "arena        {}, {}: {} free and still here, {} returned to the host; so far {} reclaimed",
-        text(arena, "id"),
-        bytes("size_bytes"),
-        bytes("lazy_bytes"),
-        bytes("discarded_bytes"),
-        bytes("reclaimed_bytes_total"),
+        arena.id,
+        human(arena.size_bytes),
+        human(arena.stats.lazy_bytes),
+        human(arena.stats.discarded_bytes),
+        human(arena.stats.reclaimed_bytes_total),
     )
 }
 
 /// Free pages that the guest has reported, and what was done with them; `None` where reporting is off.
-fn describe_reporting(lazy: &Value) -> Option<String> {
-    let reporting = &lazy["reporting"];
-    let mode = reporting["mode"].as_str().filter(|mode| *mode != "off")?;
-    let bytes = |key| human(number(reporting, key));
+fn describe_reporting(state: &ReportingState) -> Option<String> {
+    let mode = match state.mode {
+        ReportingMode::Off => return None,
+        ReportingMode::Eager => "eager",
+        ReportingMode::Lazy => "lazy",
+    };
     Some(format!(
         "{mode}; so far {} reported, {} of it returned to the host, {} there for it to take",
-        bytes("bytes_total"),
-        bytes("discarded_bytes_total"),
-        bytes("marked_bytes_total"),
+        human(state.found.bytes_total),
+        human(state.taken.discarded_bytes_total),
+        human(state.taken.marked_bytes_total),
     ))
 }
 
@@ -351,24 +357,33 @@ mod tests {
 
     #[test]
     fn a_status_in_words() {
-        let info = json!({
-            "id": "m", "state": "Running", "pid": 7, "app_name": "Ebb", "vmm_version": "1",
-            "uptime_ms": 61_000,
-        });
+        let info = InstanceInfo {
+            id: "m".to_owned(),
+            state: "Running".to_owned(),
+            vmm_version: "1".to_owned(),
+            app_name: "Ebb".to_owned(),
+            pid: 7,
+            uptime_ms: 61_000,
+        };
         assert_eq!(
             describe_machine(&info),
             "m, running for 1 min 1 s, process 7, Ebb 1"
         );
-        let balloon = json!({ "amount_mib": 512, "actual_mib": 100, "lazy": true });
+        let balloon = json!({
+            "amount_mib": 512, "actual_mib": 100, "lazy": true, "deflate_on_oom": false,
+            "stats_polling_interval_s": 0, "free_page_reporting": false,
+        });
+        let balloon = parse(balloon).unwrap();
         assert_eq!(describe_balloon(&balloon), "100 MiB of 512 MiB, lazy");
-        assert_eq!(describe_balloon(&Value::Null), "none");
-        let lazy = json!({ "lazy_bytes": 4096 });
-        assert!(describe_lazy(&lazy).starts_with("4 KiB free and still here, 0 B returned"));
-        assert_eq!(describe_reporting(&lazy), None);
-        let reporting =
-            json!({ "mode": "eager", "bytes_total": 8192, "discarded_bytes_total": 4096 });
+        let mut state = LazyMemoryState::default();
+        state.lazy.lazy_bytes = 4096;
+        assert!(describe_lazy(&state).starts_with("4 KiB free and still here, 0 B returned"));
+        assert_eq!(describe_reporting(&state.reporting), None);
+        state.reporting.mode = ReportingMode::Eager;
+        state.reporting.found.bytes_total = 8192;
+        state.reporting.taken.discarded_bytes_total = 4096;
         assert_eq!(
-            describe_reporting(&json!({ "reporting": reporting })).unwrap(),
+            describe_reporting(&state.reporting).unwrap(),
             "eager; so far 8 KiB reported, 4 KiB of it returned to the host, 0 B there for it to take"
         );
     }

@@ -14,7 +14,7 @@ use super::blocks::{
     read_arena_index, read_batch, read_query, write_arena, write_done, write_query,
 };
 use super::decode::{Arguments, Request, decode, range};
-use super::stats::{Counters, HypercallStats, add};
+use super::stats::{Counters, HypercallStats};
 use crate::faults::GuestFaults;
 use crate::guest_memory::LazyOps;
 
@@ -74,11 +74,11 @@ impl Hypercalls {
     #[must_use]
     pub fn call(&self, arguments: Arguments) -> i64 {
         let result = decode(arguments).and_then(|request| {
-            self.counters.count(request.operation());
+            self.counters.calls(request.operation()).increment();
             self.execute(request)
         });
         if let Err(error) = result {
-            add(&self.counters.failed, 1);
+            self.counters.failed_total.increment();
             self.faults
                 .report(format_args!("{arguments:x?} is answered with {error:?}"));
         }
@@ -157,9 +157,9 @@ impl Hypercalls {
             };
             room -= bytes;
             if self.ops.prefault(part) {
-                add(&self.counters.prefaulted_bytes, bytes);
+                self.counters.prefaulted_bytes_total.add(bytes);
             } else {
-                add(&self.counters.prefault_failures, 1);
+                self.counters.prefault_failures_total.increment();
             }
         }
     }

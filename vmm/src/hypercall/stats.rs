@@ -1,57 +1,48 @@
 //! Counters of calls.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
+use ebb_core::metrics::Counter;
 use ebb_hypercall_abi::Operation;
 
-const OPERATIONS: usize = Operation::ALL.len();
-
-/// Counters since the machine started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct HypercallStats {
-    /// Calls that made sense, failed ones included, by number of the operation minus one.
-    pub calls: [u64; OPERATIONS],
-    /// Calls that failed, whether they made sense or not.
-    pub failed: u64,
-    /// Bytes populated for the guest.
-    pub prefaulted_bytes: u64,
-    /// Ranges that could not be populated.
-    pub prefault_failures: u64,
-}
-
-impl HypercallStats {
-    /// Calls of one operation.
-    #[must_use]
-    pub const fn calls(&self, operation: Operation) -> u64 {
-        self.calls[operation as usize - 1]
+ebb_core::metrics! {
+    /// The guest's calls since the machine started, by operation. Calls that failed are included.
+    pub struct HypercallStats from pub(super) struct Counters {
+        /// Calls of `LAZY_FREE`.
+        lazy_free_total: Counter,
+        /// Calls of `REUSE`.
+        reuse_total: Counter,
+        /// Calls of `LAZY_FREE_BATCH`.
+        lazy_free_batch_total: Counter,
+        /// Calls of `REUSE_BATCH`.
+        reuse_batch_total: Counter,
+        /// Calls of `QUERY`.
+        query_total: Counter,
+        /// Calls of `RESET`.
+        reset_total: Counter,
+        /// Calls of `FEATURES`.
+        features_total: Counter,
+        /// Calls of `ARENA_INFO`.
+        arena_info_total: Counter,
+        /// Calls that failed, those of unknown operations included.
+        failed_total: Counter,
+        /// Memory populated because a reuse asked for it.
+        prefaulted_bytes_total: Counter of Bytes,
+        /// Ranges that could not be populated.
+        prefault_failures_total: Counter,
     }
-}
-
-/// The same, as the vCPU threads share them.
-#[derive(Debug, Default)]
-pub(super) struct Counters {
-    calls: [AtomicU64; OPERATIONS],
-    pub failed: AtomicU64,
-    pub prefaulted_bytes: AtomicU64,
-    pub prefault_failures: AtomicU64,
 }
 
 impl Counters {
-    pub fn count(&self, operation: Operation) {
-        add(&self.calls[operation as usize - 1], 1);
-    }
-
-    pub fn snapshot(&self) -> HypercallStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        HypercallStats {
-            calls: std::array::from_fn(|index| read(&self.calls[index])),
-            failed: read(&self.failed),
-            prefaulted_bytes: read(&self.prefaulted_bytes),
-            prefault_failures: read(&self.prefault_failures),
+    /// The counter of an operation.
+    pub const fn calls(&self, operation: Operation) -> &Counter {
+        match operation {
+            Operation::LazyFree => &self.lazy_free_total,
+            Operation::Reuse => &self.reuse_total,
+            Operation::LazyFreeBatch => &self.lazy_free_batch_total,
+            Operation::ReuseBatch => &self.reuse_batch_total,
+            Operation::Query => &self.query_total,
+            Operation::Reset => &self.reset_total,
+            Operation::Features => &self.features_total,
+            Operation::ArenaInfo => &self.arena_info_total,
         }
     }
-}
-
-pub(super) fn add(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
 }

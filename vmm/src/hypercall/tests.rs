@@ -206,7 +206,7 @@ fn free_and_reuse_and_the_last_range() {
     assert_eq!(reuse(0, 1), Ok(Success::LastRange), "never freed");
     let stats = bench.calls.stats();
     assert_eq!(
-        (stats.calls(Operation::LazyFree), stats.failed),
+        (stats.lazy_free_total, stats.failed_total),
         (2, 0),
         "{stats:?}"
     );
@@ -329,7 +329,7 @@ fn hostile_ranges_change_nothing() {
     }
     assert!(bench.lazy().is_empty());
     let stats = bench.calls.stats();
-    assert_eq!(stats.failed, 12 * 5);
+    assert_eq!(stats.failed_total, 12 * 5);
 }
 
 #[test]
@@ -444,7 +444,7 @@ fn prefault_is_bounded_and_its_failure_is_none_of_the_calls() {
     );
     let stats = bench.calls.stats();
     assert_eq!(
-        (stats.prefaulted_bytes, stats.prefault_failures),
+        (stats.prefaulted_bytes_total, stats.prefault_failures_total),
         (8192 * PAGE, 1)
     );
 }

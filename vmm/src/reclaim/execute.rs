@@ -1,10 +1,10 @@
 //! Discards lazily freed memory, or leaves it to the host.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ebb_core::generation::{Gate, GateStats};
+use ebb_core::generation::Gate;
 use ebb_core::lazy::{LazyMemory, Pieces, Sweep};
 use ebb_core::offer::OfferSlot;
 use ebb_core::range::{BLOCK_SIZE, GpaRange};
@@ -66,48 +66,36 @@ pub struct Outcome {
     pub duration: Duration,
 }
 
-/// Counters since the machine started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ReclaimStats {
-    /// System calls made to discard lazy or unmapped memory.
-    pub discard_calls_total: u64,
-    /// Discards that failed, eager ones included.
-    pub discard_failures_total: u64,
-    /// System calls made to invalidate lazy memory.
-    pub invalidate_calls_total: u64,
-    /// Invalidations that failed.
-    pub invalidate_failures_total: u64,
-    /// System calls of eager discards.
-    pub eager_calls_total: u64,
-    /// Bytes discarded at once, see [`Reclaimer::discard_now`].
-    pub eager_bytes_total: u64,
-    /// Slices that were run with the vCPUs out.
-    pub held_slices_total: u64,
-    /// Of these, slices that vCPU threads have run on their way in.
-    pub passing_slices_total: u64,
-    /// Slices that were run with the gate open.
-    pub open_slices_total: u64,
-    /// Ranges treated in slices.
-    pub slice_ranges_total: u64,
-    /// Reclaims that memory pressure started.
-    pub pressure_events_total: u64,
-    /// The entry gate.
-    pub gate: GateStats,
-}
-
-#[derive(Default)]
-struct Counters {
-    discard_calls: AtomicU64,
-    discard_failures: AtomicU64,
-    invalidate_calls: AtomicU64,
-    invalidate_failures: AtomicU64,
-    eager_calls: AtomicU64,
-    eager_bytes: AtomicU64,
-    held_slices: AtomicU64,
-    passing_slices: AtomicU64,
-    open_slices: AtomicU64,
-    slice_ranges: AtomicU64,
-    pressure_events: AtomicU64,
+ebb_core::metrics! {
+    /// What reclaim has done since the machine started.
+    pub struct ReclaimStats from struct Counters {
+        /// The latest generation that every vCPU in the guest has seen. What was unmapped until then can be discarded
+        /// without an interrupt.
+        quiescent_generation: Gauge,
+        /// System calls that discard lazy or unmapped memory.
+        discard_calls_total: Counter,
+        /// Discards that failed, eager ones included.
+        discard_failures_total: Counter,
+        /// System calls that invalidate lazy memory.
+        invalidate_calls_total: Counter,
+        /// Invalidations that failed.
+        invalidate_failures_total: Counter,
+        /// System calls that discard memory eagerly: before the free is acknowledged, for a driver without
+        /// `MUST_TELL_HOST`.
+        eager_calls_total: Counter,
+        /// Memory discarded eagerly.
+        eager_bytes_total: Counter of Bytes,
+        /// Slices run with every vCPU out of the guest.
+        held_slices_total: Counter,
+        /// The part of these slices that vCPU threads have run before they entered the guest.
+        passing_slices_total: Counter,
+        /// Slices run with vCPUs in the guest, because they were not out within the pause budget.
+        open_slices_total: Counter,
+        /// Ranges released in slices.
+        slice_ranges_total: Counter,
+        /// Reclaims started by memory pressure on the host.
+        pressure_events_total: Counter,
+    }
 }
 
 /// What one reclaim leaves to the next.
@@ -222,8 +210,8 @@ impl Reclaimer {
             job.slices(Sweep::new(Pieces::Any, newest));
         }
         let mut outcome = job.outcome;
-        add(&self.counters.discard_calls, outcome.calls);
-        add(&self.counters.discard_failures, outcome.failures);
+        self.counters.discard_calls_total.add(outcome.calls);
+        self.counters.discard_failures_total.add(outcome.failures);
         outcome.duration = start.elapsed();
         outcome
     }
@@ -243,8 +231,10 @@ impl Reclaimer {
             job.slices(Sweep::new(Pieces::Fragments, newest));
         }
         let mut outcome = job.outcome;
-        add(&self.counters.invalidate_calls, outcome.calls);
-        add(&self.counters.invalidate_failures, outcome.failures);
+        self.counters.invalidate_calls_total.add(outcome.calls);
+        self.counters
+            .invalidate_failures_total
+            .add(outcome.failures);
         outcome.duration = start.elapsed();
         outcome
     }
@@ -260,9 +250,9 @@ impl Reclaimer {
             failures: released.failures,
             duration: start.elapsed(),
         };
-        add(&self.counters.eager_bytes, outcome.bytes);
-        add(&self.counters.eager_calls, outcome.calls);
-        add(&self.counters.discard_failures, outcome.failures);
+        self.counters.eager_bytes_total.add(outcome.bytes);
+        self.counters.eager_calls_total.add(outcome.calls);
+        self.counters.discard_failures_total.add(outcome.failures);
         outcome
     }
 
@@ -303,27 +293,15 @@ impl Reclaimer {
 
     /// Counts a reclaim that pressure has started.
     pub(super) fn count_pressure_event(&self) {
-        add(&self.counters.pressure_events, 1);
+        self.counters.pressure_events_total.increment();
     }
 
-    /// The counters; each is right, together they may be of slightly different moments.
+    /// The counters. Each is exact; they are not read at the same moment.
     #[must_use]
     pub fn snapshot(&self) -> ReclaimStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.counters;
         ReclaimStats {
-            discard_calls_total: read(&counters.discard_calls),
-            discard_failures_total: read(&counters.discard_failures),
-            invalidate_calls_total: read(&counters.invalidate_calls),
-            invalidate_failures_total: read(&counters.invalidate_failures),
-            eager_calls_total: read(&counters.eager_calls),
-            eager_bytes_total: read(&counters.eager_bytes),
-            held_slices_total: read(&counters.held_slices),
-            passing_slices_total: read(&counters.passing_slices),
-            open_slices_total: read(&counters.open_slices),
-            slice_ranges_total: read(&counters.slice_ranges),
-            pressure_events_total: read(&counters.pressure_events),
-            gate: self.gate.stats(),
+            quiescent_generation: self.gate.quiescent_generation(),
+            ..self.counters.snapshot()
         }
     }
 
@@ -477,12 +455,12 @@ impl Job<'_> {
                 slicer.open(&mut request)
             };
             let kind = if misses < MAX_MISSES {
-                &reclaimer.counters.held_slices
+                &reclaimer.counters.held_slices_total
             } else {
-                &reclaimer.counters.open_slices
+                &reclaimer.counters.open_slices_total
             };
-            add(kind, u64::from(slice.calls > 0));
-            add(&reclaimer.counters.slice_ranges, slice.ranges);
+            kind.add(u64::from(slice.calls > 0));
+            reclaimer.counters.slice_ranges_total.add(slice.ranges);
             self.outcome.bytes += slice.bytes;
             self.outcome.calls += slice.calls;
             self.outcome.failures += slice.failures;
@@ -524,13 +502,9 @@ impl Job<'_> {
             return None;
         };
         *of = 1;
-        add(&reclaimer.counters.passing_slices, 1);
+        reclaimer.counters.passing_slices_total.increment();
         Some(slice)
     }
-}
-
-fn add(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
 }
 
 #[cfg(test)]
@@ -675,7 +649,10 @@ mod tests {
             (130, 0)
         );
         assert!(stats.held_slices_total >= 2 + 2 + 4, "{stats:?}");
-        assert_eq!(stats.gate.closings, stats.held_slices_total);
+        assert_eq!(
+            reclaimer.gate.stats().closings_total,
+            stats.held_slices_total
+        );
         assert_eq!(pages.0.lock().unwrap()[30].1, Release::Discard);
     }
 
@@ -695,7 +672,7 @@ mod tests {
         assert_eq!(outcome.bytes, 8 * PAGE_SIZE);
         let stats = reclaimer.snapshot();
         assert_eq!((stats.held_slices_total, stats.open_slices_total), (0, 1));
-        assert_eq!(stats.gate.missed, u64::from(MAX_MISSES));
+        assert_eq!(reclaimer.gate.stats().missed_total, u64::from(MAX_MISSES));
         let discard = |reach| reclaimer.discard(order(u64::MAX, reach)).bytes;
         assert_eq!(discard(Reach::Blocks), 0, "it may still have translations");
         drop(inside);

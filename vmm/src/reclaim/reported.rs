@@ -1,7 +1,6 @@
 //! Releases the free pages that the guest reports, to which it may write as soon as the report is acknowledged.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebb_core::lazy::LazyMemory;
 use ebb_core::range::GpaRange;
@@ -9,25 +8,19 @@ use ebb_core::release::{Release, ReleasePages};
 
 use crate::memory::GuestRam;
 
-/// Counters since the machine started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ReportedStats {
-    /// Releases: one for each range, after ranges of all messages in the queue were merged.
-    pub calls_total: u64,
-    /// Releases that failed. Those pages stay as they are, which is legal.
-    pub failures_total: u64,
-    /// Bytes discarded.
-    pub discarded_bytes_total: u64,
-    /// Bytes marked free. Only the kernel knows how many of these it took, and to how many the guest wrote first.
-    pub marked_bytes_total: u64,
-}
-
-#[derive(Default)]
-struct Counters {
-    calls: AtomicU64,
-    failures: AtomicU64,
-    discarded: AtomicU64,
-    marked: AtomicU64,
+ebb_core::metrics! {
+    /// What was done with memory that the guest has reported free, since the machine started.
+    pub struct ReportedStats from struct Counters {
+        /// Releases: one for each range, after the ranges of all messages in the queue were merged.
+        calls_total: Counter,
+        /// Releases that failed. Those pages stay as they are, which is legal.
+        failures_total: Counter,
+        /// Memory discarded before the report was acknowledged.
+        discarded_bytes_total: Counter of Bytes,
+        /// Memory marked free: the host may take it, unless the guest writes to it first. Only the kernel knows how much
+        /// it took.
+        marked_bytes_total: Counter of Bytes,
+    }
 }
 
 /// Releases reported memory. No message tells when the guest uses it again, so it is never tracked: after
@@ -72,15 +65,15 @@ impl ReportedMemory {
     }
 
     fn take_range(&self, range: GpaRange) {
-        add(&self.counters.calls, 1);
+        self.counters.calls_total.increment();
         let released = match self.how {
-            Release::MarkFree => &self.counters.marked,
-            Release::Discard => &self.counters.discarded,
+            Release::MarkFree => &self.counters.marked_bytes_total,
+            Release::Discard => &self.counters.discarded_bytes_total,
         };
         match self.ram.release_range(range, self.how) {
-            Ok(bytes) => add(released, bytes),
+            Ok(bytes) => released.add(bytes),
             Err(error) => {
-                add(&self.counters.failures, 1);
+                self.counters.failures_total.increment();
                 tracing::debug!(%error, "a reported range is not released");
             }
         }
@@ -89,18 +82,8 @@ impl ReportedMemory {
     /// The counters. Each is exact; they are not read at the same moment.
     #[must_use]
     pub fn snapshot(&self) -> ReportedStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        ReportedStats {
-            calls_total: read(&self.counters.calls),
-            failures_total: read(&self.counters.failures),
-            discarded_bytes_total: read(&self.counters.discarded),
-            marked_bytes_total: read(&self.counters.marked),
-        }
+        self.counters.snapshot()
     }
-}
-
-fn add(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 
 mod thread;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::faults::GuestFaults;
@@ -30,25 +30,18 @@ const CHUNK: u64 = 8 << 20;
 /// Caught accesses that a vCPU is told of at its next exit. More than one are made only by instructions that KVM emulates.
 const MAX_CAUGHT: usize = 16;
 
-/// Counters since the machine started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StrictStats {
-    /// Missing pages that were made, whoever wanted them.
-    pub faults_total: u64,
-    /// Of these, lazily free ones that a vCPU touched.
-    pub vcpu_violations_total: u64,
-    /// Of these, lazily free ones that a thread of the monitor touched for the guest.
-    pub device_violations_total: u64,
-    /// Chunks of lazily freed memory that the host would not take: accesses to them are not caught.
-    pub discard_failures_total: u64,
-}
-
-#[derive(Default)]
-struct Counters {
-    faults: AtomicU64,
-    vcpu_violations: AtomicU64,
-    device_violations: AtomicU64,
-    discard_failures: AtomicU64,
+ebb_core::metrics! {
+    /// What strict mode has caught since the machine started. A page is caught once, until it is freed again.
+    pub struct StrictStats from struct Counters {
+        /// Missing pages that were made, for any reason.
+        faults_total: Counter,
+        /// Lazily free pages that a vCPU touched.
+        vcpu_violations_total: Counter,
+        /// Lazily free pages that a thread of the monitor touched for the guest.
+        device_violations_total: Counter,
+        /// Chunks of lazily free memory that the host would not take. Accesses to them are not caught.
+        discard_failures_total: Counter,
+    }
 }
 
 /// An access to lazily free memory.
@@ -124,7 +117,7 @@ impl Strict {
                 match self.ram.release_range(chunk.range(), Release::Discard) {
                     Ok(_) => chunk.discarded(),
                     Err(error) => {
-                        add(&self.counters.discard_failures);
+                        self.counters.discard_failures_total.increment();
                         tracing::debug!(%error, "accesses to this are not caught");
                     }
                 }
@@ -162,18 +155,12 @@ impl Strict {
     /// The counters.
     #[must_use]
     pub fn snapshot(&self) -> StrictStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        StrictStats {
-            faults_total: read(&self.counters.faults),
-            vcpu_violations_total: read(&self.counters.vcpu_violations),
-            device_violations_total: read(&self.counters.device_violations),
-            discard_failures_total: read(&self.counters.discard_failures),
-        }
+        self.counters.snapshot()
     }
 
     /// Judges an access before its page is made: counts and reports it if the page is lazily free.
     fn judge(&self, missing: &MissingPage) {
-        add(&self.counters.faults);
+        self.counters.faults_total.increment();
         if self.lazy.survey(missing.page).totals.ranges == 0 {
             return;
         }
@@ -185,11 +172,11 @@ impl Strict {
         let inside = |index: &usize| self.vcpus[*index].in_guest.load(Ordering::Acquire);
         match vcpu.filter(inside) {
             Some(index) => {
-                add(&self.counters.vcpu_violations);
+                self.counters.vcpu_violations_total.increment();
                 self.catch(index, access);
             }
             None => {
-                add(&self.counters.device_violations);
+                self.counters.device_violations_total.increment();
                 self.report_thread(missing.thread, access);
             }
         }
@@ -225,8 +212,4 @@ impl Drop for InGuest<'_> {
     fn drop(&mut self) {
         self.0.in_guest.store(false, Ordering::Release);
     }
-}
-
-fn add(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }

@@ -189,7 +189,7 @@ fn step(rig: &Rig, action: impl FnOnce() -> Outcome) -> Result<Step> {
 
 impl Step {
     fn kicks(&self) -> f64 {
-        (self.after.kicks - self.before.kicks) as f64 / self.ranges
+        (self.after.kicks_total - self.before.kicks_total) as f64 / self.ranges
     }
 
     /// Flushes of KVM that interrupted somebody, function calls and our kicks.
@@ -209,7 +209,7 @@ impl Step {
         let pauses = |stats: &GateStats| stats.pauses.iter().sum::<u64>();
         let count = pauses(&self.after) - pauses(&self.before);
         if count > 0 {
-            let total = (self.after.pause_us - self.before.pause_us) as f64 / 1e3;
+            let total = (self.after.pause_us_total - self.before.pause_us_total) as f64 / 1e3;
             samples.add(case, PAUSE, total / count as f64);
         }
     }

@@ -80,14 +80,14 @@ fn reclaiming(rig: &Rig, pause: Duration, samples: &mut Samples) -> Result<f64> 
         newest: u64::MAX,
         urgent: false,
     };
-    let before = rig.gate.stats().pause_us;
+    let before = rig.gate.stats().pause_us_total;
     let (rate, taken) = thread::scope(|scope| {
         let reclaim = scope.spawn(|| reclaimer.discard(order).bytes);
         let rate = work(rig);
         reclaimer.stop();
         (rate, reclaim.join())
     });
-    let held = rig.gate.stats().pause_us - before;
+    let held = rig.gate.stats().pause_us_total - before;
     let taken = taken.map_err(|_| Error::new("the reclaim has panicked"))?;
     let left = rig.lazy.snapshot().lazy_bytes;
     if taken == 0 || left == 0 {

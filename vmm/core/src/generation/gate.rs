@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use super::{PAUSE_BUCKETS, Pauses, VcpuWords, VmGeneration, count};
+use super::{VcpuWords, VmGeneration};
 use crate::fault::fault_point;
+use crate::metrics::Source;
 use crate::sync::{
     AtomicU32, Condvar, Deadline, Mutex, MutexGuard, Ordering, fence, lock, spin_until, try_lock,
     wait, wait_until,
@@ -38,34 +39,25 @@ impl Kick for NoKick {
     fn kick(&self, _: usize) {}
 }
 
-/// Counters of a gate since the machine started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct GateStats {
-    /// vCPUs that were interrupted to bring them out.
-    pub kicks: u64,
-    /// Times that the gate was closed.
-    pub closings: u64,
-    /// Closings that were given up because a vCPU was not out in time.
-    pub missed: u64,
-    /// Entries that had to wait at the gate.
-    pub waits: u64,
-    /// Pauses by length, see [`Pauses`].
-    pub pauses: [u64; PAUSE_BUCKETS],
-    /// All pauses together, in microseconds.
-    pub pause_us: u64,
-    /// The longest pause, in microseconds.
-    pub longest_pause_us: u64,
-}
-
-#[derive(Default)]
-struct Counters {
-    kicks: AtomicU64,
-    closings: AtomicU64,
-    missed: AtomicU64,
-    waits: AtomicU64,
-    /// vCPU threads that wait at the gate, or are about to. Nothing but a closer's patience depends on it.
-    asleep: AtomicU64,
-    pauses: Pauses,
+crate::metrics! {
+    /// What a gate has cost the vCPUs since the machine started.
+    pub struct GateStats from struct Counters {
+        /// vCPUs that were interrupted to bring them out of the guest.
+        kicks_total: Counter,
+        /// Times that the gate was closed.
+        closings_total: Counter,
+        /// Closings that were given up because a vCPU was not out in time.
+        missed_total: Counter,
+        /// Entries that had to wait at the gate.
+        waits_total: Counter,
+        /// Pauses by length: bucket `i` counts those shorter than 2^i microseconds and not shorter than half of that;
+        /// the last one also counts everything longer.
+        pauses: Histogram of Microseconds,
+        /// All pauses together.
+        pause_us_total: Counter of Microseconds,
+        /// The longest pause.
+        longest_pause_us: Peak of Microseconds,
+    }
 }
 
 /// The gate between the vCPU threads and the guest.
@@ -94,6 +86,9 @@ pub struct Gate {
     /// A closer waits here for vCPUs to come out.
     left: Condvar,
     kick: Box<dyn Kick>,
+    /// vCPU threads that wait at the gate, or are about to. It only limits how long a closer spins, so it is not one
+    /// of the models' atomics.
+    asleep: AtomicU64,
     counters: Counters,
 }
 
@@ -110,6 +105,7 @@ impl Gate {
             opened: Condvar::new(),
             left: Condvar::new(),
             kick,
+            asleep: AtomicU64::new(0),
             counters: Counters::default(),
         }
     }
@@ -146,7 +142,7 @@ impl Gate {
     /// Waits for the gate to open; false: it never will.
     #[cold]
     fn wait_outside(&self) -> bool {
-        count(&self.counters.waits, 1);
+        self.counters.waits_total.increment();
         let mut sleepers = lock(&self.sleepers);
         // A closer may be waiting for the word that was "in" for a moment.
         self.notify_left();
@@ -158,10 +154,9 @@ impl Gate {
             if state & CLOSED == 0 {
                 return true;
             }
-            count(&self.counters.asleep, 1);
+            self.asleep.fetch_add(1, Ordering::Relaxed);
             sleepers = wait(&self.opened, sleepers);
-            let asleep = &self.counters.asleep;
-            asleep.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
+            self.asleep.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -203,7 +198,7 @@ impl Gate {
             return None;
         }
         fence(Ordering::SeqCst);
-        count(&self.counters.closings, 1);
+        self.counters.closings_total.increment();
         let kicked = self.kick_behind(u64::MAX);
         let hold = Hold {
             gate: self,
@@ -218,13 +213,12 @@ impl Gate {
         });
         if self.wait_until_quiescent(u64::MAX, deadline) {
             // The kernel interrupts threads that still run for each page that is taken; not sleeping ones.
-            let asleep = &self.counters.asleep;
             spin_until(Deadline::after(budget / 8), || {
-                asleep.load(std::sync::atomic::Ordering::Relaxed) >= kicked
+                self.asleep.load(Ordering::Relaxed) >= kicked
             });
             return Some(hold);
         }
-        count(&self.counters.missed, 1);
+        self.counters.missed_total.increment();
         None
     }
 
@@ -251,7 +245,7 @@ impl Gate {
             self.open();
             return None;
         }
-        count(&self.counters.closings, 1);
+        self.counters.closings_total.increment();
         Some(Hold {
             gate: self,
             start,
@@ -304,24 +298,13 @@ impl Gate {
     /// Entries that had to wait so far.
     #[must_use]
     pub fn waits(&self) -> u64 {
-        self.counters
-            .waits
-            .load(std::sync::atomic::Ordering::Relaxed)
+        self.counters.waits_total.get()
     }
 
-    /// The counters; each is right, together they may be of slightly different moments.
+    /// The counters. Each is exact; they are not read at the same moment.
     #[must_use]
     pub fn stats(&self) -> GateStats {
-        let read = |counter: &AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
-        GateStats {
-            kicks: read(&self.counters.kicks),
-            closings: read(&self.counters.closings),
-            missed: read(&self.counters.missed),
-            waits: self.waits(),
-            pauses: self.counters.pauses.buckets(),
-            pause_us: self.counters.pauses.total_us(),
-            longest_pause_us: self.counters.pauses.longest_us(),
-        }
+        self.counters.snapshot()
     }
 
     fn kick_behind(&self, generation: u64) -> u64 {
@@ -330,7 +313,7 @@ impl Gate {
             self.kick.kick(index);
             kicked += 1;
         }
-        count(&self.counters.kicks, kicked);
+        self.counters.kicks_total.add(kicked);
         kicked
     }
 
@@ -408,7 +391,11 @@ impl Hold<'_> {
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
         self.gate.open();
-        self.gate.counters.pauses.record(self.start.elapsed());
+        let pause = u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let counters = &self.gate.counters;
+        counters.pauses.record(pause);
+        counters.pause_us_total.add(pause);
+        counters.longest_pause_us.record(pause);
     }
 }
 
@@ -477,7 +464,7 @@ mod tests {
             (0..2).for_each(|index| kicks[index].store(true, Ordering::SeqCst));
         });
         let stats = gate.stats();
-        assert_eq!((stats.closings, stats.missed), (200, 0));
+        assert_eq!((stats.closings_total, stats.missed_total), (200, 0));
         assert_eq!(stats.pauses.iter().sum::<u64>(), 200);
     }
 
@@ -494,7 +481,10 @@ mod tests {
         assert!(hold.expired());
         drop(hold);
         let stats = gate.stats();
-        assert_eq!((stats.kicks, stats.closings, stats.missed), (1, 2, 1));
+        assert_eq!(
+            (stats.kicks_total, stats.closings_total, stats.missed_total),
+            (1, 2, 1)
+        );
     }
 
     #[test]
@@ -503,7 +493,7 @@ mod tests {
         let hold = gate.hold(LONG).unwrap();
         thread::scope(|scope| {
             let vcpu = scope.spawn(|| gate.enter(0).is_none());
-            while gate.stats().waits == 0 {
+            while gate.stats().waits_total == 0 {
                 thread::yield_now();
             }
             gate.stop();
@@ -517,7 +507,7 @@ mod tests {
         let inside = gate.enter(0);
         thread::scope(|scope| {
             let closer = scope.spawn(|| gate.hold(LONG).is_none());
-            while gate.stats().kicks == 0 {
+            while gate.stats().kicks_total == 0 {
                 thread::yield_now();
             }
             gate.stop();
@@ -539,7 +529,7 @@ mod tests {
         assert!(gate.catch_up(generation, Duration::ZERO) && gate.quiescent(generation));
         assert_eq!(gate.quiescent_generation(), generation);
         drop(new);
-        assert_eq!(gate.stats().kicks, 1);
+        assert_eq!(gate.stats().kicks_total, 1);
     }
 
     #[test]

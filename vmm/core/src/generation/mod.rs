@@ -4,22 +4,18 @@
 //! The `tlb_gen` of "`MADV_LAZYFREE`" (Rik van Riel), moved from a process to a machine.
 
 mod gate;
-mod pauses;
 mod vcpus;
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use crate::sync;
+use crate::sync::{AtomicU64, Ordering};
 
 pub use gate::{Gate, GateStats, Hold, Inside, Kick, NoKick};
-pub use pauses::{PAUSE_BUCKETS, Pauses};
 pub use vcpus::VcpuWords;
 
 /// The machine's generation: a counter that every batch of lazy frees and every slice of invalidation
 /// advances. It starts at 0 and does not wrap in practice: a batch each nanosecond takes 584 years, and a
 /// vCPU's word has room for half of that.
 #[derive(Debug, Default)]
-pub struct VmGeneration(sync::AtomicU64);
+pub struct VmGeneration(AtomicU64);
 
 impl VmGeneration {
     /// Starts the next generation and returns it. What the caller has done before is visible to whoever
@@ -33,11 +29,6 @@ impl VmGeneration {
     pub fn current(&self) -> u64 {
         self.0.load(Ordering::Acquire)
     }
-}
-
-/// Adds to a counter that no decision depends on.
-fn count(counter: &AtomicU64, amount: u64) {
-    counter.fetch_add(amount, Ordering::Relaxed);
 }
 
 #[cfg(test)]

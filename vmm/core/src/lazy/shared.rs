@@ -21,55 +21,50 @@ pub struct ReuseOutcome {
     pub waited: bool,
 }
 
-/// Bytes by state, and counters since the machine started. At every moment
-/// `freed = lazy + unmapped + reclaiming + discarded + reused + given_up + forgotten`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LazyStats {
-    /// The machine's generation.
-    pub generation: u64,
-    /// Bytes that are lazily freed and still with the guest's pages.
-    pub lazy_bytes: u64,
-    /// Bytes that are lazily freed and that the host may take at any time.
-    pub unmapped_bytes: u64,
-    /// Bytes that are being invalidated or discarded.
-    pub reclaiming_bytes: u64,
-    /// Bytes that are lazily freed and whose pages are returned to the host.
-    pub discarded_bytes: u64,
-    /// Ranges that the tracker holds.
-    pub ranges: u64,
-    /// Bytes ever freed lazily.
-    pub freed_bytes_total: u64,
-    /// Bytes that went from lazy to unmapped.
-    pub unmapped_bytes_total: u64,
-    /// Bytes ever discarded by reclaim.
-    pub reclaimed_bytes_total: u64,
-    /// Bytes of chunks that went back to what they were, because the host would not take them.
-    pub kept_bytes_total: u64,
-    /// Bytes ever taken back by reuse or reset.
-    pub reused_bytes_total: u64,
-    /// Of these, bytes that had been unmapped.
-    pub reused_unmapped_bytes_total: u64,
-    /// Of these, bytes that had been discarded.
-    pub reused_discarded_bytes_total: u64,
-    /// Bytes whose free was refused because the tracker was full.
-    pub refused_bytes_total: u64,
-    /// Bytes given back to in use because the tracker was full.
-    pub given_up_bytes_total: u64,
-    /// Discarded bytes that the tracker has forgotten because it was full.
-    pub forgotten_bytes_total: u64,
-    /// Unmapped bytes that became lazy again because the tracker was full.
-    pub coalesced_bytes_total: u64,
-    /// Reuses that waited for a chunk.
-    pub reuse_waits_total: u64,
+crate::metrics! {
+    /// Bytes by state, and counters since the machine started. At every moment
+    /// `freed = lazy + unmapped + reclaiming + discarded + reused + given_up + forgotten`.
+    pub struct LazyStats {
+        /// The machine's generation.
+        generation: Gauge,
+        /// Lazily free memory that still has the guest's pages.
+        lazy_bytes: Gauge of Bytes,
+        /// Lazily free memory that the host may take at any time.
+        unmapped_bytes: Gauge of Bytes,
+        /// Memory that is being invalidated or discarded.
+        reclaiming_bytes: Gauge of Bytes,
+        /// Lazily free memory whose pages are returned to the host.
+        discarded_bytes: Gauge of Bytes,
+        /// Ranges that the tracker holds.
+        ranges: Gauge,
+        /// Memory that the guest has freed lazily.
+        freed_bytes_total: Counter of Bytes,
+        /// Memory that went from lazy to unmapped.
+        unmapped_bytes_total: Counter of Bytes,
+        /// Memory that reclaim has returned to the host.
+        reclaimed_bytes_total: Counter of Bytes,
+        /// Memory that stayed what it was because the host would not take it.
+        kept_bytes_total: Counter of Bytes,
+        /// Memory that the guest has taken back, by reuse or by a reset.
+        reused_bytes_total: Counter of Bytes,
+        /// The part of the reused memory that had been unmapped.
+        reused_unmapped_bytes_total: Counter of Bytes,
+        /// The part of the reused memory that had been discarded.
+        reused_discarded_bytes_total: Counter of Bytes,
+        /// Frees that were not tracked because the tracker was full. That memory stays in use by the guest.
+        untracked_bytes_total: Counter of Bytes,
+        /// The part of the untracked memory that had been tracked before.
+        given_up_bytes_total: Counter of Bytes,
+        /// Discarded memory that the tracker has forgotten because it was full.
+        forgotten_bytes_total: Counter of Bytes,
+        /// Unmapped memory that became lazy again because the tracker was full.
+        coalesced_bytes_total: Counter of Bytes,
+        /// Reuses that waited for a chunk that was being invalidated or discarded.
+        reuse_waits_total: Counter,
+    }
 }
 
 impl LazyStats {
-    /// Bytes whose free was not made use of, for want of room.
-    #[must_use]
-    pub const fn untracked_bytes_total(&self) -> u64 {
-        self.refused_bytes_total + self.given_up_bytes_total
-    }
-
     fn count_reused(&mut self, reused: Reused) {
         self.reused_bytes_total += reused.bytes();
         self.reused_unmapped_bytes_total += reused.unmapped;
@@ -88,6 +83,9 @@ struct State {
     tracker: Tracker,
     in_flight: Vec<InFlight>,
     next_id: u64,
+    /// Bytes whose free was refused because the tracker was full.
+    refused: u64,
+    /// The counters that are not in `tracker` or `refused`.
     stats: LazyStats,
 }
 
@@ -111,6 +109,7 @@ impl LazyMemory {
             tracker: Tracker::new(max_ranges),
             in_flight: Vec::new(),
             next_id: 0,
+            refused: 0,
             stats: LazyStats::default(),
         };
         Self {
@@ -132,7 +131,7 @@ impl LazyMemory {
             all.refused += freed.refused;
         }
         state.stats.freed_bytes_total += all.lazy;
-        state.stats.refused_bytes_total += all.refused;
+        state.refused += all.refused;
         all
     }
 
@@ -238,6 +237,7 @@ impl LazyMemory {
             reclaiming_bytes: totals.reclaiming,
             discarded_bytes: totals.discarded,
             ranges: totals.ranges as u64,
+            untracked_bytes_total: state.refused + squeezed.given_up,
             given_up_bytes_total: squeezed.given_up,
             forgotten_bytes_total: squeezed.forgotten,
             coalesced_bytes_total: squeezed.coalesced,

@@ -43,9 +43,9 @@ impl Controller for Machine {
     fn info(&self) -> InstanceInfo {
         InstanceInfo {
             id: "test".to_owned(),
-            state: "Running",
-            vmm_version: "1",
-            app_name: "Ebb",
+            state: "Running".to_owned(),
+            vmm_version: "1".to_owned(),
+            app_name: "Ebb".to_owned(),
             pid: 7,
             uptime_ms: 9,
         }
@@ -57,10 +57,10 @@ impl Controller for Machine {
 
     fn balloon(&self) -> Result<BalloonState, CommandError> {
         Ok(BalloonState {
-            target_bytes: 64 << 20,
-            actual_bytes: 32 << 20,
+            amount_mib: 64,
+            actual_mib: 32,
             deflate_on_oom: true,
-            statistics_interval_s: 5,
+            stats_polling_interval_s: 5,
             lazy: true,
             free_page_reporting: true,
         })
@@ -79,11 +79,12 @@ impl Controller for Machine {
     }
 
     fn balloon_statistics(&self) -> Result<BalloonStatistics, CommandError> {
-        Ok(BalloonStatistics {
+        let mut statistics = BalloonStatistics {
             target_mib: 64,
-            free_memory: Some(4096),
             ..BalloonStatistics::default()
-        })
+        };
+        statistics.guest.free_memory = Some(4096);
+        Ok(statistics)
     }
 
     fn set_statistics_interval(&self, seconds: u16) -> Result<(), CommandError> {
@@ -93,10 +94,9 @@ impl Controller for Machine {
     }
 
     fn lazy_memory(&self) -> LazyMemoryState {
-        LazyMemoryState {
-            lazy_bytes: 4096,
-            ..LazyMemoryState::default()
-        }
+        let mut state = LazyMemoryState::default();
+        state.lazy.lazy_bytes = 4096;
+        state
     }
 
     fn arenas(&self) -> Vec<ArenaState> {

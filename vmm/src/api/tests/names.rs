@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::control::{
-    ArenaState, BalloonStatistics, InstanceInfo, LazyMemoryState, ReclaimOutcome, StrictState,
-    TeardownState,
+    ArenaState, BalloonState, BalloonStatistics, InstanceInfo, LazyMemoryState, ReclaimOutcome,
+    ReportingMode, TeardownState,
 };
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
@@ -66,7 +66,7 @@ fn expect(answer: &impl Serialize, expected: &str) {
 #[test]
 fn the_names_of_lazy_memory() {
     let mut state = LazyMemoryState {
-        strict: Some(StrictState::default()),
+        strict: Some(Default::default()),
         ..LazyMemoryState::default()
     };
     expect(&state, LAZY_MEMORY);
@@ -82,37 +82,38 @@ fn the_names_of_lazy_memory() {
 #[test]
 fn the_names_of_everything_else() {
     expect(&ArenaState::default(), ARENA);
-    let some = Some(1);
-    let all = BalloonStatistics {
-        swap_in: some,
-        swap_out: some,
-        major_faults: some,
-        minor_faults: some,
-        free_memory: some,
-        total_memory: some,
-        available_memory: some,
-        disk_caches: some,
-        hugetlb_allocations: some,
-        hugetlb_failures: some,
-        ..BalloonStatistics::default()
-    };
+    let balloon =
+        "actual_mib amount_mib deflate_on_oom free_page_reporting lazy stats_polling_interval_s";
+    expect(&BalloonState::default(), balloon);
+    let modes = [
+        ReportingMode::Off,
+        ReportingMode::Eager,
+        ReportingMode::Lazy,
+    ];
+    let modes = modes.map(|mode| serde_json::to_value(mode).unwrap());
+    assert_eq!(modes, ["off", "eager", "lazy"]);
+    let mut all = BalloonStatistics::default();
+    for field in [
+        &mut all.guest.swap_in,
+        &mut all.guest.swap_out,
+        &mut all.guest.major_faults,
+        &mut all.guest.minor_faults,
+        &mut all.guest.free_memory,
+        &mut all.guest.total_memory,
+        &mut all.guest.available_memory,
+        &mut all.guest.disk_caches,
+        &mut all.guest.hugetlb_allocations,
+        &mut all.guest.hugetlb_failures,
+    ] {
+        *field = Some(1);
+    }
     expect(&all, STATISTICS);
     let none = BalloonStatistics::default();
     expect(&none, "actual_mib actual_pages target_mib target_pages");
-    let info = InstanceInfo {
-        id: String::new(),
-        state: "",
-        vmm_version: "",
-        app_name: "",
-        pid: 1,
-        uptime_ms: 1,
-    };
-    expect(&info, "app_name id pid state uptime_ms vmm_version");
+    expect(
+        &InstanceInfo::default(),
+        "app_name id pid state uptime_ms vmm_version",
+    );
     expect(&ReclaimOutcome::default(), "duration_us reclaimed_bytes");
-    let teardown = TeardownState {
-        workers: 1,
-        batch_bytes: 1,
-        guardian: true,
-    };
-    expect(&teardown, "batch_bytes guardian workers");
+    expect(&TeardownState::default(), "batch_bytes guardian workers");
 }

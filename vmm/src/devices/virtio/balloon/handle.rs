@@ -1,6 +1,6 @@
 //! The balloon as the operator sees it, and what both sides share.
 
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebb_core::range::PAGE_SIZE;
@@ -57,25 +57,19 @@ pub struct BalloonStatus {
     pub reporting: bool,
 }
 
-/// What the guest has reported free since the machine started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ReportStats {
-    /// Messages.
-    pub messages_total: u64,
-    /// Ranges in them that are RAM, before they are merged.
-    pub ranges_total: u64,
-    /// Bytes in those ranges.
-    pub bytes_total: u64,
-    /// Bytes of them that were left alone because the guest fills free pages with something other than zero.
-    pub poisoned_bytes_total: u64,
-}
-
-#[derive(Default)]
-struct Reports {
-    messages: AtomicU64,
-    ranges: AtomicU64,
-    bytes: AtomicU64,
-    poisoned_bytes: AtomicU64,
+ebb_core::metrics! {
+    /// What the guest has reported free since the machine started.
+    pub struct ReportStats from struct Reports {
+        /// Messages with reports.
+        messages_total: Counter,
+        /// Reported ranges that are RAM, before they are merged.
+        ranges_total: Counter,
+        /// Memory in those ranges.
+        bytes_total: Counter of Bytes,
+        /// The part of that memory that was left alone, because the guest fills free pages with something other than
+        /// zero.
+        poisoned_bytes_total: Counter of Bytes,
+    }
 }
 
 /// What the driver has negotiated, while it is bound.
@@ -138,11 +132,11 @@ impl Shared {
 
     /// Counts what a pass over the reporting queue has found.
     pub fn count_reports(&self, found: ReportStats) {
-        let add = |counter: &AtomicU64, amount| counter.fetch_add(amount, Ordering::Relaxed);
-        add(&self.reports.messages, found.messages_total);
-        add(&self.reports.ranges, found.ranges_total);
-        add(&self.reports.bytes, found.bytes_total);
-        add(&self.reports.poisoned_bytes, found.poisoned_bytes_total);
+        let reports = &self.reports;
+        reports.messages_total.add(found.messages_total);
+        reports.ranges_total.add(found.ranges_total);
+        reports.bytes_total.add(found.bytes_total);
+        reports.poisoned_bytes_total.add(found.poisoned_bytes_total);
     }
 
     pub fn interval(&self) -> u16 {
@@ -221,17 +215,10 @@ impl BalloonHandle {
         }
     }
 
-    /// What the guest has reported free; each counter is right, together they may be of slightly different moments.
+    /// What the guest has reported free.
     #[must_use]
     pub fn reports(&self) -> ReportStats {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let reports = &self.shared.reports;
-        ReportStats {
-            messages_total: read(&reports.messages),
-            ranges_total: read(&reports.ranges),
-            bytes_total: read(&reports.bytes),
-            poisoned_bytes_total: read(&reports.poisoned_bytes),
-        }
+        self.shared.reports.snapshot()
     }
 
     /// The latest statistics; all `None` before the first, and after the driver has gone.

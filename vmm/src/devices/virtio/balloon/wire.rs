@@ -1,6 +1,7 @@
 //! Layouts of virtio 1.3, 5.5: features, configuration, arrays of page numbers, statistics.
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
+use serde::Serialize;
 
 /// Device type (virtio 1.3, 5.5.1).
 pub const DEVICE_TYPE: u32 = 5;
@@ -193,29 +194,38 @@ fn split(
     refused
 }
 
-/// Memory statistics of the guest (virtio 1.3, 5.5.6.3), bytes unless the name says otherwise; `None` for what it did
-/// not tell.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Memory statistics of the guest (virtio 1.3, 5.5.6.3), in bytes unless they are numbers. `None`: not reported.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Statistics {
-    /// Swapped in.
+    /// Memory that was swapped in.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub swap_in: Option<u64>,
-    /// Swapped out.
+    /// Memory that was swapped out.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub swap_out: Option<u64>,
-    /// Major page faults, a count.
+    /// Number of major page faults.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub major_faults: Option<u64>,
-    /// Minor page faults, a count.
+    /// Number of minor page faults.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub minor_faults: Option<u64>,
     /// Unused memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub free_memory: Option<u64>,
     /// All memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub total_memory: Option<u64>,
-    /// Memory that could be had without swapping.
+    /// Memory that is available without swapping.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub available_memory: Option<u64>,
-    /// Disk caches.
+    /// Memory of disk caches.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_caches: Option<u64>,
-    /// Successful hugetlb allocations, a count.
+    /// Number of successful hugetlb allocations.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub hugetlb_allocations: Option<u64>,
-    /// Failed hugetlb allocations, a count.
+    /// Number of failed hugetlb allocations.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub hugetlb_failures: Option<u64>,
 }
 

@@ -17,10 +17,10 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::queue::{GuestFaults, ServedQueue, Worker};
 use super::{Activation, ActivationError, VirtioDevice};
 use wire::{DEVICE_TYPE, ID_BYTES};
-use worker::{BlockWorker, Context};
+use worker::{BlockWorker, Context, DiskCounters};
 
 pub use disk::{Disk, DiskError, DiskIdentity};
-pub use worker::DiskCounters;
+pub use worker::DiskStats;
 
 /// Entries of the queue.
 const QUEUE_SIZE: u16 = 256;
@@ -63,8 +63,8 @@ impl Block {
 
     /// What the disk has done so far.
     #[must_use]
-    pub fn counters(&self) -> Arc<DiskCounters> {
-        Arc::clone(&self.counters)
+    pub fn stats(&self) -> DiskStats {
+        self.counters.snapshot()
     }
 }
 

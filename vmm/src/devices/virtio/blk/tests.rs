@@ -134,19 +134,15 @@ fn what_is_written_is_read_back() {
     let mut expected = content();
     expected[(SECTORS as usize - 1) * 512..].fill(0xab);
     assert_eq!(rig.image(), expected);
-    let counters = rig.block.counters();
-    let value = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    assert_eq!(
-        [
-            &counters.reads,
-            &counters.read_bytes,
-            &counters.writes,
-            &counters.written_bytes
-        ]
-        .map(value),
-        [1, 1024, 1, 512]
-    );
-    assert_eq!([&counters.flushes, &counters.errors].map(value), [1, 0]);
+    let expected = DiskStats {
+        reads_total: 1,
+        read_bytes_total: 1024,
+        writes_total: 1,
+        written_bytes_total: 512,
+        flushes_total: 1,
+        errors_total: 0,
+    };
+    assert_eq!(rig.block.stats(), expected);
     wait_for(
         || rig.interrupt.used.load(Ordering::SeqCst) == 3,
         "interrupts",
@@ -219,7 +215,7 @@ fn requests_that_leave_the_disk_fail() {
         assert_eq!(rig.request(kind, 0, 512).0, STATUS_UNSUPP, "{kind}");
     }
     assert_eq!(rig.image(), content());
-    assert_eq!(rig.block.counters().errors.load(Ordering::Relaxed), 17);
+    assert_eq!(rig.block.stats().errors_total, 17);
     rig.assert_alive();
 }
 

@@ -2,7 +2,6 @@
 
 use std::io::{self, Seek, SeekFrom};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::GuestMemoryMmap;
 
@@ -18,25 +17,22 @@ use crate::devices::virtio::queue::{
 /// Bytes that are moved between two looks at the stop signal.
 const CHUNK: usize = 1 << 20;
 
-/// What a disk has done so far.
-#[derive(Debug, Default)]
-pub struct DiskCounters {
-    /// Read requests that succeeded.
-    pub reads: AtomicU64,
-    /// Write requests that succeeded.
-    pub writes: AtomicU64,
-    /// Flush requests that succeeded.
-    pub flushes: AtomicU64,
-    /// Requests that failed, whoever is to blame.
-    pub errors: AtomicU64,
-    /// Bytes that the guest has read.
-    pub read_bytes: AtomicU64,
-    /// Bytes that the guest has written.
-    pub written_bytes: AtomicU64,
-}
-
-fn count(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
+ebb_core::metrics! {
+    /// What a disk has done since the machine started.
+    pub struct DiskStats from pub(super) struct DiskCounters {
+        /// Read requests that succeeded.
+        reads_total: Counter,
+        /// Write requests that succeeded.
+        writes_total: Counter,
+        /// Flush requests that succeeded.
+        flushes_total: Counter,
+        /// Requests that failed, for any reason.
+        errors_total: Counter,
+        /// Data that the guest has read.
+        read_bytes_total: Counter of Bytes,
+        /// Data that the guest has written.
+        written_bytes_total: Counter of Bytes,
+    }
 }
 
 /// A request failed.
@@ -153,7 +149,7 @@ impl Context {
     fn answer(&self, chain: &Chain, stop: &StopSignal) -> u32 {
         let mut answer = chain.writable(&self.memory);
         let Some(mut status) = answer.split_tail(1) else {
-            count(&self.counters.errors, 1);
+            self.counters.errors_total.increment();
             self.faults.report("a request without room for its status");
             return 0;
         };
@@ -161,7 +157,7 @@ impl Context {
         let (value, data_written) = match self.execute(chain, answer, stop) {
             Ok(written) => (STATUS_OK, written),
             Err(error) => {
-                count(&self.counters.errors, 1);
+                self.counters.errors_total.increment();
                 let value = error.status();
                 self.faults.report(error);
                 (value, 0)
@@ -178,7 +174,7 @@ impl Context {
 
     /// Fails a request that could not be understood, if its status can be found.
     fn refuse(&self, chain: &Chain) -> u32 {
-        count(&self.counters.errors, 1);
+        self.counters.errors_total.increment();
         if let Some(mut status) = chain.writable(&self.memory).split_tail(1) {
             let written = status.write_all(&[STATUS_IOERR]);
             written.unwrap_or_else(|error| self.faults.report(format_args!("status: {error}")));
@@ -205,8 +201,8 @@ impl Context {
                 let bytes = answer.remaining();
                 let mut file = self.seek(operation, sector, bytes)?;
                 transfer(stop, || answer.fill_from(&mut file, CHUNK).map_err(failed))?;
-                count(&self.counters.reads, 1);
-                count(&self.counters.read_bytes, bytes);
+                self.counters.reads_total.increment();
+                self.counters.read_bytes_total.add(bytes);
                 Ok(bytes)
             }
             Operation::Write(sector) if self.disk.is_readonly() => {
@@ -218,15 +214,15 @@ impl Context {
                 transfer(stop, || {
                     request.drain_into(&mut file, CHUNK).map_err(failed)
                 })?;
-                count(&self.counters.writes, 1);
-                count(&self.counters.written_bytes, bytes);
+                self.counters.writes_total.increment();
+                self.counters.written_bytes_total.add(bytes);
                 Ok(0)
             }
             Operation::Flush => {
                 if !self.disk.is_readonly() {
                     self.disk.file().sync_data().map_err(RequestError::Flush)?;
                 }
-                count(&self.counters.flushes, 1);
+                self.counters.flushes_total.increment();
                 Ok(0)
             }
             Operation::Id => {
