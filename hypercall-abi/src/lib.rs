@@ -3,7 +3,8 @@
 //!
 //! A guest finds the interface by CPUID ([`discovery`]), makes calls ([`call`]) by one of two transports,
 //! and reads a [`status`]. What does not fit into registers stands in blocks of guest memory ([`block`]).
-//! [`granule`] is the word of the table in the head of an [`arena`], which needs no call at all.
+//! [`granule`] is the word of the table in the head of an [`arena`], which needs no call at all, and
+//! [`shared_word`] changes it in memory.
 #![no_std]
 
 pub mod arena;
@@ -11,6 +12,7 @@ pub mod block;
 pub mod call;
 pub mod discovery;
 pub mod granule;
+pub mod shared_word;
 pub mod status;
 #[cfg(all(feature = "stubs", target_arch = "x86_64"))]
 pub mod stubs;

@@ -18,7 +18,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ebb_hypercall_abi::arena::{GENERATION, Header, HeaderError, Layout, ROOM_BASE};
-use ebb_hypercall_abi::granule::{Reuse, State, Word};
+use ebb_hypercall_abi::granule::{State, Word};
+use ebb_hypercall_abi::shared_word;
 
 use call::Caller;
 use memory::Memory;
@@ -216,47 +217,27 @@ impl Arena {
         self.memory.word(self.layout.table() as usize + granule * 8)
     }
 
-    fn swap(&self, granule: usize, old: Word, new: Word) -> bool {
-        let (success, failure) = (Ordering::AcqRel, Ordering::Relaxed);
-        self.word(granule)
-            .compare_exchange(old.raw(), new.raw(), success, failure)
-            .is_ok()
-    }
-
     /// The free half of the fast path: one load of the generation, one of the word, one compare-and-swap.
     fn free_word(&self, granule: usize) {
         let generation = self
             .memory
             .word(GENERATION as usize)
             .load(Ordering::Relaxed);
-        let word = Word::from_raw(self.word(granule).load(Ordering::Relaxed));
-        if let Some(free) = word.free(generation) {
-            // It fails only where somebody scribbles over the table.
-            self.swap(granule, word, free);
-        }
+        // It fails only where the granule is free already, or somebody scribbles over the table.
+        shared_word::free(self.word(granule), generation);
     }
 
     /// The other half; the state that it was in.
     fn reuse_word(&self, granule: usize) -> State {
         let mut turns = 0;
-        loop {
-            let word = Word::from_raw(self.word(granule).load(Ordering::Relaxed));
-            match word.reuse() {
-                Reuse::InUse => return State::InUse,
-                Reuse::Swap(new) if self.swap(granule, word, new) => {
-                    return word.state().unwrap_or(State::InUse);
-                }
-                Reuse::Swap(_) => {}
-                Reuse::Busy => {
-                    turns += 1;
-                    if turns < SPINS {
-                        std::hint::spin_loop();
-                    } else {
-                        self.wait(granule);
-                    }
-                }
+        shared_word::reuse(self.word(granule), || {
+            turns += 1;
+            if turns < SPINS {
+                std::hint::spin_loop();
+            } else {
+                self.wait(granule);
             }
-        }
+        })
     }
 
     /// Lets the monitor end what it does with a granule. After a call it is in use; nobody says then which of its pages are zero.

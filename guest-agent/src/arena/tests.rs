@@ -42,10 +42,11 @@ fn monitor(arena: &Arena, done: &AtomicBool) -> u64 {
             let Some(reclaiming) = word.take() else {
                 continue;
             };
-            if arena.swap(index, word, reclaiming) {
+            if shared_word::swap(arena.word(index), word, reclaiming) {
                 let size = arena.granule_size();
                 arena.memory.bytes(index * size, size).fill(0);
-                assert!(arena.swap(index, reclaiming, reclaiming.finish(true).unwrap()));
+                let gone = reclaiming.finish(true).unwrap();
+                assert!(shared_word::swap(arena.word(index), reclaiming, gone));
                 taken += 1;
             }
         }

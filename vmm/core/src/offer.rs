@@ -92,3 +92,113 @@ impl OfferSlot {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::generation::{Gate, NoKick, VmGeneration};
+    use crate::lazy::{LazyMemory, Pieces, Sweep};
+    use crate::range::{GpaRange, PAGE_SIZE};
+    use crate::release::{Release, ReleasePages, Released};
+    use crate::slice::Limits;
+
+    const SOON: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Memory that releases everything.
+    struct Memory;
+
+    impl ReleasePages for Memory {
+        fn can_mark_free(&self) -> bool {
+            true
+        }
+
+        fn max_batch(&self) -> usize {
+            1
+        }
+
+        fn release(&self, ranges: &[GpaRange], _: Release) -> Released {
+            Released {
+                bytes: ranges.iter().map(|range| range.len()).collect(),
+                calls: 1,
+                ..Released::default()
+            }
+        }
+    }
+
+    /// Two vCPUs and a lazy page.
+    fn with_slicer(test: impl FnOnce(&OfferSlot, &Slicer<'_>)) {
+        let generation = Arc::new(VmGeneration::default());
+        let lazy = LazyMemory::new(9, Arc::clone(&generation));
+        lazy.free(&[GpaRange::new(0, PAGE_SIZE).unwrap()]);
+        let slicer = Slicer {
+            lazy: &lazy,
+            gate: &Gate::new(2, generation, Box::new(NoKick)),
+            pages: &Memory,
+            cost: &AtomicU64::new(0),
+        };
+        test(&OfferSlot::default(), &slicer);
+    }
+
+    fn request() -> SliceRequest {
+        SliceRequest {
+            sweep: Sweep::new(Pieces::Any, u64::MAX),
+            how: Release::Discard,
+            limits: Limits {
+                ranges: 1,
+                bytes: u64::MAX,
+                pause: LONG,
+            },
+        }
+    }
+
+    #[test]
+    fn an_offer_is_run_once_and_taken_back_with_its_outcome() {
+        with_slicer(|slot, slicer| {
+            assert!(!slot.is_open());
+            slot.run(slicer);
+            assert!(slot.take_back().is_none());
+            slot.post(request());
+            assert!(slot.is_open());
+            slot.run(slicer);
+            assert!(!slot.is_open());
+            slicer.lazy.free(&[GpaRange::new(0, PAGE_SIZE).unwrap()]);
+            slot.run(slicer);
+            slot.wait(LONG);
+            let outcome = slot.take_back().unwrap().outcome.unwrap();
+            assert_eq!((outcome.ranges, slicer.gate.stats().closings), (1, 1));
+            assert!(slot.take_back().is_none());
+        });
+    }
+
+    #[test]
+    fn an_offer_that_nobody_can_run_is_taken_back_as_it_was() {
+        with_slicer(|slot, slicer| {
+            slot.post(request());
+            let inside = slicer.gate.enter(0);
+            slot.run(slicer);
+            let start = Instant::now();
+            slot.wait(SOON);
+            assert!(start.elapsed() >= SOON && slot.is_open());
+            drop(inside);
+            let mut offered = slot.take_back().unwrap();
+            assert!(offered.outcome.is_none() && !slot.is_open());
+            assert_eq!(slicer.open(&mut offered.request).ranges, 1);
+        });
+    }
+
+    #[test]
+    fn a_vcpu_thread_does_not_wait_for_another_one() {
+        with_slicer(|slot, slicer| {
+            slot.post(request());
+            let busy = lock(&slot.slot);
+            slot.run(slicer);
+            drop(busy);
+            assert!(slot.take_back().unwrap().outcome.is_none());
+        });
+    }
+}

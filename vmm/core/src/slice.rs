@@ -207,3 +207,238 @@ impl Slicer<'_> {
         self.cost.store(cost.max(1), Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+    use std::thread;
+
+    use super::*;
+    use crate::generation::{NoKick, VmGeneration};
+    use crate::lazy::Pieces;
+    use crate::range::PAGE_SIZE;
+    use crate::release::Released;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Memory that notes what it is asked to release. A call takes `takes` at least; `refused` is released by half.
+    struct Memory {
+        takes: Duration,
+        max_batch: usize,
+        refused: Option<GpaRange>,
+        calls: Mutex<Vec<(Vec<GpaRange>, Release)>>,
+    }
+
+    impl ReleasePages for Memory {
+        fn can_mark_free(&self) -> bool {
+            true
+        }
+
+        fn max_batch(&self) -> usize {
+            self.max_batch
+        }
+
+        fn release(&self, ranges: &[GpaRange], how: Release) -> Released {
+            thread::sleep(self.takes);
+            self.calls.lock().unwrap().push((ranges.to_vec(), how));
+            let bytes = ranges.iter().map(|range| {
+                let whole = Some(*range) != self.refused;
+                range.len() / if whole { 1 } else { 2 }
+            });
+            Released {
+                bytes: bytes.collect(),
+                calls: 1,
+                failures: ranges
+                    .iter()
+                    .filter(|range| Some(**range) == self.refused)
+                    .count() as u64,
+                error: None,
+            }
+        }
+    }
+
+    struct World {
+        lazy: LazyMemory,
+        gate: Gate,
+        memory: Memory,
+        cost: AtomicU64,
+    }
+
+    /// Page number `2 * index` is lazy for each of `fragments`.
+    fn world(fragments: u64) -> World {
+        let generation = Arc::new(VmGeneration::default());
+        let lazy = LazyMemory::new(1000, Arc::clone(&generation));
+        lazy.free(&(0..fragments).map(fragment).collect::<Vec<_>>());
+        World {
+            lazy,
+            gate: Gate::new(2, generation, Box::new(NoKick)),
+            memory: Memory {
+                takes: Duration::ZERO,
+                max_batch: 4,
+                refused: None,
+                calls: Mutex::default(),
+            },
+            cost: AtomicU64::new(0),
+        }
+    }
+
+    fn fragment(index: u64) -> GpaRange {
+        GpaRange::new(2 * index * PAGE_SIZE, (2 * index + 1) * PAGE_SIZE).unwrap()
+    }
+
+    impl World {
+        fn slicer(&self) -> Slicer<'_> {
+            Slicer {
+                lazy: &self.lazy,
+                gate: &self.gate,
+                pages: &self.memory,
+                cost: &self.cost,
+            }
+        }
+
+        /// Numbers of ranges of the calls so far.
+        fn batches(&self) -> Vec<usize> {
+            let calls = self.memory.calls.lock().unwrap();
+            calls.iter().map(|(ranges, _)| ranges.len()).collect()
+        }
+    }
+
+    fn request(ranges: usize, pause: Duration) -> SliceRequest {
+        SliceRequest {
+            sweep: Sweep::new(Pieces::Any, u64::MAX),
+            how: Release::Discard,
+            limits: Limits {
+                ranges,
+                bytes: u64::MAX,
+                pause,
+            },
+        }
+    }
+
+    #[test]
+    fn a_slice_ends_with_its_pause_and_the_next_goes_on() {
+        let mut world = world(10);
+        let pause = Duration::from_millis(20);
+        (world.memory.takes, world.memory.max_batch) = (pause, 1);
+        let mut request = request(100, pause);
+        let first = world.slicer().held(&mut request);
+        assert_eq!((first.ranges, first.disturbed), (1, 0));
+        assert!(first.held >= pause && !first.done && !first.missed);
+        let passing = world.slicer().held_if_empty(&mut request).unwrap();
+        assert_eq!((passing.ranges, passing.disturbed), (1, 1));
+        assert!(passing.held >= pause);
+        let calls = world.memory.calls.lock().unwrap();
+        assert_eq!(calls[1].0, [fragment(1)]);
+    }
+
+    #[test]
+    fn with_the_gate_open_no_pause_ends_it() {
+        let mut world = world(10);
+        world.memory.takes = Duration::from_millis(2);
+        let open = world
+            .slicer()
+            .open(&mut request(100, Duration::from_millis(1)));
+        assert_eq!((open.ranges, open.done), (10, true));
+        assert_eq!(
+            (open.held, world.gate.stats().closings),
+            (Duration::ZERO, 0)
+        );
+    }
+
+    #[test]
+    fn a_slice_keeps_to_its_ranges_and_bytes() {
+        let world = world(10);
+        let mut request = request(6, LONG);
+        let outcome = world.slicer().held(&mut request);
+        assert_eq!((outcome.ranges, outcome.done), (6, false));
+        assert_eq!(world.batches(), [4, 2]);
+        request.limits.bytes = 3 * PAGE_SIZE;
+        let outcome = world.slicer().held(&mut request);
+        assert_eq!((outcome.bytes, outcome.done), (3 * PAGE_SIZE, false));
+    }
+
+    #[test]
+    fn big_ranges_go_in_pieces() {
+        let world = world(0);
+        let all = GpaRange::new(0, 2 * MAX_PIECE + PAGE_SIZE).unwrap();
+        world.lazy.free(&[all]);
+        let outcome = world.slicer().held(&mut request(100, LONG));
+        assert_eq!((outcome.bytes, outcome.ranges), (all.len(), 3));
+        let calls = world.memory.calls.lock().unwrap();
+        assert!(calls[0].0.iter().all(|range| range.len() <= MAX_PIECE));
+    }
+
+    #[test]
+    fn a_batch_is_what_fits_in_the_pause() {
+        let mut world = world(10);
+        world.memory.max_batch = usize::MAX;
+        assert_eq!(world.slicer().batch(LONG), MAX_BATCH);
+        world.memory.max_batch = 4;
+        world.cost.store(1_000_000, Ordering::Relaxed);
+        let slicer = world.slicer();
+        let batch = |micros| slicer.batch(Duration::from_micros(micros));
+        assert_eq!([0, 999, 2_999, 3_000, 9_000].map(batch), [1, 1, 2, 3, 4]);
+        world.cost.store(0, Ordering::Relaxed);
+        assert_eq!([29, 30].map(batch), [2, 3], "an unknown cost is 10 us");
+        slicer.open(&mut request(5, Duration::from_micros(20)));
+        assert_eq!(world.batches()[0], 2);
+    }
+
+    #[test]
+    fn the_cost_of_a_range_is_a_moving_average() {
+        let world = world(0);
+        let slicer = world.slicer();
+        let learn = |micros, ranges| {
+            slicer.learn(Duration::from_micros(micros), ranges);
+            world.cost.load(Ordering::Relaxed)
+        };
+        assert_eq!(learn(40, 4), 10_000);
+        assert_eq!(learn(80, 4), 12_500);
+        assert_eq!(learn(0, 0), 9_375);
+        (0..100).for_each(|_| assert!(learn(0, 9) > 0));
+    }
+
+    #[test]
+    fn a_vcpu_that_stays_inside_is_missed_and_nothing_happens() {
+        let world = world(3);
+        let inside = world.gate.enter(1);
+        let mut request = request(9, Duration::from_millis(2));
+        let outcome = world.slicer().held(&mut request);
+        assert_eq!((outcome.missed, outcome.ranges), (true, 0));
+        assert!(outcome.held >= Duration::from_millis(2));
+        assert!(world.slicer().held_if_empty(&mut request).is_none());
+        assert!(world.batches().is_empty());
+        drop(inside);
+        assert_eq!(world.slicer().held(&mut request).ranges, 3);
+    }
+
+    #[test]
+    fn the_gate_stays_open_when_there_is_nothing_to_do() {
+        let world = world(0);
+        let outcome = world.slicer().held(&mut request(9, LONG));
+        assert_eq!((outcome.done, outcome.missed), (true, false));
+        assert_eq!(world.gate.stats().closings, 0);
+    }
+
+    #[test]
+    fn marked_ranges_are_unmapped_in_a_generation_of_their_own() {
+        let mut world = world(3);
+        world.memory.refused = Some(fragment(1));
+        let before = world.lazy.generation();
+        let mut request = request(9, LONG);
+        request.how = Release::MarkFree;
+        let outcome = world.slicer().held(&mut request);
+        assert_eq!((outcome.ranges, outcome.bytes), (2, 2 * PAGE_SIZE));
+        assert_eq!((outcome.calls, outcome.failures), (1, 1));
+        let stats = world.lazy.snapshot();
+        assert_eq!(stats.unmapped_bytes, 2 * PAGE_SIZE);
+        assert_eq!(
+            (stats.lazy_bytes, stats.generation),
+            (PAGE_SIZE, before + 1)
+        );
+        let calls = world.memory.calls.lock().unwrap();
+        assert_eq!(calls[0].1, Release::MarkFree);
+        let mut older = Sweep::unmapped(Pieces::Any, before);
+        assert!(!world.lazy.peek(&mut older, u64::MAX));
+    }
+}

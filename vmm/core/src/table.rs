@@ -1,46 +1,46 @@
-//! The table of granules from the monitor's side: takes what is lazy, ends what was taken, waits.
+//! The table of an arena's granules, as the monitor uses it: takes lazy granules, gives them back, waits for them.
 //!
-//! The guest can write whatever it likes to the words, at any time. So every change is a compare-and-swap from a word
-//! that was loaded once, nothing is tried more often than [`ATTEMPTS`] times, and what the monitor must be sure of
-//! (which granules it is discarding, which it has discarded) stands in bitmaps of its own.
+//! The guest may write anything to the words at any time. So each change is a compare-and-swap from a word that
+//! was loaded once, the monitor tries at most [`MAX_ATTEMPTS`] times, and what it must be sure of (which granules
+//! it is discarding, and which it has discarded) is in bitmaps of its own.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use ebb_hypercall_abi::granule::{Reuse, State, Word};
 
 use crate::fault::fault_point;
 use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock, wait};
 
-/// Words that are loaded at once.
+/// Number of words that are loaded at once.
 const WINDOW: usize = 512;
 
-/// How often a word is tried to change that a hostile guest changes at the same time. An honest guest leaves it alone
-/// after the second time at the latest.
-pub const ATTEMPTS: usize = 16;
+/// How often the monitor tries to change a word that a hostile guest keeps changing. An honest guest changes it
+/// at most twice.
+pub const MAX_ATTEMPTS: usize = 16;
 
-/// Where the words are.
+/// The words of a table, in memory that the guest shares.
 pub trait Words: Send + Sync {
-    /// How many there are.
+    /// Number of words.
     fn count(&self) -> usize;
 
-    /// Loads the words from number `first` on, which are there.
+    /// Loads words from number `first` on; all of them exist.
     fn load_all(&self, first: usize, words: &mut [u64]);
 
     /// Loads a word with acquire order.
-    fn load(&self, index: usize) -> u64;
+    fn load(&self, index: usize) -> Word;
 
-    /// Stores `new` if the word is still `current`, with acquire and release order; whether it was.
-    fn swap(&self, index: usize, current: u64, new: u64) -> bool;
+    /// Replaces `current` by `new`, see [`ebb_hypercall_abi::shared_word::swap`].
+    fn swap(&self, index: usize, current: Word, new: Word) -> bool;
 }
 
-/// What a count has found.
+/// Numbers of granules.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
-    /// Granules that the guest offers.
+    /// Lazy: the guest offers them.
     pub lazy: u64,
-    /// Granules that the monitor has discarded and the guest has not taken back.
+    /// Discarded by the monitor, and not taken back by the guest.
     pub discarded: u64,
-    /// Granules that the monitor had discarded at the last count, and the guest has taken back since.
+    /// Discarded at the last count, and taken back by the guest since.
     pub reused: u64,
 }
 
@@ -52,6 +52,7 @@ impl Bits {
         Self((0..len.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
     }
 
+    /// Returns true if it was not in the set.
     fn insert(&self, index: usize) -> bool {
         let bit = 1 << (index % 64);
         self.0[index / 64].fetch_or(bit, Ordering::AcqRel) & bit == 0
@@ -68,13 +69,14 @@ impl Bits {
 
 /// The table of one arena.
 ///
-/// **Locks**: `sleepers` guards the condition variable alone and is held for moments; no other lock is taken under it.
+/// **Locks**: `sleepers` guards the condition variable only and is held for moments; no other lock is taken under
+/// it.
 pub struct Table<W> {
     words: W,
-    /// The words before this one are not looked at: the table's own granules.
+    /// The first granule that the guest may use; the table itself lies in those before it.
     first: usize,
-    /// Granules that are being discarded. Whoever inserts one may take it; nobody else touches it until he has removed
-    /// it.
+    /// Granules that are being discarded. A thread that has inserted one is the only one to change it until it
+    /// has removed it.
     taken: Bits,
     /// Granules that were discarded and not seen in use since.
     discarded: Bits,
@@ -83,7 +85,7 @@ pub struct Table<W> {
 }
 
 impl<W: Words> Table<W> {
-    /// The table in `words`, of which those before `first` belong to the table's own granules.
+    /// The table in `words`; granules before `first` are not looked at.
     #[must_use]
     pub fn new(words: W, first: usize) -> Self {
         let len = words.count();
@@ -97,68 +99,83 @@ impl<W: Words> Table<W> {
         }
     }
 
-    /// Takes lazy granules that were freed at `newest` or before, from number `cursor` on, at most `most` of them, and
-    /// moves `cursor` behind the last that was looked at. `None`: there is none up to the end.
-    pub fn take(&self, cursor: &mut usize, newest: u64, most: usize) -> Option<Taken<'_, W>> {
+    /// Takes at most `max` lazy granules that were freed in generation `newest` or before, from number `cursor` on,
+    /// and moves `cursor` to the first that was not looked at. `None`: there is none up to the end.
+    pub fn take(&self, cursor: &mut usize, newest: u64, max: usize) -> Option<Taken<'_, W>> {
         let mut taken = Taken {
             table: self,
             runs: Vec::new(),
         };
-        let (mut count, mut window) = (0, [0; WINDOW]);
-        let mut next = self.first.max(*cursor);
-        while next < self.words.count() && count < most {
-            let window = &mut window[..WINDOW.min(self.words.count() - next)];
-            self.words.load_all(next, window);
-            let start = next;
-            next += window.len();
-            for (index, &raw) in (start..).zip(window.iter()) {
-                if Word::from_raw(raw).state() != Some(State::Lazy) {
+        let mut count = 0;
+        *cursor = self.scan(*cursor, |first, words| {
+            for (index, &raw) in (first..).zip(words) {
+                let word = Word::from_raw(raw);
+                if word.state() != Some(State::Lazy) {
                     continue;
                 }
-                if count == most {
-                    next = index;
-                    break;
+                if count == max {
+                    return ControlFlow::Break(index);
                 }
-                if Word::from_raw(raw).generation() <= newest && self.claim(index, raw) {
+                if word.generation() <= newest && self.claim(index, word) {
                     taken.push(index);
                     count += 1;
                 }
             }
-        }
-        *cursor = next;
+            ControlFlow::Continue(())
+        });
         (count > 0).then_some(taken)
     }
 
-    /// Makes a lazy word, as it was loaded, reclaiming; whether it is ours now.
-    fn claim(&self, index: usize, raw: u64) -> bool {
-        let Some(new) = Word::from_raw(raw).take() else {
+    /// Loads the words from number `from` on and shows them to `look`, many at once, with the number of the first
+    /// of them. Stops where `look` breaks; returns the number at which the next scan should begin.
+    fn scan(
+        &self,
+        from: usize,
+        mut look: impl FnMut(usize, &[u64]) -> ControlFlow<usize>,
+    ) -> usize {
+        let mut words = [0; WINDOW];
+        let mut next = self.first.max(from);
+        while next < self.words.count() {
+            let words = &mut words[..WINDOW.min(self.words.count() - next)];
+            self.words.load_all(next, words);
+            if let ControlFlow::Break(index) = look(next, words) {
+                return index;
+            }
+            next += words.len();
+        }
+        next
+    }
+
+    /// Makes a lazy word reclaiming. Returns true if the granule is the caller's now.
+    fn claim(&self, index: usize, lazy: Word) -> bool {
+        let Some(reclaiming) = lazy.take() else {
             return false;
         };
         if fault_point!("a granule is marked late") {
-            return self.words.swap(index, raw, new.raw()) && self.taken.insert(index);
+            return self.words.swap(index, lazy, reclaiming) && self.taken.insert(index);
         }
-        // First the mark, then the word: who finds the word reclaiming finds the mark, too, and waits.
+        // First the mark, then the word: a thread that finds the word reclaiming finds the mark too, and waits.
         if !self.taken.insert(index) {
             return false;
         }
-        let ours = self.words.swap(index, raw, new.raw());
-        if !ours {
+        let claimed = self.words.swap(index, lazy, reclaiming);
+        if !claimed {
             self.release(std::iter::once(index));
         }
-        ours
+        claimed
     }
 
-    /// Unmarks granules, and wakes who waits for one.
+    /// Removes the marks of granules, and wakes the threads that wait for them.
     fn release(&self, granules: impl Iterator<Item = usize>) {
         for index in granules {
             self.taken.remove(index);
         }
-        // A waiter has looked at the mark under the lock, or will.
+        // A waiting thread looks at the mark under the lock: it has looked before this, or finds no mark.
         drop(lock(&self.sleepers));
         self.finished.notify_all();
     }
 
-    /// Waits until the monitor is done with granule `index`; whether it had to.
+    /// Waits until the monitor has finished with a granule. Returns true if it had to wait.
     fn wait_for(&self, index: usize) -> bool {
         if !self.taken.contains(index) || fault_point!("a reuse does not wait for the granule") {
             return false;
@@ -170,13 +187,12 @@ impl<W: Words> Table<W> {
         true
     }
 
-    /// Makes granule `index` in use, whatever its word says, after the monitor is done with it; whether it had to wait.
-    /// A guest that changes the word at the same time gets what it wants.
+    /// Makes a granule in use, whatever its word says, after the monitor has finished with it. Returns true if it
+    /// had to wait. If the guest changes the word at the same time, the guest's change stays.
     pub fn reuse(&self, index: usize) -> bool {
         let mut waited = false;
-        for _ in 0..ATTEMPTS {
-            let raw = self.words.load(index);
-            let word = Word::from_raw(raw);
+        for _ in 0..MAX_ATTEMPTS {
+            let word = self.words.load(index);
             let new = match word.reuse() {
                 Reuse::InUse => break,
                 Reuse::Swap(new) => new,
@@ -184,10 +200,11 @@ impl<W: Words> Table<W> {
                     waited = true;
                     continue;
                 }
-                // Ours it was not, or not any more: the guest has written that by itself, or another word stands there by now.
+                // The monitor is not discarding it, or no longer: the guest has written this word itself, or it
+                // has changed since.
                 Reuse::Busy => Word::new(State::InUse, word.generation()),
             };
-            if self.words.swap(index, raw, new.raw()) {
+            if self.words.swap(index, word, new) {
                 break;
             }
         }
@@ -196,37 +213,30 @@ impl<W: Words> Table<W> {
 
     /// Makes all granules in use.
     pub fn reset(&self) {
-        let mut window = [0; WINDOW];
-        let mut next = self.first;
-        while next < self.words.count() {
-            let window = &mut window[..WINDOW.min(self.words.count() - next)];
-            self.words.load_all(next, window);
-            for (index, &raw) in (next..).zip(window.iter()) {
+        self.scan(0, |first, words| {
+            for (index, &raw) in (first..).zip(words) {
                 if Word::from_raw(raw).state() != Some(State::InUse) {
                     self.reuse(index);
                 }
             }
-            next += window.len();
-        }
+            ControlFlow::Continue(())
+        });
     }
 
-    /// Counts, and forgets discarded granules that are in use again.
+    /// Counts the granules, and forgets those discarded ones that are in use again.
     pub fn count(&self) -> Count {
-        let (mut count, mut window) = (Count::default(), [0; WINDOW]);
-        let mut next = self.first;
-        while next < self.words.count() {
-            let window = &mut window[..WINDOW.min(self.words.count() - next)];
-            self.words.load_all(next, window);
+        let mut count = Count::default();
+        self.scan(0, |first, words| {
             let lazy = |raw: &&u64| Word::from_raw(**raw).state() == Some(State::Lazy);
-            count.lazy += window.iter().filter(lazy).count() as u64;
-            self.settle(next, window, &mut count);
-            next += window.len();
-        }
+            count.lazy += words.iter().filter(lazy).count() as u64;
+            self.count_discarded(first, words, &mut count);
+            ControlFlow::Continue(())
+        });
         count
     }
 
-    /// Looks what became of the discarded granules among `words`, the first of which has number `first`.
-    fn settle(&self, first: usize, words: &[u64], count: &mut Count) {
+    /// Looks at the discarded granules among `words`, the first of which has number `first`.
+    fn count_discarded(&self, first: usize, words: &[u64], count: &mut Count) {
         let last = first + words.len() - 1;
         for group in first / 64..=last / 64 {
             let mut bits = self.discarded.0[group].load(Ordering::Acquire);
@@ -247,14 +257,14 @@ impl<W: Words> Table<W> {
     }
 }
 
-/// Granules that are ours until [`Taken::finish`]; lazy again when dropped without.
+/// Granules that the caller may discard until it calls [`Taken::finish`]; dropped before that, they are lazy
+/// again.
 pub struct Taken<'a, W: Words> {
     table: &'a Table<W>,
     runs: Vec<Range<usize>>,
 }
 
 impl<W: Words> Taken<'_, W> {
-    /// Neighbours are one run.
     fn push(&mut self, index: usize) {
         match self.runs.last_mut() {
             Some(run) if run.end == index => run.end += 1,
@@ -262,13 +272,13 @@ impl<W: Words> Taken<'_, W> {
         }
     }
 
-    /// Which they are, ascending.
+    /// The granules, ascending, neighbours as one run.
     #[must_use]
     pub fn runs(&self) -> &[Range<usize>] {
         &self.runs
     }
 
-    /// Ends it: the runs for which `gone` is true are discarded, the others are lazy again.
+    /// Gives them back: a run for which `gone` is true is discarded, the others are lazy again.
     pub fn finish(mut self, gone: &[bool]) {
         self.end(gone);
     }
@@ -281,11 +291,11 @@ impl<W: Words> Taken<'_, W> {
                 if gone {
                     table.discarded.insert(index);
                 }
-                for _ in 0..ATTEMPTS {
-                    let raw = table.words.load(index);
-                    match Word::from_raw(raw).finish(gone) {
-                        Some(new) if !table.words.swap(index, raw, new.raw()) => {}
-                        // Done, or the guest has scribbled over it: then it stays as the guest wants it.
+                for _ in 0..MAX_ATTEMPTS {
+                    let word = table.words.load(index);
+                    match word.finish(gone) {
+                        Some(new) if !table.words.swap(index, word, new) => {}
+                        // Done, or the guest has written another word, which stays.
                         _ => break,
                     }
                 }
@@ -322,15 +332,12 @@ mod tests {
             }
         }
 
-        fn load(&self, index: usize) -> u64 {
-            self.0[index].load(Ordering::Acquire)
+        fn load(&self, index: usize) -> Word {
+            Word::from_raw(self.0[index].load(Ordering::Acquire))
         }
 
-        fn swap(&self, index: usize, current: u64, new: u64) -> bool {
-            let (success, failure) = (Ordering::AcqRel, Ordering::Acquire);
-            self.0[index]
-                .compare_exchange(current, new, success, failure)
-                .is_ok()
+        fn swap(&self, index: usize, current: Word, new: Word) -> bool {
+            ebb_hypercall_abi::shared_word::swap(&self.0[index], current, new)
         }
     }
 
@@ -347,7 +354,7 @@ mod tests {
     }
 
     fn state(table: &Table<Own>, index: usize) -> Option<State> {
-        Word::from_raw(table.words.load(index)).state()
+        table.words.load(index).state()
     }
 
     #[test]

@@ -3,8 +3,8 @@ use std::thread;
 
 use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
-use ebb_core::table::Words as _;
-use ebb_hypercall_abi::granule::{Reuse, State, Word};
+use ebb_hypercall_abi::granule::{State, Word};
+use ebb_hypercall_abi::shared_word;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -241,36 +241,18 @@ fn nothing_is_lost_while_everything_is_taken() {
         });
         let len = usize::try_from(arena.place().layout.granules()).unwrap();
         let words = GuestWords::new(Arc::clone(&arena.memory), word(&arena, 0).0, len).unwrap();
-        let swap = |index, old: Word, new: Word| words.swap(index as usize, old.raw(), new.raw());
         let taken = || arena.stats().reclaimed_bytes_total > 0;
         for round in (1..).take_while(|&n| n < 2000_u64 || !taken()) {
             for index in indices.clone() {
                 let at = GuestAddress(START + index * GRANULE);
                 arena.memory.store(round, at, Ordering::Relaxed).unwrap();
-                let used = Word::from_raw(
-                    arena
-                        .memory
-                        .load(word(&arena, index), Ordering::Acquire)
-                        .unwrap(),
-                );
-                assert!(swap(index, used, used.free(round).unwrap()));
+                let free = |word: &AtomicU64| shared_word::free(word, round);
+                assert_eq!(words.with(index as usize, free), Some(true));
             }
             for index in indices.clone() {
                 let at = GuestAddress(START + index * GRANULE);
-                loop {
-                    let found = arena
-                        .memory
-                        .load(word(&arena, index), Ordering::Acquire)
-                        .unwrap();
-                    match Word::from_raw(found).reuse() {
-                        Reuse::Swap(new) if swap(index, Word::from_raw(found), new) => break,
-                        Reuse::Busy => {
-                            arena.reuse(range(at.0, GRANULE));
-                            break;
-                        }
-                        _ => {}
-                    }
-                }
+                let call = || arena.reuse(range(at.0, GRANULE));
+                words.with(index as usize, |word| shared_word::reuse(word, call));
                 let old = arena.memory.load::<u64>(at, Ordering::Relaxed).unwrap();
                 assert!(old == round || old == 0, "{old}");
                 arena.memory.store(!round, at, Ordering::Relaxed).unwrap();

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebb_core::table::Words;
+use ebb_hypercall_abi::granule::Word;
+use ebb_hypercall_abi::shared_word;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileMemory, VolatileSlice,
 };
@@ -34,8 +36,8 @@ impl GuestWords {
         self.memory.get_slice(at, len * WORD).ok()
     }
 
-    /// Runs `action` on a word. There is none where [`GuestWords::new`] was wrong, which it is not.
-    fn with<T>(&self, index: usize, action: impl FnOnce(&AtomicU64) -> T) -> Option<T> {
+    /// Runs `action` on a word; `None` if there is no such word.
+    pub fn with<T>(&self, index: usize, action: impl FnOnce(&AtomicU64) -> T) -> Option<T> {
         let slice = self.slice(index, 1)?;
         Some(action(slice.get_atomic_ref(0).ok()?))
     }
@@ -52,16 +54,14 @@ impl Words for GuestWords {
         }
     }
 
-    fn load(&self, index: usize) -> u64 {
-        self.with(index, |word| word.load(Ordering::Acquire))
-            .unwrap_or_default()
+    fn load(&self, index: usize) -> Word {
+        let raw = self.with(index, |word| word.load(Ordering::Acquire));
+        Word::from_raw(raw.unwrap_or_default())
     }
 
-    fn swap(&self, index: usize, current: u64, new: u64) -> bool {
-        let swap = |word: &AtomicU64| {
-            word.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-        };
-        self.with(index, swap).is_some_and(|result| result.is_ok())
+    fn swap(&self, index: usize, current: Word, new: Word) -> bool {
+        self.with(index, |word| shared_word::swap(word, current, new))
+            .unwrap_or(false)
     }
 }
 

@@ -209,7 +209,7 @@ impl Gate {
         };
         // A vCPU takes a few microseconds to come out: no time to sleep and be woken by an interrupt.
         spin_until(Deadline::after(budget / 4), || {
-            self.words.quiescent(u64::MAX)
+            self.words.quiescent(u64::MAX) || self.is_stopped()
         });
         if self.wait_until_quiescent(u64::MAX, deadline) {
             // The kernel interrupts threads that still run for each page that is taken; not sleeping ones.
@@ -307,6 +307,10 @@ impl Gate {
         self.counters.snapshot()
     }
 
+    fn is_stopped(&self) -> bool {
+        self.state.load(Ordering::Acquire) & STOPPED != 0
+    }
+
     fn kick_behind(&self, generation: u64) -> u64 {
         let mut kicked = 0;
         for index in self.words.behind(generation) {
@@ -327,7 +331,7 @@ impl Gate {
             if self.words.quiescent(generation) {
                 return true;
             }
-            if self.state.load(Ordering::Acquire) & STOPPED != 0 || deadline.passed() {
+            if self.is_stopped() || deadline.passed() {
                 return false;
             }
             sleepers = wait_until(&self.left, sleepers, deadline);

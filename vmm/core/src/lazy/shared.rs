@@ -360,10 +360,13 @@ mod tests {
         LazyMemory::new(100, Arc::new(VmGeneration::default()))
     }
 
-    /// Lets a thread get as far as it can.
-    fn is_blocked<T>(thread: &ScopedJoinHandle<'_, T>) -> bool {
-        thread::sleep(Duration::from_millis(50));
-        !thread.is_finished()
+    /// Returns once a thread waits for the chunk in flight.
+    fn until_it_waits<T>(memory: &LazyMemory, thread: &ScopedJoinHandle<'_, T>) {
+        while memory.lock().in_flight[0].wanted.is_empty() {
+            thread::yield_now();
+        }
+        thread::sleep(Duration::from_millis(10));
+        assert!(!thread.is_finished());
     }
 
     #[test]
@@ -389,7 +392,7 @@ mod tests {
         assert_eq!(memory.reuse(&[pages(5, 6)]), ReuseOutcome::default());
         thread::scope(|scope| {
             let reuse = scope.spawn(|| memory.reuse(&[pages(2, 5)]));
-            assert!(is_blocked(&reuse));
+            until_it_waits(&memory, &reuse);
             // Another chunk that it would meet, were what it wants not in use already.
             let second = memory.take_chunk(&mut sweep, 4 * PAGE_SIZE).unwrap();
             assert_eq!(second.range(), pages(6, 8));
@@ -426,7 +429,7 @@ mod tests {
             .unwrap();
         thread::scope(|scope| {
             let reset = scope.spawn(|| memory.reset());
-            assert!(is_blocked(&reset));
+            until_it_waits(&memory, &reset);
             assert_eq!(memory.snapshot().lazy_bytes, 0);
             chunk.discarded();
             reset.join().unwrap();
@@ -448,7 +451,7 @@ mod tests {
         let wishes: Vec<_> = (0..200).map(|page| pages(2 * page, 2 * page + 1)).collect();
         thread::scope(|scope| {
             let reuse = scope.spawn(|| memory.reuse(&wishes));
-            assert!(is_blocked(&reuse));
+            until_it_waits(&memory, &reuse);
             assert!(memory.lock().in_flight[0].wanted.len() <= MAX_WANTED);
             chunk.discarded();
             reuse.join().unwrap();
