@@ -1,18 +1,18 @@
-//! A log of what guests do wrong, which no guest can flood.
+//! Counts and logs what guests do wrong. The rate of log lines is limited, so no guest can flood the log.
 
 use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Faults that are logged one by one before the limit sets in.
+/// Faults that are logged before the rate is limited.
 const BURST: u32 = 8;
 
-/// After the burst, one line in this time.
+/// After the burst, at most one line is logged in this time.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Counts the faults of one device, or of one interface, and logs the first few, then at most one a second with the number of
-/// those left out.
+/// The faults of one device or one interface. The first eight are logged, then at most one a second, with the number of
+/// faults that were not logged.
 #[derive(Debug)]
 pub struct GuestFaults {
     device: String,
@@ -21,7 +21,7 @@ pub struct GuestFaults {
 }
 
 impl GuestFaults {
-    /// No faults yet. `device` names the device in the log.
+    /// Starts with no faults. `device` is the device's name in the log.
     #[must_use]
     pub fn new(device: impl Into<String>) -> Self {
         Self {
@@ -31,7 +31,7 @@ impl GuestFaults {
         }
     }
 
-    /// Counts one fault, and logs it if the limit allows.
+    /// Counts one fault, and logs it if the rate allows.
     pub fn report(&self, what: impl Display) {
         self.count.fetch_add(1, Ordering::Relaxed);
         let admitted = self
@@ -48,14 +48,14 @@ impl GuestFaults {
         }
     }
 
-    /// Faults so far.
+    /// Number of faults so far.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
 }
 
-/// What has been logged.
+/// The lines that were logged.
 #[derive(Debug, Default)]
 struct Lines {
     written: u32,
@@ -64,7 +64,8 @@ struct Lines {
 }
 
 impl Lines {
-    /// Whether a line may be written at `now`, and how many were left out since the last one.
+    /// Asks for a line at `now`. Returns how many faults were left out since the last line; `None` if this one must be
+    /// left out too.
     fn admit(&mut self, now: Instant) -> Option<u64> {
         let rested = self
             .last

@@ -62,7 +62,7 @@ impl From<CommandError> for Fault {
 type Handler = fn(&dyn Controller, &[u8]) -> Result<Reply, Fault>;
 
 /// Every endpoint: method, path, handler. A new one is a row here and a method of [`Controller`].
-const ROUTES: &[(Method, &str, Handler)] = &[
+pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
     (Method::GET, "/", |machine, _| Reply::json(&machine.info())),
     (Method::GET, "/version", |_, _| {
         Reply::json(&json!({ "vmm_version": env!("CARGO_PKG_VERSION") }))

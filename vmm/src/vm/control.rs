@@ -21,21 +21,21 @@ use crate::hypercall::Hypercalls;
 
 const MIB: u64 = 1 << 20;
 
-/// A running machine, as far as it can be asked.
+/// The parts of a running machine that the operator can ask or change.
 pub struct Control {
-    /// What it was built from.
+    /// The configuration that the machine was built from.
     pub config: MachineConfig,
-    /// When the monitor began to build it.
+    /// Time at which the monitor began to build it.
     pub started: Instant,
-    /// Ends it.
+    /// Ends the machine.
     pub exit: Arc<ExitSlot>,
-    /// Its balloon.
+    /// The balloon, if there is one.
     pub balloon: Option<BalloonHandle>,
-    /// Its memory.
+    /// The guest's memory.
     pub memory: Arc<GuestMemory>,
-    /// Its guest's calls.
+    /// The guest's calls.
     pub hypercalls: Arc<Hypercalls>,
-    /// Frees the machine's memory at its end.
+    /// Frees the guest's memory at the end.
     pub ending: Arc<Ending>,
 }
 
@@ -73,9 +73,9 @@ impl Controller for Control {
 
     fn set_balloon(&self, bytes: u64) -> Result<(), CommandError> {
         let balloon = self.balloon_handle()?;
-        let most = self.config.memory.size;
-        if bytes > most {
-            let bound = format!("the guest has {most} bytes of memory");
+        let max = self.config.memory.size;
+        if bytes > max {
+            let bound = format!("the guest has {max} bytes of memory");
             return Err(CommandError::OutOfBounds {
                 what: "the balloon",
                 value: bytes,

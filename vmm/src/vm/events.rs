@@ -1,4 +1,4 @@
-//! The main thread's loop: why the machine ends, signals, console input.
+//! The main thread's loop: it waits for signals, console input and the end of the machine.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -11,14 +11,14 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::ExitReason;
 use crate::sys::TerminationSignals;
 
-/// Why the machine ends. The first reason counts; everyone may give one.
+/// The reason why the machine ends. Any thread may give one; the first counts.
 pub struct ExitSlot {
     reason: OnceLock<ExitReason>,
     event: EventFd,
 }
 
 impl ExitSlot {
-    /// An empty slot.
+    /// Makes an empty slot.
     ///
     /// # Errors
     /// The error of the system call.
@@ -30,21 +30,21 @@ impl ExitSlot {
         }))
     }
 
-    /// Ends the machine, unless it is ending already.
+    /// Ends the machine for this reason, unless it is ending already.
     pub fn request(&self, reason: ExitReason) {
         if self.reason.set(reason).is_ok() {
-            // The counter is written once: it cannot overflow.
+            // The event's counter is written once, so it cannot overflow.
             let _ = self.event.write(1);
         }
     }
 
-    /// The reason, once there is one.
+    /// Returns the reason; `None` while the machine runs.
     pub fn reason(&self) -> Option<ExitReason> {
         self.reason.get().copied()
     }
 }
 
-/// Wakes the loop when the slot is filled.
+/// Wakes the loop when there is a reason.
 struct Wake(Arc<ExitSlot>);
 
 impl MutEventSubscriber for Wake {
@@ -86,10 +86,10 @@ fn register(ops: &mut EventOps, source: &impl AsRawFd, what: &str) {
     }
 }
 
-/// Runs the loop until the machine ends.
+/// Runs the loop until the machine ends, and returns the reason.
 ///
 /// # Errors
-/// The loop itself failed.
+/// The error of epoll.
 pub fn run(
     exit: &Arc<ExitSlot>,
     signals: TerminationSignals,

@@ -1,5 +1,6 @@
 //! The API over a real socket, with a machine that only remembers what it was told.
 
+mod document;
 mod names;
 
 use std::fs;

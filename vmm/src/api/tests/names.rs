@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::control::{
-    ArenaState, BalloonState, BalloonStatistics, InstanceInfo, LazyMemoryState, ReclaimOutcome,
-    ReportingMode, TeardownState,
+    ArenaState, BalloonState, BalloonStatistics, InstanceInfo, LazyMemoryState, METRICS,
+    ReclaimOutcome, ReportingMode, TeardownState,
 };
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
@@ -77,6 +77,30 @@ fn the_names_of_lazy_memory() {
     let all = LAZY_MEMORY.split_whitespace();
     let rest: Vec<_> = all.filter(|name| !name.starts_with("strict.")).collect();
     expect(&state, &rest.join(" "));
+}
+
+#[test]
+fn every_metric_is_described() {
+    let described = |request: &str| {
+        let metrics = METRICS.iter().filter(move |metrics| metrics.0 == request);
+        let named = metrics.flat_map(|(_, object, metrics)| {
+            let dot = if object.is_empty() { "" } else { "." };
+            metrics
+                .iter()
+                .map(move |metric| format!("{object}{dot}{}", metric.name))
+        });
+        named.collect::<Vec<_>>().join(" ")
+    };
+    let without = |names: &str, others: &[&str]| {
+        let names = names
+            .split_whitespace()
+            .filter(|name| !others.contains(name));
+        names.map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    let lazy = without(LAZY_MEMORY, &["reporting.mode"]);
+    assert_eq!(without(&described("/lazy-memory"), &[]), lazy);
+    let arena = without(ARENA, &["gpa", "granule_bytes", "id", "size_bytes"]);
+    assert_eq!(without(&described("/arenas"), &[]), arena);
 }
 
 #[test]
