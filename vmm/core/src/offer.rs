@@ -170,7 +170,7 @@ mod tests {
             slot.run(slicer);
             slot.wait(LONG);
             let outcome = slot.take_back().unwrap().outcome.unwrap();
-            assert_eq!((outcome.ranges, slicer.gate.stats().closings), (1, 1));
+            assert_eq!((outcome.ranges, slicer.gate.stats().closings_total), (1, 1));
             assert!(slot.take_back().is_none());
         });
     }

@@ -340,7 +340,7 @@ mod tests {
             .open(&mut request(100, Duration::from_millis(1)));
         assert_eq!((open.ranges, open.done), (10, true));
         assert_eq!(
-            (open.held, world.gate.stats().closings),
+            (open.held, world.gate.stats().closings_total),
             (Duration::ZERO, 0)
         );
     }
@@ -417,7 +417,7 @@ mod tests {
         let world = world(0);
         let outcome = world.slicer().held(&mut request(9, LONG));
         assert_eq!((outcome.done, outcome.missed), (true, false));
-        assert_eq!(world.gate.stats().closings, 0);
+        assert_eq!(world.gate.stats().closings_total, 0);
     }
 
     #[test]
