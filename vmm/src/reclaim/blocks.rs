@@ -1,26 +1,21 @@
-//! Whole blocks, in big chunks, by several workers when there is much to do.
+//! Releases whole blocks in large chunks, by several workers if there is much to do.
 
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ebb_core::lazy::{Chunk, LazyMemory, Sweep};
 use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use ebb_core::release::{Release, ReleasePages};
 
 use super::Outcome;
+use super::pace::Pace;
 use crate::workers::share;
 
-/// How long a reuse may have to wait for a chunk, unless a call takes that long whatever its size.
-const CHUNK_TIME: Duration = Duration::from_millis(1);
-
-/// Chunks are never bigger.
-const MAX_CHUNK: u64 = 256 << 20;
-
-/// A worker is worth its start for so many bytes: 40 ms of work in pages of 4 KiB.
+/// One worker is started for each of this many bytes: 40 ms of work in pages of 4 KiB.
 const BYTES_PER_WORKER: u64 = 512 << 20;
 
-/// The live guest needs the cores, too.
+/// Maximum number of workers: the live guest needs the cores, too.
 const MAX_WORKERS: u64 = 4;
 
 /// One sweep over whole blocks, up to a number of bytes.
@@ -33,11 +28,13 @@ pub(super) struct BlockPass<'a> {
 
 struct Todo {
     sweep: Sweep,
+    /// Bytes that are still to be taken.
     left: u64,
     outcome: Outcome,
 }
 
 impl<'a> BlockPass<'a> {
+    /// A pass over at most `bytes` bytes of `sweep`.
     pub fn new(
         lazy: &'a LazyMemory,
         pages: &'a dyn ReleasePages,
@@ -58,19 +55,22 @@ impl<'a> BlockPass<'a> {
         }
     }
 
-    /// Runs it with chunks of `chunk` bytes to begin with; returns what the next pass should begin with.
+    /// Runs the pass, with chunks of `chunk` bytes first. Returns the size of the first chunk of the next pass.
     pub fn run(&self, chunk: u64) -> u64 {
-        let stats = self.lazy.snapshot();
-        let most = self.with(|todo| todo.left);
-        let bytes = most.min(stats.lazy_bytes + stats.unmapped_bytes);
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-        let workers = (bytes / BYTES_PER_WORKER).min(cores).min(MAX_WORKERS);
-        let workers = usize::try_from(workers).unwrap_or(1);
-        let shared = share(workers, "take", || {}, || self.work(chunk));
+        self.run_on(cores, chunk)
+    }
+
+    fn run_on(&self, cores: u64, chunk: u64) -> u64 {
+        let stats = self.lazy.snapshot();
+        let max = self.with(|todo| todo.left);
+        let bytes = max.min(stats.lazy_bytes + stats.unmapped_bytes);
+        let shared = share(workers(bytes, cores), "take", || {}, || self.work(chunk));
         self.with(|todo| todo.outcome.failures += shared.panicked as u64);
         shared.own
     }
 
+    /// What the pass did.
     pub fn outcome(&self) -> Outcome {
         self.with(|todo| todo.outcome)
     }
@@ -79,18 +79,10 @@ impl<'a> BlockPass<'a> {
         action(&mut self.todo.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn take(&self, size: u64) -> Option<Chunk<'a>> {
-        self.with(|todo| {
-            let chunk = self.lazy.take_chunk(&mut todo.sweep, size.min(todo.left))?;
-            todo.left -= chunk.range().len();
-            Some(chunk)
-        })
-    }
-
-    /// Takes chunks until none is left, each of about [`CHUNK_TIME`].
+    /// Takes chunks until none is left. Returns the size of the next chunk.
     fn work(&self, size: u64) -> u64 {
         let mut pace = Pace::new(size);
-        while let Some(chunk) = self.take(pace.size) {
+        while let Some(chunk) = self.with(|todo| todo.take(self.lazy, pace.size)) {
             let (range, start) = (chunk.range(), Instant::now());
             let refused = self.release(chunk);
             pace.learn(range.len(), start.elapsed());
@@ -101,8 +93,8 @@ impl<'a> BlockPass<'a> {
         pace.size
     }
 
-    /// Goes through `range`, which failed as a whole, block by block: a page that the host keeps, for it is locked for
-    /// instance, does not keep its neighbours.
+    /// Goes through `range`, which the kernel has refused as a whole, block by block: so a page that it keeps, for example
+    /// a locked one, does not keep the other blocks.
     fn piecemeal(&self, range: GpaRange) {
         let mut sweep = self.with(|todo| todo.sweep.clone()).within(range);
         let next = |sweep: &mut Sweep| {
@@ -117,12 +109,12 @@ impl<'a> BlockPass<'a> {
         }
     }
 
-    /// Releases a chunk. Returns true if the host has refused a part of it.
+    /// Releases a chunk. Returns true if the kernel has refused a part of it.
     fn release(&self, chunk: Chunk<'_>) -> bool {
         let range = chunk.range();
         let released = self.pages.release(&[range], self.how);
-        let bytes = released.bytes.first().copied().unwrap_or(0);
-        // With hugetlb less may be gone than was asked for.
+        let bytes: u64 = released.bytes.iter().sum();
+        // With hugetlb less may be released than was asked for.
         if bytes == range.len() {
             match self.how {
                 Release::MarkFree => chunk.unmapped(self.lazy.begin_generation()),
@@ -133,98 +125,128 @@ impl<'a> BlockPass<'a> {
         }
         self.with(|todo| {
             todo.left += range.len() - bytes.min(range.len());
-            todo.outcome.bytes += bytes;
-            todo.outcome.calls += released.calls;
-            todo.outcome.failures += released.failures;
+            todo.outcome += &released;
         });
         released.failures > 0
     }
 }
 
-/// Finds the size of chunks such that one takes about [`CHUNK_TIME`], whatever the page size and the host.
-///
-/// Where smaller chunks are not quicker, what takes time is the call itself: it interrupts every vCPU that
-/// runs, and an emulated or a crowded host takes milliseconds for that. Smaller chunks are then no gain for
-/// a reuse and a loss for reclaim, so a chunk may take a few times as long as a call does anyway.
-pub(super) struct Pace {
-    /// Bytes of the next chunk.
-    pub size: u64,
-    /// Bytes of the last one, and the time that it took.
-    last: (u64, Duration),
-    /// What a call takes whatever its size, as far as that has shown.
-    call: Duration,
+impl Todo {
+    fn take<'a>(&mut self, lazy: &'a LazyMemory, size: u64) -> Option<Chunk<'a>> {
+        let chunk = lazy.take_chunk(&mut self.sweep, size.min(self.left))?;
+        self.left -= chunk.range().len();
+        Some(chunk)
+    }
 }
 
-impl Pace {
-    pub const fn new(size: u64) -> Self {
-        Self {
-            size,
-            last: (0, Duration::ZERO),
-            call: Duration::ZERO,
-        }
-    }
-
-    /// A chunk of `len` bytes took `took`.
-    pub fn learn(&mut self, len: u64, took: Duration) {
-        let (last_len, last_took) = self.last;
-        if len <= last_len / 2 && took >= last_took * 3 / 4 {
-            self.call = took;
-        }
-        self.call = self.call.min(took);
-        self.last = (len, took);
-        let aim = CHUNK_TIME.max(self.call * 4);
-        if took > aim {
-            self.size = (self.size / 2).max(BLOCK_SIZE);
-        } else if len == self.size && took < aim * 2 / 5 {
-            self.size = (self.size * 2).min(MAX_CHUNK);
-        }
-    }
+/// Number of workers for `bytes` bytes on a host with so many cores.
+fn workers(bytes: u64, cores: u64) -> usize {
+    let workers = (bytes / BYTES_PER_WORKER).min(cores).min(MAX_WORKERS);
+    usize::try_from(workers).unwrap_or(1).max(1)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+    use std::sync::{Arc, Condvar};
+    use std::thread::ThreadId;
+    use std::time::Duration;
+
+    use ebb_core::generation::VmGeneration;
+    use ebb_core::lazy::Pieces;
+    use ebb_core::release::Released;
+
     use super::*;
 
-    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
 
-    #[test]
-    fn chunks_aim_at_a_millisecond() {
-        let next = |chunk, len, micros| {
-            let mut pace = Pace::new(chunk);
-            pace.learn(len, Duration::from_micros(micros));
-            pace.size
-        };
-        assert_eq!(next(8 * MIB, 8 * MIB, 20), 16 * MIB);
-        assert_eq!(next(8 * MIB, 4096, 20), 8 * MIB, "a small one says little");
-        assert_eq!(next(8 * MIB, 8 * MIB, 700), 8 * MIB);
-        assert_eq!(next(8 * MIB, 8 * MIB, 1500), 4 * MIB);
-        assert_eq!(next(2 * MIB, 2 * MIB, 90_000), 2 * MIB);
-        assert_eq!(next(MAX_CHUNK, MAX_CHUNK, 20), MAX_CHUNK);
+    /// Memory whose releases wait until `expected` threads are in one, 20 s at most.
+    struct Meeting {
+        expected: usize,
+        threads: Mutex<HashSet<ThreadId>>,
+        met: Condvar,
     }
 
-    /// The sizes of chunks where a call takes `call` and a MiB takes `mib` microseconds.
-    fn sizes(call: u64, mib: u64) -> Vec<u64> {
-        let mut pace = Pace::new(8 * MIB);
-        let mut step = || {
-            let took = call + pace.size / MIB * mib;
-            pace.learn(pace.size, Duration::from_micros(took));
-            pace.size / MIB
-        };
-        (0..12).map(|_| step()).collect()
-    }
-
-    #[test]
-    fn calls_that_take_long_by_themselves_do_not_make_chunks_small() {
-        // Quick calls: a millisecond, no more.
-        assert!(sizes(4, 80)[6..].iter().all(|size| *size == 8));
-        assert!(sizes(100, 400)[6..].iter().all(|size| *size == 2));
-        // Slow calls: most of the time goes to the pages.
-        assert!(sizes(15_000, 500)[6..].iter().all(|size| *size >= 16));
-        // Twice a call took long for another reason: the next ones tell.
-        let mut pace = Pace::new(8 * MIB);
-        for took in [4000, 4000, 300, 300, 650, 650, 1300] {
-            pace.learn(pace.size, Duration::from_micros(took));
+    impl Meeting {
+        fn new(expected: usize) -> Self {
+            Self {
+                expected,
+                threads: Mutex::default(),
+                met: Condvar::new(),
+            }
         }
-        assert!(pace.size <= 16 * MIB, "{}", pace.size);
+
+        fn threads(&self) -> usize {
+            self.threads.lock().unwrap().len()
+        }
+    }
+
+    impl ReleasePages for Meeting {
+        fn can_mark_free(&self) -> bool {
+            true
+        }
+
+        fn max_batch(&self) -> usize {
+            1
+        }
+
+        fn release(&self, ranges: &[GpaRange], _: Release) -> Released {
+            let mut threads = self.threads.lock().unwrap();
+            threads.insert(thread::current().id());
+            self.met.notify_all();
+            let timeout = Duration::from_secs(20);
+            let waiting = |threads: &mut HashSet<_>| threads.len() < self.expected;
+            let waited = self.met.wait_timeout_while(threads, timeout, waiting);
+            drop(waited.unwrap());
+            Released {
+                bytes: ranges.iter().map(|range| range.len()).collect(),
+                calls: 1,
+                ..Released::default()
+            }
+        }
+    }
+
+    fn lazy(bytes: u64) -> LazyMemory {
+        let lazy = LazyMemory::new(100, Arc::new(VmGeneration::default()));
+        lazy.free(&[GpaRange::new(0, bytes).unwrap()]);
+        lazy
+    }
+
+    #[test]
+    fn much_memory_is_released_by_several_threads_at_once() {
+        let (lazy, pages) = (lazy(2 * GIB), Meeting::new(2));
+        let sweep = Sweep::new(Pieces::Blocks, u64::MAX);
+        let pass = BlockPass::new(&lazy, &pages, Release::Discard, sweep, u64::MAX);
+        pass.run_on(2, 8 << 20);
+        assert_eq!(pages.threads(), 2);
+        assert_eq!(pass.outcome().bytes, 2 * GIB);
+        assert_eq!(lazy.snapshot().discarded_bytes, 2 * GIB);
+    }
+
+    #[test]
+    fn a_little_is_released_by_the_caller_alone() {
+        for (free, wanted) in [(GIB - 4096, u64::MAX), (8 * GIB, GIB - 4096)] {
+            let (lazy, pages) = (lazy(free), Meeting::new(1));
+            let sweep = Sweep::new(Pieces::Blocks, u64::MAX);
+            let pass = BlockPass::new(&lazy, &pages, Release::MarkFree, sweep, wanted);
+            pass.run_on(64, 256 << 20);
+            assert_eq!(pages.threads(), 1, "{free} {wanted}");
+            assert_eq!(pass.outcome().bytes, GIB - BLOCK_SIZE);
+        }
+    }
+
+    #[test]
+    fn workers_follow_the_bytes_and_the_cores() {
+        let half = BYTES_PER_WORKER;
+        for (bytes, cores, want) in [
+            (0, 8, 1),
+            (2 * half - 1, 8, 1),
+            (2 * half, 8, 2),
+            (3 * half, 8, 3),
+            (u64::MAX, 2, 2),
+            (u64::MAX, 64, 4),
+        ] {
+            assert_eq!(workers(bytes, cores), want, "{bytes} {cores}");
+        }
     }
 }

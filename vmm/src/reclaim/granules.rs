@@ -1,31 +1,31 @@
-//! Granules of an arena, taken by their table.
+//! Discards granules of an arena that its table says are lazy.
 
 use std::time::Instant;
 
 use ebb_core::release::{Release, ReleasePages};
 
 use super::Outcome;
-use super::blocks::Pace;
+use super::pace::Pace;
 use crate::arena::Arena;
 
 /// One sweep over an arena.
 pub(super) struct GranulePass<'a> {
     pub arena: &'a Arena,
     pub pages: &'a dyn ReleasePages,
-    /// What was freed later is left alone.
+    /// Granules that were freed in a later generation are not taken.
     pub newest: u64,
-    /// At most so much.
+    /// Maximum number of bytes.
     pub bytes: u64,
 }
 
 impl GranulePass<'_> {
-    /// Runs it with chunks of `chunk` bytes to begin with; leaves there what the next pass should begin with.
+    /// Runs the pass. `chunk` is the size of the first chunk in bytes, and then of the first chunk of the next pass.
     pub fn run(&self, chunk: &mut u64) -> Outcome {
         let (mut outcome, mut cursor, mut pace) = (Outcome::default(), 0, Pace::new(*chunk));
         let granule = self.arena.place().layout.granule();
         while outcome.bytes < self.bytes {
-            let most = pace.size.max(granule).min(self.bytes - outcome.bytes);
-            let Some(taken) = self.arena.take(&mut cursor, self.newest, most) else {
+            let max = pace.size.max(granule).min(self.bytes - outcome.bytes);
+            let Some(taken) = self.arena.take(&mut cursor, self.newest, max) else {
                 break;
             };
             let len = taken.ranges().iter().map(|range| range.len()).sum();
@@ -33,9 +33,7 @@ impl GranulePass<'_> {
             let released = self.pages.release(taken.ranges(), Release::Discard);
             pace.learn(len, start.elapsed());
             taken.finish(&released.bytes);
-            outcome.bytes += released.bytes.iter().sum::<u64>();
-            outcome.calls += released.calls;
-            outcome.failures += released.failures;
+            outcome += &released;
         }
         *chunk = pace.size;
         outcome

@@ -1,23 +1,28 @@
-//! Reclaim: when the host wants memory, lazily freed ranges are invalidated and discarded.
+//! Reclaim: when the host needs memory, lazily freed ranges are invalidated and discarded.
 //!
-//! `sample` watches the host, `policy` decides, `execute` carries out in `blocks` and slices, `thread` runs
-//! them in a loop. The shrinker of "`MADV_LAZYFREE`" (Rik van Riel), moved into the monitor.
+//! `thread` loops: `sample` watches the host, `policy` decides, and `reclaimer` carries out each decision as one `job`, in
+//! passes over `blocks`, `granules` and slices. This is the shrinker of "`MADV_LAZYFREE`" (Rik van Riel), moved into the
+//! monitor.
 
+mod backoff;
 mod blocks;
-pub mod execute;
 mod granules;
+mod job;
+mod outcome;
+mod pace;
 pub mod policy;
+pub mod reclaimer;
 pub mod reported;
 pub mod sample;
+mod stats;
+#[cfg(test)]
+mod tests;
 pub mod thread;
 
-#[cfg(test)]
-mod refusals;
-#[cfg(test)]
-mod stress;
-
-pub use execute::{Order, Outcome, ReclaimStats, Reclaimer};
+pub use outcome::{Order, Outcome};
 pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Room, Sample, Tuning, decide};
+pub use reclaimer::Reclaimer;
 pub use reported::{ReportedMemory, ReportedStats};
 pub use sample::PressureSource;
+pub use stats::ReclaimStats;
 pub use thread::{ReclaimThread, StartError};

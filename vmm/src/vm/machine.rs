@@ -251,6 +251,6 @@ fn create_vcpus(
 impl WayIn for Reclaimer {
     #[inline]
     fn pass(&self) {
-        self.help();
+        self.run_offered_slice();
     }
 }

@@ -7,8 +7,8 @@ use ebb_core::lazy::{LazyMemory, LazyStats};
 use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Order, Reach, Reclaimer, Tuning};
 use crate::memory::{Backing, GuestRam};
+use crate::reclaim::{Order, Reach, Reclaimer, Tuning};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 48 * MIB;

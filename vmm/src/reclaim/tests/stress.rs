@@ -10,8 +10,8 @@ use ebb_core::lazy::LazyMemory;
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{Order, Reach, Reclaimer, Tuning};
 use crate::memory::{Backing, GuestRam};
+use crate::reclaim::{Order, Reach, Reclaimer, Tuning};
 
 const RAM: u64 = 96 << 20;
 const OWNERS: u64 = 3;

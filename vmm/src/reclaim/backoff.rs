@@ -1,0 +1,78 @@
+//! Skips attempts after attempts that failed.
+
+/// Says which attempts to make. After a failure some attempts are skipped: 1 after the first, twice as many after each
+/// further one, at most [`Backoff::MAX_SKIPPED`]. A success starts over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Backoff {
+    /// Attempts to skip from now on.
+    skip: u32,
+    /// Attempts to skip after the next failure.
+    next: u32,
+}
+
+impl Backoff {
+    /// At most this many attempts are skipped in a row.
+    pub const MAX_SKIPPED: u32 = 64;
+
+    /// Nothing has failed yet.
+    pub const fn new() -> Self {
+        Self { skip: 0, next: 1 }
+    }
+
+    /// Returns true if the attempt that is due should be made. If not, it counts as skipped.
+    pub const fn is_due(&mut self) -> bool {
+        let due = self.skip == 0;
+        self.skip = self.skip.saturating_sub(1);
+        due
+    }
+
+    /// The attempt was in vain.
+    pub fn failed(&mut self) {
+        self.skip = self.next;
+        self.next = (self.next * 2).min(Self::MAX_SKIPPED);
+    }
+
+    /// The attempt was a success.
+    pub const fn succeeded(&mut self) {
+        *self = Self::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many attempts are skipped before the next one.
+    fn skipped(backoff: &mut Backoff) -> u32 {
+        let mut skipped = 0;
+        while !backoff.is_due() {
+            skipped += 1;
+        }
+        skipped
+    }
+
+    #[test]
+    fn each_failure_doubles_what_is_skipped_up_to_a_bound() {
+        let mut backoff = Backoff::new();
+        assert_eq!(skipped(&mut backoff), 0);
+        let mut fail = || {
+            backoff.failed();
+            skipped(&mut backoff)
+        };
+        let skipped: [u32; 9] = std::array::from_fn(|_| fail());
+        assert_eq!(skipped, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
+    }
+
+    #[test]
+    fn a_success_starts_over() {
+        let mut backoff = Backoff::new();
+        for _ in 0..5 {
+            backoff.failed();
+            skipped(&mut backoff);
+        }
+        backoff.succeeded();
+        assert_eq!((skipped(&mut backoff), skipped(&mut backoff)), (0, 0));
+        backoff.failed();
+        assert_eq!(skipped(&mut backoff), 1);
+    }
+}

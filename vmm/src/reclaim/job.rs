@@ -1,0 +1,239 @@
+//! One reclaim under way: its passes over unmapped memory, blocks, granules and fragments.
+
+use std::time::Duration;
+
+use ebb_core::lazy::{Pieces, Sweep};
+use ebb_core::range::BLOCK_SIZE;
+use ebb_core::release::Release;
+use ebb_core::slice::{Limits, SliceOutcome, SliceRequest};
+
+use super::blocks::BlockPass;
+use super::granules::GranulePass;
+use super::reclaimer::{Reclaimer, Round};
+use super::{Order, Outcome, Reach};
+
+/// How long a reclaim waits for vCPUs that have not seen the latest generation.
+const CATCH_UP_TIMEOUT: Duration = Duration::from_millis(10);
+
+/// After this many pauses in a row that vCPUs missed, one slice runs with the gate open. So a pause budget that is too
+/// short for this host costs interrupts, but reclaim goes on.
+pub(super) const MAX_MISSES: u32 = 3;
+
+/// How long a slice is offered to the vCPU threads before the vCPUs are brought out for it.
+const OFFER_TIMEOUT: Duration = Duration::from_millis(1);
+
+/// Cost of a pause for the guest, in lengths of the pause: it runs slower afterwards, with cold caches and translations.
+/// `bench reclaim` measures 1.7.
+const PAUSE_COST: u32 = 2;
+
+/// Maximum time between two slices.
+pub(super) const MAX_REST: Duration = Duration::from_secs(1);
+
+/// One reclaim under way.
+pub(super) struct Job<'a> {
+    pub reclaimer: &'a Reclaimer,
+    pub order: Order,
+    pub how: Release,
+    pub round: &'a mut Round,
+    pub outcome: Outcome,
+}
+
+impl Job<'_> {
+    /// Discards, in this order: what is unmapped; blocks and granules that have survived the previous reclaim, whose last
+    /// generation is `old`; all lazy blocks and granules; fragments; a piece of a block. `now` is the machine's
+    /// generation. Each of these passes is one sweep, and a sweep finds nothing twice, so this ends whatever fails.
+    pub fn discard(&mut self, old: u64, now: u64) {
+        self.unmapped();
+        let newest = now.min(self.order.newest);
+        self.blocks(Sweep::new(Pieces::Blocks, old.min(newest)));
+        self.arenas(old.min(self.order.newest));
+        self.blocks(Sweep::new(Pieces::Blocks, newest));
+        self.arenas(self.order.newest);
+        if self.order.reach >= Reach::Fragments {
+            self.slices(Sweep::new(Pieces::Fragments, newest));
+        }
+        // A block is broken up only for less than a block.
+        if self.order.reach >= Reach::Everything && self.left() < BLOCK_SIZE {
+            self.slices(Sweep::new(Pieces::Any, newest));
+        }
+    }
+
+    /// Marks lazy blocks, then fragments, free. `now` is the machine's generation.
+    pub fn invalidate(&mut self, now: u64) {
+        let newest = now.min(self.order.newest);
+        self.blocks(Sweep::new(Pieces::Blocks, newest));
+        if self.order.reach >= Reach::Fragments {
+            self.slices(Sweep::new(Pieces::Fragments, newest));
+        }
+    }
+
+    /// Bytes that are still to be taken.
+    const fn left(&self) -> u64 {
+        self.order.bytes.saturating_sub(self.outcome.bytes)
+    }
+
+    /// Discards unmapped memory: first what is quiescent. Under hard pressure then the rest, after the vCPUs that have not
+    /// seen its generation were brought out once.
+    fn unmapped(&mut self) {
+        let (lazy, gate) = (&self.reclaimer.lazy, &self.reclaimer.gate);
+        let quiescent = gate.quiescent_generation();
+        self.unmapped_up_to(quiescent);
+        let now = lazy.generation().min(self.order.newest);
+        let worth_it = self.order.reach >= Reach::Fragments && quiescent < now;
+        if worth_it
+            && self.left() > 0
+            && lazy.peek(&mut Sweep::unmapped(Pieces::Any, now), self.left())
+            && gate.catch_up(now, CATCH_UP_TIMEOUT)
+        {
+            self.unmapped_up_to(now);
+        }
+    }
+
+    fn unmapped_up_to(&mut self, quiescent: u64) {
+        let newest = quiescent.min(self.order.newest);
+        self.blocks(Sweep::unmapped(Pieces::Blocks, newest));
+        self.slices(Sweep::unmapped(Pieces::Fragments, newest));
+    }
+
+    /// One sweep over whole blocks, with the vCPUs running.
+    fn blocks(&mut self, sweep: Sweep) {
+        if self.left() < BLOCK_SIZE {
+            return;
+        }
+        let Reclaimer { lazy, pages, .. } = self.reclaimer;
+        let pass = BlockPass::new(lazy, &**pages, self.how, sweep, self.left());
+        self.round.chunk = pass.run(self.round.chunk);
+        self.outcome += pass.outcome();
+    }
+
+    /// One sweep over the granules that were freed at `newest` or before, with the vCPUs running.
+    fn arenas(&mut self, newest: u64) {
+        for arena in self.reclaimer.arenas.iter() {
+            let pass = GranulePass {
+                arena,
+                pages: &*self.reclaimer.pages,
+                newest,
+                bytes: self.left(),
+            };
+            self.outcome += pass.run(&mut self.round.chunk);
+        }
+    }
+
+    /// One sweep over smaller pieces, in slices with the vCPUs out of the guest.
+    fn slices(&mut self, sweep: Sweep) {
+        let reclaimer = self.reclaimer;
+        let slicer = reclaimer.slicer();
+        let mut request = SliceRequest {
+            sweep,
+            how: self.how,
+            limits: Limits {
+                ranges: reclaimer.tuning.slice,
+                bytes: self.left(),
+                pause: reclaimer.tuning.pause,
+            },
+        };
+        let share = share_of_time(reclaimer.tuning.share, self.order.urgent);
+        let mut misses = 0;
+        while self.left() > 0 {
+            request.limits.bytes = self.left();
+            let (slice, count) = if misses < MAX_MISSES {
+                let slice = self
+                    .offered(&mut request)
+                    .unwrap_or_else(|| slicer.held(&mut request));
+                (slice, &reclaimer.counters.held_slices_total)
+            } else {
+                let slice = slicer.open(&mut request);
+                (slice, &reclaimer.counters.open_slices_total)
+            };
+            count.add(u64::from(slice.calls > 0));
+            reclaimer.counters.slice_ranges_total.add(slice.ranges);
+            self.outcome += &slice;
+            misses = if slice.missed { misses + 1 } else { 0 };
+            let more = !slice.done && self.left() > 0;
+            if !more
+                || !reclaimer.lazy.peek(&mut request.sweep, self.left())
+                || !reclaimer.rest(rest_after(&slice, share))
+            {
+                return;
+            }
+        }
+    }
+
+    /// Offers a slice to the vCPU threads. `None` if none of them ran it, or if no offer was made.
+    fn offered(&mut self, request: &mut SliceRequest) -> Option<SliceOutcome> {
+        let reclaimer = self.reclaimer;
+        if !self.round.offers.is_due() {
+            return None;
+        }
+        // If every vCPU is out there is nobody to offer it to, and nobody to interrupt.
+        let (lazy, bytes) = (&reclaimer.lazy, request.limits.bytes);
+        if reclaimer.gate.is_empty() || !lazy.peek(&mut request.sweep, bytes) {
+            return None;
+        }
+        reclaimer.offer.post(request.clone());
+        reclaimer.offer.wait(OFFER_TIMEOUT);
+        let offered = reclaimer.offer.take_back()?;
+        *request = offered.request;
+        if offered.outcome.is_some() {
+            self.round.offers.succeeded();
+            reclaimer.counters.passing_slices_total.increment();
+        } else {
+            self.round.offers.failed();
+        }
+        offered.outcome
+    }
+}
+
+/// Percentage of their time that the vCPUs may lose, given the configured one.
+fn share_of_time(configured: u32, urgent: bool) -> u32 {
+    let factor = if urgent { 10 } else { 1 };
+    (configured * factor).clamp(1, 50)
+}
+
+/// How long the vCPUs must run after `slice`, so that what it cost them is at most `share` percent of their time.
+fn rest_after(slice: &SliceOutcome, share: u32) -> Duration {
+    if slice.disturbed == 0 && !slice.missed {
+        return Duration::ZERO;
+    }
+    let rest = slice.held * (100 * PAUSE_COST / share - 1);
+    rest.min(MAX_REST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slice(disturbed: u64, missed: bool) -> SliceOutcome {
+        SliceOutcome {
+            disturbed,
+            missed,
+            held: Duration::from_micros(100),
+            ..SliceOutcome::default()
+        }
+    }
+
+    #[test]
+    fn only_who_waits_may_take_ten_times_the_share() {
+        for (configured, background, urgent) in [(1, 1, 10), (3, 3, 30), (9, 9, 50), (50, 50, 50)] {
+            assert_eq!(share_of_time(configured, false), background);
+            assert_eq!(share_of_time(configured, true), urgent);
+        }
+        assert_eq!(share_of_time(0, false), 1);
+    }
+
+    #[test]
+    fn the_vcpus_lose_their_share_of_time_and_no_more() {
+        for (share, rest) in [(1, 19_900), (10, 1_900), (50, 300)] {
+            for (disturbed, missed) in [(1, false), (0, true)] {
+                let rest_us = rest_after(&slice(disturbed, missed), share).as_micros();
+                assert_eq!(rest_us, rest, "{share} {disturbed} {missed}");
+            }
+        }
+        assert_eq!(rest_after(&slice(0, false), 1), Duration::ZERO);
+        let long = SliceOutcome {
+            held: Duration::from_secs(1),
+            ..slice(1, false)
+        };
+        assert_eq!(rest_after(&long, 1), MAX_REST);
+    }
+}

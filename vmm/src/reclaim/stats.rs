@@ -1,0 +1,33 @@
+//! Counters of reclaim.
+
+ebb_core::metrics! {
+    /// What reclaim has done since the machine started.
+    pub struct ReclaimStats from pub(super) struct Counters {
+        /// The latest generation that every vCPU in the guest has seen. What was unmapped until then can be discarded
+        /// without an interrupt.
+        quiescent_generation: Gauge,
+        /// System calls that discard lazy or unmapped memory.
+        discard_calls_total: Counter,
+        /// Discards that failed, eager ones included.
+        discard_failures_total: Counter,
+        /// System calls that invalidate lazy memory.
+        invalidate_calls_total: Counter,
+        /// Invalidations that failed.
+        invalidate_failures_total: Counter,
+        /// System calls that discard memory eagerly: before the free is acknowledged, for a driver without
+        /// `MUST_TELL_HOST`.
+        eager_calls_total: Counter,
+        /// Memory discarded eagerly.
+        eager_bytes_total: Counter of Bytes,
+        /// Slices run with every vCPU out of the guest.
+        held_slices_total: Counter,
+        /// The part of these slices that vCPU threads have run before they entered the guest.
+        passing_slices_total: Counter,
+        /// Slices run with vCPUs in the guest, because they were not out within the pause budget.
+        open_slices_total: Counter,
+        /// Ranges released in slices.
+        slice_ranges_total: Counter,
+        /// Reclaims started by memory pressure on the host.
+        pressure_events_total: Counter,
+    }
+}

@@ -1,0 +1,5 @@
+//! Tests of reclaim as a whole.
+
+mod reclaimer;
+mod refusals;
+mod stress;

@@ -1,0 +1,200 @@
+//! The reclaimer over memory that refuses some of what it is asked to release.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ebb_core::generation::{Gate, NoKick, VmGeneration};
+use ebb_core::lazy::LazyMemory;
+use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
+use ebb_core::release::{Release, ReleasePages, Released};
+
+use crate::memory::{Backing, GuestRam};
+use crate::reclaim::job::MAX_MISSES;
+use crate::reclaim::{Order, Reach, Reclaimer, Tuning};
+
+const MIB: u64 = 1 << 20;
+
+fn range(start: u64, end: u64) -> GpaRange {
+    GpaRange::new(start, end).unwrap()
+}
+
+fn reclaimer(mib: u64) -> Reclaimer {
+    let ram = GuestRam::allocate(Backing::default(), &[range(0, mib * MIB)]).unwrap();
+    over(Arc::new(ram), 0, Tuning::default())
+}
+
+fn over(pages: Arc<dyn ReleasePages>, vcpus: usize, tuning: Tuning) -> Reclaimer {
+    let generation = Arc::new(VmGeneration::default());
+    let gate = Gate::new(vcpus, Arc::clone(&generation), Box::new(NoKick));
+    let lazy = LazyMemory::new(1000, generation);
+    Reclaimer::new(Arc::new(lazy), pages, Arc::new(gate), tuning)
+}
+
+const fn order(bytes: u64, reach: Reach) -> Order {
+    Order {
+        bytes,
+        reach,
+        newest: u64::MAX,
+        urgent: true,
+    }
+}
+
+#[test]
+fn blocks_go_first_then_fragments_then_a_piece_of_a_block() {
+    let reclaimer = reclaimer(32);
+    reclaimer
+        .lazy
+        .free(&[range(MIB, 7 * MIB), range(9 * MIB, 10 * MIB)]);
+    let reclaim = |bytes, reach| reclaimer.discard(order(bytes, reach)).bytes;
+    assert_eq!(reclaim(3 * MIB, Reach::Blocks), 2 * MIB);
+    assert_eq!(reclaim(9 * MIB, Reach::Blocks), 2 * MIB, "the other block");
+    assert_eq!(reclaim(9 * MIB, Reach::Blocks), 0);
+    assert_eq!(reclaim(MIB + PAGE_SIZE, Reach::Fragments), MIB + PAGE_SIZE);
+    assert_eq!(reclaim(9 * MIB, Reach::Fragments), 2 * MIB - PAGE_SIZE);
+    reclaimer.lazy.free(&[range(16 * MIB, 20 * MIB)]);
+    assert_eq!(reclaim(MIB, Reach::Fragments), 0);
+    assert_eq!(reclaimer.reclaim(MIB).bytes, MIB);
+    assert_eq!(reclaimer.reclaim(u64::MAX).bytes, 3 * MIB);
+    let stats = reclaimer.lazy.snapshot();
+    assert_eq!((stats.lazy_bytes, stats.discarded_bytes), (0, 11 * MIB));
+    assert_eq!(stats.reclaimed_bytes_total, 11 * MIB);
+}
+
+#[test]
+fn what_survived_the_last_reclaim_goes_before_what_is_new() {
+    let reclaimer = reclaimer(32);
+    reclaimer.lazy.free(&[range(16 * MIB, 20 * MIB)]);
+    assert_eq!(reclaimer.reclaim(2 * MIB).bytes, 2 * MIB);
+    reclaimer.lazy.free(&[range(0, 4 * MIB)]);
+    assert_eq!(reclaimer.reclaim(2 * MIB).bytes, 2 * MIB);
+    reclaimer.lazy.reuse(&[range(0, 4 * MIB)]);
+    assert_eq!(
+        reclaimer.lazy.snapshot().lazy_bytes,
+        0,
+        "the old range went first"
+    );
+}
+
+/// Memory whose first page cannot be released. Logs each request.
+#[derive(Default)]
+struct RefusesFirstPage(Mutex<Vec<(GpaRange, Release)>>);
+
+impl ReleasePages for RefusesFirstPage {
+    fn can_mark_free(&self) -> bool {
+        true
+    }
+
+    fn max_batch(&self) -> usize {
+        7
+    }
+
+    fn release(&self, ranges: &[GpaRange], how: Release) -> Released {
+        let bytes = ranges.iter().map(|range| {
+            self.0.lock().unwrap().push((*range, how));
+            if range.start() == 0 { 0 } else { range.len() }
+        });
+        let bytes: Vec<_> = bytes.collect();
+        let failures = bytes.iter().filter(|bytes| **bytes == 0).count() as u64;
+        Released {
+            bytes,
+            calls: 1,
+            failures,
+            error: None,
+        }
+    }
+}
+
+#[test]
+fn chunks_that_fail_stay_lazy_and_the_others_go() {
+    let reclaimer = over(Arc::new(RefusesFirstPage::default()), 0, Tuning::default());
+    reclaimer.lazy.free(&[range(0, 32 * MIB)]);
+    let outcome = reclaimer.reclaim(u64::MAX);
+    assert_eq!(outcome.bytes + BLOCK_SIZE, 32 * MIB);
+    assert!(outcome.calls > 1, "{outcome:?}");
+    let lazy = reclaimer.lazy.snapshot();
+    assert_eq!((lazy.lazy_bytes, lazy.unmapped_bytes), (BLOCK_SIZE, 0));
+    let invalidated = reclaimer.invalidate(order(u64::MAX, Reach::Fragments));
+    assert_eq!(invalidated.bytes, 0, "its first block is refused again");
+    let stats = reclaimer.snapshot();
+    assert_eq!(stats.discard_failures_total, outcome.failures);
+    assert_eq!(stats.invalidate_failures_total, 1);
+}
+
+#[test]
+fn scattered_ranges_go_in_slices_and_unmapped_ones_first() {
+    let pages = Arc::new(RefusesFirstPage::default());
+    let tuning = Tuning {
+        slice: 20,
+        ..Tuning::default()
+    };
+    let reclaimer = over(Arc::clone(&pages) as _, 1, tuning);
+    let scattered = |index: u64| range(index * MIB, index * MIB + (64 << 10));
+    let ranges: Vec<_> = (1..101).map(scattered).collect();
+    reclaimer.lazy.free(&ranges);
+    let limited = order(30 * (64 << 10), Reach::Fragments);
+    assert_eq!(reclaimer.invalidate(limited).bytes, 30 * (64 << 10));
+    assert_eq!(reclaimer.lazy.snapshot().unmapped_bytes, 30 * (64 << 10));
+    assert_eq!(
+        reclaimer.discard(order(u64::MAX, Reach::Blocks)).bytes,
+        30 * (64 << 10)
+    );
+    assert_eq!(reclaimer.reclaim(u64::MAX).bytes, 70 * (64 << 10));
+    let stats = reclaimer.snapshot();
+    assert_eq!(
+        (stats.slice_ranges_total, stats.open_slices_total),
+        (130, 0)
+    );
+    assert!(stats.held_slices_total >= 2 + 2 + 4, "{stats:?}");
+    assert_eq!(
+        reclaimer.gate.stats().closings_total,
+        stats.held_slices_total
+    );
+    assert_eq!(pages.0.lock().unwrap()[30].1, Release::Discard);
+}
+
+#[test]
+fn a_vcpu_that_will_not_come_out_costs_interrupts_but_not_progress() {
+    let tuning = Tuning {
+        pause: Duration::from_micros(50),
+        ..Tuning::default()
+    };
+    let reclaimer = over(Arc::new(RefusesFirstPage::default()), 1, tuning);
+    let ranges: Vec<_> = (1..9)
+        .map(|i| range(i * MIB, i * MIB + PAGE_SIZE))
+        .collect();
+    reclaimer.lazy.free(&ranges);
+    let inside = reclaimer.gate.enter(0);
+    let outcome = reclaimer.invalidate(order(u64::MAX, Reach::Fragments));
+    assert_eq!(outcome.bytes, 8 * PAGE_SIZE);
+    let stats = reclaimer.snapshot();
+    assert_eq!((stats.held_slices_total, stats.open_slices_total), (0, 1));
+    assert_eq!(reclaimer.gate.stats().missed_total, u64::from(MAX_MISSES));
+    let discard = |reach| reclaimer.discard(order(u64::MAX, reach)).bytes;
+    assert_eq!(discard(Reach::Blocks), 0, "it may still have translations");
+    drop(inside);
+    assert_eq!(discard(Reach::Blocks), 8 * PAGE_SIZE);
+}
+
+#[test]
+fn stopping_ends_a_rest() {
+    let reclaimer = reclaimer(4);
+    assert!(reclaimer.rest(Duration::from_millis(1)));
+    std::thread::scope(|scope| {
+        let rest = scope.spawn(|| reclaimer.rest(Duration::from_secs(3600)));
+        reclaimer.stop();
+        assert!(!rest.join().unwrap());
+    });
+}
+
+#[test]
+fn eager_discards_are_counted_and_not_tracked() {
+    let reclaimer = reclaimer(4);
+    let outcome = reclaimer.discard_now(&[range(0, MIB), range(3 * MIB, 5 * MIB)]);
+    assert_eq!((outcome.bytes, outcome.failures), (MIB, 1));
+    let stats = reclaimer.snapshot();
+    assert_eq!(
+        (stats.eager_bytes_total, stats.discard_failures_total),
+        (MIB, 1)
+    );
+    assert_eq!(reclaimer.lazy.snapshot().ranges, 0);
+}
