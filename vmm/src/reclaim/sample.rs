@@ -1,4 +1,4 @@
-//! Watches the host's memory pressure.
+//! Watches the memory pressure of the host and of the monitor's cgroup.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -12,22 +12,21 @@ use super::{Room, Sample};
 use crate::sys::pressure::HOST_PRESSURE;
 use crate::sys::{Cgroup, KeptFile, MemInfo, PsiTrigger};
 
-/// Stall that counts as pressure, in microseconds within [`WINDOW_US`].
+/// Stall time that counts as pressure, in microseconds within [`WINDOW_US`].
 const STALL_US: u32 = 150_000;
 
-/// Window of the trigger in microseconds: the shortest that needs no `CAP_SYS_RESOURCE`.
+/// Window of the triggers in microseconds: the shortest one that needs no `CAP_SYS_RESOURCE`.
 const WINDOW_US: u32 = 2_000_000;
 
-/// Time between two samples when nothing happens.
+/// Time between two samples if no trigger fires.
 const INTERVAL: Timespec = Timespec {
     tv_sec: 1,
     tv_nsec: 0,
 };
 
-/// Where pressure comes from: PSI triggers of the monitor's own cgroup (v2 with a memory controller: its
-/// limits are felt there) and of the whole host, and once a second the available memory of the host and what the limits
-/// of the own cgroup and of those above it leave. These alone where the kernel has no PSI; they also see a host without
-/// swap, or a cgroup, run short before anything stalls.
+/// The sources of memory pressure: PSI triggers of the monitor's own cgroup (v2 with a memory controller) and of the whole
+/// host; and, each second, the available memory of the host and of the cgroup with its ancestors. The latter are all there
+/// is if the kernel has no PSI. They also show that a host without swap, or a cgroup, runs short before anything stalls.
 #[derive(Debug)]
 pub struct PressureSource {
     triggers: Vec<PsiTrigger>,
@@ -37,7 +36,7 @@ pub struct PressureSource {
 }
 
 impl PressureSource {
-    /// Arms what there is.
+    /// Watches all sources that this host has.
     #[must_use]
     pub fn open() -> Self {
         let cgroup = Cgroup::own();
@@ -58,7 +57,7 @@ impl PressureSource {
         }
     }
 
-    /// Only the available memory, as on a host without PSI.
+    /// Watches only the available memory of the host, as on a host without PSI.
     #[must_use]
     pub fn watermark_only() -> Self {
         Self {
@@ -69,7 +68,7 @@ impl PressureSource {
         }
     }
 
-    /// Only the available memory, and that each `interval`: for those who reclaim anyway.
+    /// Watches only the available memory of the host, each `interval`: for modes that reclaim anyway.
     #[must_use]
     pub fn every(interval: Duration) -> Self {
         Self {
@@ -78,13 +77,13 @@ impl PressureSource {
         }
     }
 
-    /// Whether the kernel reports stalls.
+    /// Returns true if the kernel reports stalls.
     #[must_use]
     pub fn has_psi(&self) -> bool {
         !self.triggers.is_empty()
     }
 
-    /// What is left of the tightest limit.
+    /// The tightest limit of the cgroup and its ancestors.
     fn cgroup_room(&self) -> Room {
         let limits = self.cgroup.iter().flat_map(Cgroup::limits);
         Room::tightest(limits.map(|limit| Room {
@@ -93,11 +92,10 @@ impl PressureSource {
         }))
     }
 
-    /// Waits for a report, or for the interval, and takes a sample of the host. `None` when `stop` is
-    /// readable.
+    /// Waits until a trigger fires, at most for the interval, and takes a sample. `None` if `stop` is readable.
     ///
     /// # Errors
-    /// poll(2)'s.
+    /// Those of poll(2).
     pub fn wait(&mut self, stop: BorrowedFd<'_>) -> io::Result<Option<Sample>> {
         let triggers = self.triggers.iter();
         let mut fds: Vec<_> = [PollFd::from_borrowed_fd(stop, PollFlags::IN)]
@@ -115,7 +113,7 @@ impl PressureSource {
         let dead = |events: &PollFlags| events.contains(PollFlags::ERR);
         let stall = |events: &PollFlags| events.contains(PollFlags::PRI) && !dead(events);
         let stalled = events[1..].iter().any(stall);
-        // The trigger of a cgroup that was removed reports an error for ever.
+        // The trigger of a removed cgroup polls `POLLERR` for ever.
         let mut events = events[1..].iter();
         self.triggers.retain(|_| !events.next().is_some_and(dead));
         let memory = self.meminfo.read(MemInfo::parse);
@@ -131,11 +129,54 @@ impl PressureSource {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsFd;
+    use std::time::Instant;
 
     use rustix::event::{EventfdFlags, eventfd};
+    use rustix::net::{SendFlags, send};
 
     use super::*;
+
+    fn with_triggers(triggers: Vec<PsiTrigger>) -> PressureSource {
+        PressureSource {
+            triggers,
+            ..PressureSource::every(Duration::from_secs(20))
+        }
+    }
+
+    /// Two ends of a connection. The second one polls `POLLPRI` after the first one has sent urgent data.
+    fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (sender, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn a_trigger_that_fires_is_a_stall() {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let (quiet, (sender, receiver)) = (connection(), connection());
+        let triggers = [quiet.1, receiver].map(|end| PsiTrigger::from_file(end.into()));
+        let mut source = with_triggers(triggers.into());
+        send(&sender, &[1], SendFlags::OOB).unwrap();
+        let start = Instant::now();
+        let sample = source.wait(stop.as_fd()).unwrap().unwrap();
+        assert!(sample.stalled && source.triggers.len() == 2);
+        assert!(start.elapsed() < Duration::from_secs(10), "not at once");
+    }
+
+    #[test]
+    fn a_trigger_that_fails_is_no_stall_and_is_given_up() {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        drop(reader);
+        let quiet = connection();
+        let triggers = [writer, quiet.1.into()].map(PsiTrigger::from_file);
+        let mut source = with_triggers(triggers.into());
+        let sample = source.wait(stop.as_fd()).unwrap().unwrap();
+        assert!(!sample.stalled && source.has_psi());
+        assert_eq!(source.triggers.len(), 1);
+    }
 
     #[test]
     fn a_sample_has_the_memory_of_the_host_and_stop_ends_the_wait() {

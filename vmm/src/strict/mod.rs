@@ -1,10 +1,10 @@
-//! Strict mode: a debugging aid for those who write guest allocators. Memory that the guest frees lazily is discarded
-//! at once, and whoever touches it before a reuse is caught by the page fault, reported, and goes on with zeroes.
+//! Strict mode: a debugging aid for authors of guest allocators. Memory that the guest frees lazily is discarded at once. A
+//! thread that touches it before a reuse is caught by its page fault and reported, and then reads zeroes.
 //!
-//! The guest's memory is watched with userfaultfd. A fault by a vCPU is waited for in its own `KVM_RUN`, because
-//! the machine was told to fault synchronously (see [`crate::kvm::Machine::fault_synchronously`]). So the watcher
-//! first kicks that vCPU and then makes the page: the vCPU comes out of `KVM_RUN` before it can enter the guest
-//! again, with the instruction pointer still at the instruction whose access was caught.
+//! The guest's memory is watched with userfaultfd. A vCPU waits for its fault inside `KVM_RUN`, because the machine was told
+//! to fault synchronously (see [`crate::kvm::Machine::fault_synchronously`]). So the watcher first kicks that vCPU and then
+//! makes the page: the vCPU leaves `KVM_RUN` before it enters the guest again, and its instruction pointer is still at the
+//! instruction whose access was caught.
 
 mod thread;
 
@@ -24,10 +24,11 @@ pub use thread::{StartError, StrictThread};
 #[cfg(test)]
 mod tests;
 
-/// Chunks that are discarded are never bigger: a reuse may have to wait for one.
+/// Maximum size in bytes of a chunk that is discarded: a reuse may have to wait for it.
 const CHUNK: u64 = 8 << 20;
 
-/// Caught accesses that a vCPU is told of at its next exit. More than one are made only by instructions that KVM emulates.
+/// Maximum number of caught accesses that are reported for one exit of a vCPU. Only instructions that KVM emulates make more
+/// than one.
 const MAX_CAUGHT: usize = 16;
 
 ebb_core::metrics! {
@@ -57,12 +58,12 @@ impl Access {
     }
 }
 
-/// What is caught of one vCPU.
+/// What was caught of one vCPU.
 #[derive(Default)]
 struct Vcpu {
-    /// Its thread is in `KVM_RUN`: what it touches is touched by the guest.
+    /// Its thread is in `KVM_RUN`, so its accesses are the guest's.
     in_guest: AtomicBool,
-    /// `caught` is not empty.
+    /// True if `caught` is not empty.
     any: AtomicBool,
     caught: Mutex<Vec<Access>>,
 }
@@ -75,9 +76,9 @@ impl Vcpu {
 
 /// Strict mode of one machine.
 ///
-/// **Locks**: `caught` of a vCPU is taken alone and held for moments. The watcher takes it and the tracker's, one after the
-/// other, and waits for nobody: whoever touches guest memory may wait for the watcher, so nobody may touch
-/// it with one of these locks held.
+/// **Locks**: `caught` of a vCPU is taken alone and held for moments. The watcher takes it and the tracker's lock, one after
+/// the other. A thread that touches guest memory may wait for the watcher, so no thread may touch guest memory while it
+/// holds one of these locks.
 pub struct Strict {
     lazy: Arc<LazyMemory>,
     ram: Arc<GuestRam>,
@@ -106,8 +107,8 @@ impl Strict {
         }
     }
 
-    /// As [`LazyMemory::free`], and the memory is discarded before this returns. What is freed again without a reuse
-    /// is discarded again, so that the next access is caught again.
+    /// Frees `ranges` as [`LazyMemory::free`] does, and discards them before it returns. What is freed again without a reuse
+    /// is discarded again, so that the next access is caught, too.
     pub fn free(&self, ranges: &[GpaRange]) -> Freed {
         self.lazy.reuse(ranges);
         let freed = self.lazy.free(ranges);
@@ -132,14 +133,14 @@ impl Strict {
         InGuest(&self.vcpus[index])
     }
 
-    /// Whether the vCPU `index` was caught since [`Strict::tell`] was last called for it.
+    /// Returns true if the vCPU `index` was caught since [`Strict::tell`] was last called for it.
     #[must_use]
     pub fn is_caught(&self, index: usize) -> bool {
         self.vcpus[index].any.load(Ordering::Acquire)
     }
 
-    /// Reports what the vCPU `index` was caught at, with its instruction pointer `rip`. To be called by its thread between
-    /// an exit and the next entry.
+    /// Reports the caught accesses of the vCPU `index`, whose instruction pointer is `rip`. Must be called by its thread
+    /// between an exit and the next entry.
     pub fn tell(&self, index: usize, rip: u64) {
         let vcpu = &self.vcpus[index];
         vcpu.any.store(false, Ordering::Release);
@@ -158,7 +159,7 @@ impl Strict {
         self.counters.snapshot()
     }
 
-    /// Judges an access before its page is made: counts and reports it if the page is lazily free.
+    /// Counts an access whose page is about to be made, and reports it if the page is lazily free.
     fn judge(&self, missing: &MissingPage) {
         self.counters.faults_total.increment();
         if self.lazy.survey(missing.page).totals.ranges == 0 {

@@ -1,4 +1,5 @@
-//! Strict mode without a guest: this thread stands for a device's.
+//! Strict mode without a guest: the threads of the tests act as device threads. These tests need userfaultfd for faults of
+//! the kernel, and fail without it.
 
 use std::time::Instant;
 
@@ -8,25 +9,21 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::memory::Backing;
-use crate::sys::Userfault;
 
 const PAGES: u64 = 4096;
 
-/// Strict mode over [`PAGES`] pages, `None` where this process may not have it: then the error must say so.
-fn start() -> Option<(Arc<Strict>, StrictThread, Arc<GuestMemoryMmap>)> {
+/// Strict mode over [`PAGES`] pages.
+fn start() -> (Arc<Strict>, StrictThread, Arc<GuestMemoryMmap>) {
     let ram = Arc::new(GuestRam::allocate(Backing::default(), &[pages(0, PAGES)]).unwrap());
     let lazy = Arc::new(LazyMemory::new(100, Arc::new(VmGeneration::default())));
     let kicks = Arc::new(KickTable::new(1));
     let memory = ram.memory();
     let strict = Arc::new(Strict::new(lazy, Arc::clone(&ram), kicks, 1));
-    match (
-        Userfault::open(),
-        StrictThread::start(Arc::clone(&strict), ram),
-    ) {
-        (Ok(_), started) => Some((strict, started.unwrap(), memory)),
-        (Err(_), started) => {
-            assert!(matches!(started.err(), Some(StartError::Watch(_))));
-            None
+    match StrictThread::start(Arc::clone(&strict), ram) {
+        Ok(thread) => (strict, thread, memory),
+        Err(error) => {
+            let source = std::error::Error::source(&error).map(ToString::to_string);
+            panic!("this test needs userfaultfd: {error}: {source:?}");
         }
     }
 }
@@ -47,9 +44,7 @@ fn read(memory: &GuestMemoryMmap, page: u64) -> u64 {
 
 #[test]
 fn each_lazily_free_page_is_caught_once_until_it_is_freed_again() {
-    let Some((strict, thread, memory)) = start() else {
-        return;
-    };
+    let (strict, thread, memory) = start();
     let violations = || strict.snapshot().device_violations_total;
     let begin = Instant::now();
     (0..PAGES).for_each(|page| write(&memory, page));
@@ -68,7 +63,7 @@ fn each_lazily_free_page_is_caught_once_until_it_is_freed_again() {
     assert_eq!(strict.faults.count(), 350);
     strict.lazy.reset();
     drop(thread);
-    // Nobody watches any more, and nobody waits.
+    // No thread watches any more, and none waits.
     strict.free(&[pages(0, PAGES)]);
     assert_eq!(read(&memory, 0), 0);
     assert_eq!(violations(), 350);
@@ -76,9 +71,7 @@ fn each_lazily_free_page_is_caught_once_until_it_is_freed_again() {
 
 #[test]
 fn threads_that_touch_one_page_at_once_all_go_on_and_are_one_report() {
-    let Some((strict, _thread, memory)) = start() else {
-        return;
-    };
+    let (strict, _thread, memory) = start();
     strict.free(&[pages(0, 500)]);
     std::thread::scope(|scope| {
         for _ in 0..3 {

@@ -11,10 +11,10 @@ use rustix::io::Errno;
 use super::Strict;
 use crate::memory::{GuestRam, MemoryError, MissingPages};
 
-/// Strict mode could not be started.
+/// Strict mode cannot be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// Faults cannot be watched.
+    /// Page faults cannot be watched.
     #[error("--lazy strict=on cannot be had here")]
     Watch(#[from] MemoryError),
     /// No thread or descriptor is left.
@@ -22,8 +22,8 @@ pub enum StartError {
     Thread(#[source] io::Error),
 }
 
-/// The thread `ebb-strict`: makes each missing page that somebody waits for. Stopped and joined on drop; until then
-/// whoever touches guest memory may wait for it, so it goes after all of those.
+/// The thread `ebb-strict`: makes each missing page that a thread waits for. Stopped and joined on drop. Until then any
+/// thread that touches guest memory may wait for it, so it must end after all of these.
 pub struct StrictThread {
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
@@ -40,7 +40,7 @@ impl StrictThread {
         let stopped = Arc::clone(&stop);
         let pages = MissingPages::watch(ram)?;
         let thread = Builder::new().name("ebb-strict".into()).spawn(move || {
-            // Whatever ends this, `pages` goes, and with it the need to wait for us.
+            // When this ends, for whatever reason, `pages` is dropped, and then no thread waits for this one.
             if let Err(error) = watch(&strict, &pages, &stopped) {
                 tracing::error!(%error, "strict mode ends: accesses to lazily free memory are not caught any more");
             }

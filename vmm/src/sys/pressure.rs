@@ -26,6 +26,12 @@ impl PsiTrigger {
         file.write_all(format!("some {stall_us} {window_us}\0").as_bytes())?;
         Ok(Self { file: file.into() })
     }
+
+    /// A trigger that fires when `file` polls `POLLPRI`.
+    #[cfg(test)]
+    pub(crate) const fn from_file(file: OwnedFd) -> Self {
+        Self { file }
+    }
 }
 
 impl AsFd for PsiTrigger {
