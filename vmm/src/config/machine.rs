@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use ebb_core::release::Release;
+use serde::{Serialize, Serializer};
 
-use super::spec::{DiskConfig, KernelEntry, LazyConfig, Reporting, SerialConfig};
+use super::spec::{DiskConfig, KernelEntry, LazyConfig, SerialConfig, reporting_name};
 
 /// Everything that `ebb run` needs to build a machine.
 #[derive(Clone, Debug, Serialize)]
@@ -81,6 +82,11 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
     /// Seconds between two requests for statistics; 0: the statistics queue is not offered.
     pub statistics_interval_s: u16,
-    /// What becomes of free pages that the guest reports; `None`: reporting is not offered.
-    pub free_page_reporting: Option<Reporting>,
+    /// How free pages that the guest reports are released; `None`: reporting is not offered.
+    #[serde(serialize_with = "by_name")]
+    pub free_page_reporting: Option<Release>,
+}
+
+fn by_name<S: Serializer>(how: &Option<Release>, serializer: S) -> Result<S::Ok, S::Error> {
+    how.map(reporting_name).serialize(serializer)
 }

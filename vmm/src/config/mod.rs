@@ -19,6 +19,6 @@ pub use machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, Memor
 pub use number::parse_size;
 pub use size::format_size;
 pub use spec::{
-    DiskConfig, KernelEntry, LazyConfig, LazyMode, MachineSpec, Reporting, SerialConfig,
-    SocketSpec, TeardownSpec,
+    DiskConfig, KernelEntry, LazyConfig, LazyMode, MachineSpec, SerialConfig, SocketSpec,
+    TeardownSpec,
 };

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::ArgAction::Set;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, ValueEnum};
+use ebb_core::release::Release;
 use ebb_hypercall_abi::arena::{DEFAULT_GRANULE, MAX_GRANULE};
 use serde::Serialize;
 
@@ -161,31 +163,45 @@ pub struct BalloonSpec {
     #[arg(long, value_parser = on_off())]
     pub free_page_reporting: Option<bool>,
     /// When the host gets reported pages; lazy by default
-    #[arg(long)]
-    pub reporting: Option<Reporting>,
+    #[arg(long, value_parser = reporting())]
+    pub reporting: Option<Release>,
 }
 
 impl Keys for BalloonSpec {
     fn settle(mut self, _given: &[String]) -> Result<Self, ConfigError> {
         match (self.free_page_reporting, self.reporting) {
             (Some(false), Some(_)) => return Err(ConfigError::ReportingOff),
-            (Some(true), None) => self.reporting = Some(Reporting::default()),
+            (Some(true), None) => self.reporting = Some(Release::MarkFree),
             _ => {}
         }
         Ok(self)
     }
 }
 
-/// When the host gets free pages that the guest reports. After the acknowledgement the guest may write to them
-/// without a word, so nothing may drop them unconditionally any more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Reporting {
-    /// at once, before the report is acknowledged
-    Eager,
-    /// when it is short of memory, unless the guest writes to them first
-    #[default]
-    Lazy,
+/// How reported pages are released. After the acknowledgement the guest may write to them without a message, so they cannot
+/// be discarded later.
+fn reporting() -> impl TypedValueParser<Value = Release> {
+    let help = |how| match how {
+        Release::Discard => "at once, before the report is acknowledged",
+        Release::MarkFree => "when it is short of memory, unless the guest writes to them first",
+    };
+    let values = [Release::Discard, Release::MarkFree]
+        .map(|how| PossibleValue::new(reporting_name(how)).help(help(how)));
+    PossibleValuesParser::new(values).map(|name| {
+        if name == reporting_name(Release::Discard) {
+            Release::Discard
+        } else {
+            Release::MarkFree
+        }
+    })
+}
+
+/// The name of a value of `reporting=`, also in JSON.
+pub(super) const fn reporting_name(how: Release) -> &'static str {
+    match how {
+        Release::Discard => "eager",
+        Release::MarkFree => "lazy",
+    }
 }
 
 /// `--lazy`.
@@ -360,18 +376,18 @@ mod tests {
             deflate_on_oom: true,
             statistics: 5,
             free_page_reporting: None,
-            reporting: Some(Reporting::Eager),
+            reporting: Some(Release::Discard),
         };
         assert_eq!(balloon, expected);
         for (text, reporting) in [
             ("size=0", None),
-            ("free_page_reporting=on", Some(Reporting::Lazy)),
+            ("free_page_reporting=on", Some(Release::MarkFree)),
             ("free_page_reporting=off", None),
             (
                 "free_page_reporting=on,reporting=eager",
-                Some(Reporting::Eager),
+                Some(Release::Discard),
             ),
-            ("reporting=lazy", Some(Reporting::Lazy)),
+            ("reporting=lazy", Some(Release::MarkFree)),
         ] {
             let balloon: BalloonSpec = parse_keys(text).unwrap();
             assert_eq!(balloon.reporting, reporting, "{text}");

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use clap::Parser;
+use ebb_core::release::Release;
 use tempfile::TempDir;
 
 use super::*;
@@ -67,7 +68,9 @@ fn a_good_command_line_becomes_a_machine() {
         (balloon.size, balloon.statistics_interval_s),
         (512 << 20, 0)
     );
-    assert_eq!(balloon.free_page_reporting, Some(Reporting::Eager));
+    assert_eq!(balloon.free_page_reporting, Some(Release::Discard));
+    let json = serde_json::to_value(balloon).unwrap();
+    assert_eq!(json["free_page_reporting"], "eager");
     assert_eq!(machine.api_socket, Some(folder.path("socket")));
     assert!(!folder.path("log").exists() && !folder.path("socket").exists());
 }

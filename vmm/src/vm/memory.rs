@@ -5,7 +5,7 @@ use std::time::Duration;
 use ebb_core::release::Release;
 
 use crate::arch::layout;
-use crate::config::{LazyConfig, LazyMode, MachineConfig, Reporting};
+use crate::config::{LazyConfig, LazyMode, MachineConfig};
 use crate::guest_memory::{ArenaSetup, Setup};
 use crate::memory::Backing;
 use crate::reclaim::{Mode, Tuning};
@@ -34,10 +34,7 @@ pub fn setup(config: &MachineConfig) -> Setup {
         arenas: arenas.collect(),
         ram,
         tuning: tuning(config.lazy),
-        reported: match reporting.unwrap_or_default() {
-            Reporting::Eager => Release::Discard,
-            Reporting::Lazy => Release::MarkFree,
-        },
+        reported: reporting.unwrap_or(Release::MarkFree),
         strict: config.lazy.strict,
     }
 }

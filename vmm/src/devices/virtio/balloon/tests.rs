@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
+use ebb_core::release::Release;
 use proptest::prelude::*;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::*;
-use crate::config::Reporting;
 use crate::devices::virtio::queue::tests::driver::{
     INDIRECT, MockInterrupt, MockQueue, NEXT, WRITE, memory, wait_for,
 };
@@ -102,7 +102,7 @@ impl Rig {
             size: 0,
             deflate_on_oom: true,
             statistics_interval_s,
-            free_page_reporting: Some(Reporting::Eager),
+            free_page_reporting: Some(Release::Discard),
         };
         Self {
             balloon: Balloon::new(&config, sink.clone()).unwrap(),
