@@ -22,11 +22,12 @@ const SECONDS: u64 = 12;
 /// Turns with the storm, each followed by one without.
 const TURNS: u64 = 6;
 
-/// Starts a machine on one CPU: what is started inherits it.
-fn start_on(cpu: usize, job: Job, mib: u64) -> Result<PayloadVm> {
+/// Starts a machine on one CPU, the `nth` of those that this process may use: what is started inherits it.
+fn start_on(nth: usize, job: Job, mib: u64) -> Result<PayloadVm> {
     let before = sched_getaffinity(None).context("sched_getaffinity")?;
+    let mut allowed = (0..CpuSet::MAX_CPU).filter(|&cpu| before.is_set(cpu));
     let mut only = CpuSet::new();
-    only.set(cpu);
+    only.set(allowed.nth(nth).context("too few CPUs")?);
     sched_setaffinity(None, &only).context("sched_setaffinity")?;
     let setup = Setup {
         job,

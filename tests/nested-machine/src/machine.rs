@@ -32,7 +32,7 @@ const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 /// What the machine is made of.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Number of virtual CPUs.
+    /// Number of CPUs that commands run on. The machine has one more, CPU 0, which no command is put on.
     pub cpus: u32,
     /// Memory in MiB; the host gives it page by page as it is touched.
     pub memory_mib: u32,
@@ -238,7 +238,7 @@ fn start_qemu(
     [fs_socket, agent]: [OwnedFd; 2],
 ) -> Result<Helper> {
     let image = memory_file(initramfs)?;
-    let memory = options.memory_mib;
+    let (cpus, memory) = ((options.cpus + 1).to_string(), options.memory_mib);
     let console = options.log_dir.join("console.log");
     let log = log_file(&options.log_dir, "qemu.log")?;
     let (program, data) = assets
@@ -256,7 +256,7 @@ fn start_qemu(
             "-no-reboot",
         ])
         .args(["-display", "none", "-accel", "tcg,thread=multi"])
-        .args(["-cpu", "EPYC,+svm,+npt", "-smp", &options.cpus.to_string()])
+        .args(["-cpu", "EPYC,+svm,+npt", "-smp", &cpus])
         .args([
             "-machine",
             "q35,memory-backend=ram,hpet=off",
@@ -302,9 +302,14 @@ fn start_qemu(
 }
 
 /// The outer kernel's command line; mitigations only cost time under emulation.
+///
+/// Nothing may enter a guest on CPU 0: it gets interrupts, and commands get the others. When any CPU restores its
+/// floating-point state, QEMU 11.1 clears a bit in CPU 0's `hflags2` without an atomic operation (`cpu_set_fpus`,
+/// `cpu_clear_ignne`). If CPU 0 enters or leaves a guest at that moment, its bits for nested paging and for the global
+/// interrupt flag can be set back, and the guest dies of a triple fault or hears no interrupt.
 fn cmdline(options: &Options) -> String {
     let base = "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr psi=1 tsc=reliable \
-                random.trust_cpu=on rcupdate.rcu_expedited=1";
+                random.trust_cpu=on rcupdate.rcu_expedited=1 isolcpus=0 irqaffinity=0";
     // Calibrated on a busy host, its clock and that of all its guests would run several times too fast.
     format!("{base} tsc_early_khz={} {}", tsc_khz(), options.cmdline)
 }

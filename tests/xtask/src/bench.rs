@@ -10,7 +10,8 @@ use ebb_nested_machine::session::Command;
 
 use crate::cargo::{build, build_library};
 use crate::project::{binary, environment, output_folder, root, start_runner};
-use crate::{setup, test};
+use crate::setup;
+use crate::shell::show;
 
 /// How long a benchmark may take.
 const TIME_LIMIT: Duration = Duration::from_secs(60 * 60);
@@ -46,7 +47,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let live = more.iter().any(|word| word == "--live");
     let here = |name: &str, more: &[String]| {
         let command = command(Platform::Direct, name, more);
-        run_here(&command, TIME_LIMIT, &mut test::show)
+        run_here(&command, TIME_LIMIT, &mut show)
     };
     if name == "arena" || (name == "teardown" && !live && Path::new("/dev/kvm").exists()) {
         return Ok(here(name, more)?.code() as u8);
@@ -62,7 +63,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let exit = runner.run(
         &command(runner.platform(), name, more),
         TIME_LIMIT,
-        &mut test::show,
+        &mut show,
     )?;
     Ok(exit.code() as u8)
 }

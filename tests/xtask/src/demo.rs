@@ -7,8 +7,8 @@ use ebb_nested_machine::session::Command;
 
 use crate::cargo::{build, build_library};
 use crate::project::{binary, environment, output_folder, root, start_runner};
-use crate::shell::progress;
-use crate::{setup, test};
+use crate::setup;
+use crate::shell::{progress, show};
 
 /// How long the demo may take.
 const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -39,7 +39,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     command.argv.extend(arguments.more.iter().cloned());
     command.env = environment(&assets, runner.platform(), &out);
     command.cwd = Some(root());
-    let exit = runner.run(&command, TIME_LIMIT, &mut test::show)?;
+    let exit = runner.run(&command, TIME_LIMIT, &mut show)?;
     if exit.success() {
         progress(format_args!(
             "pictures and numbers are in {}",

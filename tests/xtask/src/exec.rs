@@ -6,8 +6,8 @@ use ebb_nested_machine::error::Result;
 use ebb_nested_machine::session::Command;
 
 use crate::project::{environment, output_folder, start_runner};
-use crate::shell::{Seconds, progress};
-use crate::{setup, test};
+use crate::setup;
+use crate::shell::{Seconds, progress, show};
 
 /// Arguments of `exec`.
 #[derive(clap::Args)]
@@ -35,11 +35,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let exit = if arguments.tty {
         runner.interactive(&command)?
     } else {
-        runner.run(
-            &command,
-            Duration::from_secs(arguments.timeout),
-            &mut test::show,
-        )?
+        runner.run(&command, Duration::from_secs(arguments.timeout), &mut show)?
     };
     progress(format_args!("{exit:?} after {}", Seconds(start.elapsed())));
     Ok(exit.code() as u8)

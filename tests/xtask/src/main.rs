@@ -11,7 +11,6 @@ mod selftest;
 mod setup;
 mod shell;
 mod test;
-mod verdict;
 
 use std::process::ExitCode;
 

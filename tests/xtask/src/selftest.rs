@@ -19,6 +19,7 @@ type Check = fn(&Machine) -> Result<()>;
 
 const CHECKS: &[(&str, Check)] = &[
     ("KVM and its counters are there", kvm_is_there),
+    ("commands are kept off CPU 0", off_cpu_0),
     (
         "output, exit codes and signals come back",
         results_come_back,
@@ -90,6 +91,13 @@ fn kvm_is_there(machine: &Machine) -> Result<()> {
     let output = shell(machine, script)?;
     let good = output.status.success() && output.stdout.starts_with(b"Y\n");
     expect(good, text(&output))
+}
+
+fn off_cpu_0(machine: &Machine) -> Result<()> {
+    let output = shell(machine, "grep Cpus_allowed_list /proc/self/status")?;
+    let list = String::from_utf8_lossy(&output.stdout);
+    let (_, list) = list.split_once(':').unwrap_or_default();
+    expect(list.trim().starts_with('1'), text(&output))
 }
 
 fn results_come_back(machine: &Machine) -> Result<()> {

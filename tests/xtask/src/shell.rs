@@ -2,10 +2,12 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use ebb_nested_machine::error::{Context, Error, Result};
+use ebb_nested_machine::session::Stream;
 
 /// Prints one line of progress.
 pub fn progress(text: impl fmt::Display) {
@@ -58,4 +60,34 @@ pub fn quietly(mut command: Command) -> Result<String> {
 pub fn visibly(mut command: Command) -> Result<bool> {
     let status = command.status().context(|| format!("run {command:?}"))?;
     Ok(status.success())
+}
+
+/// As [`visibly`]; appends the command's standard output to `printed`.
+pub fn recorded(mut command: Command, printed: &mut Vec<u8>) -> Result<bool> {
+    command.stdout(Stdio::piped());
+    let what = format!("run {command:?}");
+    let what = || what.clone();
+    let mut child = command.spawn().context(what)?;
+    let mut buffer = [0; 4096];
+    if let Some(mut output) = child.stdout.take() {
+        while let length @ 1.. = output.read(&mut buffer).context(what)? {
+            printed.extend_from_slice(&buffer[..length]);
+            show(Stream::Stdout, &buffer[..length]);
+        }
+    }
+    Ok(child.wait().context(what)?.success())
+}
+
+/// Hands a command's output on as it is.
+pub fn show(stream: Stream, bytes: &[u8]) {
+    // A closed standard output ends nothing here.
+    let _ = match stream {
+        Stream::Stdout => write_out(std::io::stdout().lock(), bytes),
+        Stream::Stderr => write_out(std::io::stderr().lock(), bytes),
+    };
+}
+
+fn write_out(mut to: impl Write, bytes: &[u8]) -> std::io::Result<()> {
+    to.write_all(bytes)?;
+    to.flush()
 }

@@ -1,0 +1,243 @@
+//! `cargo xtask test`: checks of the source, host tests, and KVM tests where KVM is.
+
+mod report;
+mod tally;
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use ebb_nested_machine::assets::Assets;
+use ebb_nested_machine::error::{Context, Error, Result};
+use ebb_nested_machine::frame::Exit;
+use ebb_nested_machine::platform::Platform;
+use ebb_nested_machine::runner::{Runner, run_here};
+use ebb_nested_machine::session::Command;
+use serde_json::Value;
+
+use self::report::Report;
+use crate::cargo::{build, build_library, cargo};
+use crate::project::{environment, output_folder, root, start_runner};
+use crate::shell::{progress, recorded, show, visibly};
+use crate::{selftest, setup};
+
+/// How long one test binary may take.
+const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
+
+/// Packages whose tests are built with optimization and run where KVM is if their binary's name starts with `kvm_`.
+const ACROSS: [&str; 3] = ["ebb-harness", "ebb-benches", "ebb-demo"];
+
+/// Arguments of `test`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Tests only: leave out formatting, clippy and documentation
+    #[arg(long)]
+    quick: bool,
+    /// Run only tests whose names, or their binaries' names, contain one of these
+    filters: Vec<String>,
+}
+
+/// A test binary of one of the packages [`ACROSS`].
+struct Binary {
+    name: String,
+    path: PathBuf,
+    /// The package's folder, which cargo would run it in.
+    folder: PathBuf,
+}
+
+/// Runs the subcommand.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let mut report = Report::new();
+    let assets = setup::ensure()?;
+    setup::installed(&assets)?;
+    if arguments.quick {
+        progress("--quick: formatting, clippy and documentation are not checked");
+    } else {
+        check_source(&mut report);
+    }
+    report.tests("unit tests", |printed| {
+        unit_tests(&arguments.filters, printed)
+    });
+    report.tests("models", models);
+    build(&["ebb-vmm", "ebb-harness"])?;
+    build_library("ebb-malloc")?;
+    let binaries = test_binaries()?;
+    let (kvm, host): (Vec<_>, Vec<_>) = binaries
+        .into_iter()
+        .partition(|binary| binary.name.starts_with("kvm_"));
+    let tests = Tests {
+        assets,
+        filters: arguments.filters.clone(),
+        out: output_folder("test")?,
+    };
+    let platform = Platform::probe()?;
+    for binary in host {
+        let command = tests.command(&binary, platform);
+        report.tests(&format!("{} (host)", binary.name), |printed| {
+            run_here(&command, TIME_LIMIT, &mut |stream, bytes| {
+                printed.extend_from_slice(bytes);
+                show(stream, bytes);
+            })
+            .map(Exit::success)
+        });
+    }
+    let mut runner = None;
+    if platform == Platform::Nested {
+        report.check("nested machine", || {
+            let machine = runner.insert(start_runner(&tests.assets)?);
+            selftest::check(machine)
+        });
+    }
+    for binary in kvm {
+        report.tests(&format!("{} (KVM)", binary.name), |printed| {
+            tests.on_kvm(&binary, &mut runner, printed)
+        });
+    }
+    let passed = report.finish(&tests.out.join("summary.json"))?;
+    Ok(u8::from(!passed))
+}
+
+fn check_source(report: &mut Report) {
+    report.check("formatting", || visibly(cargo(["fmt", "--all", "--check"])));
+    report.check("clippy", || {
+        let words = [
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        visibly(cargo(words))
+    });
+    report.check("documentation", || {
+        let mut doc = cargo(["doc", "--workspace", "--no-deps", "--quiet"]);
+        doc.args(["--document-private-items"])
+            .env("RUSTDOCFLAGS", "-D warnings");
+        visibly(doc)
+    });
+}
+
+/// Unit tests and documentation tests.
+fn unit_tests(filters: &[String], printed: &mut Vec<u8>) -> Result<bool> {
+    let mut tests = cargo(["test", "--workspace", "--no-fail-fast"]);
+    for package in ACROSS.iter().chain(&["ebb-models"]) {
+        tests.args(["--exclude", package]);
+    }
+    tests.arg("--").args(filters);
+    recorded(tests, printed)
+}
+
+/// The models of the lazy memory, run by loom: with a folder of their own, as the flag rebuilds everything.
+fn models(printed: &mut Vec<u8>) -> Result<bool> {
+    let mut models = cargo(["test", "--release", "-p", "ebb-models"]);
+    models
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", root().join("target/loom"));
+    recorded(models, printed)
+}
+
+/// Builds the tests of [`ACROSS`] and says where cargo put them.
+fn test_binaries() -> Result<Vec<Binary>> {
+    let what = format!("build the tests of {} (release)", ACROSS.join(", "));
+    progress(&what);
+    let mut build = cargo(["test", "--release", "--no-run"]);
+    ACROSS.iter().for_each(|package| {
+        build.args(["-p", package]);
+    });
+    build
+        .arg("--message-format=json-render-diagnostics")
+        .stderr(Stdio::inherit());
+    let output = build.output().context(|| what.clone())?;
+    if !output.status.success() {
+        return Err(Error::new(format!("{what}: {}", output.status)));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut binaries: Vec<Binary> = text.lines().filter_map(test_binary).collect();
+    binaries.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(binaries)
+}
+
+fn test_binary(line: &str) -> Option<Binary> {
+    let message: Value = serde_json::from_str(line).ok()?;
+    if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
+        return None;
+    }
+    let manifest = Path::new(message["manifest_path"].as_str()?);
+    Some(Binary {
+        name: message["target"]["name"].as_str()?.to_owned(),
+        path: message["executable"].as_str()?.into(),
+        folder: manifest.parent()?.to_owned(),
+    })
+}
+
+struct Tests {
+    assets: Assets,
+    filters: Vec<String>,
+    out: PathBuf,
+}
+
+impl Tests {
+    fn command(&self, binary: &Binary, platform: Platform) -> Command {
+        let mut command = Command::new([binary.path.to_string_lossy().into_owned()]);
+        // A word may mean a binary, all of it.
+        if !self.filters.iter().any(|word| binary.name.contains(word)) {
+            command.argv.extend(self.filters.iter().cloned());
+        }
+        command.env = environment(&self.assets, platform, &self.out);
+        if platform == Platform::Nested {
+            // The machine's CPUs are emulated by what is usually fewer.
+            command.env.push(("RUST_TEST_THREADS".into(), "2".into()));
+        }
+        command.cwd = Some(binary.folder.clone());
+        command
+    }
+
+    /// Runs one binary where KVM is, and keeps what it printed and, if it failed, the nested machine's console.
+    fn on_kvm(
+        &self,
+        binary: &Binary,
+        runner: &mut Option<Runner>,
+        printed: &mut Vec<u8>,
+    ) -> Result<bool> {
+        let running = match runner.take() {
+            Some(running) => running,
+            None => start_runner(&self.assets)?,
+        };
+        let command = self.command(binary, running.platform());
+        let result = running.run(&command, TIME_LIMIT, &mut |stream, bytes| {
+            printed.extend_from_slice(bytes);
+            show(stream, bytes);
+        });
+        let log = self.out.join(format!("{}.log", binary.name));
+        std::fs::write(&log, &printed).context(|| format!("write {}", log.display()))?;
+        if !result.as_ref().is_ok_and(|exit| exit.success()) {
+            // There is none where guests run directly.
+            let console = self.out.join(format!("{}.console.log", binary.name));
+            let _ = std::fs::copy(root().join("target/nested/console.log"), console);
+        }
+        // After an error the machine is not trusted: what comes next gets a fresh one.
+        let exit = result?;
+        *runner = Some(running).filter(Runner::is_alive);
+        Ok(exit.success())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_test_executables_are_taken_from_cargos_messages() {
+        let line = r#"{"reason":"compiler-artifact","profile":{"test":true},
+            "target":{"name":"kvm_boot"},"executable":"/t/kvm_boot-1","manifest_path":"/p/Cargo.toml"}"#;
+        let binary = test_binary(line).unwrap();
+        assert_eq!(binary.name, "kvm_boot");
+        assert_eq!(binary.path, Path::new("/t/kvm_boot-1"));
+        assert_eq!(binary.folder, Path::new("/p"));
+        assert!(test_binary(&line.replace("true", "false")).is_none());
+        assert!(test_binary(&line.replace("\"/t/kvm_boot-1\"", "null")).is_none());
+        assert!(test_binary("warning: not JSON").is_none());
+    }
+}

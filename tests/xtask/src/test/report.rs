@@ -1,0 +1,156 @@
+//! What was run, how it went, and the summary for people and for programs.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ebb_nested_machine::error::{Context, Result, chain};
+use serde_json::{Value, json};
+
+use super::tally::Tally;
+use crate::shell::{Seconds, progress};
+
+/// One step: a check of the source, or programs that ran tests.
+struct Step {
+    name: String,
+    result: Result<bool>,
+    time: Duration,
+    tally: Tally,
+}
+
+impl Step {
+    fn word(&self) -> &'static str {
+        match self.result {
+            Ok(true) => "ok",
+            Ok(false) => "FAILED",
+            Err(_) => "ERROR",
+        }
+    }
+
+    /// The tests that failed, by the step's name and theirs; the step itself where it failed without naming one.
+    fn failed(&self) -> Vec<String> {
+        let tests = self.tally.failed.iter();
+        let mut names: Vec<String> = tests.map(|test| format!("{}: {test}", self.name)).collect();
+        if names.is_empty() && !matches!(self.result, Ok(true)) {
+            names.push(self.name.clone());
+        }
+        names
+    }
+}
+
+/// All steps of a run.
+pub struct Report {
+    steps: Vec<Step>,
+    start: Instant,
+}
+
+impl Report {
+    /// A report of a run that begins now.
+    pub fn new() -> Self {
+        Self {
+            steps: Vec::new(),
+            start: Instant::now(),
+        }
+    }
+
+    /// Runs a step that runs no tests.
+    pub fn check(&mut self, name: &str, run: impl FnOnce() -> Result<bool>) {
+        self.tests(name, |_| run());
+    }
+
+    /// Runs a step that appends to a text what its tests print.
+    pub fn tests(&mut self, name: &str, run: impl FnOnce(&mut Vec<u8>) -> Result<bool>) {
+        progress(name);
+        let start = Instant::now();
+        let mut printed = Vec::new();
+        let result = run(&mut printed);
+        if let Err(error) = &result {
+            println!("error: {}", chain(error));
+        }
+        self.steps.push(Step {
+            name: name.to_owned(),
+            result,
+            time: start.elapsed(),
+            tally: Tally::read(&String::from_utf8_lossy(&printed)),
+        });
+    }
+
+    /// Prints the summary and writes it to `file`. Returns true if everything passed.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn finish(&self, file: &Path) -> Result<bool> {
+        let failed: Vec<String> = self.steps.iter().flat_map(Step::failed).collect();
+        progress("summary");
+        for step in &self.steps {
+            println!(
+                "    {:6} {} ({})",
+                step.word(),
+                step.name,
+                Seconds(step.time)
+            );
+        }
+        failed
+            .iter()
+            .for_each(|name| println!("    failed: {name}"));
+        let text = format!("{:#}\n", self.summary(&failed));
+        std::fs::write(file, text).context(|| format!("write {}", file.display()))?;
+        let time = Seconds(self.start.elapsed());
+        progress(format_args!("{time}; written to {}", file.display()));
+        println!("{} passed, {} failed", self.passed(), failed.len());
+        Ok(failed.is_empty())
+    }
+
+    fn passed(&self) -> u64 {
+        self.steps.iter().map(|step| step.tally.passed).sum()
+    }
+
+    fn summary(&self, failed: &[String]) -> Value {
+        let steps = self.steps.iter().map(|step| {
+            json!({
+                "name": step.name,
+                "result": step.word(),
+                "seconds": step.time.as_secs_f64(),
+                "tests": step.tally.passed + step.tally.failed.len() as u64,
+            })
+        });
+        let steps: Vec<Value> = steps.collect();
+        let tests = steps.iter().filter_map(|step| step["tests"].as_u64());
+        json!({
+            "run": tests.sum::<u64>(),
+            "passed": self.passed(),
+            "failed": failed,
+            "retried": [],
+            "seconds": self.start.elapsed().as_secs_f64(),
+            "steps": steps,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_counts_tests_and_names_what_failed() {
+        let mut report = Report::new();
+        report.check("format", || Ok(true));
+        report.check("lints", || Ok(false));
+        report.tests("kvm_boot", |printed| {
+            let text = "\nfailures:\n    a\n\ntest result: FAILED. 2 passed; 1 failed;";
+            printed.extend_from_slice(text.as_bytes());
+            Ok(false)
+        });
+        let folder = std::env::temp_dir().join(format!("ebb-report-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let file = folder.join("summary.json");
+        assert!(!report.finish(&file).unwrap());
+        let summary: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(summary["run"], 3);
+        assert_eq!(summary["passed"], 2);
+        assert_eq!(summary["failed"], json!(["lints", "kvm_boot: a"]));
+        assert_eq!(summary["retried"], json!([]));
+        assert_eq!(summary["steps"][1]["result"], "FAILED");
+        assert_eq!(summary["steps"][2]["tests"], 3);
+    }
+}
