@@ -11,7 +11,7 @@ use crate::host::monitors;
 const PERIOD: Duration = Duration::from_millis(100);
 
 /// Long enough for anything that a guest does on an emulated machine with other work to do.
-pub const LONG: Duration = Duration::from_secs(120);
+pub const LONG: Duration = Duration::from_secs(300);
 
 /// Asks until there is an answer.
 ///
