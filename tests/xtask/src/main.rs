@@ -5,7 +5,9 @@ mod cargo;
 mod demo;
 mod exec;
 mod guest;
+mod miri;
 mod model;
+mod mutants;
 mod project;
 mod selftest;
 mod setup;
@@ -43,6 +45,10 @@ enum Task {
     Bench(bench::Arguments),
     /// Compute what cannot be measured here, with its error
     Model(model::Arguments),
+    /// Run the unit tests of the pure parts under Miri (needs a nightly toolchain)
+    Miri(miri::Arguments),
+    /// Find changes of the code that no unit test notices (needs cargo-mutants)
+    Mutants(mutants::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -55,6 +61,8 @@ fn main() -> ExitCode {
         Task::Selftest(arguments) => selftest::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Model(arguments) => model::run(&arguments),
+        Task::Miri(arguments) => miri::run(&arguments),
+        Task::Mutants(arguments) => mutants::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),

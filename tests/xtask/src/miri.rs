@@ -1,0 +1,40 @@
+//! `cargo xtask miri`: unit tests of the pure parts under Miri, which finds undefined behaviour.
+
+use ebb_nested_machine::error::{Error, Result};
+
+use crate::project::root;
+use crate::shell::{command, quietly, visibly};
+
+/// Packages whose unit tests make no system call.
+const PACKAGES: [&str; 2] = ["ebb-hypercall-abi", "ebb-core"];
+
+/// Arguments of `miri`.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Run only tests whose names contain one of these
+    filters: Vec<String>,
+}
+
+/// Runs the subcommand.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let nightly = ["run", "nightly", "cargo", "miri"];
+    if quietly(command("rustup", nightly.iter().chain(&["--version"]))).is_err() {
+        let remedy = "rustup toolchain install nightly --component miri,rust-src";
+        return Err(Error::new(format!(
+            "there is no Miri; install it with `{remedy}`"
+        )));
+    }
+    let mut miri = command("rustup", nightly);
+    miri.args(["test", "--lib"]);
+    PACKAGES.iter().for_each(|package| {
+        miri.args(["-p", package]);
+    });
+    miri.arg("--").args(&arguments.filters);
+    // proptest writes down failures beside the source; files are out of Miri's reach.
+    miri.current_dir(root())
+        .env("CARGO_TARGET_DIR", root().join("target/miri"))
+        .env("PROPTEST_CASES", "16")
+        .env("PROPTEST_DISABLE_FAILURE_PERSISTENCE", "true")
+        .env("MIRIFLAGS", "-Zmiri-disable-isolation");
+    Ok(u8::from(!visibly(miri)?))
+}
