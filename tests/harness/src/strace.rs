@@ -1,4 +1,4 @@
-//! Watches the system calls of a running process that concern its guest's memory.
+//! Watches system calls of a running process.
 
 use std::fs;
 use std::ops::Range;
@@ -11,11 +11,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::error::{Context, Error, Result};
 use crate::wait::{LONG, until};
 
-/// System calls by which memory changes hands.
-const CALLS: &str = "madvise,process_madvise,munmap,mmap,mremap,mprotect,fallocate";
+/// System calls by which a guest's memory changes hands.
+pub const MEMORY_CALLS: &str = "madvise,process_madvise,munmap,mmap,mremap,mprotect,fallocate";
 
 /// Calls whose first argument is no address: each one counts.
-const ELSEWHERE: [&str; 2] = ["process_madvise", "fallocate"];
+const ELSEWHERE: [&str; 3] = ["process_madvise", "fallocate", "fdatasync"];
 
 /// A strace that is attached to a process and all its threads.
 pub struct Watching {
@@ -24,19 +24,19 @@ pub struct Watching {
 }
 
 impl Watching {
-    /// Attaches to `pid`; `folder` gets strace's files.
+    /// Attaches to `pid` and watches `calls`, names with commas; `folder` gets strace's files.
     ///
     /// # Errors
     /// When strace is missing or may not attach.
-    pub fn start(pid: u32, folder: &Path) -> Result<Self> {
+    pub fn start(pid: u32, folder: &Path, calls: &str) -> Result<Self> {
         let report = folder.join("strace.calls");
         let said = folder.join("strace.stderr");
         let stderr = fs::File::create(&said).context(said.display())?;
         let strace = Command::new("strace")
             .args([
-                "-f",
+                "-fy",
                 "-e",
-                &format!("trace={CALLS}"),
+                &format!("trace={calls}"),
                 "-p",
                 &pid.to_string(),
                 "-o",
@@ -126,6 +126,7 @@ mod tests {
                 true,
             ),
             ("7 fallocate(4, FALLOC_FL_PUNCH_HOLE, 0, 4096) = 0", true),
+            ("7 fdatasync(5</disk>) = 0", true),
             ("7 +++ exited with 0 +++", false),
         ] {
             assert_eq!(touches(line, &areas), touched, "{line}");

@@ -6,7 +6,7 @@ use ebb_harness::api::LazyMemory;
 use ebb_harness::error::{Context, Result};
 use ebb_harness::host::{KvmCounters, guest_memory, kvm_counters, overhead, rss};
 use ebb_harness::size::{MIB, Size};
-use ebb_harness::strace::Watching;
+use ebb_harness::strace::{MEMORY_CALLS, Watching};
 use ebb_harness::wait::{LONG, settled, until};
 use ebb_harness::{Api, Guest, Launch, Monitor};
 use serde_json::{Value, json};
@@ -98,7 +98,7 @@ fn a_lazy_life() -> Result<()> {
 fn inflating_costs_no_system_call(scene: &Scene) -> Result<()> {
     let before = scene.api.lazy()?;
     let memory = guest_memory(scene.monitor.pid(), MEMORY)?;
-    let watching = Watching::start(scene.monitor.pid(), scene.monitor.folder())?;
+    let watching = Watching::start(scene.monitor.pid(), scene.monitor.folder(), MEMORY_CALLS)?;
     let after = scene.balloon(96 * MIB)?;
     let calls = watching.finish(&memory)?;
     assert!(calls.is_empty(), "inflating made calls: {calls:?}");

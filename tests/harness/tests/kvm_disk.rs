@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use ebb_harness::error::{Context, Result};
-use ebb_harness::{Guest, Launch};
+use ebb_harness::strace::Watching;
+use ebb_harness::{Guest, Launch, Monitor};
 
 const DISK: usize = 16 << 20;
 
@@ -53,6 +54,7 @@ fn disks_are_read_written_flushed_and_fail() -> Result<()> {
     assert_eq!(sum(&mut guest, "/dev/vdb")?, host_sum(&readonly)?);
 
     write_and_flush(&mut guest, &writable)?;
+    flush_reaches_the_host(&monitor, &mut guest)?;
     refuse_to_write(&mut guest, &readonly)?;
     fail_beyond_the_end(&mut guest, &writable)?;
 
@@ -81,6 +83,19 @@ fn write_and_flush(guest: &mut Guest, path: &Path) -> Result<()> {
         before.ends_with(&after) && after.contains(file),
         "{before} / {after}"
     );
+    Ok(())
+}
+
+/// What the guest has flushed is in the host's page cache in any case: only the system call tells that it was flushed.
+fn flush_reaches_the_host(monitor: &Monitor, guest: &mut Guest) -> Result<()> {
+    let write = "dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct";
+    for (flags, flushed) in [("conv=notrunc", false), ("conv=notrunc,fsync", true)] {
+        let watching = Watching::start(monitor.pid(), monitor.folder(), "fdatasync")?;
+        guest.must(&format!("{write} {flags}"))?;
+        let calls = watching.finish(&[])?;
+        let of_disk = |call: &String| call.contains("/rw>) ") && call.ends_with("= 0");
+        assert_eq!(calls.iter().any(of_disk), flushed, "{flags}: {calls:?}");
+    }
     Ok(())
 }
 

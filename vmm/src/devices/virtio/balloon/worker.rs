@@ -17,24 +17,54 @@ use crate::guest_memory::RangeSink;
 /// Pages that are handed to the sink in one call at most: 32 full messages of Linux, 32 MiB.
 const BATCH_PFNS: usize = 32 * ARRAY_PFNS;
 
-/// What woke the worker.
+/// The poller's tokens of what may wake the worker.
 const INFLATE: u32 = 0;
 const DEFLATE: u32 = 1;
 const STATISTICS: u32 = 2;
 const INTERVAL: u32 = 3;
 
-/// What becomes of the pages of a queue.
+/// What has woken the worker since it last looked.
+#[derive(Default)]
+struct Woken {
+    inflate: bool,
+    deflate: bool,
+    statistics: bool,
+    /// Somebody changed the interval of the statistics.
+    interval: bool,
+}
+
+impl Woken {
+    /// For the first pass: what the driver made available before it was ready is not notified again.
+    const ALL: Self = Self {
+        inflate: true,
+        deflate: true,
+        statistics: true,
+        interval: true,
+    };
+
+    fn note(&mut self, token: u32) {
+        match token {
+            INFLATE => self.inflate = true,
+            DEFLATE => self.deflate = true,
+            STATISTICS => self.statistics = true,
+            INTERVAL => self.interval = true,
+            _ => {}
+        }
+    }
+}
+
+/// The sink's method that a queue's pages go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pages {
-    /// Inflated by a driver that tells before it uses them again.
-    Free,
-    /// Inflated by one that does not.
+enum SinkCall {
+    /// For pages that were inflated by a driver that tells before it uses them again.
+    LazyFree,
+    /// For pages that were inflated by a driver that does not.
     Discard,
-    /// Deflated.
+    /// For pages that were deflated.
     Reuse,
 }
 
-/// What every queue is served with.
+/// What every queue of the balloon needs to be served.
 #[derive(Clone)]
 pub(super) struct Context {
     pub memory: Arc<GuestMemoryMmap>,
@@ -58,12 +88,17 @@ impl Context {
     }
 }
 
-/// The queues and the room to work in, all allocated at activation.
+/// The queues and the buffers, all allocated at activation.
 pub(super) struct BalloonWorker {
     context: Context,
     inflate: PageQueue,
     deflate: PageQueue,
     statistics: Option<StatisticsQueue>,
+    buffers: Buffers,
+}
+
+/// The message that is being read, and the pages that were read so far.
+struct Buffers {
     chain: Chain,
     batch: Batch,
 }
@@ -77,18 +112,20 @@ impl BalloonWorker {
         statistics: Option<ServedQueue>,
     ) -> Self {
         let longest = inflate.size().max(deflate.size());
-        let pages = if must_tell_host {
-            Pages::Free
+        let inflated = if must_tell_host {
+            SinkCall::LazyFree
         } else {
-            Pages::Discard
+            SinkCall::Discard
         };
         Self {
             context,
-            inflate: PageQueue::new(inflate, pages),
-            deflate: PageQueue::new(deflate, Pages::Reuse),
+            inflate: PageQueue::new("inflate", inflate, inflated),
+            deflate: PageQueue::new("deflate", deflate, SinkCall::Reuse),
             statistics: statistics.map(StatisticsQueue::new),
-            chain: Chain::with_capacity(longest),
-            batch: Batch::with_capacity(BATCH_PFNS),
+            buffers: Buffers {
+                chain: Chain::with_capacity(longest),
+                batch: Batch::with_capacity(BATCH_PFNS),
+            },
         }
     }
 
@@ -96,21 +133,20 @@ impl BalloonWorker {
         Instant::now() + Duration::from_secs(self.context.shared.interval().max(1).into())
     }
 
-    fn serve(
-        &mut self,
-        [inflate, deflate, statistics, interval]: [bool; 4],
-        stop: &StopSignal,
-        deadline: &mut Option<Instant>,
-    ) {
-        // Inflate first: of a page that is in both queues at once, the guest may write to it in the end.
-        for (woken, queue) in [(inflate, &mut self.inflate), (deflate, &mut self.deflate)] {
+    fn serve(&mut self, woken: &Woken, stop: &StopSignal, deadline: &mut Option<Instant>) {
+        // Inflate first: a page that is in both queues at once ends in use, and the guest may write to it.
+        let queues = [
+            (woken.inflate, &mut self.inflate),
+            (woken.deflate, &mut self.deflate),
+        ];
+        for (woken, queue) in queues {
             if woken {
-                let served = queue.serve(&self.context, &mut self.chain, &mut self.batch, stop);
+                let served = queue.serve(&self.context, &mut self.buffers, stop);
                 self.context.settle(served);
             }
         }
-        if interval && deadline.is_some() {
-            // Nothing to read is as good as something.
+        if woken.interval && deadline.is_some() {
+            // It does not matter if there is nothing to read.
             let _ = self.context.shared.wake.read();
             *deadline = Some(self.next_deadline());
         }
@@ -119,9 +155,9 @@ impl BalloonWorker {
             *deadline = Some(self.next_deadline());
         }
         if let Some(queue) = &mut self.statistics
-            && (statistics || due)
+            && (woken.statistics || due)
         {
-            let served = queue.serve(&self.context, &mut self.chain, due);
+            let served = queue.serve(&self.context, &mut self.buffers.chain, due);
             self.context.settle(served);
         }
     }
@@ -140,17 +176,12 @@ impl Work for BalloonWorker {
 
     fn run(mut self, poller: &Poller) {
         let mut deadline = self.statistics.is_some().then(|| self.next_deadline());
-        // What the driver made available before it was ready is not notified again.
-        let mut woken = [true; 4];
+        let mut woken = Woken::ALL;
         while !poller.stop().is_stopped() {
-            self.serve(std::mem::take(&mut woken), poller.stop(), &mut deadline);
+            self.serve(&woken, poller.stop(), &mut deadline);
             let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let go_on = poller.wait(rest, |token| {
-                if let Some(flag) = woken.get_mut(token as usize) {
-                    *flag = true;
-                }
-            });
-            if !go_on {
+            woken = Woken::default();
+            if !poller.wait(rest, |token| woken.note(token)) {
                 return;
             }
         }
@@ -159,18 +190,20 @@ impl Work for BalloonWorker {
 
 /// The inflate queue or the deflate queue.
 struct PageQueue {
+    name: &'static str,
     queue: ServedQueue,
-    pages: Pages,
+    call: SinkCall,
     /// Chains that are returned once the sink has their pages.
     heads: Vec<u16>,
 }
 
 impl PageQueue {
-    fn new(queue: ServedQueue, pages: Pages) -> Self {
+    fn new(name: &'static str, queue: ServedQueue, call: SinkCall) -> Self {
         let heads = Vec::with_capacity(queue.size().into());
         Self {
+            name,
             queue,
-            pages,
+            call,
             heads,
         }
     }
@@ -179,28 +212,27 @@ impl PageQueue {
     fn serve(
         &mut self,
         context: &Context,
-        chain: &mut Chain,
-        batch: &mut Batch,
+        buffers: &mut Buffers,
         stop: &StopSignal,
     ) -> Result<(), QueueFailure> {
         self.queue.begin(&context.memory);
         let mut outcome = Ok(());
         while self.heads.len() < usize::from(self.queue.size()) {
-            match self.queue.next(&context.memory, chain) {
+            match self.queue.next(&context.memory, &mut buffers.chain) {
                 Ok(None) => break,
-                Ok(Some(loaded)) => self.collect(context, (chain, loaded), batch, stop),
+                Ok(Some(loaded)) => self.collect(context, loaded, buffers, stop),
                 Err(failure) => {
                     outcome = Err(failure);
                     break;
                 }
             }
-            self.heads.push(chain.head());
+            self.heads.push(buffers.chain.head());
         }
         if stop.is_stopped() {
             // The reset gives everything back; nothing more is acknowledged.
             return outcome;
         }
-        self.hand_over(context, batch);
+        self.hand_over(context, &mut buffers.batch);
         for head in self.heads.drain(..) {
             outcome = outcome.and(self.queue.give_back(&context.memory, head, 0));
         }
@@ -214,25 +246,25 @@ impl PageQueue {
     fn collect(
         &self,
         context: &Context,
-        (chain, loaded): (&Chain, Result<(), ChainFault>),
-        batch: &mut Batch,
+        loaded: Result<(), ChainFault>,
+        Buffers { chain, batch }: &mut Buffers,
         stop: &StopSignal,
     ) {
-        let faults = context.faults();
+        let (faults, name) = (context.faults(), self.name);
         let mut array = chain.readable(&context.memory);
         let bytes = array.remaining();
         if let Err(fault) = loaded {
             faults.report(fault);
-            if self.pages != Pages::Reuse {
+            if self.call != SinkCall::Reuse {
                 return;
             }
         } else if bytes == 0 {
-            faults.report(format_args!("{self:?}: a message without page numbers"));
+            faults.report(format_args!("{name}: a message without page numbers"));
         } else if bytes > (ARRAY_PFNS * PFN_BYTES) as u64 {
-            faults.report(format_args!("{self:?}: {bytes} bytes in one message"));
+            faults.report(format_args!("{name}: {bytes} bytes in one message"));
         } else if !bytes.is_multiple_of(PFN_BYTES as u64) {
             faults.report(format_args!(
-                "{self:?}: {bytes} bytes are no whole page numbers"
+                "{name}: {bytes} bytes are no whole page numbers"
             ));
         }
         let mut part = [0; ARRAY_PFNS * PFN_BYTES];
@@ -243,7 +275,7 @@ impl PageQueue {
             match array.read(&mut part) {
                 Ok(0) => return,
                 Ok(count) => batch.push(part.get(..count).unwrap_or_default()),
-                Err(error) => return faults.report(format_args!("{self:?}: {error}")),
+                Err(error) => return faults.report(format_args!("{name}: {error}")),
             }
         }
     }
@@ -254,26 +286,17 @@ impl PageQueue {
         }
         let (ranges, refused) = batch.merge(|range| context.sink.is_ram(range));
         if refused > 0 {
-            let faults = context.faults();
-            faults.report(format_args!("{self:?}: {refused} pages are not RAM"));
+            let (faults, name) = (context.faults(), self.name);
+            faults.report(format_args!("{name}: {refused} pages are not RAM"));
         }
         if ranges.is_empty() {
             return;
         }
-        match self.pages {
-            Pages::Free => context.sink.lazy_free(ranges),
-            Pages::Discard => context.sink.discard(ranges),
-            Pages::Reuse => context.sink.reuse(ranges),
+        match self.call {
+            SinkCall::LazyFree => context.sink.lazy_free(ranges),
+            SinkCall::Discard => context.sink.discard(ranges),
+            SinkCall::Reuse => context.sink.reuse(ranges),
         }
-    }
-}
-
-impl std::fmt::Debug for PageQueue {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self.pages {
-            Pages::Free | Pages::Discard => "inflate",
-            Pages::Reuse => "deflate",
-        })
     }
 }
 

@@ -215,6 +215,18 @@ fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
 mod tests {
     use super::*;
 
+    impl Disk {
+        /// A disk on `file`, unchecked.
+        pub fn over(file: File, readonly: bool) -> Self {
+            Self {
+                file,
+                readonly,
+                sectors: 1,
+                identity: DiskIdentity::File(0, 0),
+            }
+        }
+    }
+
     fn open(path: impl Into<PathBuf>, readonly: bool) -> Result<Disk, DiskError> {
         Disk::open(&DiskConfig {
             path: path.into(),

@@ -1,6 +1,7 @@
 //! The disk against a driver that may be hostile.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
@@ -47,7 +48,10 @@ impl Rig {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         fs::write(&path, content()).unwrap();
-        let disk = Disk::open(&DiskConfig { path, readonly }).unwrap();
+        Self::over(dir, Disk::open(&DiskConfig { path, readonly }).unwrap())
+    }
+
+    fn over(dir: tempfile::TempDir, disk: Disk) -> Self {
         let memory = memory(8);
         let mut rig = Self {
             dir,
@@ -147,6 +151,19 @@ fn what_is_written_is_read_back() {
         || rig.interrupt.used.load(Ordering::SeqCst) == 3,
         "interrupts",
     );
+}
+
+/// A pipe cannot be flushed: fdatasync(2) fails with EINVAL. So its error proves that the call was made.
+#[test]
+fn a_flush_reaches_the_host_and_its_failure_the_guest() {
+    for (readonly, status, flushes) in [(false, STATUS_IOERR, 0), (true, STATUS_OK, 1)] {
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let disk = Disk::over(OwnedFd::from(reader).into(), readonly);
+        let rig = Rig::over(tempfile::tempdir().unwrap(), disk);
+        assert_eq!(rig.request(FLUSH, 0, 0).0, status, "readonly={readonly}");
+        let counted = rig.block.stats().flushes_total;
+        assert_eq!(counted, flushes, "readonly={readonly}");
+    }
 }
 
 #[test]
