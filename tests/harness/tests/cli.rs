@@ -78,6 +78,32 @@ fn memory_and_vcpus() -> Result<()> {
 }
 
 #[test]
+fn configuration_files() -> Result<()> {
+    let bench = bench()?;
+    bench.file("vm.toml", b"kernel = 'none'\nmemory = { size = '3M' }")?;
+    bench.file("vm.json", br#"{"kernel": "kernel", "colour": "red"}"#)?;
+    for (words, parts) in [
+        (
+            &["--config", "vm.toml"][..],
+            ["--config vm.toml: ", "nearest below is 2M"],
+        ),
+        // The command line wins, so what is left is the file's kernel.
+        (
+            &["--config", "vm.toml", "--memory", "size=4M"],
+            ["--kernel none", "check the path"],
+        ),
+        (
+            &["--config", "vm.json"],
+            ["--config vm.json: unknown key 'colour'", "kernel-entry"],
+        ),
+        (&["--config", "none"], ["--config none", "you may read"]),
+    ] {
+        bench.run_refused(words, &parts)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn disks() -> Result<()> {
     let bench = bench()?;
     fs::hard_link(bench.path("disk"), bench.path("hard")).context("hard link")?;

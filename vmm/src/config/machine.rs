@@ -1,14 +1,14 @@
-//! The checked description of a machine: who has one need not check it again.
+//! The checked description of a machine. Nothing in it has to be checked again.
 
 use std::path::PathBuf;
 
 use ebb_core::release::Release;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
-use super::spec::{DiskConfig, KernelEntry, LazyConfig, SerialConfig, reporting_name};
+use super::spec::{DiskConfig, KernelEntry, LazyConfig, SerialConfig};
 
 /// Everything that `ebb run` needs to build a machine.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct MachineConfig {
     /// Name of the machine, for logs and the API.
     pub id: String,
@@ -22,7 +22,7 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// The guest's RAM.
     pub memory: MemoryConfig,
-    /// Arenas beside the RAM, in the order of the command line.
+    /// Arenas, in the order of the command line.
     pub arenas: Vec<ArenaConfig>,
     /// Block devices, in the order of the command line: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
@@ -34,12 +34,12 @@ pub struct MachineConfig {
     pub lazy: LazyConfig,
     /// Socket on which the API is served.
     pub api_socket: Option<PathBuf>,
-    /// Helpers free memory and clean up behind the monitor's end, also when it is killed.
+    /// Start the helper processes that free memory and clean up after the monitor's end, also when it is killed.
     pub guardian: bool,
 }
 
 /// The guest's kernel.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct KernelConfig {
     /// A bzImage, or an ELF vmlinux.
     pub path: PathBuf,
@@ -48,7 +48,7 @@ pub struct KernelConfig {
 }
 
 /// The guest's RAM.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct MemoryConfig {
     /// Size in bytes; a multiple of 2 MiB.
     pub size: u64,
@@ -62,31 +62,26 @@ pub struct MemoryConfig {
     pub shared: bool,
 }
 
-/// Memory beside the RAM whose granules the guest frees and reuses without a call.
+/// Memory apart from the RAM whose granules the guest frees and reuses without a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ArenaConfig {
     /// Size in bytes; a multiple of the granule.
     pub size: u64,
-    /// Bytes of a granule.
+    /// Size of a granule in bytes.
     pub granule: u64,
     /// Name.
     pub id: String,
 }
 
 /// The balloon device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BalloonConfig {
-    /// Bytes that the balloon asks for at start; a multiple of 4 KiB, at most the guest's memory.
+    /// Bytes that the balloon asks for at the start; a multiple of 4 KiB, at most the guest's memory.
     pub size: u64,
     /// Let the guest take balloon pages back when it runs out of memory.
     pub deflate_on_oom: bool,
     /// Seconds between two requests for statistics; 0: the statistics queue is not offered.
     pub statistics_interval_s: u16,
-    /// How free pages that the guest reports are released; `None`: reporting is not offered.
-    #[serde(serialize_with = "by_name")]
+    /// How pages that the guest reports free go back to the host; `None`: reporting is not offered.
     pub free_page_reporting: Option<Release>,
-}
-
-fn by_name<S: Serializer>(how: &Option<Release>, serializer: S) -> Result<S::Ok, S::Error> {
-    how.map(reporting_name).serialize(serializer)
 }

@@ -134,7 +134,7 @@ pub struct ArenaSpec {
 impl Keys for ArenaSpec {}
 
 /// `--disk`: a block device backed by a raw file.
-#[derive(Clone, Debug, PartialEq, Eq, Args, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct DiskConfig {
     /// Raw disk image or block device, for instance path=disk.raw
     #[arg(long, value_name = "PATH")]
@@ -178,30 +178,18 @@ impl Keys for BalloonSpec {
     }
 }
 
-/// How reported pages are released. After the acknowledgement the guest may write to them without a message, so they cannot
-/// be discarded later.
+/// How pages that the guest reports free go back to the host. After the acknowledgement the guest may write to them at
+/// any time, so from then on they must not be discarded.
 fn reporting() -> impl TypedValueParser<Value = Release> {
-    let help = |how| match how {
-        Release::Discard => "at once, before the report is acknowledged",
-        Release::MarkFree => "when it is short of memory, unless the guest writes to them first",
-    };
-    let values = [Release::Discard, Release::MarkFree]
-        .map(|how| PossibleValue::new(reporting_name(how)).help(help(how)));
-    PossibleValuesParser::new(values).map(|name| {
-        if name == reporting_name(Release::Discard) {
-            Release::Discard
-        } else {
-            Release::MarkFree
-        }
+    PossibleValuesParser::new([
+        PossibleValue::new("eager").help("at once, before the report is acknowledged"),
+        PossibleValue::new("lazy")
+            .help("when it is short of memory, unless the guest writes to them first"),
+    ])
+    .map(|name| match name.as_str() {
+        "eager" => Release::Discard,
+        _ => Release::MarkFree,
     })
-}
-
-/// The name of a value of `reporting=`, also in JSON.
-pub(super) const fn reporting_name(how: Release) -> &'static str {
-    match how {
-        Release::Discard => "eager",
-        Release::MarkFree => "lazy",
-    }
 }
 
 /// `--lazy`.
