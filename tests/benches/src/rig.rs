@@ -15,9 +15,9 @@ use ebb_vmm::guest_memory::{LazyOps, Survey};
 use ebb_vmm::hypercall::{Hypercalls, offer};
 use ebb_vmm::kvm::{Hypervisor, KickTable, Machine, prepare_kicks};
 use ebb_vmm::memory::{Backing, GuestRam};
-use ebb_vmm::reclaim::{Reclaimer, Tuning};
+use ebb_vmm::reclaim::{EntryHook, ReclaimTuning, Reclaimer};
 use ebb_vmm::sys::Pins;
-use ebb_vmm::vcpu::{Shared, Vcpus, WayIn};
+use ebb_vmm::vcpu::{Shared, Vcpus};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
@@ -69,8 +69,8 @@ struct NoCalls;
 /// The guest never exits by itself: nobody would come by an offer.
 struct NothingToDo;
 
-impl WayIn for NothingToDo {
-    fn pass(&self) {}
+impl EntryHook for NothingToDo {
+    fn before_entry(&self) {}
 }
 
 impl LazyOps for NoCalls {
@@ -156,7 +156,7 @@ impl Rig {
             ports: Bus::default(),
             mmio: Bus::default(),
             gate: Arc::clone(&gate),
-            way_in: Arc::new(NothingToDo),
+            entry_hook: Arc::new(NothingToDo),
             kicks,
             pins: Arc::new(Pins::new(0, 4096)),
             hypercalls: Arc::new(Hypercalls::new(
@@ -195,7 +195,7 @@ impl Rig {
 
     /// A reclaimer of this machine's memory.
     #[must_use]
-    pub fn reclaimer(&self, tuning: Tuning) -> Reclaimer {
+    pub fn reclaimer(&self, tuning: ReclaimTuning) -> Reclaimer {
         let (lazy, pages) = (Arc::clone(&self.lazy), Arc::clone(&self.ram));
         Reclaimer::new(lazy, pages, Arc::clone(&self.gate), tuning)
     }

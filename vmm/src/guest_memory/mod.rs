@@ -22,7 +22,7 @@ use crate::arena::{Arena, Arenas, BadArena};
 use crate::kvm::KickTable;
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::reclaim::{
-    self, Mode, PressureSource, ReclaimThread, Reclaimer, ReportedMemory, Tuning,
+    self, Mode, PressureSource, ReclaimThread, ReclaimTuning, Reclaimer, ReportedMemory,
 };
 use crate::strict::{self, Strict, StrictThread};
 
@@ -63,7 +63,7 @@ pub struct Setup {
     /// The arenas, by number.
     pub arenas: Vec<ArenaSetup>,
     /// When and how lazily freed memory is taken.
-    pub tuning: Tuning,
+    pub tuning: ReclaimTuning,
     /// How reported free pages are released.
     pub reported: Release,
     /// Strict mode is on.
@@ -167,7 +167,7 @@ impl GuestMemory {
         self.strict.as_ref()
     }
 
-    /// Starts the thread that reclaims as [`Tuning::mode`] says; `None` for [`Mode::Off`].
+    /// Starts the thread that reclaims as [`ReclaimTuning::mode`] says; `None` for [`Mode::Off`].
     ///
     /// # Errors
     /// [`reclaim::StartError`].

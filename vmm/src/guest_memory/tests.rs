@@ -24,7 +24,7 @@ fn setup() -> Setup {
         backing: Backing::default(),
         ram: vec![range(0, 8), range(16, 24)],
         arenas: vec![arena(0), arena(1)],
-        tuning: Tuning::default(),
+        tuning: ReclaimTuning::default(),
         reported: Release::MarkFree,
         strict: false,
     }
@@ -94,9 +94,9 @@ fn a_full_tracker_is_told_in_bytes() {
 #[test]
 fn in_strict_mode_both_ways_discard_at_once() {
     let strict = Setup {
-        tuning: Tuning {
+        tuning: ReclaimTuning {
             mode: Mode::Off,
-            ..Tuning::default()
+            ..ReclaimTuning::default()
         },
         strict: true,
         ..setup()
@@ -232,9 +232,9 @@ fn memory_ends_where_its_last_region_does() {
 #[test]
 fn the_reclaim_thread_runs_unless_the_mode_is_off() {
     let with = |mode| {
-        let tuning = Tuning {
+        let tuning = ReclaimTuning {
             mode,
-            ..Tuning::default()
+            ..ReclaimTuning::default()
         };
         memory(&Setup { tuning, ..setup() })
     };

@@ -1,5 +1,5 @@
-//! Blocks in guest memory. What the guest has written there is loaded once, so that it cannot change under
-//! a check.
+//! Reads and writes the blocks of calls in guest memory. What the guest has written there is loaded once, so that it cannot
+//! change after it was checked.
 
 use std::mem::{offset_of, size_of};
 
@@ -43,7 +43,7 @@ pub(super) fn read_batch(
         .collect())
 }
 
-/// Tells the guest how many descriptors it has gone through.
+/// Writes to the block how many descriptors were carried out.
 pub(super) fn write_done(
     memory: &GuestMemoryMmap,
     block: GpaRange,
@@ -54,8 +54,7 @@ pub(super) fn write_done(
     memory.write_slice(&done.to_le_bytes(), at).map_err(fault)
 }
 
-/// Reads which range the query in `block` asks about: the address and the pages as the guest gave them,
-/// and the range, if any.
+/// Reads the query in `block`: the address and number of pages as the guest gave them, and the range, if it asks about one.
 pub(super) fn read_query(
     memory: &GuestMemoryMmap,
     block: GpaRange,
@@ -64,7 +63,7 @@ pub(super) fn read_query(
     memory
         .read_slice(&mut bytes, GuestAddress(block.start()))
         .map_err(fault)?;
-    // The query begins as a descriptor does.
+    // A query begins with the fields of a descriptor.
     let Descriptor { gpa, pages } = Descriptor::from_bytes(bytes);
     let query = Query {
         gpa,
@@ -77,7 +76,7 @@ pub(super) fn read_query(
     }
 }
 
-/// Reads the number of the arena that the block asks about.
+/// Reads the number of the arena that `block` asks about.
 pub(super) fn read_arena_index(memory: &GuestMemoryMmap, block: GpaRange) -> Result<u64, Error> {
     let mut bytes = [0; WORD];
     let at = GuestAddress(block.start());
@@ -85,7 +84,7 @@ pub(super) fn read_arena_index(memory: &GuestMemoryMmap, block: GpaRange) -> Res
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// Writes what there is to say about an arena; of `info` the count alone when there is no such arena.
+/// Writes the description of an arena; only the number of arenas if there is no such arena.
 pub(super) fn write_arena(
     memory: &GuestMemoryMmap,
     block: GpaRange,
@@ -98,7 +97,7 @@ pub(super) fn write_arena(
     memory.write_slice(&answer[..len], at).map_err(fault)
 }
 
-/// Writes the answer to `query` behind what the guest has asked.
+/// Writes the answer to `query` behind the fields that the guest has written.
 pub(super) fn write_query(
     memory: &GuestMemoryMmap,
     block: GpaRange,

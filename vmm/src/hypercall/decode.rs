@@ -1,24 +1,24 @@
-//! From registers to a request. Pure: nothing here looks at guest memory.
+//! Decodes the registers of a call. Pure: does not read guest memory.
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 use ebb_hypercall_abi::block::BATCH_MAX_PAGES;
 use ebb_hypercall_abi::{Attributes, Error, Flags, Operation, call};
 
-/// The three numbers of a call, as they stood in the guest's registers.
+/// The three numbers of a call, from the guest's registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arguments {
     /// Address of the range or block.
     pub gpa: u64,
-    /// Its pages.
+    /// Its length in pages.
     pub pages: u64,
     /// Operation, flags and magic.
     pub attributes: u64,
 }
 
-/// A call whose registers make sense. Whether its range is RAM is still to be seen.
+/// A call whose registers are valid. Its range is not yet checked to be RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Tell the features.
+    /// Return the features.
     Features,
     /// The range is lazily free.
     LazyFree(GpaRange),
@@ -26,7 +26,7 @@ pub enum Request {
     Reuse {
         /// Where.
         range: GpaRange,
-        /// Put pages behind it.
+        /// Populate it.
         prefault: bool,
     },
     /// The ranges in the block are lazily free.
@@ -35,19 +35,19 @@ pub enum Request {
     ReuseBatch {
         /// Where the descriptors are.
         block: GpaRange,
-        /// Put pages behind the ranges.
+        /// Populate the ranges.
         prefault: bool,
     },
     /// Answer into the block.
     Query(GpaRange),
     /// Everything is in use.
     Reset,
-    /// Tell about an arena in the block.
+    /// Describe an arena in the block.
     ArenaInfo(GpaRange),
 }
 
 impl Request {
-    /// Which operation it is.
+    /// The operation of the call.
     #[must_use]
     pub const fn operation(self) -> Operation {
         match self {
@@ -69,10 +69,10 @@ pub(super) fn range(gpa: u64, pages: u64) -> Result<GpaRange, Error> {
     GpaRange::new(start, end).ok_or(Error::Invalid)
 }
 
-/// Makes sense of a call.
+/// Decodes a call.
 ///
 /// # Errors
-/// What the guest is told.
+/// The status that the guest gets.
 pub fn decode(arguments: Arguments) -> Result<Request, Error> {
     let Arguments {
         gpa,

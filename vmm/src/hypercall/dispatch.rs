@@ -1,4 +1,4 @@
-//! From a request to its status.
+//! Carries out calls.
 
 use std::sync::Arc;
 
@@ -18,8 +18,8 @@ use super::stats::{Counters, HypercallStats};
 use crate::faults::GuestFaults;
 use crate::guest_memory::LazyOps;
 
-/// What a machine offers its guest. `instruction` is the feature bit of the instruction that brings a
-/// hypercall to the monitor, where the host lets one through; `arenas`: there are some.
+/// The interface that a machine offers its guest. `instruction` is the feature bit of the hypercall instruction that KVM
+/// passes to the monitor, if there is one. `arenas` is true if the machine has arenas.
 #[must_use]
 pub fn offer(instruction: Option<Features>, arenas: bool) -> Interface {
     let always = [
@@ -42,7 +42,7 @@ pub fn offer(instruction: Option<Features>, arenas: bool) -> Interface {
     }
 }
 
-/// Carries out the calls of one machine's guest, on whichever vCPU thread they arrive.
+/// Carries out the calls of one machine's guest, on the vCPU thread that makes them.
 pub struct Hypercalls {
     interface: Interface,
     memory: Arc<GuestMemoryMmap>,
@@ -52,7 +52,7 @@ pub struct Hypercalls {
 }
 
 impl Hypercalls {
-    /// Calls that reach `ops`, with blocks in `memory`.
+    /// Carries out calls by `ops`. Their blocks are in `memory`.
     #[must_use]
     pub fn new(interface: Interface, memory: Arc<GuestMemoryMmap>, ops: Arc<dyn LazyOps>) -> Self {
         Self {
@@ -115,7 +115,7 @@ impl Hypercalls {
             .ok_or(Error::Invalid)
     }
 
-    /// What may be reused: RAM, or granules of an arena.
+    /// Checks that `range` may be reused: it is RAM, or granules of an arena.
     fn reusable(&self, range: GpaRange) -> Result<GpaRange, Error> {
         let granules = self.ops.is_granules(range);
         granules
@@ -137,7 +137,7 @@ impl Hypercalls {
     fn reuse(&self, ranges: &[GpaRange], prefault: bool) -> Success {
         let last = self.ops.reuse(ranges);
         if prefault {
-            // Only now: nothing discards them any more.
+            // Not before the reuse: what is lazy may be discarded at any time.
             self.prefault(ranges);
         }
         if last {
@@ -147,7 +147,7 @@ impl Hypercalls {
         }
     }
 
-    /// Puts pages behind the first [`PREFAULT_MAX_PAGES`] of `ranges`.
+    /// Populates the first [`PREFAULT_MAX_PAGES`] of `ranges`.
     fn prefault(&self, ranges: &[GpaRange]) {
         let mut room = PREFAULT_MAX_PAGES * PAGE_SIZE;
         for range in ranges {
@@ -164,7 +164,7 @@ impl Hypercalls {
         }
     }
 
-    /// Gives the descriptors of the batch in `block` that `check` finds good, up to the first bad one, to `apply`.
+    /// Applies `apply` to the ranges of the batch in `block`, up to the first one that fails `check`.
     fn batch(
         &self,
         block: GpaRange,

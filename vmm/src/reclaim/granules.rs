@@ -53,7 +53,7 @@ mod tests {
     use super::*;
     use crate::arena::Arenas;
     use crate::memory::{Backing, GuestRam};
-    use crate::reclaim::{Mode, Order, Reach, Reclaimer, Sample, Tuning};
+    use crate::reclaim::{Mode, Order, Reach, ReclaimTuning, Reclaimer, Sample};
 
     const MIB: u64 = 1 << 20;
     const GRANULE: u64 = 2 * MIB;
@@ -74,9 +74,9 @@ mod tests {
         let generation = Arc::new(VmGeneration::default());
         let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
         let lazy = Arc::new(LazyMemory::new(1000, generation));
-        let tuning = Tuning {
+        let tuning = ReclaimTuning {
             mode,
-            ..Tuning::default()
+            ..ReclaimTuning::default()
         };
         let pages: Arc<dyn ReleasePages> = ram.clone();
         let reclaimer = Reclaimer::new(Arc::clone(&lazy), pages, gate, tuning);

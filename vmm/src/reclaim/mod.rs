@@ -20,8 +20,8 @@ mod tests;
 pub mod thread;
 
 pub use outcome::{Order, Outcome};
-pub use policy::{Ages, Decision, Mode, PolicyState, Reach, Room, Sample, Tuning, decide};
-pub use reclaimer::Reclaimer;
+pub use policy::{Ages, Decision, Mode, PolicyState, Reach, ReclaimTuning, Room, Sample, decide};
+pub use reclaimer::{EntryHook, Reclaimer};
 pub use reported::{ReportedMemory, ReportedStats};
 pub use sample::PressureSource;
 pub use stats::ReclaimStats;

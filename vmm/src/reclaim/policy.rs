@@ -1,31 +1,31 @@
-//! How much to reclaim. Pure: tested by replaying what a host went through.
+//! Decides how much to reclaim. Pure, so that tests can replay recorded samples.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Least bytes of one answer to pressure.
+/// Minimum size in bytes of one answer to pressure.
 const MIN_STEP: u64 = 64 << 20;
 
-/// Pressure that has lasted for this many answers is hard: smaller pieces than blocks are taken, too.
+/// After this many answers, lasting pressure is hard: fragments are taken, too.
 const HARD_LEVEL: u32 = 2;
 
-/// This many samples in a row without pressure end it. PSI reports at most once in 2 s, samples are taken
-/// each second.
+/// Pressure ends after this many samples in a row without it. Samples are taken each second, and PSI reports at most once
+/// in 2 s.
 const CALM_SAMPLES: u32 = 3;
 
-/// Least bytes that a host should have available, unless that were more than a quarter of all.
+/// Minimum low watermark in bytes, unless that is more than a quarter of the memory.
 const LOW_WATERMARK: u64 = 256 << 20;
 
-/// What the host and the machine look like at one moment. Sizes in bytes.
+/// The state of the host and of the machine at one moment. Sizes in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sample {
     /// A PSI trigger has fired since the last sample: tasks are stalled for lack of memory.
     pub stalled: bool,
-    /// Memory of the host that can be had without swapping.
+    /// Memory of the host that can be allocated without swapping.
     pub available: u64,
-    /// All memory of the host; 0 when it is not known: then only `stalled` counts.
+    /// Total memory of the host. 0 if unknown: then only `stalled` counts.
     pub total: u64,
-    /// The tightest limit of the monitor's cgroup and of those above it; [`Room::default`]: none.
+    /// The tightest limit of the monitor's cgroup and its ancestors; [`Room::default`] if there is none.
     pub cgroup: Room,
     /// Lazily freed memory that could be invalidated and discarded.
     pub lazy: u64,
@@ -33,28 +33,28 @@ pub struct Sample {
     pub unmapped: u64,
     /// The machine's generation.
     pub generation: u64,
-    /// What is of this generation or an older one has reached the age of [`Mode::Age`].
+    /// The latest generation that has reached the age of [`Mode::Age`].
     pub aged: u64,
 }
 
-/// An amount of memory, the host's or what a cgroup may have, and what of it is available. Bytes.
+/// Total and available memory of the host or of a cgroup with a limit, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Room {
-    /// All of it; 0: not known, or not limited.
+    /// Total memory. 0 if unknown or not limited.
     pub total: u64,
-    /// What can be had without reclaim.
+    /// Memory that can be allocated without reclaim.
     pub available: u64,
 }
 
 impl Room {
-    /// The one that is farthest below its low watermark, or closest to it.
+    /// The one whose available memory is farthest below its low watermark, or else closest to it.
     #[must_use]
     pub fn tightest(rooms: impl Iterator<Item = Self>) -> Self {
         let over = |room: &Self| i128::from(room.available) - i128::from(room.low());
         rooms.min_by_key(over).unwrap_or_default()
     }
 
-    /// 5 % of it, at least 256 MiB, at most a quarter.
+    /// The low watermark: 5 % of the total, at least 256 MiB, at most a quarter.
     fn low(self) -> u64 {
         (self.total / 20).max(LOW_WATERMARK).min(self.total / 4)
     }
@@ -69,7 +69,7 @@ impl Room {
 }
 
 impl Sample {
-    /// So far from need that [`decide`] under pressure does nothing, whatever there is to take.
+    /// Returns true if [`decide`] does nothing in [`Mode::Pressure`], however much memory is lazy.
     #[must_use]
     pub fn is_calm(&self) -> bool {
         let host = Room {
@@ -81,7 +81,7 @@ impl Sample {
     }
 }
 
-/// When memory is taken.
+/// When lazily freed memory is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// Under memory pressure of the host.
@@ -89,26 +89,27 @@ pub enum Mode {
     Pressure,
     /// As soon as possible.
     Eager,
-    /// When it has been lazy for so long; invalidated then, and discarded after as long again.
+    /// After this time it is invalidated, and after the same time again it is discarded.
     Age(Duration),
     /// On request only.
     Off,
 }
 
-/// How reclaim goes about it.
+/// Settings of reclaim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tuning {
-    /// When.
+pub struct ReclaimTuning {
+    /// When memory is taken.
     pub mode: Mode,
-    /// For how long a vCPU may be kept out of the guest at a time, less one system call.
+    /// Maximum time for which a vCPU is kept out of the guest at a time; the system call that is under way then is added to
+    /// that.
     pub pause: Duration,
-    /// Most ranges of a slice.
+    /// Maximum number of ranges of a slice.
     pub slice: usize,
-    /// Percentage of their time that vCPUs may lose, 1 to 50; a pause counts twice, for what it leaves cold.
+    /// Percentage of their time that vCPUs may lose, 1 to 50. A pause counts twice, because caches are cold after it.
     pub share: u32,
 }
 
-impl Default for Tuning {
+impl Default for ReclaimTuning {
     fn default() -> Self {
         Self {
             mode: Mode::Pressure,
@@ -119,17 +120,17 @@ impl Default for Tuning {
     }
 }
 
-/// Remembers which generation was current when, so that age needs no time stamp on a range.
+/// Remembers when each generation was current, so that ranges need no time stamp.
 #[derive(Clone, Debug, Default)]
 pub struct Ages {
-    /// Ascending in both: seconds since some moment, and the generation then.
+    /// Times since some moment, and the generation at each. Ascending in both.
     marks: VecDeque<(Duration, u64)>,
     aged: u64,
 }
 
 impl Ages {
-    /// At `now` the machine's generation is `current`. Returns the latest generation that was current `age`
-    /// ago or longer; marks are kept at most 32 for that, so the answer is late by 1/16 of `age` at most.
+    /// At `now` the machine's generation is `current`. Returns the latest generation that was current `age` ago or longer.
+    /// Times are kept at distances of at least 1/16 of `age`, so the answer is late by at most that, and at most 17 are kept.
     pub fn aged(&mut self, now: Duration, current: u64, age: Duration) -> u64 {
         let apart = self.marks.back().map(|&(last, _)| now.saturating_sub(last));
         if apart.is_none_or(|apart| apart >= age / 16) {
@@ -145,43 +146,43 @@ impl Ages {
     }
 }
 
-/// What the policy remembers from sample to sample.
+/// The state that the policy keeps from sample to sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PolicyState {
-    /// Answers given since pressure began.
+    /// Number of answers since pressure began.
     level: u32,
-    /// Samples without pressure since then.
+    /// Number of samples without pressure since the last answer.
     calm: u32,
 }
 
 impl PolicyState {
-    /// The last sample showed pressure.
+    /// Returns true if the last sample showed pressure.
     pub(super) const fn is_pressed(self) -> bool {
         self.level > 0 && self.calm == 0
     }
 }
 
-/// How far down a reclaim goes.
+/// How small the pieces may be that a reclaim takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reach {
     /// Whole blocks of 2 MiB only.
     Blocks,
-    /// Then the pieces between them.
+    /// Fragments, too: ranges that are smaller than a block.
     Fragments,
-    /// Then, for less than 2 MiB, a piece of a block.
+    /// At the end a part of a block, too, if less than 2 MiB are still to be taken.
     Everything,
 }
 
 /// What to reclaim now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
-    /// Upper bound in bytes of what is discarded; 0: nothing.
+    /// Maximum number of bytes to discard.
     pub bytes: u64,
-    /// Upper bound in bytes of what is invalidated after that, ahead of need; 0: nothing.
+    /// Maximum number of bytes to invalidate after that, ahead of need.
     pub invalidate: u64,
-    /// How far down to go for both.
+    /// How small the pieces may be, for both.
     pub reach: Reach,
-    /// Ranges of later generations are left alone.
+    /// Ranges of later generations are not taken.
     pub newest: u64,
 }
 
@@ -194,7 +195,7 @@ impl Decision {
     };
 }
 
-/// Decides what to reclaim, and what to remember.
+/// Decides what to reclaim. Returns that and the next state.
 #[must_use]
 pub fn decide(mode: Mode, sample: Sample, state: PolicyState) -> (Decision, PolicyState) {
     match mode {
@@ -222,12 +223,12 @@ pub fn decide(mode: Mode, sample: Sample, state: PolicyState) -> (Decision, Poli
     }
 }
 
-/// Pressure is a PSI report, or less available memory than the low watermark: 5 % of the host, or of a cgroup's
-/// limit, at least 256 MiB, at most a quarter. The first answer is a 16th of what can be taken, at least 64 MiB, at least
-/// what is missing to the watermark; each further answer to pressure that lasts is twice as much.
+/// There is pressure if PSI reports a stall, or if less memory is available than the low watermark ([`Room::low`]) of the
+/// host or of a cgroup. The first answer is 1/16 of what can be taken, at least 64 MiB, and at least what is missing up to the
+/// watermark. Each further answer to lasting pressure is twice as large.
 ///
-/// As much again is invalidated ahead of the next answer: pressure that has come rarely goes at once. So is
-/// one first answer's worth when the watermark is near: less than twice of it is available.
+/// The same amount is invalidated ahead of the next answer, because pressure seldom ends at once. If less than twice the
+/// watermark is available, the amount of a first answer is invalidated.
 fn under_pressure(sample: Sample, state: PolicyState) -> (Decision, PolicyState) {
     let host = Room {
         total: sample.total,

@@ -14,11 +14,17 @@ use ebb_core::slice::Slicer;
 use super::backoff::Backoff;
 use super::job::Job;
 use super::stats::{Counters, ReclaimStats};
-use super::{Mode, Order, Outcome, Reach, Sample, Tuning};
+use super::{Mode, Order, Outcome, Reach, ReclaimTuning, Sample};
 use crate::arena::Arenas;
 
 /// Size of the first chunk in bytes. One core frees it in 0.65 ms at 12 GiB/s, its rate for pages of 4 KiB.
 const FIRST_CHUNK: u64 = 8 << 20;
+
+/// Work that a vCPU thread does for the machine before it enters the guest.
+pub trait EntryHook: Send + Sync {
+    /// Called before each entry. Costs next to nothing if there is nothing to do. Never waits for another vCPU.
+    fn before_entry(&self);
+}
 
 /// What one reclaim leaves to the next.
 pub(super) struct Round {
@@ -42,7 +48,7 @@ pub struct Reclaimer {
     pub(super) pages: Arc<dyn ReleasePages>,
     pub(super) gate: Arc<Gate>,
     pub(super) arenas: Arenas,
-    pub(super) tuning: Tuning,
+    pub(super) tuning: ReclaimTuning,
     round: Mutex<Round>,
     /// Cost of a range in a slice, see [`Slicer::cost`].
     cost: AtomicU64,
@@ -59,7 +65,7 @@ impl Reclaimer {
         lazy: Arc<LazyMemory>,
         pages: Arc<dyn ReleasePages>,
         gate: Arc<Gate>,
-        tuning: Tuning,
+        tuning: ReclaimTuning,
     ) -> Self {
         Self {
             lazy,
@@ -91,7 +97,7 @@ impl Reclaimer {
 
     /// When and how it reclaims.
     #[must_use]
-    pub const fn tuning(&self) -> Tuning {
+    pub const fn tuning(&self) -> ReclaimTuning {
         self.tuning
     }
 
@@ -202,15 +208,6 @@ impl Reclaimer {
         }
     }
 
-    /// For a vCPU thread before it enters the guest: runs the offered slice if there is one and every vCPU is out. One
-    /// relaxed load if there is none.
-    #[inline]
-    pub fn run_offered_slice(&self) {
-        if self.offer.is_open() {
-            self.offer.run(&self.slicer());
-        }
-    }
-
     pub(super) fn slicer(&self) -> Slicer<'_> {
         Slicer {
             lazy: &self.lazy,
@@ -241,5 +238,15 @@ impl Reclaimer {
         let waited = self.stopped.wait_timeout_while(stop, time, running);
         let (stop, _) = waited.unwrap_or_else(PoisonError::into_inner);
         !*stop
+    }
+}
+
+impl EntryHook for Reclaimer {
+    /// Runs the offered slice if there is one and every vCPU is out. One relaxed load if there is none.
+    #[inline]
+    fn before_entry(&self) {
+        if self.offer.is_open() {
+            self.offer.run(&self.slicer());
+        }
     }
 }

@@ -10,12 +10,12 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{Ages, Decision, Mode, Order, PolicyState, PressureSource, Reclaimer, Sample, decide};
 
-/// The reclaim thread could not be started.
+/// The reclaim thread cannot be started.
 #[derive(Debug, thiserror::Error)]
 #[error("starting the thread ebb-reclaim failed")]
 pub struct StartError(#[source] io::Error);
 
-/// The thread `ebb-reclaim`: waits for pressure, decides, reclaims. Stopped and joined on drop.
+/// The thread `ebb-reclaim`: waits for memory pressure, decides, and reclaims. Stopped and joined on drop.
 pub struct ReclaimThread {
     stop: Arc<OwnedFd>,
     reclaimer: Arc<Reclaimer>,
@@ -23,10 +23,10 @@ pub struct ReclaimThread {
 }
 
 impl ReclaimThread {
-    /// Starts it.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// [`StartError`] when the host has no descriptor or thread left.
+    /// [`StartError`] if the host has no descriptor or thread left.
     pub fn start(reclaimer: Arc<Reclaimer>, source: PressureSource) -> Result<Self, StartError> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| StartError(error.into()))?;
         let stop = Arc::new(stop);
@@ -46,11 +46,9 @@ impl ReclaimThread {
             thread: Some(thread),
         })
     }
-}
 
-impl ReclaimThread {
-    /// Stops it. What it has watched comes back, for the caller to drop when there is time: the kernel takes 10 ms to
-    /// forget a trigger.
+    /// Stops the thread and returns its source of pressure, so that the caller can choose when to drop it: the kernel takes
+    /// 10 ms to remove a trigger.
     pub fn stop(mut self) -> Option<PressureSource> {
         self.end()
     }
@@ -115,7 +113,7 @@ fn respond(reclaimer: &Reclaimer, sample: Sample, state: PolicyState) -> PolicyS
     };
     if bytes > 0 {
         let outcome = reclaimer.discard(order(bytes));
-        // Not in the modes that try each time: that would be a message a second.
+        // Without this, modes that try each time would log a message each second.
         if outcome.bytes > 0 {
             tracing::info!(
                 bytes = outcome.bytes,
@@ -143,7 +141,7 @@ mod tests {
 
     use super::*;
     use crate::memory::{Backing, GuestRam};
-    use crate::reclaim::Tuning;
+    use crate::reclaim::ReclaimTuning;
 
     fn setup() -> (Arc<LazyMemory>, Arc<Reclaimer>) {
         let all = GpaRange::new(0, 256 << 20).unwrap();
@@ -152,7 +150,7 @@ mod tests {
         let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
         let lazy = Arc::new(LazyMemory::new(1000, generation));
         lazy.free(&[all]);
-        let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram, gate, Tuning::default());
+        let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram, gate, ReclaimTuning::default());
         (lazy, Arc::new(reclaimer))
     }
 

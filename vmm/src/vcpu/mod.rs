@@ -16,18 +16,12 @@ use ebb_hypercall_abi::discovery::PORT;
 use crate::bus::{Action, Bus, ExitReason};
 use crate::hypercall::{Arguments, Hypercalls};
 use crate::kvm::{KickTable, KickTarget, KvmError, kick};
+use crate::reclaim::EntryHook;
 use crate::strict::Strict;
 use crate::sys::Pins;
 
 use ebb_core::generation::Gate;
 pub use setup::{VcpuSetup, configure};
-
-/// What a vCPU thread may do for the machine on its way into the guest.
-pub trait WayIn: Send + Sync {
-    /// Called before each entry. Costs next to nothing when there is nothing to do; never waits for another
-    /// vCPU.
-    fn pass(&self);
-}
 
 /// What the vCPUs of a machine share.
 pub struct Shared {
@@ -37,8 +31,8 @@ pub struct Shared {
     pub mmio: Bus,
     /// Every vCPU enters the guest through it.
     pub gate: Arc<Gate>,
-    /// Passed before the gate.
-    pub way_in: Arc<dyn WayIn>,
+    /// Called before the gate.
+    pub entry_hook: Arc<dyn EntryHook>,
     /// The same as the gate kicks.
     pub kicks: Arc<KickTable>,
     /// Where it is known what each vCPU has mapped.
@@ -122,7 +116,7 @@ fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Opti
     let mut target = KickTarget::new(fd, &shared.pins, index);
     let _registration = shared.kicks.register(index);
     loop {
-        shared.way_in.pass();
+        shared.entry_hook.before_entry();
         // First forget old kicks, then look at what they are for: a kick that comes in between makes
         // KVM_RUN return at once.
         target.clear_kick();

@@ -26,10 +26,10 @@ use crate::guardian::Guardian;
 use crate::guest_memory::{GuestMemory, Setup};
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable};
-use crate::reclaim::{ReclaimThread, Reclaimer};
+use crate::reclaim::ReclaimThread;
 use crate::strict::StrictThread;
 use crate::sys::{Pins, TerminationSignals};
-use crate::vcpu::{self, Shared, VcpuSetup, Vcpus, WayIn};
+use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
 /// A running machine. The fields stand in the order in which [`Vm::shut_down`] lets them go: first those
 /// who give orders, then those who touch guest memory, then KVM, and the memory last.
@@ -157,7 +157,7 @@ impl Vm {
             ports,
             mmio,
             gate: Arc::clone(memory.gate()),
-            way_in: Arc::clone(memory.reclaimer()) as _,
+            entry_hook: Arc::clone(memory.reclaimer()) as _,
             kicks,
             pins: ending.pins(),
             hypercalls,
@@ -246,11 +246,4 @@ fn create_vcpus(
         Ok(fd)
     };
     (0..setup.vcpus).map(create).collect()
-}
-
-impl WayIn for Reclaimer {
-    #[inline]
-    fn pass(&self) {
-        self.run_offered_slice();
-    }
 }

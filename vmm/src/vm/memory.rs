@@ -8,7 +8,7 @@ use crate::arch::layout;
 use crate::config::{LazyConfig, LazyMode, MachineConfig};
 use crate::guest_memory::{ArenaSetup, Setup};
 use crate::memory::Backing;
-use crate::reclaim::{Mode, Tuning};
+use crate::reclaim::{Mode, ReclaimTuning};
 
 /// Describes the memory of the machine that `config` describes.
 pub fn setup(config: &MachineConfig) -> Setup {
@@ -39,8 +39,8 @@ pub fn setup(config: &MachineConfig) -> Setup {
     }
 }
 
-fn tuning(config: LazyConfig) -> Tuning {
-    Tuning {
+fn tuning(config: LazyConfig) -> ReclaimTuning {
+    ReclaimTuning {
         mode: match config.mode {
             LazyMode::Pressure => Mode::Pressure,
             LazyMode::Eager => Mode::Eager,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ebb_core::generation::GateStats;
 use ebb_core::release::Release;
-use ebb_vmm::reclaim::{Mode, Order, Outcome, Reach, Reclaimer, Tuning};
+use ebb_vmm::reclaim::{Mode, Order, Outcome, Reach, ReclaimTuning, Reclaimer};
 
 use super::Arguments;
 use crate::counters::{Measured, above, measure as count};
@@ -44,8 +44,8 @@ fn ranges(count: u64) -> Ranges {
 }
 
 /// A slice ends by its number of ranges only, and is rested for as long as it took.
-const fn tuning(slice: usize) -> Tuning {
-    Tuning {
+const fn tuning(slice: usize) -> ReclaimTuning {
+    ReclaimTuning {
         mode: Mode::Off,
         pause: Duration::from_secs(10),
         slice,
@@ -61,7 +61,7 @@ pub fn quiescent(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(St
         10_000 / arguments.ranges + 1
     };
     let rig = Rig::start(VCPUS, ranges(arguments.ranges), false)?;
-    let reclaimer = rig.reclaimer(tuning(Tuning::default().slice));
+    let reclaimer = rig.reclaimer(tuning(ReclaimTuning::default().slice));
     let (mut flushes, mut discarded) = (0, 0);
     let case = ("ebb", "quiescent");
     for _ in 0..rounds {
@@ -221,7 +221,7 @@ fn ratios(samples: &Samples) -> Result<Vec<(String, f64)>> {
         let found = samples.median("ebb", &case, IPIS.0)?;
         Some(above(found, samples.median("ebb", &case, IDLE.0)?))
     };
-    let default = Tuning::default().slice;
+    let default = ReclaimTuning::default().slice;
     let mut ratios = Vec::new();
     for (slice, suffix) in [(default, String::new()), (128, "_slice_128".to_owned())] {
         let steps = [INVALIDATE, DISCARD, DIRECT].map(|step| of(slice, step));

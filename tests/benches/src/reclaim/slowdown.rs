@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ebb_vmm::reclaim::{Order, Reach, Tuning};
+use ebb_vmm::reclaim::{Order, Reach, ReclaimTuning};
 
 use super::Arguments;
 use crate::rig::{Ranges, Rig};
@@ -70,9 +70,9 @@ fn work(rig: &Rig) -> Result<f64> {
 }
 
 fn reclaiming(rig: &Rig, pause: Duration, samples: &mut Samples) -> Result<f64> {
-    let reclaimer = rig.reclaimer(Tuning {
+    let reclaimer = rig.reclaimer(ReclaimTuning {
         pause,
-        ..Tuning::default()
+        ..ReclaimTuning::default()
     });
     let order = Order {
         bytes: u64::MAX,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ebb_core::range::GpaRange;
 use ebb_core::release::Release;
-use ebb_vmm::reclaim::Tuning;
+use ebb_vmm::reclaim::ReclaimTuning;
 use ebb_vmm::sys::{Mapping, MappingKind};
 
 use super::Arguments;
@@ -132,7 +132,7 @@ fn mapped(bytes: u64, thp: bool) -> Result<f64> {
 fn live((case, bytes, thp): (&str, u64, bool), samples: &mut Samples) -> Result<()> {
     let rig = Rig::start(VCPUS, blocks(bytes), thp)?;
     rig.free()?;
-    let reclaimer = rig.reclaimer(Tuning::default());
+    let reclaimer = rig.reclaimer(ReclaimTuning::default());
     let (before, start) = (rig.work(0)?, Instant::now());
     let outcome = reclaimer.reclaim(u64::MAX);
     let (after, time) = (rig.work(0)?, start.elapsed());

@@ -10,7 +10,7 @@ use ebb_core::release::{Release, ReleasePages, Released};
 
 use crate::memory::{Backing, GuestRam};
 use crate::reclaim::job::MAX_MISSES;
-use crate::reclaim::{Order, Reach, Reclaimer, Tuning};
+use crate::reclaim::{Order, Reach, ReclaimTuning, Reclaimer};
 
 const MIB: u64 = 1 << 20;
 
@@ -20,10 +20,10 @@ fn range(start: u64, end: u64) -> GpaRange {
 
 fn reclaimer(mib: u64) -> Reclaimer {
     let ram = GuestRam::allocate(Backing::default(), &[range(0, mib * MIB)]).unwrap();
-    over(Arc::new(ram), 0, Tuning::default())
+    over(Arc::new(ram), 0, ReclaimTuning::default())
 }
 
-fn over(pages: Arc<dyn ReleasePages>, vcpus: usize, tuning: Tuning) -> Reclaimer {
+fn over(pages: Arc<dyn ReleasePages>, vcpus: usize, tuning: ReclaimTuning) -> Reclaimer {
     let generation = Arc::new(VmGeneration::default());
     let gate = Gate::new(vcpus, Arc::clone(&generation), Box::new(NoKick));
     let lazy = LazyMemory::new(1000, generation);
@@ -106,7 +106,11 @@ impl ReleasePages for RefusesFirstPage {
 
 #[test]
 fn chunks_that_fail_stay_lazy_and_the_others_go() {
-    let reclaimer = over(Arc::new(RefusesFirstPage::default()), 0, Tuning::default());
+    let reclaimer = over(
+        Arc::new(RefusesFirstPage::default()),
+        0,
+        ReclaimTuning::default(),
+    );
     reclaimer.lazy.free(&[range(0, 32 * MIB)]);
     let outcome = reclaimer.reclaim(u64::MAX);
     assert_eq!(outcome.bytes + BLOCK_SIZE, 32 * MIB);
@@ -123,9 +127,9 @@ fn chunks_that_fail_stay_lazy_and_the_others_go() {
 #[test]
 fn scattered_ranges_go_in_slices_and_unmapped_ones_first() {
     let pages = Arc::new(RefusesFirstPage::default());
-    let tuning = Tuning {
+    let tuning = ReclaimTuning {
         slice: 20,
-        ..Tuning::default()
+        ..ReclaimTuning::default()
     };
     let reclaimer = over(Arc::clone(&pages) as _, 1, tuning);
     let scattered = |index: u64| range(index * MIB, index * MIB + (64 << 10));
@@ -154,9 +158,9 @@ fn scattered_ranges_go_in_slices_and_unmapped_ones_first() {
 
 #[test]
 fn a_vcpu_that_will_not_come_out_costs_interrupts_but_not_progress() {
-    let tuning = Tuning {
+    let tuning = ReclaimTuning {
         pause: Duration::from_micros(50),
-        ..Tuning::default()
+        ..ReclaimTuning::default()
     };
     let reclaimer = over(Arc::new(RefusesFirstPage::default()), 1, tuning);
     let ranges: Vec<_> = (1..9)

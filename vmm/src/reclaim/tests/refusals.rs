@@ -8,7 +8,7 @@ use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{Backing, GuestRam};
-use crate::reclaim::{Order, Reach, Reclaimer, Tuning};
+use crate::reclaim::{Order, Reach, ReclaimTuning, Reclaimer};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 48 * MIB;
@@ -41,7 +41,7 @@ impl Scene {
         let generation = Arc::new(VmGeneration::default());
         let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
         let lazy = Arc::new(LazyMemory::new(10_000, generation));
-        let tuning = Tuning::default();
+        let tuning = ReclaimTuning::default();
         let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram.clone(), gate, tuning);
         let scene = Self {
             ram,

@@ -11,7 +11,7 @@ use ebb_core::range::{GpaRange, PAGE_SIZE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::memory::{Backing, GuestRam};
-use crate::reclaim::{Order, Reach, Reclaimer, Tuning};
+use crate::reclaim::{Order, Reach, ReclaimTuning, Reclaimer};
 
 const RAM: u64 = 96 << 20;
 const OWNERS: u64 = 3;
@@ -141,11 +141,11 @@ fn memory_in_use_is_never_lost() {
     let owners = OWNERS as usize;
     let gate = Arc::new(Gate::new(owners, Arc::clone(&generation), Box::new(NoKick)));
     let lazy = Arc::new(LazyMemory::new(80, generation));
-    let tuning = Tuning {
+    let tuning = ReclaimTuning {
         pause: Duration::from_millis(1),
         slice: 16,
         share: 50,
-        ..Tuning::default()
+        ..ReclaimTuning::default()
     };
     let pages = Arc::clone(&ram) as _;
     let reclaimer = Reclaimer::new(Arc::clone(&lazy), pages, Arc::clone(&gate), tuning);
