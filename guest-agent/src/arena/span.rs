@@ -22,9 +22,9 @@ impl Arena {
 
     /// Claims `count` granules in a row; the number of the first.
     ///
-    /// They are this process's until [`Arena::release_span`] or its death, but not in use: each must be taken by
-    /// [`Arena::take_granule`] before it is touched, and holds then what somebody left there, or zeroes. Allocates nothing.
-    /// `None`: there are no such granules, even after [`Arena::recover`].
+    /// They are this process's until it dies, but not in use: each must be taken by [`Arena::take_granule`] before
+    /// it is touched. It then holds what another process left there, or zeroes. Allocates nothing.
+    /// Returns `None` if there are no such granules, even after [`Arena::recover`].
     #[must_use]
     pub fn claim_span(&self, count: usize) -> Option<usize> {
         self.find_span(count).or_else(|| {
@@ -92,15 +92,5 @@ impl Arena {
     #[inline]
     pub unsafe fn free_granule(&self, index: usize) {
         self.free_word(index);
-    }
-
-    /// Gives `count` granules from `first` on back to all processes.
-    ///
-    /// # Safety
-    /// They are from [`Arena::claim_span`], and nobody uses what is in them.
-    pub unsafe fn release_span(&self, first: usize, count: usize) {
-        for index in first..first + count {
-            self.release(index, self.slot.owner().raw());
-        }
     }
 }

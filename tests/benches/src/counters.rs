@@ -49,7 +49,7 @@ impl Counters {
 ///
 /// # Errors
 /// The kernel does not say.
-pub fn function_calls() -> Result<u64> {
+fn function_calls() -> Result<u64> {
     let text = std::fs::read_to_string(INTERRUPTS).context(INTERRUPTS)?;
     parse_function_calls(&text).context(format_args!("{INTERRUPTS} has no line CAL"))
 }

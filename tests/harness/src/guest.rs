@@ -27,14 +27,6 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Waits until the workload is ready again, after a reset from within.
-    ///
-    /// # Errors
-    /// When it is not in time.
-    pub fn await_ready(&mut self) -> Result<()> {
-        self.console.wait_for("EBB-GUEST-OK ready", LONG).map(drop)
-    }
-
     /// Sends a request without waiting for an answer.
     ///
     /// # Errors
@@ -110,7 +102,7 @@ impl Guest {
     ///
     /// # Errors
     /// As for [`Guest::ask`].
-    pub fn shell_within(&mut self, command: &str, limit: Duration) -> Result<(String, String)> {
+    fn shell_within(&mut self, command: &str, limit: Duration) -> Result<(String, String)> {
         let answer = self.ask_within(&format!("sh {command}"), limit)?;
         let rest = answer.strip_prefix("status=");
         let rest = rest.context(format_args!("no status in {answer:?}"))?;

@@ -278,6 +278,7 @@ fn a_failed_chunk_is_not_met_again_by_its_sweep() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes minutes there")]
 fn a_step_looks_at_a_bounded_number_of_ranges() {
     let mut tracker = Tracker::new(10_000);
     for page in 0..2000 {
@@ -289,6 +290,7 @@ fn a_step_looks_at_a_bounded_number_of_ranges() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes minutes there")]
 fn a_storm_of_fragments_does_not_grow_it() {
     let mut tracker = Tracker::new(64);
     let mut refused = 0;
@@ -379,6 +381,7 @@ fn the_default_bound_is_less_than_a_mebibyte() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "takes minutes there")]
 fn a_survey_counts_what_lies_in_the_range_and_ends_in_bounded_time() {
     let mut tracker = Tracker::new(1 << 16);
     tracker.free(pages(2, 6), 1);
