@@ -1,4 +1,4 @@
-//! Takes the balloon's driver from its device and gives it back.
+//! Rebinds the balloon driver, which resets its device.
 
 use std::fs;
 use std::io;
@@ -6,9 +6,9 @@ use std::path::Path;
 
 const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_balloon";
 
-/// Unbinds and binds every balloon; their names.
+/// Unbinds and binds the driver of every balloon. Returns the devices' names.
 pub fn rebind() -> io::Result<Vec<String>> {
-    let devices = devices(Path::new(DRIVER))?;
+    let devices = bound_devices(Path::new(DRIVER))?;
     for device in &devices {
         fs::write(format!("{DRIVER}/unbind"), device)?;
         fs::write(format!("{DRIVER}/bind"), device)?;
@@ -16,8 +16,7 @@ pub fn rebind() -> io::Result<Vec<String>> {
     Ok(devices)
 }
 
-/// The devices that a driver is bound to.
-fn devices(driver: &Path) -> io::Result<Vec<String>> {
+fn bound_devices(driver: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(driver)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
@@ -31,7 +30,7 @@ fn devices(driver: &Path) -> io::Result<Vec<String>> {
     if names.is_empty() {
         return Err(io::Error::new(
             io::ErrorKind::NotFound,
-            "no balloon is bound",
+            "no balloon device is bound to virtio_balloon; start the machine with --balloon",
         ));
     }
     Ok(names)

@@ -1,31 +1,30 @@
-//! `ebb-guest bench`: what freeing and taking back a granule costs, beside what it costs without an arena.
+//! `ebb-guest bench`: the cost of freeing and reusing a granule, compared with madvise(2) on normal memory.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use crate::steps;
+use crate::instruction_count;
 use ebb_guest_agent::arena::{Arena, Granule};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use ebb_guest_agent::memory::{PAGE_SIZE, map_anonymous};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, munmap};
 
-/// Bytes between two touches.
-const PAGE: usize = 4096;
-/// Pairs that are timed together.
+/// Pairs of `lazy_free` and `reuse` that are timed together.
 const PAIRS: u32 = 100_000;
-/// Pairs between two looks at the clock.
-const BETWEEN_LOOKS: u32 = 1000;
-/// Blocks that are timed one by one; the median counts.
+/// Pairs before the clock is read again.
+const PAIRS_PER_CLOCK_READ: u32 = 1000;
+/// Measurements that include touching the memory. The result is their median.
 const ROUNDS: usize = 41;
 
 /// Runs the subcommand.
 pub fn main(words: &[&str]) -> ExitCode {
     let result = match *words {
         [device] => measure(Path::new(device)),
-        [device, "pairs", seconds] => repeat(Path::new(device), seconds, true),
-        [device, "spin", seconds] => repeat(Path::new(device), seconds, false),
+        [device, "pairs", seconds] => repeat(Path::new(device), seconds, PAIRS_PER_CLOCK_READ),
+        [device, "spin", seconds] => repeat(Path::new(device), seconds, 0),
         _ => {
             eprintln!(
-                "bench takes a device, for instance /dev/dax0.0, and perhaps pairs or spin, and seconds"
+                "usage: ebb-guest bench DEVICE [pairs|spin SECONDS], with a DEVICE such as /dev/dax0.0"
             );
             return ExitCode::from(2);
         }
@@ -42,50 +41,58 @@ pub fn main(words: &[&str]) -> ExitCode {
     }
 }
 
-fn measure(device: &Path) -> Result<String, String> {
-    let arena = Arena::open(device).map_err(|error| error.to_string())?;
-    let mut granule = arena.claim().ok_or("the arena is full; end who uses it")?;
+fn open(device: &Path) -> Result<Arena, String> {
+    Arena::open(device).map_err(|error| error.to_string())
+}
+
+/// A granule with all its pages touched.
+fn claim(arena: &Arena) -> Result<Granule<'_>, String> {
+    let granule = arena.claim();
+    let mut granule = granule.ok_or("the arena is full; end a program that uses it")?;
     touch(granule.bytes(), 1);
-    let size = granule.bytes().len();
-    let (mut granule, pair_ns, pair_cycles) = pairs(granule);
-    let mut touched = Vec::new();
+    Ok(granule)
+}
+
+fn measure(device: &Path) -> Result<String, String> {
+    let arena = open(device)?;
+    let (mut granule, pair_ns, pair_cycles) = time_pairs(claim(&arena)?);
+    let mut reused = Vec::new();
     for round in 0..ROUNDS {
         let start = Instant::now();
         granule = granule.lazy_free().reuse().0;
         touch(granule.bytes(), round as u8);
-        touched.push(start.elapsed());
+        reused.push(start.elapsed());
     }
-    let plain = Plain::new(size).map_err(|error| format!("mmap: {error}"))?;
-    let mut dropped = Vec::new();
+    let normal = NormalMemory::new(arena.granule_size());
+    let normal = normal.map_err(|error| format!("mmap: {error}"))?;
+    let mut discarded = Vec::new();
     for round in 0..ROUNDS {
         let start = Instant::now();
-        plain
-            .drop_and_touch(round as u8)
-            .map_err(|error| format!("madvise: {error}"))?;
-        dropped.push(start.elapsed());
+        let done = normal.discard_and_touch(round as u8);
+        done.map_err(|error| format!("madvise: {error}"))?;
+        discarded.push(start.elapsed());
     }
-    let (touched, dropped) = (median(touched), median(dropped));
-    let instructions = steps::of_a_pair(device)?;
+    let (reused, discarded) = (median(reused), median(discarded));
+    let instructions = instruction_count::of_a_pair(device)?;
     Ok(format!(
         "bench: pair_ns={pair_ns:.1} pair_cycles={pair_cycles:.0} pair_instructions={instructions:.1} pair_touch_ns={} dontneed_touch_ns={} \
          pair_vs_dontneed={:.1}",
-        touched.as_nanos(),
-        dropped.as_nanos(),
-        dropped.as_secs_f64() / touched.as_secs_f64(),
+        reused.as_nanos(),
+        discarded.as_nanos(),
+        discarded.as_secs_f64() / reused.as_secs_f64(),
     ))
 }
 
-/// Frees and reuses a granule for so long, or else only looks at the clock as often.
-fn repeat(device: &Path, seconds: &str, pairs: bool) -> Result<String, String> {
+/// Makes `pairs` pairs between two readings of the clock, until the time is over.
+fn repeat(device: &Path, seconds: &str, pairs: u32) -> Result<String, String> {
     let number = seconds.parse::<f64>().ok();
     let time = number.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    let time = time.ok_or_else(|| format!("{seconds} is no number of seconds"))?;
-    let arena = Arena::open(device).map_err(|error| error.to_string())?;
-    let mut granule = arena.claim().ok_or("the arena is full; end who uses it")?;
-    touch(granule.bytes(), 1);
+    let time = time.ok_or_else(|| format!("{seconds} is not a number of seconds"))?;
+    let arena = open(device)?;
+    let mut granule = claim(&arena)?;
     let (start, mut count) = (Instant::now(), 0_u64);
     while start.elapsed() < time {
-        for _ in 0..if pairs { BETWEEN_LOOKS } else { 0 } {
+        for _ in 0..pairs {
             granule = granule.lazy_free().reuse().0;
             count += 1;
         }
@@ -93,8 +100,8 @@ fn repeat(device: &Path, seconds: &str, pairs: bool) -> Result<String, String> {
     Ok(format!("bench: pairs={count}"))
 }
 
-/// Nanoseconds, and cycles of the time stamp counter, of one `lazy_free` and `reuse`.
-fn pairs(mut granule: Granule<'_>) -> (Granule<'_>, f64, f64) {
+/// Nanoseconds, and cycles of the time stamp counter, of a pair.
+fn time_pairs(mut granule: Granule<'_>) -> (Granule<'_>, f64, f64) {
     let (start, cycles) = (Instant::now(), cycles());
     for _ in 0..PAIRS {
         granule = granule.lazy_free().reuse().0;
@@ -114,7 +121,7 @@ fn cycles() -> u64 {
 }
 
 fn touch(bytes: &mut [u8], value: u8) {
-    for page in bytes.chunks_exact_mut(PAGE) {
+    for page in bytes.chunks_exact_mut(PAGE_SIZE) {
         std::hint::black_box(page)[0] = value;
     }
 }
@@ -124,38 +131,35 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// As much memory of the process's own.
-struct Plain {
+/// Private anonymous memory.
+struct NormalMemory {
     start: *mut u8,
     len: usize,
 }
 
-impl Plain {
+impl NormalMemory {
     fn new(len: usize) -> rustix::io::Result<Self> {
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping where the kernel finds room.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), len, prot, MapFlags::PRIVATE)? };
+        let start = map_anonymous(len, PAGE_SIZE, prot, MapFlags::PRIVATE)?;
         Ok(Self {
             start: start.cast(),
             len,
         })
     }
 
-    fn drop_and_touch(&self, value: u8) -> rustix::io::Result<()> {
-        // SAFETY: the whole of a mapping of our own, of which nobody holds a reference.
+    fn discard_and_touch(&self, value: u8) -> rustix::io::Result<()> {
+        // SAFETY: the whole of our own mapping, to which nobody holds a reference.
         unsafe { madvise(self.start.cast(), self.len, Advice::LinuxDontNeed)? };
         // SAFETY: as long as the mapping, and the only reference to it.
-        touch(
-            unsafe { std::slice::from_raw_parts_mut(self.start, self.len) },
-            value,
-        );
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.start, self.len) };
+        touch(bytes, value);
         Ok(())
     }
 }
 
-impl Drop for Plain {
+impl Drop for NormalMemory {
     fn drop(&mut self) {
-        // SAFETY: ours, and nobody uses it any more. A failure leaks it.
+        // SAFETY: our own, and nobody uses it any more. An error only leaks it.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
     }
 }

@@ -1,28 +1,26 @@
-//! Finds the monitor's CPUID leaf.
+//! Looks for Ebb's CPUID leaves.
 
 use std::process::ExitCode;
 
-use ebb_hypercall_abi::discovery::{CPUID_BASE, CPUID_VERSION_OFFSET, signature_registers};
+use ebb_hypercall_abi::discovery::{
+    CPUID_BASE, CPUID_END, CPUID_STEP, CPUID_VERSION_OFFSET, signature_registers,
+};
 
-/// Distance between the leaves of two hypervisor interfaces.
-const STRIDE: u32 = 0x100;
-/// The last leaf at which Linux looks for one.
-const LAST: u32 = 0x4001_0000;
-/// CPUID.1:ECX: this is a virtual machine.
+/// CPUID leaf 1, ECX: set in virtual machines only.
 const HYPERVISOR: u32 = 1 << 31;
 
 /// EAX, EBX, ECX and EDX of a leaf.
 type Registers = [u32; 4];
 
-/// What the monitor says of itself.
+/// The hypercall interface, of any version.
 #[derive(Debug, PartialEq, Eq)]
-struct Interface {
+struct FoundInterface {
     leaf: u32,
     version: u32,
     features: u32,
 }
 
-/// Prints what was found; fails where there is no Ebb.
+/// Prints the interface. Fails if this machine does not run under Ebb.
 pub fn report() -> ExitCode {
     let Some(found) = find(cpuid) else {
         println!("ebb: no");
@@ -36,17 +34,19 @@ pub fn report() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn find(cpuid: impl Fn(u32) -> Registers) -> Option<Interface> {
+fn find(cpuid: impl Fn(u32) -> Registers) -> Option<FoundInterface> {
     if cpuid(1)[2] & HYPERVISOR == 0 {
         return None;
     }
     let signature = signature_registers();
-    let leaf = (CPUID_BASE..=LAST).step_by(STRIDE as usize).find(|leaf| {
-        let [_, ebx, ecx, edx] = cpuid(*leaf);
-        [ebx, ecx, edx] == signature
-    })?;
+    let leaf = (CPUID_BASE..CPUID_END)
+        .step_by(CPUID_STEP as usize)
+        .find(|leaf| {
+            let [_, ebx, ecx, edx] = cpuid(*leaf);
+            [ebx, ecx, edx] == signature
+        })?;
     let [version, features, ..] = cpuid(leaf + CPUID_VERSION_OFFSET);
-    Some(Interface {
+    Some(FoundInterface {
         leaf,
         version,
         features,
@@ -62,7 +62,7 @@ fn cpuid(leaf: u32) -> Registers {
 mod tests {
     use super::*;
 
-    /// A machine with Ebb's signature at `at`.
+    /// CPUID of a machine with Ebb's signature at leaf `at`.
     fn machine(at: u32) -> impl Fn(u32) -> Registers {
         let [ebx, ecx, edx] = signature_registers();
         move |leaf| match leaf {
@@ -74,17 +74,14 @@ mod tests {
     }
 
     #[test]
-    fn the_interface_is_found_wherever_it_may_be() {
-        for leaf in [CPUID_BASE, CPUID_BASE + STRIDE, LAST] {
-            let found = find(machine(leaf)).unwrap();
-            assert_eq!(
-                found,
-                Interface {
-                    leaf,
-                    version: 0x2_0003,
-                    features: 5
-                }
-            );
+    fn the_interface_is_found_at_each_possible_leaf() {
+        for leaf in [CPUID_BASE, CPUID_BASE + CPUID_STEP, CPUID_END - CPUID_STEP] {
+            let found = FoundInterface {
+                leaf,
+                version: 0x2_0003,
+                features: 5,
+            };
+            assert_eq!(find(machine(leaf)), Some(found));
         }
     }
 
@@ -92,10 +89,10 @@ mod tests {
     fn other_machines_are_not_ebb() {
         assert_eq!(find(|_| [0; 4]), None);
         assert_eq!(find(machine(CPUID_BASE + 1)), None);
-        // A processor outside of a machine may answer a leaf it does not have with anything.
-        let bare = machine(CPUID_BASE);
+        // Without a hypervisor, processors answer unknown leaves with arbitrary values.
+        let ebb = machine(CPUID_BASE);
         assert_eq!(
-            find(move |leaf| if leaf == 1 { [0; 4] } else { bare(leaf) }),
+            find(move |leaf| if leaf == 1 { [0; 4] } else { ebb(leaf) }),
             None
         );
     }

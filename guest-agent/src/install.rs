@@ -1,7 +1,7 @@
-//! `ebb-guest install`: puts into a Debian what makes the arenas' devices at each boot, and `uninstall`: takes it away.
+//! `ebb-guest install`: makes a Debian create the devices of the arenas at each boot. `ebb-guest uninstall` undoes it.
 //!
-//! The initramfs does it before the root file system is there; where it was made by something else than initramfs-tools, a
-//! systemd unit does it before anything that is ordered behind `basic.target`. Both run `setup`, which may be run twice.
+//! A script in the initramfs does it before the root file system is mounted. Where the initramfs is not made by
+//! initramfs-tools, a systemd unit does it before `basic.target`. Both run `ebb-guest setup`, which may run twice.
 
 use std::fs;
 use std::io;
@@ -12,46 +12,60 @@ use std::process::{Command, ExitCode};
 use crate::run;
 use crate::setup::parse_mode;
 
-/// Where this program goes; the files below name it.
+// Paths below the root of the Debian.
+/// This program. The installed files name it.
 const PROGRAM: &str = "usr/local/bin/ebb-guest";
-/// Where the library goes, a place where `run` looks for it.
+/// The library, in a folder where `ebb-guest run` looks for it.
 const LIBRARY: &str = "usr/local/lib/libebb_malloc.so";
-/// Where systemd keeps its own, to see whether it is there.
+/// Exists if systemd is installed.
 const SYSTEMD: &str = "usr/lib/systemd/system";
-/// Where initramfs-tools keep theirs.
+/// Exists if initramfs-tools is installed.
 const INITRAMFS_TOOLS: &str = "usr/share/initramfs-tools";
-/// What starts the unit at boot.
-const WANTED: &str = "etc/systemd/system/basic.target.wants/ebb-arena.service";
-/// The unit, from there.
+/// The link by which systemd starts the unit at boot.
+const UNIT_LINK: &str = "etc/systemd/system/basic.target.wants/ebb-arena.service";
+/// The unit, relative to the link's folder.
 const UNIT: &str = "../ebb-arena.service";
 
-/// Files: where they go, what is in them but for the mode of the devices, their own mode, and who reads them.
-const FILES: [(&str, &str, u32, &str); 3] = [
-    (
-        "etc/systemd/system/ebb-arena.service",
-        include_str!("../debian/ebb-arena.service"),
-        0o644,
-        SYSTEMD,
-    ),
-    (
-        "etc/initramfs-tools/hooks/ebb-arena",
-        include_str!("../debian/initramfs-hook.sh"),
-        0o755,
-        INITRAMFS_TOOLS,
-    ),
-    (
-        "etc/initramfs-tools/scripts/init-premount/ebb-arena",
-        include_str!("../debian/initramfs-script.sh"),
-        0o755,
-        INITRAMFS_TOOLS,
-    ),
+/// A file to install.
+struct InstalledFile {
+    path: &'static str,
+    /// `@MODE@` stands for the permissions of the devices.
+    content: &'static str,
+    permissions: u32,
+    /// Installed only if this folder exists.
+    needs: &'static str,
+}
+
+const FILES: [InstalledFile; 3] = [
+    InstalledFile {
+        path: "etc/systemd/system/ebb-arena.service",
+        content: include_str!("../debian/ebb-arena.service"),
+        permissions: 0o644,
+        needs: SYSTEMD,
+    },
+    InstalledFile {
+        path: "etc/initramfs-tools/hooks/ebb-arena",
+        content: include_str!("../debian/initramfs-hook.sh"),
+        permissions: 0o755,
+        needs: INITRAMFS_TOOLS,
+    },
+    InstalledFile {
+        path: "etc/initramfs-tools/scripts/init-premount/ebb-arena",
+        content: include_str!("../debian/initramfs-script.sh"),
+        permissions: 0o755,
+        needs: INITRAMFS_TOOLS,
+    },
 ];
 
-const USAGE: &str = "install and uninstall take --root DIR, and install --mode and an octal number, for instance 0666";
+const USAGE: &str = "\
+usage: ebb-guest install [--root DIR] [--mode MODE], with an octal MODE of at most 0777
+       ebb-guest uninstall [--root DIR]";
 
-/// What is asked for.
-struct Options {
+/// The command's options.
+pub struct Options {
+    /// Root of the Debian.
     root: PathBuf,
+    /// Permissions of the devices.
     mode: u32,
 }
 
@@ -72,18 +86,13 @@ fn parse(words: &[&str]) -> Option<Options> {
     Some(options)
 }
 
-/// Runs `install`, or `uninstall` when not `forth`.
-pub fn main(words: &[&str], forth: bool) -> ExitCode {
+/// Runs a subcommand: [`install`] or [`uninstall`].
+pub fn main(words: &[&str], action: fn(&Options) -> Result<(), String>) -> ExitCode {
     let Some(options) = parse(words) else {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
-    let done = if forth {
-        install(&options)
-    } else {
-        uninstall(&options.root)
-    };
-    match done.and_then(|()| renew_initramfs(&options.root)) {
+    match action(&options).and_then(|()| update_initramfs(&options.root)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             eprintln!("ebb-guest: {message}");
@@ -92,30 +101,30 @@ pub fn main(words: &[&str], forth: bool) -> ExitCode {
     }
 }
 
-/// Says what was done with a file that failed, and what helps.
+/// Adds the operation, the file and a remedy to an error.
 fn failed<'a>(what: &'a str, path: &'a Path) -> impl Fn(io::Error) -> String + 'a {
     move |error| {
         let remedy = match error.kind() {
             io::ErrorKind::PermissionDenied => "run this as root",
             io::ErrorKind::ReadOnlyFilesystem => "mount the file system writable",
-            io::ErrorKind::StorageFull => "make room in the file system",
+            io::ErrorKind::StorageFull => "free some space in the file system",
             _ => "is --root the root of a Debian?",
         };
         format!("{what} {}: {error}; {remedy}", path.display())
     }
 }
 
-fn make_folder(of: &Path) -> Result<(), String> {
-    of.parent().map_or(Ok(()), |folder| {
-        fs::create_dir_all(folder).map_err(failed("making", folder))
+fn create_parent(path: &Path) -> Result<(), String> {
+    path.parent().map_or(Ok(()), |folder| {
+        fs::create_dir_all(folder).map_err(failed("creating", folder))
     })
 }
 
-/// Copies a file, by another name first: the old one may be running.
+/// Copies a file under another name, then renames it, because `to` may be a running program.
 fn copy(from: &Path, to: &Path) -> Result<(), String> {
     let same = fs::canonicalize(from).ok() == fs::canonicalize(to).ok();
     if !same {
-        make_folder(to)?;
+        create_parent(to)?;
         let new = to.with_extension("new");
         fs::copy(from, &new).map_err(failed("writing", &new))?;
         fs::rename(&new, to).map_err(failed("writing", to))?;
@@ -124,11 +133,12 @@ fn copy(from: &Path, to: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn install(options: &Options) -> Result<(), String> {
+/// Copies the program and the library, and writes the files that run the program at boot. Prints their paths.
+pub fn install(options: &Options) -> Result<(), String> {
     let Options { root, mode } = options;
-    if !FILES.iter().any(|file| root.join(file.3).is_dir()) {
+    if !FILES.iter().any(|file| root.join(file.needs).is_dir()) {
         return Err(format!(
-            "{} has neither systemd nor initramfs-tools; run `ebb-guest setup` at boot by what it has",
+            "{} has neither systemd nor initramfs-tools; run `ebb-guest setup` at boot by other means",
             root.display()
         ));
     }
@@ -137,29 +147,32 @@ fn install(options: &Options) -> Result<(), String> {
     match run::library() {
         Some(library) => copy(&library, &root.join(LIBRARY))?,
         None => println!(
-            "no libebb_malloc.so beside this program: put it to {}",
+            "there is no libebb_malloc.so next to this program; copy it to {}",
             root.join(LIBRARY).display()
         ),
     }
-    for (name, content, permissions, reader) in FILES {
-        if !root.join(reader).is_dir() {
-            continue;
-        }
-        let path = root.join(name);
-        make_folder(&path)?;
-        let content = content.replace("@MODE@", &format!("{mode:04o}"));
-        fs::write(&path, content).map_err(failed("writing", &path))?;
-        let permissions = fs::Permissions::from_mode(permissions);
-        fs::set_permissions(&path, permissions).map_err(failed("chmod of", &path))?;
-        println!("{}", path.display());
-    }
+    FILES
+        .iter()
+        .filter(|file| root.join(file.needs).is_dir())
+        .try_for_each(|file| write_file(root, file, *mode))?;
     if root.join(SYSTEMD).is_dir() {
-        let link = root.join(WANTED);
-        make_folder(&link)?;
+        let link = root.join(UNIT_LINK);
+        create_parent(&link)?;
         remove(&link)?;
         std::os::unix::fs::symlink(UNIT, &link).map_err(failed("linking", &link))?;
         println!("{}", link.display());
     }
+    Ok(())
+}
+
+fn write_file(root: &Path, file: &InstalledFile, mode: u32) -> Result<(), String> {
+    let path = root.join(file.path);
+    create_parent(&path)?;
+    let content = file.content.replace("@MODE@", &format!("{mode:04o}"));
+    fs::write(&path, content).map_err(failed("writing", &path))?;
+    let permissions = fs::Permissions::from_mode(file.permissions);
+    fs::set_permissions(&path, permissions).map_err(failed("chmod of", &path))?;
+    println!("{}", path.display());
     Ok(())
 }
 
@@ -172,16 +185,17 @@ fn remove(path: &Path) -> Result<(), String> {
     }
 }
 
-fn uninstall(root: &Path) -> Result<(), String> {
-    let files = FILES.iter().map(|file| file.0);
-    for name in files.chain([WANTED, LIBRARY, PROGRAM]) {
-        remove(&root.join(name))?;
+/// Removes what [`install`] has written.
+pub fn uninstall(options: &Options) -> Result<(), String> {
+    let files = FILES.iter().map(|file| file.path);
+    for path in files.chain([UNIT_LINK, LIBRARY, PROGRAM]) {
+        remove(&options.root.join(path))?;
     }
     Ok(())
 }
 
-/// Makes the initramfs anew, where there is one of initramfs-tools.
-fn renew_initramfs(root: &Path) -> Result<(), String> {
+/// Rebuilds the initramfs if initramfs-tools is installed.
+fn update_initramfs(root: &Path) -> Result<(), String> {
     if !root.join(INITRAMFS_TOOLS).is_dir() {
         return Ok(());
     }
@@ -196,7 +210,10 @@ fn renew_initramfs(root: &Path) -> Result<(), String> {
     if status.is_ok_and(|status| status.success()) {
         Ok(())
     } else {
-        Err("update-initramfs -u -k all failed; run it again when its trouble is over".to_owned())
+        Err(
+            "update-initramfs -u -k all failed; fix what it reports above and run this again"
+                .to_owned(),
+        )
     }
 }
 
@@ -204,39 +221,38 @@ fn renew_initramfs(root: &Path) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    fn options(root: &Path) -> Options {
-        Options {
+    #[test]
+    fn install_can_be_repeated_and_undone() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let options = Options {
             root: root.to_owned(),
             mode: 0o660,
-        }
-    }
-
-    #[test]
-    fn what_is_installed_can_be_installed_again_and_taken_away() {
-        let root = tempfile::tempdir().unwrap();
-        let error = install(&options(root.path())).unwrap_err();
+        };
+        let error = install(&options).unwrap_err();
         assert!(error.contains("neither systemd nor initramfs-tools"));
         for folder in [SYSTEMD, INITRAMFS_TOOLS] {
-            fs::create_dir_all(root.path().join(folder)).unwrap();
+            fs::create_dir_all(root.join(folder)).unwrap();
         }
         for _ in 0..2 {
-            install(&options(root.path())).unwrap();
+            install(&options).unwrap();
         }
-        let unit = fs::read_to_string(root.path().join(WANTED)).unwrap();
+        let unit = fs::read_to_string(root.join(UNIT_LINK)).unwrap();
         assert!(unit.contains("ExecStart=/usr/local/bin/ebb-guest setup --optional --mode 0660\n"));
-        for (name, ..) in FILES {
-            let text = fs::read_to_string(root.path().join(name)).unwrap();
-            assert!(!text.contains("@MODE@"), "{name}");
+        for file in &FILES {
+            let text = fs::read_to_string(root.join(file.path)).unwrap();
+            assert!(!text.contains("@MODE@"), "{}", file.path);
         }
-        let hook = fs::metadata(root.path().join(FILES[1].0)).unwrap();
+        let hook = fs::metadata(root.join(FILES[1].path)).unwrap();
         assert_eq!(hook.permissions().mode() & 0o777, 0o755);
-        uninstall(root.path()).unwrap();
-        assert!(!root.path().join(WANTED).is_symlink() && !root.path().join(PROGRAM).exists());
-        uninstall(root.path()).unwrap();
+        for _ in 0..2 {
+            uninstall(&options).unwrap();
+            assert!(!root.join(UNIT_LINK).is_symlink() && !root.join(PROGRAM).exists());
+        }
     }
 
     #[test]
-    fn words_are_checked() {
+    fn options_are_checked() {
         let found = parse(&["--mode", "0666", "--root", "/mnt"]).unwrap();
         assert_eq!(
             (found.root.as_path(), found.mode),

@@ -1,16 +1,16 @@
-//! `ebb-guest`: what runs inside an Ebb guest.
+//! `ebb-guest`: the command-line program for Ebb guests.
 
 mod balloon;
 mod bench;
-mod data;
 mod discovery;
 mod install;
+mod instruction_count;
 mod meminfo;
+mod pattern;
 mod run;
 mod setup;
 mod shell;
 mod size;
-mod steps;
 mod stress;
 mod terminal;
 mod workload;
@@ -18,21 +18,22 @@ mod workload;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-ebb-guest: what runs inside an Ebb guest
+ebb-guest: programs and memory in an Ebb guest
 
-  ebb-guest status    whether this machine runs under Ebb, which interface it offers, and its arenas
-  ebb-guest setup     as root: make the arenas' devices, /dev/daxN.M; --mode 0666 lets every user use them
-  ebb-guest install   as root: let a Debian do that at each boot (initramfs-tools, systemd); --mode 0666, --root DIR; or uninstall
+  ebb-guest status    print whether this machine runs under Ebb, the hypercall interface, and the arenas
+  ebb-guest setup     as root: create the devices of the arenas, /dev/daxN.M; --mode 0666 lets every user use them
+  ebb-guest install   as root: run setup at each boot of this Debian (initramfs-tools, systemd); --mode 0666, --root DIR
+  ebb-guest uninstall as root: remove what install has written; --root DIR
   ebb-guest run -- PROGRAM [ARGUMENT...]
                       run a program with its heap in an arena (libebb_malloc.so, or --library FILE before the --)
-  ebb-guest recover   free what dead programs have left in the arenas
+  ebb-guest recover   free the granules of dead programs in all arenas
   ebb-guest bench DEVICE
-                      what freeing and taking back a granule costs, and what it costs without an arena
+                      measure freeing and reusing a granule, compared with madvise on normal memory
   ebb-guest bench DEVICE pairs|spin SECONDS
-                      do that for so long, or keep the processor busy with nothing: for counting exits
+                      free and reuse a granule, or only spin, for that time: for counting exits
   ebb-guest stress DEVICE PROCESSES THREADS SECONDS
-                      processes that share an arena, check what they hold, and are killed at random
-  ebb-guest workload  take commands on standard input, one a line; `help` lists them";
+                      share an arena among processes that check their memory and are killed at random
+  ebb-guest workload  read commands from standard input, one a line; `help` lists them";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -43,12 +44,12 @@ fn main() -> ExitCode {
             found
         }
         ["setup", ref words @ ..] => setup::main(words),
-        ["install", ref words @ ..] => install::main(words, true),
-        ["uninstall", ref words @ ..] => install::main(words, false),
+        ["install", ref words @ ..] => install::main(words, install::install),
+        ["uninstall", ref words @ ..] => install::main(words, install::uninstall),
         ["run", ref words @ ..] => run::main(words),
         ["recover"] => run::recover(),
         ["bench", ref words @ ..] => bench::main(words),
-        ["steps", ref words @ ..] => steps::main(words),
+        ["bench-worker", ref words @ ..] => instruction_count::worker(words),
         ["stress", ref words @ ..] => stress::main(words),
         ["stress-worker", ref words @ ..] => stress::worker(words),
         ["workload"] => workload::serve(),

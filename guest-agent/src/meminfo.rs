@@ -1,13 +1,13 @@
-//! What the guest's kernel says of its memory.
+//! Memory statistics of the guest's kernel.
 
 use std::fmt::Write;
 use std::fs;
 use std::io;
 
-/// Fields of /proc/meminfo that are reported, in KiB there and in bytes here.
-const MEMORY: &[&str] = &["MemTotal", "MemFree", "MemAvailable", "Cached"];
+/// The reported fields of /proc/meminfo.
+const FIELDS: &[&str] = &["MemTotal", "MemFree", "MemAvailable", "Cached"];
 
-/// One line `name=value …`: bytes, and the balloon's page counts of /proc/vmstat.
+/// One line of `name=value`: fields of /proc/meminfo in bytes, and the balloon's page counts of /proc/vmstat.
 pub fn line() -> io::Result<String> {
     Ok(format(
         &fs::read_to_string("/proc/meminfo")?,
@@ -17,7 +17,7 @@ pub fn line() -> io::Result<String> {
 
 fn format(meminfo: &str, vmstat: &str) -> String {
     let mut line = String::new();
-    for name in MEMORY {
+    for name in FIELDS {
         let value = meminfo
             .lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_of_bytes_and_counts() {
+    fn fields_become_bytes_and_counts_on_one_line() {
         let meminfo = "MemTotal:  1000 kB\nMemFree: 10 kB\nMemAvailable:\t20 kB\nCachedX: 1 kB\n";
         let vmstat = "nr_free_pages 7\nballoon_inflate 3\nballoon_deflate 0\n";
         assert_eq!(

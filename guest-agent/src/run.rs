@@ -1,24 +1,21 @@
-//! `ebb-guest run`: runs a program with its heap in an arena; `ebb-guest recover`: frees what dead programs have left.
+//! `ebb-guest run`: runs a program with its heap in an arena. `ebb-guest recover`: releases granules of dead programs.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use ebb_guest_agent::arena::Arena;
+use ebb_guest_agent::arena::{self, Arena};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{PidfdFlags, getpid, pidfd_open, setsid};
 
-use crate::setup;
-
-/// The library's file name.
 const LIBRARY: &str = "libebb_malloc.so";
-/// Where it is looked for, behind the folder of this program.
-const FOLDERS: [&str; 3] = ["/usr/lib/ebb", "/usr/local/lib/ebb", "/usr/local/lib"];
-/// What the dynamic loader loads first.
+/// Where the library is looked for if it is not in the folder of this program.
+const LIBRARY_FOLDERS: [&str; 3] = ["/usr/lib/ebb", "/usr/local/lib/ebb", "/usr/local/lib"];
+/// Environment variable: libraries that the dynamic loader loads first.
 const PRELOAD: &str = "LD_PRELOAD";
 
-/// Runs a program in place of this one.
+/// Replaces this process by a program.
 pub fn main(words: &[&str]) -> ExitCode {
     let (library, program) = match words {
         ["--library", library, "--", program @ ..] => (Some(PathBuf::from(library)), program),
@@ -26,22 +23,22 @@ pub fn main(words: &[&str]) -> ExitCode {
         _ => (None, &[][..]),
     };
     let [name, arguments @ ..] = program else {
-        eprintln!("run takes [--library FILE] -- PROGRAM [ARGUMENT…]");
+        eprintln!("usage: ebb-guest run [--library FILE] -- PROGRAM [ARGUMENT…]");
         return ExitCode::from(2);
     };
-    let candidates = library.map_or_else(candidates, |library| vec![library]);
+    let candidates = library.map_or_else(library_candidates, |library| vec![library]);
     let Some(library) = candidates.iter().find(|path| path.is_file()) else {
         let places: Vec<_> = candidates
             .iter()
             .map(|path| path.display().to_string())
             .collect();
         eprintln!(
-            "ebb-guest run: no {}; name the library by --library FILE",
+            "ebb-guest run: there is no {}; pass the library's path by --library FILE",
             places.join(", no ")
         );
         return ExitCode::FAILURE;
     };
-    watch();
+    start_recovery_process();
     let error = Command::new(name)
         .args(arguments)
         .env(PRELOAD, preload(library))
@@ -50,22 +47,22 @@ pub fn main(words: &[&str]) -> ExitCode {
     ExitCode::from(127)
 }
 
-/// The library, where it is looked for.
+/// The installed library.
 pub fn library() -> Option<PathBuf> {
-    candidates().into_iter().find(|path| path.is_file())
+    library_candidates().into_iter().find(|path| path.is_file())
 }
 
-fn candidates() -> Vec<PathBuf> {
+fn library_candidates() -> Vec<PathBuf> {
     let own = std::env::current_exe().ok();
     let folder = own.as_deref().and_then(Path::parent);
     folder
         .into_iter()
-        .chain(FOLDERS.iter().map(Path::new))
+        .chain(LIBRARY_FOLDERS.iter().map(Path::new))
         .map(|folder| folder.join(LIBRARY))
         .collect()
 }
 
-/// Ours before whatever is to be loaded anyway.
+/// The value of LD_PRELOAD: our library, then those that are set already.
 fn preload(library: &Path) -> OsString {
     let mut value = library.as_os_str().to_owned();
     if let Some(others) = std::env::var_os(PRELOAD).filter(|others| !others.is_empty()) {
@@ -75,9 +72,9 @@ fn preload(library: &Path) -> OsString {
     value
 }
 
-/// Leaves a process behind that frees what the program owns when it has ended, however it has: nobody else does before
-/// another program needs it. Without it, `ebb-guest recover` does.
-fn watch() {
+/// Forks a process that waits for the end of this one and then releases its granules. Otherwise they would stay in use until
+/// another program needs them, or until `ebb-guest recover`.
+fn start_recovery_process() {
     let Ok(program) = pidfd_open(getpid(), PidfdFlags::empty()) else {
         return;
     };
@@ -85,9 +82,9 @@ fn watch() {
     if unsafe { libc::fork() } != 0 {
         return;
     }
-    let _ = setsid(); // It fails only for whoever leads a group, which a child does not.
+    let _ = setsid(); // Fails only for the leader of a process group, which a child is not.
     for stream in 0..3 {
-        // The program's output must end with the program.
+        // Readers of the program's output wait until every process has closed it.
         // SAFETY: nothing here uses the standard streams from now on.
         unsafe { libc::close(stream) };
     }
@@ -97,10 +94,9 @@ fn watch() {
     std::process::exit(0);
 }
 
-/// Frees what dead processes own in all arenas.
+/// Releases the granules of dead processes in all arenas.
 fn recover_all() -> Result<(), String> {
-    for name in setup::names() {
-        let path = Path::new("/dev").join(name);
+    for path in arena::devices() {
         let arena = Arena::open(&path).map_err(|error| error.to_string())?;
         let recovered = arena.recover();
         recovered.map_err(|error| format!("{}: {error}", path.display()))?;

@@ -1,4 +1,4 @@
-//! `ebb-guest setup`: makes the devices of the arenas usable.
+//! `ebb-guest setup`: creates the devices of the arenas and sets their permissions.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -6,20 +6,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use ebb_guest_agent::arena::Arena;
+use ebb_guest_agent::arena::{self, Arena};
 
-/// The kernel modules that make devices of soft-reserved memory.
+/// The kernel modules that create dax devices for Soft Reserved memory.
 const MODULES: [&str; 2] = ["device_dax", "dax_hmem"];
-/// Where the kernel keeps the devices.
 const DEVICES: &str = "/sys/bus/dax/devices";
-/// Where the drivers are.
 const DRIVERS: &str = "/sys/bus/dax/drivers";
-/// The driver that makes `/dev/daxN.M`.
+/// The driver that creates `/dev/daxN.M`.
 const DRIVER: &str = "device_dax";
-/// Who may use the devices, unless told otherwise: root alone.
-const MODE: u32 = 0o600;
-/// How long the kernel may take to make a device.
-const PATIENCE: Duration = Duration::from_secs(5);
+const DEFAULT_MODE: u32 = 0o600;
+/// How long the kernel may take to create a device.
+const DEVICE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Runs the subcommand.
 pub fn main(words: &[&str]) -> ExitCode {
@@ -28,13 +25,13 @@ pub fn main(words: &[&str]) -> ExitCode {
         _ => (false, words),
     };
     let mode = match words {
-        [] => Some(MODE),
+        [] => Some(DEFAULT_MODE),
         ["--mode", text] => parse_mode(text),
         _ => None,
     };
     let Some(mode) = mode else {
         eprintln!(
-            "setup takes --optional, and --mode and an octal number, for instance 0666, or nothing"
+            "usage: ebb-guest setup [--optional] [--mode MODE], with an octal MODE of at most 0777"
         );
         return ExitCode::from(2);
     };
@@ -42,7 +39,7 @@ pub fn main(words: &[&str]) -> ExitCode {
         println!("this machine has no arena");
         return ExitCode::SUCCESS;
     }
-    match devices().and_then(|names| names.iter().try_for_each(|name| set_up(name, mode))) {
+    match devices().and_then(|paths| paths.iter().try_for_each(|path| set_up(path, mode))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             eprintln!("ebb-guest setup: {message}");
@@ -51,30 +48,19 @@ pub fn main(words: &[&str]) -> ExitCode {
     }
 }
 
-/// A device's mode: an octal number of permissions.
+/// Parses octal permission bits.
 pub fn parse_mode(text: &str) -> Option<u32> {
     let mode = u32::from_str_radix(text, 8).ok();
     mode.filter(|mode| *mode <= 0o777)
 }
 
-/// Whether the memory map names one.
 fn has_arena() -> bool {
     let map = fs::read_to_string("/proc/iomem").unwrap_or_default();
     map.contains("Soft Reserved")
 }
 
-/// The devices that there are, by name.
-pub fn names() -> Vec<String> {
-    let entries = fs::read_dir(DEVICES).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
-    names.sort();
-    names
-}
-
 /// Loads the modules and waits for the devices.
-fn devices() -> Result<Vec<String>, String> {
+fn devices() -> Result<Vec<PathBuf>, String> {
     if !has_arena() {
         return Err(
             "this machine has no arena; start it with --arena size=…, and without pci=off"
@@ -90,28 +76,30 @@ fn devices() -> Result<Vec<String>, String> {
             ));
         }
     }
-    wait(|| Some(names()).filter(|names| !names.is_empty())).ok_or_else(|| {
-        "the kernel makes no device of the soft-reserved memory; is dax_hmem loaded?".to_owned()
+    poll(|| Some(arena::devices()).filter(|paths| !paths.is_empty())).ok_or_else(|| {
+        "the kernel has created no dax device for the Soft Reserved memory; load the module dax_hmem"
+            .to_owned()
     })
 }
 
-fn wait<T>(look: impl Fn() -> Option<T>) -> Option<T> {
+/// Calls `look` until it returns something, for at most [`DEVICE_TIMEOUT`].
+fn poll<T>(look: impl Fn() -> Option<T>) -> Option<T> {
     let start = Instant::now();
     loop {
         let found = look();
-        if found.is_some() || start.elapsed() > PATIENCE {
+        if found.is_some() || start.elapsed() > DEVICE_TIMEOUT {
             return found;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-fn driver(name: &str) -> Option<String> {
+fn current_driver(name: &str) -> Option<String> {
     let link = fs::read_link(Path::new(DEVICES).join(name).join("driver")).ok()?;
     link.file_name()?.to_str().map(str::to_owned)
 }
 
-fn tell(driver: &str, file: &str, name: &str) -> Result<(), String> {
+fn write_to_driver(driver: &str, file: &str, name: &str) -> Result<(), String> {
     let path = Path::new(DRIVERS).join(driver).join(file);
     fs::write(&path, name).map_err(|error| {
         format!(
@@ -121,54 +109,49 @@ fn tell(driver: &str, file: &str, name: &str) -> Result<(), String> {
     })
 }
 
-/// Binds a device to its driver, sets who may use it, and looks what is in it.
-fn set_up(name: &str, mode: u32) -> Result<(), String> {
-    match driver(name).as_deref() {
-        Some(DRIVER) => {}
-        other => {
-            // kmem makes RAM of it: then it is no heap of ours, and cannot always be taken away again.
-            if let Some(other) = other {
-                tell(other, "unbind", name)?;
-            }
-            tell(DRIVER, "new_id", name)?;
+/// Binds a device to the driver, sets its permissions and prints what it holds.
+fn set_up(path: &Path, mode: u32) -> Result<(), String> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let driver = current_driver(&name);
+    if driver.as_deref() != Some(DRIVER) {
+        // The driver kmem turns the memory into RAM, which cannot always be undone later.
+        if let Some(other) = driver {
+            write_to_driver(&other, "unbind", &name)?;
         }
+        write_to_driver(DRIVER, "new_id", &name)?;
     }
-    let path = PathBuf::from("/dev").join(name);
-    let there = wait(|| path.exists().then_some(()));
-    there.ok_or_else(|| {
+    poll(|| path.exists().then_some(())).ok_or_else(|| {
         format!(
             "{} does not appear; is devtmpfs mounted on /dev?",
             path.display()
         )
     })?;
-    let permissions = fs::Permissions::from_mode(mode);
-    fs::set_permissions(&path, permissions)
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
         .map_err(|error| format!("chmod {}: {error}", path.display()))?;
-    let arena = Arena::open(&path).map_err(|error| error.to_string())?;
-    println!("{}", describe(&path, &arena));
+    let arena = Arena::open(path).map_err(|error| error.to_string())?;
+    println!("{}", describe(path, &arena));
     Ok(())
 }
 
-/// An arena in a line.
-pub fn describe(path: &Path, arena: &Arena) -> String {
-    let census = arena.census();
+/// One line about an arena.
+fn describe(path: &Path, arena: &Arena) -> String {
+    let counts = arena.counts();
     format!(
         "arena: {} {} size={} granule={} granules={} owned={} lazy={} discarded={}",
         path.display(),
         arena.name(),
         arena.size(),
         arena.granule_size(),
-        census.granules,
-        census.owned,
-        census.lazy,
-        census.discarded,
+        counts.granules,
+        counts.owned,
+        counts.lazy,
+        counts.discarded,
     )
 }
 
-/// The arenas that this user can see, a line each; what is wrong with the others.
+/// Prints one line for each arena: its description, or why it cannot be opened.
 pub fn report() {
-    for name in names() {
-        let path = PathBuf::from("/dev").join(name);
+    for path in arena::devices() {
         match Arena::open(&path) {
             Ok(arena) => println!("{}", describe(&path, &arena)),
             Err(error) => println!("arena: {error}"),

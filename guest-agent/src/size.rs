@@ -1,6 +1,6 @@
-//! Sizes as people write them.
+//! Sizes with a unit.
 
-/// Bytes of `text`: digits and at most one of K, M, G (powers of 1024).
+/// Parses digits and an optional K, M or G (powers of 1024). Returns bytes.
 pub fn parse(text: &str) -> Option<usize> {
     let shift = match text.chars().next_back()?.to_ascii_uppercase() {
         'K' => 10,
@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes() {
+    fn sizes_are_digits_and_a_unit() {
         for (text, bytes) in [("0", 0), ("4096", 4096), ("4k", 4096), ("3G", 3 << 30)] {
             assert_eq!(parse(text), Some(bytes), "{text}");
         }

@@ -115,11 +115,11 @@ fn run(plan: &Plan<'_>) -> Result<String, String> {
     recovered += arena
         .recover()
         .map_err(|error| format!("recover: {error}"))?;
-    let census = arena.census();
-    let lost = census.owned;
+    let counts = arena.counts();
+    let lost = counts.owned;
     if lost > 0 || checks == 0 {
         return Err(format!(
-            "{lost} granules are lost, {checks} blocks were checked: {census:?}"
+            "{lost} granules are lost, {checks} blocks were checked: {counts:?}"
         ));
     }
     Ok(format!(

@@ -1,14 +1,14 @@
-//! The console as a plain channel of bytes.
+//! The console in raw mode.
 
 use std::io;
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-/// A terminal in raw mode: it neither echoes nor rewrites line ends. Restored when dropped.
-pub struct Raw(Termios);
+/// Raw mode of the terminal: no echo, no translation of line ends. Dropping it restores the old mode.
+pub struct RawMode(Termios);
 
-impl Raw {
-    /// Switches standard input to raw mode; `None` where that is no terminal.
+impl RawMode {
+    /// Switches standard input to raw mode. `None` if it is not a terminal.
     pub fn enter() -> Option<Self> {
         let before = tcgetattr(io::stdin()).ok()?;
         let mut raw = before.clone();
@@ -18,9 +18,9 @@ impl Raw {
     }
 }
 
-impl Drop for Raw {
+impl Drop for RawMode {
     fn drop(&mut self) {
-        // Nothing is left to do about a terminal that is gone.
+        // An error means that the terminal is gone.
         let _ = tcsetattr(io::stdin(), OptionalActions::Drain, &self.0);
     }
 }

@@ -1,7 +1,7 @@
-//! A line protocol by which the host drives the guest's use of memory.
+//! `ebb-guest workload`: lets the host control the guest's use of memory, by a line protocol on the console.
 //!
-//! A request is one line; its answer is one line, `EBB-GUEST-OK REQUEST …` or `EBB-GUEST-ERR REQUEST …`,
-//! so that kernel messages on the same console are told from it. `EBB-GUEST-OK ready` comes first.
+//! Each request is one line, and so is its answer: `EBB-GUEST-OK REQUEST …` or `EBB-GUEST-ERR REQUEST …`. The prefix tells
+//! answers from kernel messages on the same console. The first line is `EBB-GUEST-OK ready`.
 
 use std::io::{self, BufRead, Write};
 use std::process::ExitCode;
@@ -9,28 +9,28 @@ use std::time::{Duration, Instant};
 
 use rustix::system::{RebootCommand, reboot};
 
-use crate::data::{self, Pages};
-use crate::terminal::Raw;
+use crate::pattern::{self, LostPage, PatternPages};
+use crate::terminal::RawMode;
 use crate::{balloon, meminfo, shell, size};
 
 const HELP: &str = "keep SIZE | fill SIZE | drop | churn SIZE SECONDS | verify | meminfo | rebind | sync | \
                     sh COMMAND | reboot | panic | exit";
 
-/// What a request comes to.
+/// Text of the answer, or of the error.
 type Answer = Result<String, String>;
 
-/// Memory that the guest holds.
+/// Memory that the workload holds.
 #[derive(Default)]
 struct Workload {
-    kept: Option<Pages>,
-    filled: Option<Pages>,
-    /// Every set of pages differs from all before it.
+    kept: Option<PatternPages>,
+    filled: Option<PatternPages>,
+    /// Seed of the last pages: all have different content.
     seed: u64,
 }
 
 /// Serves requests until `exit` or the end of the input.
 pub fn serve() -> ExitCode {
-    let raw = Raw::enter();
+    let raw_mode = RawMode::enter();
     let mut workload = Workload::default();
     answer("ready", &Ok(String::new()));
     for line in io::stdin().lock().lines() {
@@ -46,11 +46,11 @@ pub fn serve() -> ExitCode {
             _ => answer(name, &workload.execute(name, argument.trim())),
         }
     }
-    drop(raw);
+    drop(raw_mode);
     ExitCode::SUCCESS
 }
 
-/// Writes one answer, on a line of its own even where the kernel's last message has no end.
+/// Writes one answer. It begins with a line end, because the kernel's last message may lack one.
 fn answer(name: &str, result: &Answer) {
     let (word, text) = match result {
         Ok(text) => ("OK", text),
@@ -58,7 +58,7 @@ fn answer(name: &str, result: &Answer) {
     };
     let line = format!("\nEBB-GUEST-{word} {name} {text}");
     let mut out = io::stdout().lock();
-    // Without a console there is nobody to tell.
+    // Errors mean that the console is gone.
     let _ = out.write_all(format!("{}\n", line.trim_end()).as_bytes());
     let _ = out.flush();
 }
@@ -74,7 +74,7 @@ impl Workload {
                 done
             }
             "fill" => {
-                // What was there goes first: there may be no room for both.
+                // First free the old pages: there may not be enough memory for both.
                 self.filled = None;
                 let start = Instant::now();
                 let pages = self.fill(argument)?;
@@ -110,47 +110,49 @@ impl Workload {
                 Ok(()) => Ok(String::new()),
                 Err(error) => Err(error.to_string()),
             },
-            _ => Err(format!("unknown; {HELP}")),
+            _ => Err(format!("unknown request; {HELP}")),
         }
     }
 
-    fn fill(&mut self, argument: &str) -> Result<Pages, String> {
-        let bytes = size::parse(argument).ok_or_else(|| format!("{argument:?} is no size"))?;
+    fn fill(&mut self, argument: &str) -> Result<PatternPages, String> {
+        let bytes = size::parse(argument)
+            .ok_or_else(|| format!("{argument:?} is not a size, such as 64M"))?;
         self.seed += 1;
-        Pages::fill(bytes, self.seed).ok_or_else(|| format!("no memory for {bytes} bytes"))
+        PatternPages::fill(bytes, self.seed).ok_or_else(|| format!("no memory for {bytes} bytes"))
     }
 
-    /// Whether all that is held is what was written.
+    /// Checks all pages. Returns the size and checksum of the kept ones.
     fn verify(&self) -> Answer {
         if let Some(filled) = &self.filled {
-            let lost = |lost: crate::data::Lost| format!("lost page {} of fill", lost.page);
+            let lost = |lost: LostPage| format!("lost page {} of fill", lost.page);
             filled.verify().map_err(lost)?;
         }
         match &self.kept {
             Some(kept) => describe(kept, "intact"),
-            None => Err("nothing is kept".to_owned()),
+            None => Err("nothing is kept; use keep SIZE first".to_owned()),
         }
     }
 }
 
-/// Takes memory from the kernel, touches it and gives it back, again and again.
+/// Allocates, touches and frees memory for some time, at least once.
 fn churn(argument: &str) -> Answer {
     let parsed = argument.split_once(' ').and_then(|(bytes, seconds)| {
         let seconds = seconds.trim().parse().ok()?;
         Some((size::parse(bytes)?, Duration::from_secs(seconds)))
     });
-    let (bytes, limit) = parsed.ok_or_else(|| format!("{argument:?} is no SIZE SECONDS"))?;
+    let (bytes, limit) =
+        parsed.ok_or_else(|| format!("{argument:?} is not SIZE SECONDS, such as 64M 10"))?;
     let (start, mut passes, mut pages) = (Instant::now(), 0, 0);
     while passes == 0 || start.elapsed() < limit {
         passes += 1;
-        pages += data::touch(bytes, passes)
+        pages += pattern::stamp_fresh_pages(bytes, passes)
             .map_err(|lost| format!("lost page {} in pass {passes}", lost.page))?;
     }
     let ms = start.elapsed().as_millis();
     Ok(format!("pages={pages} passes={passes} ms={ms}"))
 }
 
-fn describe(pages: &Pages, word: &str) -> Answer {
+fn describe(pages: &PatternPages, word: &str) -> Answer {
     match pages.verify() {
         Ok(sum) => Ok(format!("{word}={} checksum={sum:016x}", pages.bytes())),
         Err(lost) => Err(format!("lost page {}", lost.page)),
@@ -162,9 +164,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn data_is_kept_while_other_memory_comes_and_goes() {
+    fn kept_pages_stay_while_others_are_allocated_and_freed() {
         let mut workload = Workload::default();
-        assert_eq!(workload.verify(), Err("nothing is kept".to_owned()));
+        assert!(
+            workload
+                .verify()
+                .is_err_and(|error| error.starts_with("nothing is kept"))
+        );
         let kept = workload.execute("keep", "64K").unwrap();
         let sum = kept.strip_prefix("kept=65536 checksum=").unwrap();
         assert!(
@@ -181,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_churn_lasts_for_its_time_and_one_pass_at_least() {
+    fn a_churn_makes_at_least_one_pass() {
         let mut workload = Workload::default();
         let churned = workload.execute("churn", "64K 0").unwrap();
         assert!(churned.starts_with("pages=16 passes=1 ms="), "{churned}");
@@ -191,13 +197,13 @@ mod tests {
     }
 
     #[test]
-    fn requests_that_make_no_sense() {
+    fn invalid_requests_are_refused() {
         let mut workload = Workload::default();
         assert!(
             workload
                 .execute("fill", "lots")
                 .unwrap_err()
-                .contains("\"lots\" is no size")
+                .contains("\"lots\" is not a size")
         );
         assert!(
             workload
@@ -209,7 +215,7 @@ mod tests {
             workload
                 .execute("dance", "")
                 .unwrap_err()
-                .starts_with("unknown; keep SIZE")
+                .starts_with("unknown request; keep SIZE")
         );
     }
 }

@@ -31,7 +31,7 @@ impl Heap {
     pub fn install(arena: Arena) -> io::Result<bool> {
         let per_granule = arena.granule_size() / PAGE;
         let heap = Self {
-            pages: Pages::new(arena.numbers().end, per_granule)?,
+            pages: Pages::new(arena.indices().end, per_granule)?,
             arena,
             wait: AtomicUsize::new(0),
             warned: AtomicBool::new(false),
@@ -59,7 +59,7 @@ impl Heap {
     /// Its addresses.
     pub fn range(&self) -> Range<usize> {
         let base = self.arena.base() as usize;
-        base..base + self.arena.numbers().end * self.granule()
+        base..base + self.arena.indices().end * self.granule()
     }
 
     /// Bytes of a granule.
@@ -78,7 +78,7 @@ impl Heap {
             self.wait.fetch_sub(1, Ordering::Relaxed);
             return None;
         }
-        let first = self.arena.claim_span(size.div_ceil(self.granule()));
+        let first = self.arena.claim_run(size.div_ceil(self.granule()));
         if first.is_none() {
             self.wait.store(PATIENCE, Ordering::Relaxed);
             if !self.warned.swap(true, Ordering::Relaxed) {
@@ -107,7 +107,7 @@ impl Heap {
         for (granule, pages) in self.parts(bytes) {
             let mut fresh = false;
             self.pages.commit(granule, pages, || {
-                fresh = self.arena.take_granule(granule);
+                fresh = self.arena.reuse_granule(granule);
             });
             zero &= fresh;
         }

@@ -1,102 +1,65 @@
-//! The arena from a guest's process: granules are claimed, freed lazily, reused and released.
+//! How processes of a guest use an arena: they claim, free, reuse and release granules.
 //!
-//! Several processes may share an arena. Each holds a slot in the guest's room, locked by an open file description lock
-//! that the kernel releases when the process dies, however it dies; each granule has an owner there. What a dead process
-//! owned is free again after the next [`Arena::recover`], which [`Arena::claim`] makes by itself when it finds nothing.
-//! Processes that share an arena can read and write each other's granules: they must trust each other.
+//! Several processes can share an arena. Each locks a slot by an open file description lock, which the kernel releases
+//! when the process dies. An owner word for each granule names the slot of its owner. Slots and owner words lie in the
+//! part of the arena's head that the monitor leaves to the guest (the room, see `hypercall-abi/src/arena.rs`).
+//! [`Arena::recover`] releases what dead processes own; a claim calls it when no granule is free.
+//!
+//! Processes that share an arena can read and write each other's granules, so they must trust each other.
 
-mod call;
-mod memory;
+mod by_index;
+mod error;
+mod granule;
+mod hypercall;
+mod mapping;
 mod slots;
-mod span;
 
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use ebb_hypercall_abi::arena::{GENERATION, Header, HeaderError, Layout, ROOM_BASE};
+use ebb_hypercall_abi::arena::{GENERATION, Header, Layout, ROOM_BASE};
 use ebb_hypercall_abi::granule::{State, Word};
 use ebb_hypercall_abi::shared_word;
 
-use call::Caller;
-use memory::Memory;
+pub use error::OpenError;
+pub use granule::{Granule, LazyGranule};
+use hypercall::ReuseHypercall;
+use mapping::Mapping;
 use slots::{Owner, SLOTS, Slot};
 
-/// Turns that a reuse spins before it makes the call, or sleeps.
-const SPINS: u32 = 200;
-/// Sleep between two looks at a granule that is being discarded, which takes about a millisecond, where no call can be made.
-const NAP: Duration = Duration::from_micros(50);
+/// Where the kernel lists dax devices.
+const DAX_DEVICES: &str = "/sys/bus/dax/devices";
+/// How often a reuse spins on a granule that is being discarded before it makes the hypercall, or sleeps.
+const REUSE_SPINS: u32 = 200;
+/// Sleep before a reuse looks again, if the hypercall is not available. A discard takes about a millisecond.
+const POLL_INTERVAL: Duration = Duration::from_micros(50);
+/// Bytes from one slot's words to the next.
+const SLOT_SIZE: usize = ROOM_BASE as usize / SLOTS;
 
-/// An arena cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// There is no such device.
-    #[error(
-        "{path}: there is no such device; run `ebb-guest setup` as root, in a machine with --arena"
-    )]
-    Missing {
-        /// The device.
-        path: PathBuf,
-    },
-    /// The user may not use it.
-    #[error(
-        "{path}: permission denied; run `ebb-guest setup --mode 0666` as root, or join the device's group"
-    )]
-    Permission {
-        /// The device.
-        path: PathBuf,
-    },
-    /// A system call failed.
-    #[error("{path}: {what} failed: {source}")]
-    Call {
-        /// The device.
-        path: PathBuf,
-        /// What was done.
-        what: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// It holds no arena that is known here.
-    #[error("{path}: {source}")]
-    Header {
-        /// The device.
-        path: PathBuf,
-        /// What is wrong with it.
-        source: HeaderError,
-    },
-    /// Every slot is taken.
-    #[error("{path}: {SLOTS} processes use it already; end one of them, or add another --arena")]
-    Full {
-        /// The device.
-        path: PathBuf,
-    },
+/// The paths of all dax devices, `/dev/daxN.M`, sorted.
+#[must_use]
+pub fn devices() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(DAX_DEVICES).into_iter().flatten();
+    let mut paths: Vec<_> = entries
+        .flatten()
+        .map(|entry| Path::new("/dev").join(entry.file_name()))
+        .collect();
+    paths.sort();
+    paths
 }
 
-impl OpenError {
-    fn call(path: &Path, what: &'static str) -> impl Fn(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| {
-            let path = path.clone();
-            match source.kind() {
-                io::ErrorKind::NotFound => Self::Missing { path },
-                io::ErrorKind::PermissionDenied => Self::Permission { path },
-                _ => Self::Call { path, what, source },
-            }
-        }
-    }
-}
-
-/// The granules of an arena by what they are, as of one look.
+/// How many granules of an arena are in which state, counted while they change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Census {
-    /// All behind the head.
+pub struct GranuleCounts {
+    /// All but those of the head.
     pub granules: u64,
-    /// Owned by a process, living or dead.
+    /// Owned by a process, alive or dead.
     pub owned: u64,
-    /// In use by their words.
+    /// In use.
     pub in_use: u64,
     /// Lazily free, with their content.
     pub lazy: u64,
@@ -106,27 +69,27 @@ pub struct Census {
     pub discarded: u64,
 }
 
-/// An arena, mapped, with this process in one of its slots. The slot and all granules are given back on drop.
+/// A mapped arena in which this process holds a slot. Dropping it releases the slot and all granules.
 pub struct Arena {
     path: PathBuf,
-    memory: Memory,
+    mapping: Mapping,
     header: Header,
     layout: Layout,
     slot: Slot,
-    caller: Caller,
-    /// Where the next claim begins to look.
-    hint: AtomicUsize,
-    /// One thread at a time tidies up after the dead.
+    hypercall: ReuseHypercall,
+    /// Where the next search begins, counted from the first granule behind the head.
+    search_from: AtomicUsize,
+    /// Held during [`Arena::recover`].
     recovering: Mutex<()>,
 }
 
 /// Maps the arena at `path` and checks its header.
-fn map(path: &Path, file: &File) -> Result<(Memory, Header, Layout), OpenError> {
-    let failed = |what| OpenError::call(path, what);
-    let size = memory::size(file).map_err(failed("finding out the size"))?;
-    let memory = Memory::map(file, size).map_err(failed("mmap"))?;
+fn map(path: &Path, file: &File) -> Result<(Mapping, Header, Layout), OpenError> {
+    let failed = |what| OpenError::from_io(path, what);
+    let size = mapping::size(file).map_err(failed("reading the size"))?;
+    let mapping = Mapping::new(file, size).map_err(failed("mmap"))?;
     let header = Header::from_words(std::array::from_fn(|n| {
-        memory.word(n * 8).load(Ordering::Acquire)
+        mapping.word(n * 8).load(Ordering::Acquire)
     }));
     let layout = header
         .check(size as u64)
@@ -134,55 +97,53 @@ fn map(path: &Path, file: &File) -> Result<(Memory, Header, Layout), OpenError> 
             path: path.to_owned(),
             source,
         })?;
-    Ok((memory, header, layout))
+    Ok((mapping, header, layout))
 }
 
-fn open(path: &Path) -> Result<File, OpenError> {
-    let file = File::options().read(true).write(true).open(path);
-    file.map_err(OpenError::call(path, "open"))
+fn open_device(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).open(path)
 }
 
 impl Arena {
-    /// Maps the arena of a device, `/dev/daxN.M`, and takes a slot in it.
+    /// Maps the arena of the device `path`, `/dev/daxN.M`, and takes a slot in it.
     ///
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path) -> Result<Self, OpenError> {
-        let file = open(path)?;
-        let (memory, header, layout) = map(path, &file)?;
-        let arena = |slot| Self {
+        let file = open_device(path).map_err(OpenError::from_io(path, "open"))?;
+        let (mapping, header, layout) = map(path, &file)?;
+        let slot = Slot::lock_any(&file).map_err(OpenError::from_io(path, "locking a slot"))?;
+        let mut arena = Self {
             path: path.to_owned(),
-            memory,
+            mapping,
             header,
             layout,
-            slot,
-            caller: Caller::probe(),
-            hint: AtomicUsize::new(0),
+            slot: slot.ok_or_else(|| OpenError::Full {
+                path: path.to_owned(),
+            })?,
+            hypercall: ReuseHypercall::probe(),
+            search_from: AtomicUsize::new(0),
             recovering: Mutex::new(()),
         };
-        let slot = Slot::take(&file).map_err(OpenError::call(path, "locking a slot"))?;
-        let mut arena = arena(slot.ok_or_else(|| OpenError::Full {
-            path: path.to_owned(),
-        })?);
-        // Whoever had the slot before may have died. The lock makes it ours to tidy up.
-        arena.release_all_of(arena.slot.index());
-        let incarnation = arena
-            .slot_word(arena.slot.index())
-            .fetch_add(1, Ordering::AcqRel)
-            + 1;
-        arena.slot.begin(incarnation);
-        // From here on the mapping keeps the lock: a program may close all its descriptors, and a child gets none.
+        let index = arena.slot.index();
+        // The slot's last process may have died and left granules. We hold the lock, so we may release them.
+        arena.release_slot(index);
+        let incarnations = arena.incarnations(index);
+        let incarnation = incarnations.fetch_add(1, Ordering::AcqRel) + 1;
+        arena.slot.set_incarnation(incarnation);
+        // The mapping keeps the open file description, and so the lock. A descriptor could be closed by the program or
+        // inherited by its children.
         drop(file);
         Ok(arena)
     }
 
-    /// Its name.
+    /// Name of the arena.
     #[must_use]
     pub fn name(&self) -> &str {
         self.header.name()
     }
 
-    /// Its size in bytes.
+    /// Size in bytes.
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.layout.size()
@@ -202,108 +163,95 @@ impl Arena {
         self.layout.granules() as usize
     }
 
-    /// The first word of a slot counts its processes.
-    fn slot_word(&self, slot: usize) -> &std::sync::atomic::AtomicU64 {
-        self.memory
-            .word(self.layout.room() as usize + slot * (ROOM_BASE as usize / SLOTS))
+    /// How many processes have held the slot: its first word.
+    fn incarnations(&self, slot: usize) -> &AtomicU64 {
+        self.mapping
+            .word(self.layout.room() as usize + slot * SLOT_SIZE)
     }
 
-    fn owner(&self, granule: usize) -> &std::sync::atomic::AtomicU64 {
-        self.memory
+    fn owner_word(&self, granule: usize) -> &AtomicU64 {
+        self.mapping
             .word((self.layout.room() + ROOM_BASE) as usize + granule * 8)
     }
 
-    fn word(&self, granule: usize) -> &std::sync::atomic::AtomicU64 {
-        self.memory.word(self.layout.table() as usize + granule * 8)
+    fn state_word(&self, granule: usize) -> &AtomicU64 {
+        self.mapping
+            .word(self.layout.table() as usize + granule * 8)
     }
 
-    /// The free half of the fast path: one load of the generation, one of the word, one compare-and-swap.
-    fn free_word(&self, granule: usize) {
-        let generation = self
-            .memory
-            .word(GENERATION as usize)
-            .load(Ordering::Relaxed);
-        // It fails only where the granule is free already, or somebody scribbles over the table.
-        shared_word::free(self.word(granule), generation);
+    /// In use to lazy. No effect if the granule is not in use.
+    fn mark_lazy(&self, granule: usize) {
+        let generation = self.mapping.word(GENERATION as usize);
+        let generation = generation.load(Ordering::Relaxed);
+        shared_word::free(self.state_word(granule), generation);
     }
 
-    /// The other half; the state that it was in.
-    fn reuse_word(&self, granule: usize) -> State {
-        let mut turns = 0;
-        shared_word::reuse(self.word(granule), || {
-            turns += 1;
-            if turns < SPINS {
+    /// Any state to in use. Returns the state before.
+    fn mark_in_use(&self, granule: usize) -> State {
+        let mut spins = 0;
+        shared_word::reuse(self.state_word(granule), || {
+            if spins < REUSE_SPINS {
+                spins += 1;
                 std::hint::spin_loop();
             } else {
-                self.wait(granule);
+                self.wait_for_discard(granule);
             }
         })
     }
 
-    /// Lets the monitor end what it does with a granule. After a call it is in use; nobody says then which of its pages are zero.
+    /// Waits while the monitor discards a granule. After a hypercall it is in use, and which of its pages are zero is unknown.
     #[cold]
-    fn wait(&self, granule: usize) {
+    fn wait_for_discard(&self, granule: usize) {
         let size = self.layout.granule();
-        if !self
-            .caller
-            .reuse(self.header.gpa.wrapping_add(granule as u64 * size), size)
-        {
-            std::thread::sleep(NAP);
+        let gpa = self.header.gpa.wrapping_add(granule as u64 * size);
+        if !self.hypercall.call(gpa, size) {
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 
-    /// Claims a granule that nobody owns: it is zero. `None`: there is none, even after [`Arena::recover`].
+    /// Claims a granule that no process owns. It is zero. `None` if none is free, even after [`Arena::recover`].
     #[must_use]
     pub fn claim(&self) -> Option<Granule<'_>> {
-        self.find().or_else(|| {
-            let recovered = self.recover().unwrap_or(0);
-            (recovered > 0).then(|| self.find()).flatten()
-        })
-    }
-
-    fn find(&self) -> Option<Granule<'_>> {
-        let (first, len) = (self.first(), self.granules() - self.first());
-        let start = self.hint.load(Ordering::Relaxed);
-        let order = (0..len).map(|offset| first + (start + offset) % len);
-        for index in order {
-            if !self.own(index) {
-                continue;
-            }
-            self.hint.store(index - first + 1, Ordering::Relaxed);
-            let fresh = self.word(index).load(Ordering::Relaxed) == 0;
-            let state = self.reuse_word(index);
-            let mut granule = Granule { arena: self, index };
-            if !fresh && state != State::Discarded {
-                granule.bytes().fill(0);
-            }
-            return Some(granule);
+        let index = self.claim_run(1)?;
+        let zero = self.reuse_granule(index);
+        let mut granule = Granule { arena: self, index };
+        if !zero {
+            granule.bytes().fill(0);
         }
-        None
+        Some(granule)
     }
 
-    /// Makes a granule ours that nobody owns; whether it was so.
-    fn own(&self, index: usize) -> bool {
-        let (owner, me) = (self.owner(index), self.slot.owner().raw());
+    /// Becomes the owner of a granule. Returns false if it has one.
+    fn try_own(&self, index: usize) -> bool {
+        let (owner, me) = (self.owner_word(index), self.slot.owner().raw());
         let (success, failure) = (Ordering::AcqRel, Ordering::Relaxed);
         owner.load(Ordering::Relaxed) == 0
             && owner.compare_exchange(0, me, success, failure).is_ok()
     }
 
-    /// Frees granule `index`, whose owner is `owner`, for good.
-    fn release(&self, index: usize, owner: u64) {
-        // The word first: as soon as there is no owner, somebody else may claim it.
-        self.free_word(index);
-        // It fails only where somebody scribbles over the room.
-        let _ = self
-            .owner(index)
-            .compare_exchange(owner, 0, Ordering::AcqRel, Ordering::Relaxed);
+    fn clear_owner(&self, index: usize, owner: u64) {
+        // Fails only if another process writes to words that are not its own.
+        let _ =
+            self.owner_word(index)
+                .compare_exchange(owner, 0, Ordering::AcqRel, Ordering::Relaxed);
     }
 
-    /// Frees all granules of a slot whose lock we hold; how many there were.
-    fn release_all_of(&self, slot: usize) -> usize {
+    /// Frees granule `index` and clears its owner.
+    fn release(&self, index: usize, owner: u64) {
+        // In this order: another process may claim the granule as soon as it has no owner.
+        self.mark_lazy(index);
+        self.clear_owner(index, owner);
+    }
+
+    fn release_own(&self, index: usize) {
+        self.release(index, self.slot.owner().raw());
+    }
+
+    /// Releases all granules of a slot that we have locked. Returns their number.
+    fn release_slot(&self, slot: usize) -> usize {
         let mut released = 0;
-        for index in self.first()..self.granules() {
-            let owner = self.owner(index).load(Ordering::Acquire);
+        for index in self.indices() {
+            let owner = self.owner_word(index).load(Ordering::Acquire);
             if Owner::from_raw(owner).is_some_and(|owner| owner.slot() == slot) {
                 self.release(index, owner);
                 released += 1;
@@ -312,115 +260,58 @@ impl Arena {
         released
     }
 
-    /// Frees what dead processes own; how many granules that were.
+    /// Releases the granules of dead processes. Returns their number.
     ///
     /// # Errors
     /// The device cannot be opened again.
     pub fn recover(&self) -> io::Result<usize> {
-        let _turn = self
+        let _guard = self
             .recovering
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let file = File::options().read(true).write(true).open(&self.path)?;
+        let file = open_device(&self.path)?;
         let mut owners = [false; SLOTS];
-        for index in self.first()..self.granules() {
-            let owner = Owner::from_raw(self.owner(index).load(Ordering::Acquire));
-            if let Some(there) = owner.and_then(|owner| owners.get_mut(owner.slot())) {
-                *there = true;
+        for index in self.indices() {
+            let owner = Owner::from_raw(self.owner_word(index).load(Ordering::Acquire));
+            if let Some(owns) = owner.and_then(|owner| owners.get_mut(owner.slot())) {
+                *owns = true;
             }
         }
         owners[self.slot.index()] = false;
         let mut released = 0;
         for slot in (0..SLOTS).filter(|slot| owners[*slot]) {
-            // Whoever has died holds no lock.
+            // A living owner holds the lock.
             if let Some(dead) = Slot::lock(&file, slot)? {
-                released += self.release_all_of(dead.index());
+                released += self.release_slot(dead.index());
                 dead.unlock(&file)?;
             }
         }
         Ok(released)
     }
 
-    /// Counts the granules.
+    /// Counts the granules by state.
     #[must_use]
-    pub fn census(&self) -> Census {
-        let mut census = Census::default();
-        for index in self.first()..self.granules() {
-            census.granules += 1;
-            census.owned += u64::from(self.owner(index).load(Ordering::Relaxed) != 0);
-            let word = Word::from_raw(self.word(index).load(Ordering::Relaxed));
-            let count = match word.state() {
-                Some(State::Lazy) => &mut census.lazy,
-                Some(State::Reclaiming) => &mut census.reclaiming,
-                Some(State::Discarded) => &mut census.discarded,
-                Some(State::InUse) | None => &mut census.in_use,
-            };
-            *count += 1;
+    pub fn counts(&self) -> GranuleCounts {
+        let mut counts = GranuleCounts::default();
+        for index in self.indices() {
+            counts.granules += 1;
+            counts.owned += u64::from(self.owner_word(index).load(Ordering::Relaxed) != 0);
+            let word = Word::from_raw(self.state_word(index).load(Ordering::Relaxed));
+            *match word.state() {
+                Some(State::Lazy) => &mut counts.lazy,
+                Some(State::Reclaiming) => &mut counts.reclaiming,
+                Some(State::Discarded) => &mut counts.discarded,
+                Some(State::InUse) | None => &mut counts.in_use,
+            } += 1;
         }
-        census
+        counts
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // Its granules borrow the arena, so only forgotten ones are left. The lock goes with the mapping.
-        self.release_all_of(self.slot.index());
-    }
-}
-
-/// A granule in use. Nobody else has it. Released on drop: then it is free for every process.
-pub struct Granule<'a> {
-    arena: &'a Arena,
-    index: usize,
-}
-
-impl<'a> Granule<'a> {
-    /// Its memory.
-    pub fn bytes(&mut self) -> &mut [u8] {
-        let size = self.arena.granule_size();
-        // The owner's word says that it is ours, and this value is the only one that has it.
-        self.arena.memory.bytes(self.index * size, size)
-    }
-
-    /// Frees it: from now on the host may take its memory. No call, no system call, no fault.
-    #[must_use = "when this is dropped the granule goes back to all processes"]
-    pub fn lazy_free(self) -> LazyGranule<'a> {
-        let (arena, index) = (self.arena, self.index);
-        std::mem::forget(self);
-        arena.free_word(index);
-        LazyGranule { arena, index }
-    }
-}
-
-impl Drop for Granule<'_> {
-    fn drop(&mut self) {
-        self.arena
-            .release(self.index, self.arena.slot.owner().raw());
-    }
-}
-
-/// A granule that is lazily free but still ours. Released on drop.
-pub struct LazyGranule<'a> {
-    arena: &'a Arena,
-    index: usize,
-}
-
-impl<'a> LazyGranule<'a> {
-    /// Takes it back; waits while the monitor discards it, about a millisecond. Each page holds what it held, or zeroes:
-    /// the second is true of all of them when the answer's second half is.
-    #[must_use]
-    pub fn reuse(self) -> (Granule<'a>, bool) {
-        let (arena, index) = (self.arena, self.index);
-        std::mem::forget(self);
-        let state = arena.reuse_word(index);
-        (Granule { arena, index }, state == State::Discarded)
-    }
-}
-
-impl Drop for LazyGranule<'_> {
-    fn drop(&mut self) {
-        self.arena
-            .release(self.index, self.arena.slot.owner().raw());
+        // Granules borrow the arena, so only forgotten ones are left. The mapping's end releases the lock.
+        self.release_slot(self.slot.index());
     }
 }
 

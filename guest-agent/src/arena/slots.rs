@@ -1,13 +1,13 @@
-//! Processes in an arena: a slot each, held by a lock that the kernel releases when the process dies.
+//! The slots of an arena: each process that uses it holds the lock of one, which the kernel releases when it dies.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Processes that can use an arena at the same time.
+/// Number of slots, and so of processes that can use an arena at the same time.
 pub const SLOTS: usize = 1024;
 
-/// Who owns a granule: a slot, and which of its processes. 0, as a word, is nobody.
+/// Owner of a granule: a slot, and the incarnation of the slot's process. The word 0 means no owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner(u64);
 
@@ -18,24 +18,24 @@ impl Owner {
         Self(incarnation << Self::SLOT_BITS | (slot as u64 + 1))
     }
 
-    /// As it stands in memory.
+    /// The word that stands in memory.
     pub const fn raw(self) -> u64 {
         self.0
     }
 
-    /// From memory.
+    /// The owner that a word in memory names.
     pub const fn from_raw(raw: u64) -> Option<Self> {
         let slot = raw & ((1 << Self::SLOT_BITS) - 1);
         if slot == 0 { None } else { Some(Self(raw)) }
     }
 
-    /// The slot.
+    /// Index of the slot.
     pub const fn slot(self) -> usize {
         (self.0 & ((1 << Self::SLOT_BITS) - 1)) as usize - 1
     }
 }
 
-/// A slot whose lock an open file description of ours holds.
+/// A slot that this process has locked, by an open file description lock.
 #[derive(Debug)]
 pub struct Slot {
     index: usize,
@@ -43,7 +43,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Locks a slot through `file`; `None` when somebody else holds it.
+    /// Locks slot `index` through `file`. Returns `None` if another process holds it.
     pub fn lock(file: &File, index: usize) -> io::Result<Option<Self>> {
         match set_lock(file, index, libc::F_WRLCK) {
             Ok(()) => Ok(Some(Self {
@@ -57,8 +57,8 @@ impl Slot {
         }
     }
 
-    /// Locks the first slot that nobody holds; `None` when there is none.
-    pub fn take(file: &File) -> io::Result<Option<Self>> {
+    /// Locks the first free slot. Returns `None` if all are held.
+    pub fn lock_any(file: &File) -> io::Result<Option<Self>> {
         for index in 0..SLOTS {
             if let Some(slot) = Self::lock(file, index)? {
                 return Ok(Some(slot));
@@ -67,28 +67,28 @@ impl Slot {
         Ok(None)
     }
 
-    /// From now on granules bear this number of the slot's processes.
-    pub const fn begin(&mut self, incarnation: u64) {
+    /// Sets the incarnation, which tells this process from earlier ones in the slot.
+    pub const fn set_incarnation(&mut self, incarnation: u64) {
         self.owner = Owner::new(self.index, incarnation);
     }
 
-    /// Its number.
+    /// Index of the slot.
     pub const fn index(&self) -> usize {
         self.index
     }
 
-    /// What its granules bear.
+    /// The owner of this process's granules.
     pub const fn owner(&self) -> Owner {
         self.owner
     }
 
-    /// Lets it go.
+    /// Unlocks the slot.
     pub fn unlock(self, file: &File) -> io::Result<()> {
         set_lock(file, self.index, libc::F_UNLCK)
     }
 }
 
-/// Sets the lock of one byte, which stands for the slot of that number; see fcntl(2), "open file description locks".
+/// Locks or unlocks the byte that stands for slot `index`: fcntl(2), "open file description locks".
 fn set_lock(file: &File, index: usize, kind: libc::c_int) -> io::Result<()> {
     let lock = libc::flock {
         l_type: kind as libc::c_short,

@@ -8,9 +8,6 @@ use super::*;
 const GRANULE: u64 = 2 << 20;
 const SIZE: u64 = 32 * GRANULE;
 
-/// Rounds of what is tried many times.
-const ROUNDS: usize = 800;
-
 /// An arena in a file.
 fn device() -> tempfile::NamedTempFile {
     device_of(SIZE)
@@ -33,20 +30,24 @@ fn write(file: &File, header: &Header) {
     file.write_all_at(&bytes, 0).unwrap();
 }
 
-/// Takes whatever is lazy, as the monitor does, and leaves zeroes.
+/// Discards all lazy granules, as the monitor does, until `done`. Returns how many.
 fn monitor(arena: &Arena, done: &AtomicBool) -> u64 {
     let mut taken = 0;
     while !done.load(Ordering::Relaxed) {
-        for index in arena.first()..arena.granules() {
-            let word = Word::from_raw(arena.word(index).load(Ordering::Acquire));
+        for index in arena.indices() {
+            let word = Word::from_raw(arena.state_word(index).load(Ordering::Acquire));
             let Some(reclaiming) = word.take() else {
                 continue;
             };
-            if shared_word::swap(arena.word(index), word, reclaiming) {
+            if shared_word::swap(arena.state_word(index), word, reclaiming) {
                 let size = arena.granule_size();
-                arena.memory.bytes(index * size, size).fill(0);
-                let gone = reclaiming.finish(true).unwrap();
-                assert!(shared_word::swap(arena.word(index), reclaiming, gone));
+                arena.mapping.bytes(index * size, size).fill(0);
+                let discarded = reclaiming.finish(true).unwrap();
+                assert!(shared_word::swap(
+                    arena.state_word(index),
+                    reclaiming,
+                    discarded
+                ));
                 taken += 1;
             }
         }
@@ -56,25 +57,26 @@ fn monitor(arena: &Arena, done: &AtomicBool) -> u64 {
 }
 
 #[test]
-fn granules_are_claimed_once_and_come_back_when_dropped() {
+fn granules_are_claimed_once_and_released_on_drop() {
     let device = device();
     let arena = Arena::open(device.path()).unwrap();
     assert_eq!((arena.name(), arena.size()), ("test", SIZE));
     let all: Vec<_> = std::iter::from_fn(|| arena.claim()).collect();
     let distinct: HashSet<_> = all.iter().map(|granule| granule.index).collect();
     assert_eq!((all.len(), distinct.len()), (31, 31));
-    assert_eq!(arena.census().owned, 31);
+    assert_eq!(arena.counts().owned, 31);
     drop(all);
-    let census = arena.census();
-    assert_eq!((census.owned, census.lazy), (0, 31));
+    let counts = arena.counts();
+    assert_eq!((counts.owned, counts.lazy), (0, 31));
 }
 
 #[test]
-fn of_all_that_want_a_granule_at_once_one_gets_it() {
+fn a_granule_has_one_owner_when_several_claim_it() {
+    const ROUNDS: usize = 800;
     const THREADS: usize = 4;
     const GRANULES: usize = 8191;
     let device = device_of((GRANULES as u64 + 1) * GRANULE);
-    // Half of the threads are as good as another process: they have a slot of their own.
+    // Half of the threads use a second slot, as another process would.
     let arenas = [(); 2].map(|()| Arena::open(device.path()).unwrap());
     let together = std::sync::Barrier::new(THREADS);
     let owned = thread::scope(|scope| {
@@ -85,10 +87,10 @@ fn of_all_that_want_a_granule_at_once_one_gets_it() {
                     let mut owned = 0;
                     for _ in 0..ROUNDS {
                         together.wait();
-                        let all = arena.first()..arena.granules();
-                        owned += all.clone().filter(|index| arena.own(*index)).count();
+                        let all = arena.indices();
+                        owned += all.clone().filter(|index| arena.try_own(*index)).count();
                         together.wait();
-                        all.for_each(|index| arena.owner(index).store(0, Ordering::Release));
+                        all.for_each(|index| arena.owner_word(index).store(0, Ordering::Release));
                     }
                     owned
                 })
@@ -110,63 +112,65 @@ fn a_claimed_granule_is_zero_and_a_reused_one_keeps_its_content() {
     let (mut granule, zeroed) = granule.lazy_free().reuse();
     assert_eq!((granule.bytes()[12345], zeroed), (7, false));
     drop(granule);
-    arena.hint.store(index - arena.first(), Ordering::Relaxed);
+    arena
+        .search_from
+        .store(index - arena.first(), Ordering::Relaxed);
     let mut again = arena.claim().unwrap();
     assert_eq!((again.index, again.bytes()[12345]), (index, 0));
 }
 
 #[test]
-fn the_dead_are_recovered_and_the_living_are_not() {
+fn granules_of_dead_processes_only_are_recovered() {
     let device = device();
     let living = Arena::open(device.path()).unwrap();
     let dead = Arena::open(device.path()).unwrap();
     assert_ne!(living.slot.index(), dead.slot.index());
     let mut kept = living.claim().unwrap();
     kept.bytes().fill(9);
-    // A granule in each state that a process can die in.
+    // A granule in each state in which a process can leave it.
     std::mem::forget(dead.claim().unwrap());
     std::mem::forget(dead.claim().unwrap().lazy_free());
-    dead.owner(20)
+    dead.owner_word(20)
         .store(dead.slot.owner().raw(), Ordering::Relaxed);
-    assert_eq!(living.recover().unwrap(), 0, "it lives");
+    assert_eq!(living.recover().unwrap(), 0, "its process is alive");
     let dead = std::mem::ManuallyDrop::new(dead);
-    // As a kill does: the mapping goes, and nothing else happens.
+    // Like a kill: only the mapping goes.
     // SAFETY: the value is never used or dropped again.
-    drop(unsafe { std::ptr::read(&raw const dead.memory) });
+    drop(unsafe { std::ptr::read(&raw const dead.mapping) });
     assert_eq!(living.recover().unwrap(), 3);
-    let census = living.census();
-    assert_eq!((census.owned, census.in_use - 1), (1, census.granules - 4));
+    let counts = living.counts();
+    assert_eq!((counts.owned, counts.in_use - 1), (1, counts.granules - 4));
     assert!(kept.bytes().iter().all(|byte| *byte == 9));
 }
 
 #[test]
-fn a_claim_that_finds_nothing_looks_for_the_dead_first() {
+fn a_claim_that_finds_nothing_recovers_first() {
     let device = device();
     let dead = Arena::open(device.path()).unwrap();
     std::iter::from_fn(|| dead.claim()).for_each(std::mem::forget);
     let living = Arena::open(device.path()).unwrap();
     assert!(living.claim().is_none());
     // SAFETY: the value is never used or dropped again.
-    drop(unsafe { std::ptr::read(&raw const std::mem::ManuallyDrop::new(dead).memory) });
+    drop(unsafe { std::ptr::read(&raw const std::mem::ManuallyDrop::new(dead).mapping) });
     let _one = living.claim().unwrap();
-    assert_eq!(living.census().owned, 1);
+    assert_eq!(living.counts().owned, 1);
 }
 
 #[test]
-fn a_successor_in_a_slot_tidies_up() {
+fn the_next_process_in_a_slot_releases_the_granules_of_the_last() {
     let device = device();
     let first = Arena::open(device.path()).unwrap();
     let (slot, owner) = (first.slot.index(), first.slot.owner());
     std::iter::from_fn(|| first.claim()).for_each(std::mem::forget);
     // SAFETY: the value is never used or dropped again.
-    drop(unsafe { std::ptr::read(&raw const std::mem::ManuallyDrop::new(first).memory) });
+    drop(unsafe { std::ptr::read(&raw const std::mem::ManuallyDrop::new(first).mapping) });
     let second = Arena::open(device.path()).unwrap();
-    assert_eq!((second.slot.index(), second.census().owned), (slot, 0));
+    assert_eq!((second.slot.index(), second.counts().owned), (slot, 0));
     assert_ne!(second.slot.owner(), owner);
 }
 
 #[test]
-fn nothing_is_lost_while_a_monitor_takes_everything() {
+fn used_granules_keep_their_content_while_a_monitor_discards_lazy_ones() {
     let device = device();
     let arena = Arena::open(device.path()).unwrap();
     let done = AtomicBool::new(false);
@@ -197,11 +201,11 @@ fn nothing_is_lost_while_a_monitor_takes_everything() {
         done.store(true, Ordering::Relaxed);
         assert!(monitor.join().unwrap() > 0);
     });
-    assert_eq!(arena.census().owned, 0);
+    assert_eq!(arena.counts().owned, 0);
 }
 
 #[test]
-fn what_is_no_arena_is_refused_with_a_remedy() {
+fn files_without_a_valid_header_are_refused_with_a_remedy() {
     let message = |path: &Path| match Arena::open(path) {
         Ok(_) => panic!("{} was taken for an arena", path.display()),
         Err(error) => error.to_string(),
@@ -250,7 +254,7 @@ fn what_is_no_arena_is_refused_with_a_remedy() {
 }
 
 #[test]
-fn a_device_of_somebody_else_is_refused_with_a_remedy() {
+fn a_device_without_permission_is_refused_with_a_remedy() {
     const NOBODY: u32 = 65534;
     let file = device();
     let nothing = std::os::unix::fs::PermissionsExt::from_mode(0o0);
@@ -258,7 +262,7 @@ fn a_device_of_somebody_else_is_refused_with_a_remedy() {
     let path = file.path();
     let said = std::thread::scope(|scope| {
         let as_nobody = || {
-            // Of this thread alone.
+            // Changes this thread only.
             if rustix::process::geteuid().is_root() {
                 rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(NOBODY)).unwrap();
             }

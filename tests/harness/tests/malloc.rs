@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use ebb_guest_agent::arena::{Arena, Census};
+use ebb_guest_agent::arena::{Arena, GranuleCounts};
 use ebb_hypercall_abi::arena::{Header, Layout};
 use ebb_hypercall_abi::granule::Word;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
@@ -36,10 +36,10 @@ impl Device {
     }
 
     /// Its granules when all processes have ended and their slots were tidied up.
-    fn census(&self) -> Census {
+    fn counts(&self) -> GranuleCounts {
         let arena = Arena::open(self.path()).unwrap();
         arena.recover().unwrap();
-        arena.census()
+        arena.counts()
     }
 
     /// Takes whatever is free, as the monitor does, and leaves zeroes; how many granules.
@@ -153,11 +153,11 @@ fn a_heap_that_is_emptied_in_no_order_is_free_before_the_program_does_anything_e
     let mut line = [0; 6];
     let output = program.stdout.as_mut().unwrap();
     output.read_exact(&mut line).unwrap();
-    let census = Arena::open(device.path()).unwrap().census();
+    let counts = Arena::open(device.path()).unwrap().counts();
     drop(program.stdin.take());
     assert!(program.wait().unwrap().success());
-    assert!(census.owned > 90, "{census:?}");
-    assert!(census.lazy >= census.owned / 10 * 9, "{census:?}");
+    assert!(counts.owned > 90, "{counts:?}");
+    assert!(counts.lazy >= counts.owned / 10 * 9, "{counts:?}");
 }
 
 #[test]
@@ -167,10 +167,10 @@ fn threads_and_children_keep_their_blocks_while_what_is_free_is_taken() {
     let said = passed(&output);
     assert!(said.ends_with("20 children\n"), "{said}");
     assert!(taken > 20, "{taken} granules were taken");
-    let census = device.census();
+    let counts = device.counts();
     assert_eq!(
-        (census.owned, census.in_use),
-        (0, census.granules - census.lazy - census.discarded)
+        (counts.owned, counts.in_use),
+        (0, counts.granules - counts.lazy - counts.discarded)
     );
 }
 
@@ -253,7 +253,7 @@ fn a_program_that_is_killed_loses_no_granule() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    assert_eq!(device.census().owned, 0);
+    assert_eq!(device.counts().owned, 0);
     let (output, _) = device.run(&mut blocks(2, 500, 2));
     passed(&output);
 }
