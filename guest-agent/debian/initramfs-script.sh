@@ -1,4 +1,4 @@
 #!/bin/sh
-# Makes the arenas' devices before the root file system is mounted. Whatever is wrong, the machine goes on.
+# Creates the arenas' devices before the root file system is mounted. The boot continues even if this fails.
 [ "$1" = prereqs ] && exit 0
 /bin/ebb-guest setup --optional --mode @MODE@ || true

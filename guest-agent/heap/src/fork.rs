@@ -1,112 +1,118 @@
-//! Fork: the child gets a copy of the heap, in ordinary memory, at the same addresses.
+//! fork(3): the child gets a copy of the heap in normal memory, at the same addresses.
 //!
-//! A device-dax mapping is shared, always; a child with it would write into its parent's heap. So the kernel is told not to
-//! hand it on (MADV_DONTFORK), and a child by a bare clone(2) faults at its first touch. A child by fork(3):
+//! A device-dax mapping is always shared, so a child that inherited the heap would write into its parent's. The kernel
+//! therefore does not pass it on (MADV_DONTFORK), and a child of a bare clone(2) faults at its first access. A fork(3) takes
+//! three steps:
 //!
-//! 1. Before: jemalloc's locks are held, all other threads stand still. What the heap holds is copied to ordinary memory;
-//!    then copy and heap change places, so that the copy is what the kernel hands on.
-//! 2. Parent: they change back, in one call, and the copy is gone. Nothing has written to it: the other threads stood still,
+//! 1. [`before`], in the parent: jemalloc's locks are held and the other threads are stopped. The committed pages are copied
+//!    to normal memory, and the copy is moved to the heap's addresses, where the kernel's fork finds it.
+//! 2. [`in_parent`]: the heap is moved back over the copy. Nothing has changed the copy: the other threads were stopped,
 //!    signals were blocked, and this thread's stack is elsewhere.
-//! 3. Child: it has the copy where the heap was, and uses the arena never again.
+//! 3. [`in_child`]: the child keeps the copy at the heap's addresses and never uses the arena again.
 //!
-//! Between 1 and 2 glibc takes locks of its own, one of which a thread that stands still may hold. Then a timer undoes
-//! step 1, lets the threads run for a moment, and makes it again.
+//! glibc takes locks of its own after step 1, and a stopped thread may hold one of them. Then a timer undoes step 1, lets the
+//! threads run for a moment, and does it again.
 //!
-//! vfork(2), posix_spawn(3), system(3) and popen(3) share the parent's memory until they exec, and cost nothing extra.
+//! vfork(2), posix_spawn(3), system(3) and popen(3) share the parent's memory until they call exec, so nothing is copied.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
+use std::fmt;
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mmap_anonymous, mremap_fixed, munmap};
+use ebb_guest_agent::memory::{HUGE_PAGE_SIZE, PAGE_SIZE, map_anonymous};
+use rustix::mm::{MapFlags, MremapFlags, ProtFlags, mremap_fixed, munmap};
 
 use crate::heap::Heap;
-use crate::pages::PAGE;
-use crate::park;
-use crate::say::say;
+use crate::{stderr, stop_threads};
 
-/// Page tables move in whole tables where both addresses agree in these bytes.
-const ALIGN: usize = 2 << 20;
-/// Ordinary memory, in bytes, that must be left when the copy is made.
+/// Bytes of available memory that must remain after the copy.
 const RESERVE: usize = 16 << 20;
-/// For how long the threads run when a fork is stuck.
-const BREATH: Duration = Duration::from_millis(1);
+/// How long the threads run when a fork waits for one of their locks.
+const RUN_TIME: Duration = Duration::from_millis(1);
 
-/// One fork at a time.
-static BUSY: AtomicBool = AtomicBool::new(false);
-/// Where the heap is while the copy is in its place; 0: it is in its place.
-static AWAY: AtomicUsize = AtomicUsize::new(0);
-/// Whether threads stand still.
-static PARKED: AtomicBool = AtomicBool::new(false);
+/// Held during a fork.
+static FORKING: AtomicBool = AtomicBool::new(false);
+/// Address of the heap while the copy has its place, or 0.
+static HEAP_MOVED_TO: AtomicUsize = AtomicUsize::new(0);
+/// Set while the other threads are stopped.
+static STOPPED: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
-    // Without destructors: registering one allocates.
-    /// Why this thread's last fork has no copy.
-    static FAILED: Cell<Option<Failure>> = const { Cell::new(None) };
+    // Types without destructors, because registering one allocates.
+    /// Why this thread's last fork has no copy of the heap.
+    static FAILURE: Cell<Option<CopyError>> = const { Cell::new(None) };
+    /// The signal mask before the fork.
     static MASK: Cell<MaybeUninit<libc::sigset_t>> = const { Cell::new(MaybeUninit::uninit()) };
 }
 
 /// Why the heap cannot be copied.
 #[derive(Clone, Copy)]
-enum Failure {
-    Stack,
-    Memory { bytes: usize },
-    Address,
-    Threads,
-    Move,
-    Timer,
+enum CopyError {
+    StackInHeap,
+    NoMemory { bytes: usize },
+    NoAddressSpace,
+    ThreadsNotStopped,
+    CannotMove,
+    NoTimer,
 }
 
-impl Failure {
-    fn say(self) {
+impl fmt::Display for CopyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Stack => say(format_args!(
-                "fork failed: its stack lies in the heap; fork from a thread's own stack"
-            )),
-            Self::Memory { bytes } => say(format_args!(
-                "fork failed: a copy of the heap, {} MiB, does not fit into the available memory; add memory \
-                 (--memory) or set EBB_FORK=off",
+            Self::StackInHeap => {
+                f.write_str("its stack lies in the heap; fork from a thread's own stack")
+            }
+            Self::NoMemory { bytes } => write!(
+                f,
+                "a copy of the heap, {} MiB, does not fit into the available memory; add memory (--memory) or \
+                 set EBB_FORK=off",
                 bytes.div_ceil(1 << 20)
-            )),
-            Self::Address => say(format_args!(
-                "fork failed: no address space for a copy of the heap; is vm.overcommit_memory 2, or a limit set?"
-            )),
-            Self::Threads => say(format_args!(
-                "fork failed: other threads did not stop within 5 s, or are more than 8192"
-            )),
-            Self::Move => say(format_args!(
-                "fork failed: the heap's mapping cannot be moved; has the program split it with mprotect or mlock?"
-            )),
-            Self::Timer => say(format_args!(
-                "fork failed: no timer; raise the limit of pending signals (ulimit -i)"
-            )),
+            ),
+            Self::NoAddressSpace => f.write_str(
+                "no address space for a copy of the heap; set vm.overcommit_memory to 0 or 1, or raise ulimit -v",
+            ),
+            Self::ThreadsNotStopped => write!(
+                f,
+                "other threads did not stop within {} s, or are more than {}",
+                stop_threads::STOP_TIMEOUT.as_secs(),
+                stop_threads::MAX_THREADS
+            ),
+            Self::CannotMove => f.write_str(
+                "the heap's mapping cannot be moved; has the program split it by mprotect or mlock?",
+            ),
+            Self::NoTimer => {
+                f.write_str("no timer; raise the limit of pending signals (ulimit -i)")
+            }
         }
     }
 }
 
-/// Has the steps run around each fork(3). Called before jemalloc does the same, so that its locks are held when the heap is
-/// copied: handlers run before a fork in the reverse of their order.
+/// Registers the three steps for each fork(3). Must come before jemalloc does the same: the handlers before a fork run in
+/// reverse order, so jemalloc then holds its locks while the heap is copied.
 pub fn register() {
-    // SAFETY: the three functions live as long as the process.
+    // SAFETY: the functions live as long as the process.
     unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
 }
 
-/// Why a fork would fail now. Everything that can be known before the kernel is asked for a child.
-fn obstacle(heap: &Heap) -> Option<Failure> {
+/// Checks what can be checked before the heap is copied.
+fn check(heap: &Heap) -> Result<(), CopyError> {
     let stack = &raw const heap as usize;
     if heap.range().contains(&stack) {
-        return Some(Failure::Stack);
+        return Err(CopyError::StackInHeap);
     }
-    let bytes = heap.pages().used() * PAGE;
-    let fits = available().is_none_or(|available| bytes + RESERVE <= available);
-    (!fits).then_some(Failure::Memory { bytes })
+    let bytes = heap.committed().count() * PAGE_SIZE;
+    if available_memory().is_some_and(|available| bytes + RESERVE > available) {
+        return Err(CopyError::NoMemory { bytes });
+    }
+    Ok(())
 }
 
-/// MemAvailable of /proc/meminfo, in bytes, read without allocating.
-fn available() -> Option<usize> {
+/// MemAvailable of /proc/meminfo in bytes, read without allocating.
+fn available_memory() -> Option<usize> {
     let (flags, mode) = (rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty());
     let file = rustix::fs::open(c"/proc/meminfo", flags, mode).ok()?;
     let mut buffer = [0; 1024];
@@ -119,37 +125,25 @@ fn available() -> Option<usize> {
     Some(kib << 10)
 }
 
-fn anonymous(len: usize, prot: ProtFlags) -> Option<*mut c_void> {
+/// Maps anonymous memory where whole page tables can be moved to and from.
+fn reserve(len: usize, prot: ProtFlags) -> Result<*mut c_void, CopyError> {
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-    // SAFETY: a new mapping where the kernel finds room.
-    let start = unsafe { mmap_anonymous(null_mut(), len + ALIGN, prot, flags).ok()? };
-    let lead = (start as usize).next_multiple_of(ALIGN) - start as usize;
-    let memory = start.wrapping_byte_add(lead);
-    for (part, bytes) in [(start, lead), (memory.wrapping_byte_add(len), ALIGN - lead)] {
-        if bytes > 0 {
-            // SAFETY: a part of the new mapping that nobody knows yet. A failure leaks it.
-            let _ = unsafe { munmap(part, bytes) };
-        }
-    }
-    Some(memory)
+    map_anonymous(len, HUGE_PAGE_SIZE, prot, flags).map_err(|_| CopyError::NoAddressSpace)
 }
 
-/// Copies what the heap holds and puts the copy in its place. Nobody else runs.
-fn replace(heap: &Heap) -> Result<(), Failure> {
+/// Copies the committed pages and moves the copy to the heap's addresses. The other threads are stopped.
+fn replace_by_copy(heap: &Heap) -> Result<(), CopyError> {
     let range = heap.range();
     let (base, len) = (range.start as *mut c_void, range.len());
-    let copy = anonymous(len, ProtFlags::READ | ProtFlags::WRITE).ok_or(Failure::Address)?;
-    let drop = |memory| {
-        // SAFETY: made above, and nobody has a part of it. A failure leaks it.
+    let unmap = |memory| {
+        // SAFETY: made by `reserve`, and nobody uses it. An error only leaks it.
         let _ = unsafe { munmap(memory, len) };
     };
-    let Some(away) = anonymous(len, ProtFlags::empty()) else {
-        drop(copy);
-        return Err(Failure::Address);
-    };
-    heap.pages().each_run(|run| {
-        let (offset, bytes) = (run.start * PAGE, run.len() * PAGE);
-        // SAFETY: committed pages of the heap, and as much of the copy, which is as long as the heap.
+    let copy = reserve(len, ProtFlags::READ | ProtFlags::WRITE)?;
+    let moved_to = reserve(len, ProtFlags::empty()).inspect_err(|_| unmap(copy))?;
+    heap.committed().each_run(|run| {
+        let (offset, bytes) = (run.start * PAGE_SIZE, run.len() * PAGE_SIZE);
+        // SAFETY: committed pages of the heap, and the same offset in the copy, which has the heap's length.
         unsafe {
             std::ptr::copy_nonoverlapping(
                 base.byte_add(offset).cast::<u8>(),
@@ -159,168 +153,171 @@ fn replace(heap: &Heap) -> Result<(), Failure> {
         }
     });
     let flags = MremapFlags::MAYMOVE;
-    // SAFETY: nobody uses the heap until it is back or the copy is in its place; `away` is a mapping of our own.
-    if unsafe { mremap_fixed(base, len, len, flags, away) }.is_err() {
-        drop(copy);
-        drop(away);
-        return Err(Failure::Move);
+    // SAFETY: nobody uses the heap until the copy or the heap is at its addresses. `moved_to` is our own mapping.
+    if unsafe { mremap_fixed(base, len, len, flags, moved_to) }.is_err() {
+        unmap(copy);
+        unmap(moved_to);
+        return Err(CopyError::CannotMove);
     }
-    // SAFETY: the room that the heap has left.
+    // SAFETY: the addresses that the heap has left.
     if unsafe { mremap_fixed(copy, len, len, flags, base) }.is_err() {
         // SAFETY: as above.
-        if unsafe { mremap_fixed(away, len, len, flags, base) }.is_err() {
-            abandon();
+        if unsafe { mremap_fixed(moved_to, len, len, flags, base) }.is_err() {
+            abort();
         }
-        drop(copy);
-        return Err(Failure::Move);
+        unmap(copy);
+        return Err(CopyError::CannotMove);
     }
-    AWAY.store(away as usize, Ordering::Relaxed);
+    HEAP_MOVED_TO.store(moved_to as usize, Ordering::Relaxed);
     Ok(())
 }
 
-/// Puts the heap back over the copy.
-fn restore(heap: &Heap) {
-    let away = AWAY.swap(0, Ordering::Relaxed);
-    if away == 0 {
+/// Moves the heap back over the copy, if it was moved.
+fn move_back(heap: &Heap) {
+    let moved_to = HEAP_MOVED_TO.swap(0, Ordering::Relaxed);
+    if moved_to == 0 {
         return;
     }
-    let range = heap.range();
-    let (base, len) = (range.start as *mut c_void, range.len());
-    // SAFETY: the heap goes where its users expect it; nobody has written to the copy.
-    let back = unsafe { mremap_fixed(away as *mut c_void, len, len, MremapFlags::MAYMOVE, base) };
-    if back.is_err() {
-        abandon();
+    let (base, len) = (heap.range().start as *mut c_void, heap.range().len());
+    // SAFETY: the heap returns to its addresses, and nobody has written to the copy.
+    let moved = unsafe {
+        mremap_fixed(
+            moved_to as *mut c_void,
+            len,
+            len,
+            MremapFlags::MAYMOVE,
+            base,
+        )
+    };
+    if moved.is_err() {
+        abort();
     }
 }
 
-/// The heap cannot be put back: no memory of the program is where it should be.
-fn abandon() -> ! {
-    say(format_args!(
-        "the heap cannot be moved back after a fork: out of memory mappings"
+/// Without its heap the program cannot go on.
+fn abort() -> ! {
+    stderr::print(format_args!(
+        "the heap cannot be moved back after a fork: out of memory mappings; raise vm.max_map_count"
     ));
     std::process::abort()
 }
 
-/// Step 1, all of it. Signals are blocked.
-fn prepare(heap: &Heap) -> Result<(), Failure> {
-    let others = park::has_others();
-    if others && !park::park() {
-        return Err(Failure::Threads);
+/// Step 1 without the timer: stops the threads and replaces the heap. Signals are blocked.
+fn stop_and_copy(heap: &Heap) -> Result<(), CopyError> {
+    let others = stop_threads::has_others();
+    if others && !stop_threads::stop() {
+        return Err(CopyError::ThreadsNotStopped);
     }
-    PARKED.store(others, Ordering::Relaxed);
-    let done = obstacle(heap)
-        .map_or(Ok(()), Err)
-        .and_then(|()| replace(heap));
-    if done.is_err() {
-        release(heap);
-    }
-    done
+    STOPPED.store(others, Ordering::Relaxed);
+    check(heap)
+        .and_then(|()| replace_by_copy(heap))
+        .inspect_err(|_| move_back_and_resume(heap))
 }
 
-/// Step 2, all of it.
-fn release(heap: &Heap) {
-    restore(heap);
-    if PARKED.swap(false, Ordering::Relaxed) {
-        park::unpark();
+/// Undoes [`stop_and_copy`].
+fn move_back_and_resume(heap: &Heap) {
+    move_back(heap);
+    if STOPPED.swap(false, Ordering::Relaxed) {
+        stop_threads::resume();
     }
 }
 
-/// The fork waits for a lock that a thread holds.
-fn rescue() {
+/// Called by the stall timer: lets the other threads run for a moment, so that they release their locks.
+fn on_stall() {
     let Some(heap) = Heap::get() else { return };
-    if AWAY.load(Ordering::Relaxed) == 0 {
+    if HEAP_MOVED_TO.load(Ordering::Relaxed) == 0 {
         return;
     }
-    release(heap);
-    std::thread::sleep(BREATH);
-    if let Err(failure) = prepare(heap) {
-        // The child will find nothing in the heap's place, and end.
-        FAILED.set(Some(failure));
+    move_back_and_resume(heap);
+    std::thread::sleep(RUN_TIME);
+    if let Err(failure) = stop_and_copy(heap) {
+        // The child will have no heap, and exit.
+        FAILURE.set(Some(failure));
     }
 }
 
-/// Runs in the parent before the kernel is asked for a child.
+/// Runs in the parent before the kernel's fork.
 pub extern "C" fn before() {
-    FAILED.set(None);
+    FAILURE.set(None);
     let Some(heap) = Heap::get() else { return };
-    while BUSY.swap(true, Ordering::Acquire) {
+    while FORKING.swap(true, Ordering::Acquire) {
         rustix::thread::sched_yield();
     }
     let mut mask = MaybeUninit::uninit();
-    // SAFETY: two sets of signals. glibc leaves its own signals, which `park` uses, unblocked.
+    // SAFETY: two sets of signals. glibc never blocks its own signals, of which `stop_threads` uses one.
     unsafe {
         let mut all = MaybeUninit::uninit();
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), mask.as_mut_ptr());
     }
     MASK.set(mask);
-    let mut done = prepare(heap);
-    if done.is_ok() && PARKED.load(Ordering::Relaxed) && !park::arm_rescue(rescue) {
-        release(heap);
-        done = Err(Failure::Timer);
+    let mut done = stop_and_copy(heap);
+    if done.is_ok() && STOPPED.load(Ordering::Relaxed) && !stop_threads::start_stall_timer(on_stall)
+    {
+        move_back_and_resume(heap);
+        done = Err(CopyError::NoTimer);
     }
-    FAILED.set(done.err());
+    FAILURE.set(done.err());
 }
 
-fn unblock() {
-    // SAFETY: `before` has stored it.
+fn unblock_signals() {
+    // SAFETY: `before` has stored the mask.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, MASK.get().as_ptr(), null_mut()) };
 }
 
-/// Runs in the parent when the child is there, or was refused.
+/// Runs in the parent after the kernel's fork, even if that failed.
 pub extern "C" fn in_parent() {
     let Some(heap) = Heap::get() else { return };
-    park::disarm_rescue();
-    release(heap);
-    BUSY.store(false, Ordering::Release);
-    unblock();
+    stop_threads::stop_stall_timer();
+    move_back_and_resume(heap);
+    FORKING.store(false, Ordering::Release);
+    unblock_signals();
 }
 
-/// Runs in the child before anything of the program does.
+/// Runs in the child before the program's code.
 pub extern "C" fn in_child() {
     if Heap::get().is_none() {
         return;
     }
     Heap::detach();
-    park::forget_rescue();
-    if FAILED.get().is_some() {
-        // There is nothing in the heap's place. The parent is told ENOMEM.
-        // SAFETY: ends the process without running anything of it.
+    stop_threads::forget_stall_timer();
+    if FAILURE.get().is_some() {
+        // This child has no heap. `fork` returns ENOMEM in the parent.
+        // SAFETY: ends the process without running its code.
         unsafe { libc::_exit(127) };
     }
-    AWAY.store(0, Ordering::Relaxed);
-    PARKED.store(false, Ordering::Relaxed);
-    BUSY.store(false, Ordering::Relaxed);
-    unblock();
+    HEAP_MOVED_TO.store(0, Ordering::Relaxed);
+    STOPPED.store(false, Ordering::Relaxed);
+    FORKING.store(false, Ordering::Relaxed);
+    unblock_signals();
 }
 
-/// What fork(3) answers in this process: `real` forks and runs the three steps.
+/// The result of fork(3), where `real_fork` forks and runs the three steps.
 ///
-/// ENOMEM where the heap cannot be copied, and a line that says why; nothing is ever shared.
-pub fn fork(real: impl FnOnce() -> c_int) -> c_int {
-    if let Some(failure) = Heap::get().and_then(obstacle) {
-        failure.say();
-        set_errno(libc::ENOMEM);
-        return -1;
+/// If the heap cannot be copied, prints why and fails with ENOMEM. No child ever shares the heap.
+pub fn fork(real_fork: impl FnOnce() -> c_int) -> c_int {
+    if let Some(failure) = Heap::get().and_then(|heap| check(heap).err()) {
+        return fail(failure);
     }
-    let child = real();
+    let child = real_fork();
     if child <= 0 {
         return child;
     }
-    let Some(failure) = FAILED.take() else {
+    let Some(failure) = FAILURE.take() else {
         return child;
     };
-    failure.say();
-    // SAFETY: the child that has no heap; it has run nothing of the program.
+    // SAFETY: the child without a heap, which has not run any code of the program.
     unsafe {
         libc::kill(child, libc::SIGKILL);
         libc::waitpid(child, null_mut(), 0);
     }
-    set_errno(libc::ENOMEM);
-    -1
+    fail(failure)
 }
 
-fn set_errno(code: c_int) {
-    // SAFETY: the thread's own.
-    unsafe { *libc::__errno_location() = code };
+/// Prints why a fork has failed. Sets errno and returns -1.
+fn fail(failure: CopyError) -> c_int {
+    stderr::print(format_args!("fork failed: {failure}"));
+    // SAFETY: the thread's own errno.
+    unsafe { *libc::__errno_location() = libc::ENOMEM };
+    -1
 }

@@ -1,4 +1,4 @@
-//! The part of an arena that is this process's heap.
+//! The heap: an arena and its committed pages.
 
 use std::io;
 use std::ops::Range;
@@ -6,119 +6,119 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use ebb_guest_agent::arena::Arena;
+use ebb_guest_agent::memory::PAGE_SIZE;
 
-use crate::pages::{PAGE, Pages};
-use crate::say::say;
+use crate::committed::CommittedPages;
+use crate::stderr;
 
-/// After an allocation that found the arena full, so many do not look again.
-const PATIENCE: usize = 64;
+/// Claims that fail without a search after one has found the arena full: a search reads all owner words.
+const CLAIMS_WITHOUT_SEARCH: usize = 64;
 
 static HEAP: OnceLock<Heap> = OnceLock::new();
-/// In a child of a fork the heap's addresses are ordinary memory of its own.
+/// Set in the child of a fork, where a copy in normal memory has replaced the heap.
 static DETACHED: AtomicBool = AtomicBool::new(false);
 
-/// An arena, and which of its pages hold something.
+/// An arena and its committed pages.
 pub struct Heap {
     arena: Arena,
-    pages: Pages,
-    /// Allocations to go before the arena is looked through again.
-    wait: AtomicUsize,
+    committed: CommittedPages,
+    /// Claims that still fail without a search.
+    skip: AtomicUsize,
     warned: AtomicBool,
 }
 
 impl Heap {
-    /// Makes `arena` the heap, for as long as the process lives. `false`: there is one already.
+    /// Makes `arena` the heap of this process, forever. Returns false if it has one.
     pub fn install(arena: Arena) -> io::Result<bool> {
-        let per_granule = arena.granule_size() / PAGE;
+        let per_granule = arena.granule_size() / PAGE_SIZE;
         let heap = Self {
-            pages: Pages::new(arena.indices().end, per_granule)?,
+            committed: CommittedPages::new(arena.indices().end, per_granule)?,
             arena,
-            wait: AtomicUsize::new(0),
+            skip: AtomicUsize::new(0),
             warned: AtomicBool::new(false),
         };
         Ok(HEAP.set(heap).is_ok())
     }
 
-    /// The heap, unless there is none, or it was left to the parent.
+    /// The heap. `None` if this process has no arena, or is a child whose heap is a copy.
     #[inline]
     pub fn get() -> Option<&'static Self> {
         HEAP.get().filter(|_| !DETACHED.load(Ordering::Relaxed))
     }
 
-    /// From now on the heap's addresses are ordinary memory.
+    /// Says that a copy has replaced the heap.
     pub fn detach() {
         DETACHED.store(true, Ordering::Relaxed);
     }
 
-    /// Whether an address is, or was before a fork, the heap's.
-    pub fn owns(address: usize) -> bool {
+    /// Returns true for addresses of the heap or of its copy.
+    pub fn contains(address: usize) -> bool {
         HEAP.get()
             .is_some_and(|heap| heap.range().contains(&address))
     }
 
-    /// Its addresses.
+    /// Addresses of the heap.
     pub fn range(&self) -> Range<usize> {
         let base = self.arena.base() as usize;
-        base..base + self.arena.indices().end * self.granule()
+        base..base + self.arena.indices().end * self.granule_size()
     }
 
-    /// Bytes of a granule.
-    pub const fn granule(&self) -> usize {
+    const fn granule_size(&self) -> usize {
         self.arena.granule_size()
     }
 
-    /// Its pages.
-    pub const fn pages(&self) -> &Pages {
-        &self.pages
+    /// The committed pages.
+    pub const fn committed(&self) -> &CommittedPages {
+        &self.committed
     }
 
-    /// Address space for `size` bytes, uncommitted. `None`, and once a line that says so: the arena is full.
+    /// Claims address space for `size` bytes, uncommitted. If the arena is full, returns `None`, and prints a message once.
     pub fn claim(&self, size: usize) -> Option<usize> {
-        if self.wait.load(Ordering::Relaxed) > 0 {
-            self.wait.fetch_sub(1, Ordering::Relaxed);
+        if self.skip.load(Ordering::Relaxed) > 0 {
+            self.skip.fetch_sub(1, Ordering::Relaxed);
             return None;
         }
-        let first = self.arena.claim_run(size.div_ceil(self.granule()));
+        let first = self.arena.claim_run(size.div_ceil(self.granule_size()));
         if first.is_none() {
-            self.wait.store(PATIENCE, Ordering::Relaxed);
+            self.skip.store(CLAIMS_WITHOUT_SEARCH, Ordering::Relaxed);
             if !self.warned.swap(true, Ordering::Relaxed) {
-                say(format_args!(
+                stderr::print(format_args!(
                     "the arena is full: this program goes on with normal memory"
                 ));
             }
         }
-        first.map(|first| self.arena.base() as usize + first * self.granule())
+        first.map(|first| self.arena.base() as usize + first * self.granule_size())
     }
 
-    /// The granules that `bytes` lie in, each with its part of the pages.
-    fn parts(&self, bytes: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
-        let (base, granule) = (self.arena.base() as usize, self.granule());
+    /// The granules of these addresses, each with the numbers of the pages within.
+    fn by_granule(&self, bytes: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let (base, granule) = (self.arena.base() as usize, self.granule_size());
         let (start, end) = (bytes.start - base, bytes.end - base);
         (start / granule..end.div_ceil(granule)).map(move |index| {
             let (from, to) = (index * granule, (index + 1) * granule);
             let (from, to) = (start.max(from) - from, end.min(to) - from);
-            (index, from / PAGE..to / PAGE)
+            (index, from / PAGE_SIZE..to / PAGE_SIZE)
         })
     }
 
-    /// These bytes, whole pages, will be used. Whether they are known to be zero.
+    /// Commits whole pages. Returns true if they are known to be zero.
     pub fn commit(&self, bytes: Range<usize>) -> bool {
         let mut zero = true;
-        for (granule, pages) in self.parts(bytes) {
-            let mut fresh = false;
-            self.pages.commit(granule, pages, || {
-                fresh = self.arena.reuse_granule(granule);
+        for (granule, pages) in self.by_granule(bytes) {
+            let mut granule_zero = false;
+            self.committed.commit(granule, pages, || {
+                granule_zero = self.arena.reuse_granule(granule);
             });
-            zero &= fresh;
+            zero &= granule_zero;
         }
         zero
     }
 
-    /// These bytes, whole pages, are not used any more.
+    /// Decommits whole pages.
     pub fn decommit(&self, bytes: Range<usize>) {
-        for (granule, pages) in self.parts(bytes) {
-            self.pages.decommit(granule, pages, || {
-                // SAFETY: the heap claimed it, and none of its pages is committed.
+        for (granule, pages) in self.by_granule(bytes) {
+            self.committed.decommit(granule, pages, || {
+                // SAFETY: the heap has claimed it, and none of its pages is committed.
                 unsafe { self.arena.free_granule(granule) };
             });
         }

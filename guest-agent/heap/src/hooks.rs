@@ -1,8 +1,9 @@
-//! jemalloc's extent hooks: its extents live in the arena, and decommitting is freeing lazily.
+//! jemalloc's extent hooks: they place its extents in the Ebb arena and free decommitted granules.
 //!
-//! Pages that jemalloc decommits go to [`Pages`](crate::pages::Pages), which frees whole granules. jemalloc believes that
-//! pages which it commits again are zero, as they are after munmap and mmap; here they may hold what they held. Nobody
-//! relies on it: see [`crate::zero`].
+//! "Arena" has two meanings here. A *jemalloc arena* is one of jemalloc's pools of extents. An *Ebb arena* is the guest
+//! memory that is this process's [`Heap`].
+//!
+//! jemalloc takes newly committed pages for zero, but ours may hold old content. [`crate::zero`] deals with that.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt::Write;
@@ -10,70 +11,75 @@ use std::io;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use ebb_guest_agent::memory::{HUGE_PAGE_SIZE, PAGE_SIZE, map_anonymous};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use tikv_jemalloc_sys::{extent_hooks_t, mallctl};
 
 use crate::heap::Heap;
-use crate::pages::PAGE;
-use crate::{tide, zero};
+use crate::{shrink, zero};
 
-/// How jemalloc is set up, before it serves its first call.
+/// jemalloc's options. It reads them at its first call.
 ///
-/// Big allocations get no arena of their own, which would lack our hooks, and no odd page in front, which would cost each a
-/// second granule.
+/// `oversize_threshold:0`: no separate jemalloc arena for large allocations, because it would lack our hooks.
+/// `cache_oblivious:false`: no extra page in front of large allocations, because it would take another granule.
 #[unsafe(export_name = "_rjem_malloc_conf")]
 pub static CONFIGURATION: Option<&'static c_char> =
-    // SAFETY: the first byte of a string that ends in a zero and lives for ever.
+    // SAFETY: the first byte of a static string that ends with a zero.
     Some(unsafe { &*c"oversize_threshold:0,cache_oblivious:false".as_ptr() });
 
-/// Ordinary memory below this size is not handed back to the kernel piece by piece.
-const WORTH_A_CALL: usize = 64 << 10;
+/// Smaller pieces of normal memory are not returned to the kernel, because the system call costs more than it saves.
+const MIN_MADVISE: usize = 64 << 10;
 
 static mut HOOKS: extent_hooks_t = extent_hooks_t {
     alloc: Some(alloc),
-    // What was claimed stays ours: the host has its memory, and address space is plentiful.
+    // Claimed granules stay ours: the host gets their memory anyway, and address space is plentiful.
     dalloc: None,
     destroy: None,
     commit: Some(commit),
     decommit: Some(decommit),
-    // Pages are decommitted, so that jemalloc says when it uses them again.
+    // Without these, jemalloc decommits free pages, and so tells us before it uses them again.
     purge_lazy: None,
     purge_forced: None,
     split: Some(split),
     merge: Some(merge),
 };
 
-/// Lets all of jemalloc's arenas live in the heap, and give back at once what is free.
+/// Installs the hooks in all jemalloc arenas and makes them decommit free pages at once.
 pub fn install(granule: usize) -> io::Result<()> {
     let arenas: c_uint = read(c"opt.narenas")?;
     for arena in 0..arenas {
         let hooks = &raw mut HOOKS;
         set(arena, "extent_hooks", hooks)?;
-        set(arena, "retain_grow_limit", granule.max(2 << 20))?;
+        set(arena, "retain_grow_limit", granule.max(HUGE_PAGE_SIZE))?;
         set(arena, "dirty_decay_ms", 0_isize)?;
         set(arena, "muzzy_decay_ms", 0_isize)?;
     }
-    // Number 0 serves jemalloc itself and is slower: it zeroes what it commits, and has ordinary memory from before.
     if arenas > 1 {
-        write(c"thread.arena", 1 as c_uint)?;
-        // SAFETY: jemalloc is set up and has its arena 0; the count is atomic, and only compared with those of others.
-        unsafe {
-            let first = arenas_of_jemalloc[0].load(Ordering::Acquire);
-            (0..CROWD).for_each(|_| nthreads_inc(first, false));
-        }
+        keep_threads_off_arena_0()?;
     }
     Ok(())
 }
 
-/// Threads that arena 0 seems to have, so that jemalloc, which gives a new thread the arena with the fewest, gives it another.
-const CROWD: usize = 4096;
+/// Number of threads that we pretend jemalloc's arena 0 has. jemalloc puts a new thread on the arena with the fewest.
+const PRETENDED_THREADS: usize = 4096;
 
-// jemalloc's own, 5.3: no control of its keeps new threads off an arena.
+// Internals of jemalloc 5.3, because it has no option to keep threads off an arena.
 unsafe extern "C" {
     #[link_name = "_rjem_je_arenas"]
-    static arenas_of_jemalloc: [AtomicPtr<c_void>; 1];
+    static jemalloc_arenas: [AtomicPtr<c_void>; 1];
     #[link_name = "_rjem_je_arena_nthreads_inc"]
-    fn nthreads_inc(arena: *mut c_void, internal: bool);
+    fn increment_thread_count(arena: *mut c_void, internal: bool);
+}
+
+/// Arena 0 serves jemalloc itself. It is slower, because `commit` zeroes its pages, and holds normal memory from before.
+fn keep_threads_off_arena_0() -> io::Result<()> {
+    write(c"thread.arena", 1 as c_uint)?;
+    // SAFETY: jemalloc is initialized and has its arena 0. The count is atomic and only compared with other counts.
+    unsafe {
+        let arena = jemalloc_arenas[0].load(Ordering::Acquire);
+        (0..PRETENDED_THREADS).for_each(|_| increment_thread_count(arena, false));
+    }
+    Ok(())
 }
 
 fn result(code: c_int) -> io::Result<()> {
@@ -84,52 +90,35 @@ fn result(code: c_int) -> io::Result<()> {
     }
 }
 
+/// Reads a control of jemalloc: mallctl in jemalloc(3).
 fn read<T: Default>(name: &CStr) -> io::Result<T> {
     let (mut value, mut size) = (T::default(), size_of::<T>());
     let to = (&raw mut value).cast();
-    // SAFETY: the value is as long as `size` says, which jemalloc checks.
+    // SAFETY: `size` is the value's size, and jemalloc checks it.
     result(unsafe { mallctl(name.as_ptr(), to, &raw mut size, null_mut(), 0) })?;
     Ok(value)
 }
 
+/// Writes a control of jemalloc.
 fn write<T>(name: &CStr, mut value: T) -> io::Result<()> {
     let from = (&raw mut value).cast();
-    // SAFETY: the value is as long as its size says, which jemalloc checks.
+    // SAFETY: the last argument is the value's size, and jemalloc checks it.
     result(unsafe { mallctl(name.as_ptr(), null_mut(), null_mut(), from, size_of::<T>()) })
 }
 
-/// Sets `arena.<arena>.<what>`.
-fn set<T>(arena: c_uint, what: &str, value: T) -> io::Result<()> {
+/// Writes the control `arena.<arena>.<option>`.
+fn set<T>(arena: c_uint, option: &str, value: T) -> io::Result<()> {
     let mut name = String::new();
     // Writing to a string does not fail.
-    let _ = write!(name, "arena.{arena}.{what}\0");
+    let _ = write!(name, "arena.{arena}.{option}\0");
     let name = CStr::from_bytes_with_nul(name.as_bytes()).map_err(io::Error::other)?;
     write(name, value)
 }
 
-/// Memory as every process has it, zero. `None`: there is none.
-fn ordinary(size: usize, align: usize) -> Option<*mut c_void> {
-    let slack = align.saturating_sub(PAGE);
-    let prot = ProtFlags::READ | ProtFlags::WRITE;
-    let with_slack = size.checked_add(slack)?;
-    // SAFETY: a new mapping where the kernel finds room.
-    let start = unsafe { mmap_anonymous(null_mut(), with_slack, prot, MapFlags::PRIVATE).ok()? };
-    let lead = (start as usize).next_multiple_of(align) - start as usize;
-    let memory = start.wrapping_byte_add(lead);
-    for (part, bytes) in [
-        (start, lead),
-        (memory.wrapping_byte_add(size), slack - lead),
-    ] {
-        if bytes > 0 {
-            // SAFETY: a part of the new mapping that nobody knows yet. A failure leaks it.
-            let _ = unsafe { munmap(part, bytes) };
-        }
-    }
-    Some(memory)
-}
-
-/// Where an arena grows, jemalloc asks for uncommitted memory and gets a piece of the heap. For its own books, and for what
-/// is left when growing fails, it asks for committed memory and gets ordinary memory, as it does when the heap is full.
+/// Returns an extent, or null.
+///
+/// jemalloc asks for uncommitted memory when an arena grows, and gets a part of the heap. It asks for committed memory for
+/// its own data, and again when growing fails. Then it gets normal memory, as it does when the heap is full.
 unsafe extern "C" fn alloc(
     _: *mut extent_hooks_t,
     wanted: *mut c_void,
@@ -146,64 +135,66 @@ unsafe extern "C" fn alloc(
     let (zero, commit) = unsafe { (&mut *zero, &mut *commit) };
     if !*commit
         && !*zero
-        && align <= PAGE
+        && align <= PAGE_SIZE
         && let Some(start) = Heap::get().and_then(|heap| heap.claim(size))
     {
         return start as *mut c_void;
     }
-    let memory = ordinary(size, align);
-    if memory.is_some() {
-        (*zero, *commit) = (true, true);
-    }
-    memory.unwrap_or(null_mut())
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let Ok(memory) = map_anonymous(size, align, prot, MapFlags::PRIVATE) else {
+        return null_mut();
+    };
+    (*zero, *commit) = (true, true);
+    memory
 }
 
-/// `false`: done.
+/// Returns false for success.
 unsafe extern "C" fn commit(
     _: *mut extent_hooks_t,
     start: *mut c_void,
     _: usize,
     offset: usize,
     length: usize,
-    arena: c_uint,
+    jemalloc_arena: c_uint,
 ) -> bool {
     let from = start as usize + offset;
-    let Some(heap) = Heap::get().filter(|_| Heap::owns(from)) else {
+    let Some(heap) = Heap::get().filter(|_| Heap::contains(from)) else {
         return false;
     };
-    tide::rise(arena, length / PAGE);
-    match (heap.commit(from..from + length), arena) {
+    shrink::committed(jemalloc_arena, length / PAGE_SIZE);
+    match (heap.commit(from..from + length), jemalloc_arena) {
         (true, 0) => {}
-        // SAFETY: committed now, and nobody has it yet.
+        // SAFETY: just committed, and nobody uses it yet.
         (false, 0) => unsafe { std::ptr::write_bytes(from as *mut u8, 0, length) },
-        (true, _) => zero::remember(from..from + length),
+        (true, _) => zero::set_known_zero(from..from + length),
         (false, _) => {}
     }
     false
 }
 
-/// `false`: done. `true`: the pages stay as they are.
+/// Returns false for success, and true if the pages stay committed.
 unsafe extern "C" fn decommit(
     _: *mut extent_hooks_t,
     start: *mut c_void,
     _: usize,
     offset: usize,
     length: usize,
-    arena: c_uint,
+    jemalloc_arena: c_uint,
 ) -> bool {
     let from = start as usize + offset;
-    if let Some(heap) = Heap::get().filter(|_| Heap::owns(from)) {
-        tide::fall(arena, length / PAGE);
+    if let Some(heap) = Heap::get().filter(|_| Heap::contains(from)) {
+        shrink::decommitted(jemalloc_arena, length / PAGE_SIZE);
         heap.decommit(from..from + length);
         return false;
     }
-    if length < WORTH_A_CALL {
+    if length < MIN_MADVISE {
         return true;
     }
-    // SAFETY: pages of jemalloc's that nobody uses.
+    // SAFETY: pages of jemalloc that nobody uses.
     unsafe { madvise(from as *mut c_void, length, Advice::LinuxDontNeed).is_err() }
 }
 
+/// Allows every split: returns false.
 unsafe extern "C" fn split(
     _: *mut extent_hooks_t,
     _: *mut c_void,
@@ -216,7 +207,7 @@ unsafe extern "C" fn split(
     false
 }
 
-/// Neighbours are one extent unless only one of them is the heap's.
+/// Refuses to merge an extent of the heap with one of normal memory: returns true.
 unsafe extern "C" fn merge(
     _: *mut extent_hooks_t,
     first: *mut c_void,
@@ -226,5 +217,5 @@ unsafe extern "C" fn merge(
     _: bool,
     _: c_uint,
 ) -> bool {
-    Heap::owns(first as usize) != Heap::owns(second as usize)
+    Heap::contains(first as usize) != Heap::contains(second as usize)
 }

@@ -1,23 +1,24 @@
-//! jemalloc on an Ebb arena.
+//! jemalloc with its heap in an Ebb arena.
 //!
-//! A program's heap lives in an arena, device-dax memory that the monitor may take back wherever it is free. Freeing and
-//! reusing are one compare-and-swap a granule: no call, no TLB shootdown, no fault on what was not taken. Without an arena,
-//! or when it is full, the heap is ordinary memory.
+//! Freeing and reusing a granule is one compare-and-swap: no system call, no TLB shootdown, and no page fault unless the host
+//! has taken the memory. Without an arena, or when it is full, the heap is normal memory.
 //!
-//! A Rust program names [`EbbMalloc`] as its `#[global_allocator]`; other programs are run with `libebb_malloc.so`, which is
-//! made of the same parts.
+//! Rust programs use [`EbbMalloc`] as their `#[global_allocator]`. `libebb_malloc.so` exports the functions of this crate to
+//! other programs.
 //!
-//! Environment: `EBB_ARENA` is the device, or else the first of `/dev/dax*` that is an arena. `EBB_FORK=off` uses no arena;
-//! `copy`, the default, copies the heap for children, see [`fork`]. `EBB_QUIET=1` leaves out the line about a missing arena.
+//! Environment variables:
+//! - `EBB_ARENA`: the device. Default: the first of `/dev/dax*` that can be opened.
+//! - `EBB_FORK`: `copy` (default) copies the heap for children, see [`fork`]; `off` uses no arena.
+//! - `EBB_QUIET=1`: print no message when there is no arena.
 
+mod committed;
 pub mod fork;
 mod heap;
 mod hooks;
-mod pages;
-mod park;
-mod say;
+mod shrink;
 mod start;
-mod tide;
+mod stderr;
+mod stop_threads;
 mod zero;
 
 use std::alloc::{GlobalAlloc, Layout};
@@ -26,24 +27,37 @@ use std::ffi::{c_int, c_void};
 use tikv_jemalloc_sys as jemalloc;
 
 use heap::Heap;
-pub use start::start;
 
-/// Whether this process has its heap in an arena: it found one, and is no child of a fork.
+/// Returns true if this process has its heap in an arena. Children of a fork have not.
 #[must_use]
 pub fn uses_arena() -> bool {
     Heap::get().is_some()
 }
 
-/// Alignment, in bytes, that every allocation has which is at least as big.
-const ALIGN: usize = 16;
+/// Alignment in bytes of every allocation of at least this size.
+const MIN_ALIGN: usize = 16;
 
-/// What goes before every allocation.
+/// To be called before every allocation.
 #[inline]
-fn before_allocating() {
-    start::first_call();
-    if tide::ebbs() {
-        tide::allocated();
+fn before_allocation() {
+    start::before_first_allocation();
+    if shrink::is_shrinking() {
+        shrink::before_allocation();
     }
+}
+
+/// Zeroes what `allocate` returns, where jemalloc would take old content for zero.
+///
+/// # Safety
+/// `allocate` returns `size` bytes of new memory, or null.
+unsafe fn zeroed(size: usize, allocate: impl FnOnce() -> *mut c_void) -> *mut c_void {
+    zero::clear_known_zero();
+    let memory = allocate();
+    if !memory.is_null() {
+        // SAFETY: just allocated by this thread.
+        unsafe { zero::fill(memory.cast(), size) };
+    }
+    memory
 }
 
 /// `malloc(size)`.
@@ -52,8 +66,8 @@ fn before_allocating() {
 /// As malloc(3).
 #[inline]
 pub unsafe fn malloc(size: usize) -> *mut c_void {
-    before_allocating();
-    // SAFETY: the caller's.
+    before_allocation();
+    // SAFETY: the caller's promise.
     unsafe { jemalloc::malloc(size) }
 }
 
@@ -62,20 +76,14 @@ pub unsafe fn malloc(size: usize) -> *mut c_void {
 /// # Safety
 /// As calloc(3).
 pub unsafe fn calloc(count: usize, size: usize) -> *mut c_void {
-    before_allocating();
-    let total = count.checked_mul(size).filter(|total| *total > zero::SMALL);
-    match total.filter(|_| Heap::get().is_some()) {
-        // SAFETY: the caller's; a small request, or memory that is zero where jemalloc believes it.
-        None => unsafe { jemalloc::calloc(count, size) },
-        Some(total) => {
-            zero::forget();
-            // SAFETY: the caller's.
-            let memory = unsafe { jemalloc::malloc(total) };
-            if !memory.is_null() {
-                // SAFETY: just allocated by this thread.
-                unsafe { zero::clear(memory.cast(), total) };
-            }
-            memory
+    before_allocation();
+    let total = count.checked_mul(size);
+    let large = total.filter(|total| *total > zero::MAX_SLAB_REQUEST && uses_arena());
+    // SAFETY: the caller's promise.
+    unsafe {
+        match large {
+            None => jemalloc::calloc(count, size),
+            Some(total) => zeroed(total, || jemalloc::malloc(total)),
         }
     }
 }
@@ -86,8 +94,8 @@ pub unsafe fn calloc(count: usize, size: usize) -> *mut c_void {
 /// As realloc(3).
 #[inline]
 pub unsafe fn realloc(memory: *mut c_void, size: usize) -> *mut c_void {
-    before_allocating();
-    // SAFETY: the caller's.
+    before_allocation();
+    // SAFETY: the caller's promise.
     unsafe { jemalloc::realloc(memory, size) }
 }
 
@@ -96,8 +104,8 @@ pub unsafe fn realloc(memory: *mut c_void, size: usize) -> *mut c_void {
 /// # Safety
 /// As posix_memalign(3).
 pub unsafe fn posix_memalign(memory: *mut *mut c_void, align: usize, size: usize) -> c_int {
-    before_allocating();
-    // SAFETY: the caller's.
+    before_allocation();
+    // SAFETY: the caller's promise.
     unsafe { jemalloc::posix_memalign(memory, align, size) }
 }
 
@@ -106,8 +114,8 @@ pub unsafe fn posix_memalign(memory: *mut *mut c_void, align: usize, size: usize
 /// # Safety
 /// As aligned_alloc(3).
 pub unsafe fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
-    before_allocating();
-    // SAFETY: the caller's.
+    before_allocation();
+    // SAFETY: the caller's promise.
     unsafe { jemalloc::aligned_alloc(align, size) }
 }
 
@@ -117,12 +125,14 @@ pub unsafe fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
 /// As free(3).
 #[inline]
 pub unsafe fn free(memory: *mut c_void) {
-    if tide::ebbs() {
-        // SAFETY: the caller's.
-        return unsafe { tide::free(memory) };
+    // SAFETY: the caller's promise.
+    unsafe {
+        if shrink::is_shrinking() {
+            shrink::free_uncached(memory);
+        } else {
+            jemalloc::free(memory);
+        }
     }
-    // SAFETY: the caller's.
-    unsafe { jemalloc::free(memory) }
 }
 
 /// `malloc_usable_size(memory)`.
@@ -130,7 +140,7 @@ pub unsafe fn free(memory: *mut c_void) {
 /// # Safety
 /// As malloc_usable_size(3).
 pub unsafe fn usable_size(memory: *const c_void) -> usize {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { jemalloc::malloc_usable_size(memory) }
 }
 
@@ -138,51 +148,50 @@ pub unsafe fn usable_size(memory: *const c_void) -> usize {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EbbMalloc;
 
-/// jemalloc's flag for an alignment; 0 where every allocation of that size has it.
+/// jemalloc's flag for an alignment, or 0 if allocations of that size have it anyway.
 const fn flags(layout: Layout) -> c_int {
-    if layout.align() <= ALIGN && layout.align() <= layout.size() {
+    if layout.align() <= MIN_ALIGN && layout.align() <= layout.size() {
         0
     } else {
         jemalloc::MALLOCX_ALIGN(layout.align())
     }
 }
 
-// SAFETY: jemalloc's functions, with the sizes and alignments that they were asked for.
+// SAFETY: jemalloc's functions, called with the requested size and alignment.
 unsafe impl GlobalAlloc for EbbMalloc {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        before_allocating();
-        // SAFETY: a layout's size is not 0 here.
+        before_allocation();
+        // SAFETY: the size of a layout is not 0 here.
         unsafe { jemalloc::mallocx(layout.size(), flags(layout)).cast() }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        if layout.align() <= ALIGN {
-            // SAFETY: as above.
-            return unsafe { calloc(1, layout.size()).cast() };
-        }
-        zero::forget();
         // SAFETY: as above.
-        let memory = unsafe { self.alloc(layout) };
-        if !memory.is_null() {
-            // SAFETY: just allocated by this thread.
-            unsafe { zero::clear(memory, layout.size()) };
+        unsafe {
+            if layout.align() <= MIN_ALIGN {
+                calloc(1, layout.size()).cast()
+            } else {
+                zeroed(layout.size(), || self.alloc(layout).cast()).cast()
+            }
         }
-        memory
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        if tide::ebbs() {
-            // SAFETY: it is from `alloc`.
-            return unsafe { tide::free(memory.cast()) };
+        // SAFETY: the memory is from `alloc` with this layout.
+        unsafe {
+            if shrink::is_shrinking() {
+                shrink::free_uncached(memory.cast());
+            } else {
+                jemalloc::sdallocx(memory.cast(), layout.size(), flags(layout));
+            }
         }
-        // SAFETY: it is from `alloc`, with this layout.
-        unsafe { jemalloc::sdallocx(memory.cast(), layout.size(), flags(layout)) }
     }
 
     unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: the size does not overflow when rounded up to the alignment.
-        let new = unsafe { Layout::from_size_align_unchecked(size, layout.align()) };
-        // SAFETY: it is from `alloc`, with this layout.
-        unsafe { jemalloc::rallocx(memory.cast(), size, flags(new)).cast() }
+        // SAFETY: the size does not overflow when rounded up to the alignment, and the memory is from `alloc`.
+        unsafe {
+            let new = Layout::from_size_align_unchecked(size, layout.align());
+            jemalloc::rallocx(memory.cast(), size, flags(new)).cast()
+        }
     }
 }

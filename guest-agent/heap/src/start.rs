@@ -1,49 +1,39 @@
-//! How a process gets its heap: once, before `main`.
+//! Start of a process: puts its heap into an arena before `main`.
 
-use std::path::{Path, PathBuf};
+use std::ffi::OsStr;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ebb_guest_agent::arena::{Arena, OpenError};
+use ebb_guest_agent::arena::{self, Arena};
 
 use crate::heap::Heap;
-use crate::say::say;
-use crate::{fork, hooks};
+use crate::{fork, hooks, stderr};
 
-/// Where the kernel lists the devices.
-const DEVICES: &str = "/sys/bus/dax/devices";
-
-static CALLED: AtomicBool = AtomicBool::new(false);
-
-/// Before jemalloc is called for the first time: see [`fork::register`].
+/// To be called before each allocation, because [`fork::register`] must come before jemalloc's first call.
 #[inline]
-pub fn first_call() {
+pub fn before_first_allocation() {
+    static CALLED: AtomicBool = AtomicBool::new(false);
     if !CALLED.load(Ordering::Relaxed) && !CALLED.swap(true, Ordering::Relaxed) {
         fork::register();
     }
 }
 
+/// The dynamic loader calls it before `main`.
 #[used]
 #[unsafe(link_section = ".init_array")]
-static CONSTRUCTOR: extern "C" fn() = constructor;
+static CONSTRUCTOR: extern "C" fn() = start;
 
-extern "C" fn constructor() {
-    start();
-}
-
-/// Puts the heap into an arena, if there is one. The dynamic loader calls it before `main`; later calls do nothing.
-///
-/// Says in one line on standard error why there is no arena. Programs with more rights than their user (setuid) get none,
-/// and say nothing.
-pub fn start() {
-    static STARTED: AtomicBool = AtomicBool::new(false);
-    first_call();
-    // SAFETY: asks for a number.
+/// Uses an arena, or prints one line that says why not.
+extern "C" fn start() {
+    before_first_allocation();
+    // SAFETY: takes and returns numbers.
     let privileged = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
-    if STARTED.swap(true, Ordering::Relaxed) || privileged {
+    // A setuid program must not share memory with other programs of its user.
+    if privileged {
         return;
     }
     let fork = std::env::var_os("EBB_FORK");
-    let result = match fork.as_deref().map(|value| value.as_encoded_bytes()) {
+    let result = match fork.as_deref().map(OsStr::as_encoded_bytes) {
         Some(b"off") => return,
         None | Some(b"copy" | b"") => use_arena(),
         Some(_) => Err("EBB_FORK is neither copy nor off".to_owned()),
@@ -51,19 +41,19 @@ pub fn start() {
     if let Err(why) = result
         && std::env::var_os("EBB_QUIET").is_none_or(|value| value != "1")
     {
-        say(format_args!("normal memory: {why}"));
+        stderr::print(format_args!("normal memory: {why}"));
     }
 }
 
 fn use_arena() -> Result<(), String> {
-    // SAFETY: asks for a flag.
+    // SAFETY: takes and returns numbers.
     if unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) } == 1 {
         return Err(
-            "huge pages are turned off for this process (PR_SET_THP_DISABLE), and device-dax has no others"
+            "huge pages are turned off for this process (PR_SET_THP_DISABLE), but device-dax has no other pages"
                 .to_owned(),
         );
     }
-    let arena = find()?;
+    let arena = open_arena()?;
     let granule = arena.granule_size();
     let installed = Heap::install(arena).map_err(|error| format!("mmap: {error}"))?;
     if installed {
@@ -72,27 +62,20 @@ fn use_arena() -> Result<(), String> {
     Ok(())
 }
 
-/// The device that `EBB_ARENA` names, or the first that is an arena.
-fn find() -> Result<Arena, String> {
+/// Opens the device in `EBB_ARENA`, or else the first that can be opened.
+fn open_arena() -> Result<Arena, String> {
+    let open = |path: &Path| Arena::open(path).map_err(|error| error.to_string());
     if let Some(path) = std::env::var_os("EBB_ARENA") {
-        return Arena::open(Path::new(&path)).map_err(|error| error.to_string());
+        return open(Path::new(&path));
     }
-    let entries = std::fs::read_dir(DEVICES).into_iter().flatten().flatten();
-    let mut paths: Vec<PathBuf> = entries
-        .map(|entry| Path::new("/dev").join(entry.file_name()))
-        .collect();
-    paths.sort();
-    let mut first_error: Option<OpenError> = None;
-    for path in paths {
-        match Arena::open(&path) {
+    let mut first_error = None;
+    for path in arena::devices() {
+        match open(&path) {
             Ok(arena) => return Ok(arena),
-            Err(error) => {
-                first_error.get_or_insert(error);
-            }
+            Err(error) => first_error = first_error.or(Some(error)),
         }
     }
-    Err(first_error.map_or_else(
-        || "there is no arena; start the machine with --arena and run `ebb-guest setup`".to_owned(),
-        |error| error.to_string(),
-    ))
+    Err(first_error.unwrap_or_else(|| {
+        "there is no arena; start the machine with --arena and run `ebb-guest setup`".to_owned()
+    }))
 }

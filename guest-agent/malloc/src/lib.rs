@@ -1,15 +1,14 @@
-//! `libebb_malloc.so`: the names of malloc(3), fork(3), and of one switch of prctl(2), over `ebb-heap`.
+//! `libebb_malloc.so`: replaces malloc(3), fork(3) and one option of prctl(2) by those of `ebb-heap`, for LD_PRELOAD.
 
 use std::ffi::{c_int, c_ulong, c_void};
 use std::ptr::null_mut;
 
 use libc::{EINVAL, ENOMEM, size_t};
 
-/// Bytes of a page.
-const PAGE: usize = 4096;
+const PAGE_SIZE: usize = 4096;
 
 fn fail(code: c_int) -> *mut c_void {
-    // SAFETY: the thread's own.
+    // SAFETY: the thread's own errno.
     unsafe { *libc::__errno_location() = code };
     null_mut()
 }
@@ -20,7 +19,7 @@ fn fail(code: c_int) -> *mut c_void {
 /// As malloc(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn malloc(size: size_t) -> *mut c_void {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::malloc(size) }
 }
 
@@ -30,7 +29,7 @@ pub unsafe extern "C" fn malloc(size: size_t) -> *mut c_void {
 /// As calloc(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn calloc(count: size_t, size: size_t) -> *mut c_void {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::calloc(count, size) }
 }
 
@@ -40,7 +39,7 @@ pub unsafe extern "C" fn calloc(count: size_t, size: size_t) -> *mut c_void {
 /// As realloc(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn realloc(memory: *mut c_void, size: size_t) -> *mut c_void {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::realloc(memory, size) }
 }
 
@@ -55,7 +54,7 @@ pub unsafe extern "C" fn reallocarray(
     size: size_t,
 ) -> *mut c_void {
     match count.checked_mul(size) {
-        // SAFETY: the caller's.
+        // SAFETY: the caller's promise.
         Some(total) => unsafe { ebb_heap::realloc(memory, total) },
         None => fail(ENOMEM),
     }
@@ -67,7 +66,7 @@ pub unsafe extern "C" fn reallocarray(
 /// As free(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn free(memory: *mut c_void) {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::free(memory) }
 }
 
@@ -81,7 +80,7 @@ pub unsafe extern "C" fn posix_memalign(
     align: size_t,
     size: size_t,
 ) -> c_int {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::posix_memalign(memory, align, size) }
 }
 
@@ -91,7 +90,7 @@ pub unsafe extern "C" fn posix_memalign(
 /// As aligned_alloc(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn aligned_alloc(align: size_t, size: size_t) -> *mut c_void {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::aligned_alloc(align, size) }
 }
 
@@ -104,7 +103,7 @@ pub unsafe extern "C" fn memalign(align: size_t, size: size_t) -> *mut c_void {
     let Some(align) = align.checked_next_power_of_two() else {
         return fail(EINVAL);
     };
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::aligned_alloc(align.max(size_of::<usize>()), size) }
 }
 
@@ -114,8 +113,8 @@ pub unsafe extern "C" fn memalign(align: size_t, size: size_t) -> *mut c_void {
 /// As valloc(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn valloc(size: size_t) -> *mut c_void {
-    // SAFETY: the caller's.
-    unsafe { ebb_heap::aligned_alloc(PAGE, size) }
+    // SAFETY: the caller's promise.
+    unsafe { ebb_heap::aligned_alloc(PAGE_SIZE, size) }
 }
 
 /// pvalloc(3).
@@ -124,9 +123,9 @@ pub unsafe extern "C" fn valloc(size: size_t) -> *mut c_void {
 /// As pvalloc(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvalloc(size: size_t) -> *mut c_void {
-    match size.checked_next_multiple_of(PAGE) {
-        // SAFETY: the caller's.
-        Some(size) => unsafe { ebb_heap::aligned_alloc(PAGE, size) },
+    match size.checked_next_multiple_of(PAGE_SIZE) {
+        // SAFETY: the caller's promise.
+        Some(size) => unsafe { ebb_heap::aligned_alloc(PAGE_SIZE, size) },
         None => fail(ENOMEM),
     }
 }
@@ -137,29 +136,30 @@ pub unsafe extern "C" fn pvalloc(size: size_t) -> *mut c_void {
 /// As malloc_usable_size(3).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn malloc_usable_size(memory: *mut c_void) -> size_t {
-    // SAFETY: the caller's.
+    // SAFETY: the caller's promise.
     unsafe { ebb_heap::usable_size(memory) }
 }
 
-/// A function of glibc's that ours stands before.
+/// The C library's own function of this name.
 ///
 /// # Safety
-/// `F` is the type of that function.
-unsafe fn real<F: Copy>(name: &std::ffi::CStr) -> F {
+/// `F` is the function's type.
+unsafe fn libc_function<F: Copy>(name: &std::ffi::CStr) -> F {
     // SAFETY: looks up a name.
     let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
     assert!(!function.is_null(), "{name:?} is not in the C library");
-    // SAFETY: the caller's; functions are as wide as data pointers.
+    // SAFETY: the caller's promise. Functions are as wide as data pointers.
     unsafe { std::mem::transmute_copy(&function) }
 }
 
-/// A function without arguments.
-type Plain = extern "C" fn() -> c_int;
-/// prctl(2), whose arguments glibc takes as five words.
+type Fork = extern "C" fn() -> c_int;
+/// The variadic prctl(2): glibc always reads four arguments of one word.
 type Prctl = unsafe extern "C" fn(c_int, c_ulong, c_ulong, c_ulong, c_ulong) -> c_int;
 
-/// prctl(2). PR_SET_THP_DISABLE does nothing where the heap is in an arena, and succeeds: a device-dax mapping has huge pages
-/// or faults with SIGBUS, and Redis turns them off, for the sake of its forks, which copy the heap here anyway.
+/// prctl(2), but PR_SET_THP_DISABLE succeeds without effect if the heap is in an arena.
+///
+/// device-dax has huge pages only: without them an access fails with SIGBUS. Redis disables them to make its forks cheaper,
+/// which does not matter here, because a fork copies the heap.
 ///
 /// # Safety
 /// As prctl(2).
@@ -175,35 +175,32 @@ pub unsafe extern "C" fn prctl(
         return 0;
     }
     // SAFETY: its type.
-    let prctl: Prctl = unsafe { real(c"prctl") };
-    // SAFETY: the caller's.
+    let prctl: Prctl = unsafe { libc_function(c"prctl") };
+    // SAFETY: the caller's promise.
     unsafe { prctl(option, second, third, fourth, fifth) }
 }
 
-/// fork(3): ENOMEM where the heap cannot be copied for the child.
+/// fork(3). Fails with ENOMEM if the heap cannot be copied.
 #[unsafe(no_mangle)]
 pub extern "C" fn fork() -> c_int {
     // SAFETY: its type.
-    let fork: Plain = unsafe { real(c"fork") };
+    let fork: Fork = unsafe { libc_function(c"fork") };
     ebb_heap::fork::fork(|| fork())
 }
 
-/// _Fork(3), which runs no handlers: the heap is copied all the same.
+/// _Fork(3). It runs no fork handlers, so we run ours.
 #[unsafe(no_mangle)]
 pub extern "C" fn _Fork() -> c_int {
     // SAFETY: its type.
-    let fork: Plain = unsafe { real(c"_Fork") };
+    let fork: Fork = unsafe { libc_function(c"_Fork") };
     ebb_heap::fork::fork(|| {
         ebb_heap::fork::before();
-        match fork() {
-            0 => {
-                ebb_heap::fork::in_child();
-                0
-            }
-            child => {
-                ebb_heap::fork::in_parent();
-                child
-            }
+        let child = fork();
+        if child == 0 {
+            ebb_heap::fork::in_child();
+        } else {
+            ebb_heap::fork::in_parent();
         }
+        child
     })
 }

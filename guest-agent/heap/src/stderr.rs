@@ -1,19 +1,19 @@
-//! Lines on standard error, where nothing may allocate.
+//! Messages on standard error, without allocating.
 
 use std::fmt::{self, Write};
 
-/// Bytes of the longest line; the rest is cut off.
-const LONGEST: usize = 512;
+/// Bytes of a line. Longer messages are cut off.
+const MAX_LINE: usize = 512;
 
 struct Line {
-    bytes: [u8; LONGEST],
+    bytes: [u8; MAX_LINE],
     len: usize,
 }
 
 impl Write for Line {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        // One byte is kept for the end of the line.
-        let room = LONGEST - 1 - self.len;
+        // Leaves one byte for the line end.
+        let room = MAX_LINE - 1 - self.len;
         let taken = text.len().min(room);
         self.bytes[self.len..self.len + taken].copy_from_slice(&text.as_bytes()[..taken]);
         self.len += taken;
@@ -22,12 +22,12 @@ impl Write for Line {
 }
 
 /// Writes one line.
-pub fn say(text: fmt::Arguments<'_>) {
+pub fn print(text: fmt::Arguments<'_>) {
     let mut line = Line {
-        bytes: [0; LONGEST],
+        bytes: [0; MAX_LINE],
         len: 0,
     };
-    // Neither fails: what does not fit is cut off, and a closed standard error is no reason to stop.
+    // Formatting into a line never fails, and standard error may be closed.
     let _ = write!(line, "ebb-malloc: {text}");
     line.bytes[line.len] = b'\n';
     let _ = rustix::io::write(rustix::stdio::stderr(), &line.bytes[..=line.len]);

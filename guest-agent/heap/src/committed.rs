@@ -1,69 +1,58 @@
-//! Which pages of the arena hold something: a bit for each, a lock and a count for each granule.
+//! Which pages of the arena are committed: a bit for each page, a count and a lock for each granule.
 //!
-//! jemalloc commits and decommits pages; the host takes granules. A granule is freed when the last of its pages is
-//! decommitted, and taken back before the first is committed; the lock keeps these two in their order.
+//! jemalloc commits and decommits pages, but only whole granules can be freed. A granule is reused before its first page is
+//! committed, and freed when its last page is decommitted. The lock keeps the two in order.
 
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use ebb_guest_agent::memory::{PAGE_SIZE, map_anonymous};
+use rustix::mm::{MapFlags, ProtFlags};
 
-/// Bytes of a page.
-pub const PAGE: usize = 4096;
-/// Set in a granule's word while a thread changes its pages; the other bits count pages.
+/// Set in a granule's word while a thread holds its lock. The other bits count committed pages.
 const LOCKED: u32 = 1 << 31;
-/// Turns before a thread lets another run.
+/// How often a thread spins on a lock before it yields.
 const SPINS: u32 = 100;
 
-/// Zeroes at first, as much as there is address space; never unmapped.
-struct Table<T: 'static>(&'static [T]);
-
-impl<T: 'static> Table<T> {
-    /// # Safety
-    /// Zeroes are a valid `T`.
-    unsafe fn new(len: usize) -> io::Result<Self> {
-        let bytes = (len * size_of::<T>()).max(1);
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a new mapping where the kernel finds room.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, prot, flags)? };
-        // SAFETY: the mapping is that long, aligned to pages, zero, and never unmapped.
-        Ok(Self(unsafe {
-            std::slice::from_raw_parts(start.cast(), len)
-        }))
-    }
+/// Allocates `len` zeroed values outside of the heap, forever.
+///
+/// # Safety
+/// Zeroes are a valid `T`.
+unsafe fn zeroed<T>(len: usize) -> io::Result<&'static [T]> {
+    let bytes = (len * size_of::<T>()).max(1);
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    let start = map_anonymous(bytes, PAGE_SIZE, prot, flags)?;
+    // SAFETY: the mapping is long enough, page-aligned, zero, and never unmapped.
+    Ok(unsafe { std::slice::from_raw_parts(start.cast(), len) })
 }
 
-/// The pages of an arena, by granule and by their number within it.
-pub struct Pages {
-    granules: Table<AtomicU32>,
-    bits: Table<AtomicU64>,
+/// The committed pages of an arena. Pages are numbered within their granule.
+pub struct CommittedPages {
+    granules: &'static [AtomicU32],
+    bits: &'static [AtomicU64],
     /// Pages of a granule, a multiple of 64.
     per_granule: usize,
 }
 
-impl Pages {
-    /// None of so many granules' pages holds anything.
+impl CommittedPages {
+    /// No pages are committed.
     pub fn new(granules: usize, per_granule: usize) -> io::Result<Self> {
         assert!(per_granule.is_multiple_of(64));
-        // SAFETY: atomic integers may be zero.
-        let (table, bits) = unsafe {
-            (
-                Table::new(granules)?,
-                Table::new(granules * per_granule / 64)?,
-            )
-        };
+        // SAFETY: 0 is a valid atomic integer.
+        let (granules, bits) = unsafe { (zeroed(granules)?, zeroed(granules * per_granule / 64)?) };
         Ok(Self {
-            granules: table,
+            granules,
             bits,
             per_granule,
         })
     }
 
+    /// Locks a granule. Returns its count of committed pages.
     fn lock(&self, granule: usize) -> u32 {
-        let word = &self.granules.0[granule];
-        let mut turns = 0_u32;
+        let word = &self.granules[granule];
+        let mut spins = 0_u32;
         loop {
             let count = word.load(Ordering::Relaxed);
             let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
@@ -74,8 +63,8 @@ impl Pages {
             {
                 return count;
             }
-            turns += 1;
-            if turns.is_multiple_of(SPINS) {
+            spins += 1;
+            if spins.is_multiple_of(SPINS) {
                 rustix::thread::sched_yield();
             } else {
                 std::hint::spin_loop();
@@ -84,10 +73,10 @@ impl Pages {
     }
 
     fn unlock(&self, granule: usize, count: u32) {
-        self.granules.0[granule].store(count, Ordering::Release);
+        self.granules[granule].store(count, Ordering::Release);
     }
 
-    /// The words of these pages of a granule, each with the bits that are meant.
+    /// The words that hold the bits of these pages, each with a mask of the bits.
     fn words(
         &self,
         granule: usize,
@@ -99,15 +88,15 @@ impl Pages {
             let from = pages.start.saturating_sub(word * 64);
             let to = (pages.end - word * 64).min(64);
             let mask = (u64::MAX >> (64 - (to - from))) << from;
-            (&self.bits.0[base / 64 + word], mask)
+            (&self.bits[base / 64 + word], mask)
         })
     }
 
-    /// These pages of a granule will hold something. `take` is called when there was none, before anybody may touch them.
-    pub fn commit(&self, granule: usize, pages: Range<usize>, take: impl FnOnce()) {
+    /// Commits pages. Calls `reuse` first if the granule had none, so that nobody touches it earlier.
+    pub fn commit(&self, granule: usize, pages: Range<usize>, reuse: impl FnOnce()) {
         let mut count = self.lock(granule);
         if count == 0 {
-            take();
+            reuse();
         }
         for (word, mask) in self.words(granule, pages) {
             let old = word.load(Ordering::Relaxed);
@@ -117,7 +106,7 @@ impl Pages {
         self.unlock(granule, count);
     }
 
-    /// These pages of a granule hold nothing any more. `free` is called when none is left.
+    /// Decommits pages. Calls `free` at the end if these were the granule's last.
     pub fn decommit(&self, granule: usize, pages: Range<usize>, free: impl FnOnce()) {
         let before = self.lock(granule);
         let mut count = before;
@@ -132,38 +121,38 @@ impl Pages {
         self.unlock(granule, count);
     }
 
-    /// How many pages hold something. Exact when nobody changes them.
-    pub fn used(&self) -> usize {
-        let counts = self.granules.0.iter();
-        counts
+    /// Number of committed pages. Exact while no thread changes them.
+    pub fn count(&self) -> usize {
+        let words = self.granules.iter();
+        words
             .map(|word| (word.load(Ordering::Relaxed) & !LOCKED) as usize)
             .sum()
     }
 
-    /// Calls `each` with runs of pages that hold something, numbered through the arena.
+    /// Calls `each` for each run of committed pages, numbered from the arena's start.
     pub fn each_run(&self, mut each: impl FnMut(Range<usize>)) {
         let mut run = 0..0;
-        for (granule, count) in self.granules.0.iter().enumerate() {
+        for (granule, count) in self.granules.iter().enumerate() {
             if count.load(Ordering::Relaxed) & !LOCKED == 0 {
                 continue;
             }
             let base = granule * self.per_granule;
             for word in 0..self.per_granule / 64 {
-                let mut bits = self.bits.0[base / 64 + word].load(Ordering::Relaxed);
-                let mut at = base + word * 64;
+                let mut bits = self.bits[base / 64 + word].load(Ordering::Relaxed);
+                let mut page = base + word * 64;
                 while bits != 0 {
                     let skipped = bits.trailing_zeros() as usize;
                     bits >>= skipped;
-                    at += skipped;
+                    page += skipped;
                     let length = bits.trailing_ones() as usize;
-                    if run.end != at {
+                    if run.end != page {
                         if !run.is_empty() {
                             each(run.clone());
                         }
-                        run = at..at;
+                        run = page..page;
                     }
-                    run.end = at + length;
-                    at += length;
+                    run.end = page + length;
+                    page += length;
                     bits = bits.checked_shr(length as u32).unwrap_or(0);
                 }
             }
@@ -180,30 +169,30 @@ mod tests {
 
     const PER_GRANULE: usize = 512;
 
-    fn runs(pages: &Pages) -> Vec<Range<usize>> {
+    fn runs(pages: &CommittedPages) -> Vec<Range<usize>> {
         let mut runs = Vec::new();
         pages.each_run(|run| runs.push(run));
         runs
     }
 
     #[test]
-    fn a_granule_is_taken_with_its_first_page_and_freed_with_its_last() {
-        let pages = Pages::new(3, PER_GRANULE).unwrap();
+    fn a_granule_is_reused_with_its_first_page_and_freed_with_its_last() {
+        let pages = CommittedPages::new(3, PER_GRANULE).unwrap();
         let mut calls = Vec::new();
-        pages.commit(1, 3..70, || calls.push("take"));
-        pages.commit(1, 100..512, || calls.push("take again"));
+        pages.commit(1, 3..70, || calls.push("reuse"));
+        pages.commit(1, 100..512, || calls.push("reuse again"));
         pages.decommit(1, 3..64, || calls.push("free early"));
         pages.decommit(1, 64..70, || calls.push("free early"));
-        assert_eq!((pages.used(), calls.len()), (412, 1));
+        assert_eq!((pages.count(), calls.len()), (412, 1));
         pages.decommit(1, 0..512, || calls.push("free"));
         pages.decommit(1, 0..512, || calls.push("free again"));
-        pages.commit(1, 0..1, || calls.push("take"));
-        assert_eq!(calls, ["take", "free", "take"]);
+        pages.commit(1, 0..1, || calls.push("reuse"));
+        assert_eq!(calls, ["reuse", "free", "reuse"]);
     }
 
     #[test]
-    fn runs_go_across_words_and_granules() {
-        let pages = Pages::new(4, PER_GRANULE).unwrap();
+    fn runs_cross_words_and_granules() {
+        let pages = CommittedPages::new(4, PER_GRANULE).unwrap();
         assert!(runs(&pages).is_empty());
         pages.commit(0, 500..512, || {});
         pages.commit(1, 0..64, || {});
