@@ -1,5 +1,5 @@
-//! Builds the freestanding guest as a flat image, with the compiler that builds everything else: `hypercall-abi`
-//! as a library, then the guest on top of it, both without the standard library.
+//! Builds `ebb-payload-guest` as a flat image, without the standard library: first its dependency `ebb-hypercall-abi`, then
+//! the guest.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ fn variable(name: &str) -> String {
     env::var(name).unwrap_or_else(|_| panic!("cargo sets {name}"))
 }
 
-/// The compiler, for code that runs at its linked address and never unwinds.
+/// A call of the compiler, for code that runs at its linked address and never unwinds.
 fn rustc(source: &Path, name: &str, output: &Path) -> Command {
     let mut command = Command::new(variable("RUSTC"));
     command

@@ -4,7 +4,7 @@ use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ebb_payload::freestanding::{Counts, Job, marker};
+use ebb_payload::freestanding::{Counts, Task, marker};
 
 use crate::error::{Error, Result};
 use crate::host::{monitors, rss_estimate};
@@ -177,7 +177,7 @@ impl fmt::Display for Outcome {
 pub fn run(case: Case, limit: Duration) -> Result<Outcome> {
     let start = Instant::now();
     let setup = Setup {
-        job: Job::Integrity,
+        task: Task::Integrity,
         vcpus: case.vcpus,
         mib: RAM_MIB,
         shared: case.shared,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use ebb_payload::freestanding::{self, Counts, Job, Parameters, marker};
+use ebb_payload::freestanding::{self, Counts, Parameters, Task, marker};
 use tempfile::TempDir;
 
 use crate::api::Api;
@@ -17,7 +17,7 @@ use crate::wait::until;
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     /// What the guest does.
-    pub job: Job,
+    pub task: Task,
     /// vCPUs, 1 to 4.
     pub vcpus: u64,
     /// RAM in MiB.
@@ -46,7 +46,7 @@ impl PayloadVm {
         let folder = TempDir::with_prefix("ebb-").context("make a temporary folder")?;
         let path = |name: &str| folder.path().join(name);
         let parameters = Parameters {
-            job: setup.job as u64,
+            task: setup.task as u64,
             vcpus: setup.vcpus,
             ram: setup.mib << 20,
             operations: setup.operations,
@@ -98,7 +98,7 @@ impl PayloadVm {
     pub fn wait_for(&mut self, word: u64, limit: Duration) -> Result<()> {
         let said = until(format_args!("the guest says {word:#x}"), limit, || {
             let ended = self.monitor.try_wait().context("wait")?;
-            if freestanding::has_said(&self.serial(), word) {
+            if freestanding::has_sent(&self.serial(), word) {
                 return Ok(Some(()));
             }
             match ended {
@@ -115,7 +115,7 @@ impl PayloadVm {
     /// When the monitor did not end with status 0, or the guest has panicked.
     pub fn ended(&mut self) -> Result<bool> {
         let status = self.monitor.try_wait().context("wait")?;
-        if freestanding::has_said(&self.serial(), marker::PANIC) {
+        if freestanding::has_sent(&self.serial(), marker::PANIC) {
             return Err(self.explain(&Error::new("the guest has panicked")));
         }
         match status {

@@ -189,9 +189,9 @@ fn the_guest_is_told_where_the_arena_is_and_what_calls_take() -> Result<()> {
 fn a_table_full_of_nonsense_harms_the_guest_alone() -> Result<()> {
     let mut program = Program::kernel();
     program.fill(granule(1), PAGES, 7);
-    let last = program.scribble(word(0), SIZE / GRANULE, 4000);
+    let last = program.write_random(word(0), SIZE / GRANULE, 4000);
     // The header, too.
-    program.scribble(ARENA, 16, 1);
+    program.write_random(ARENA, 16, 1);
     // Until the host has been at it once more.
     program.store(word(100), raw(State::Lazy));
     program.wait_for(word(100), raw(State::Discarded));

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ebb_harness::Result;
 use ebb_harness::payload_vm::{PayloadVm, Setup};
-use ebb_payload::freestanding::{Job, marker};
+use ebb_payload::freestanding::{Task, marker};
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// Scattered ranges of four pages.
@@ -13,7 +13,7 @@ const RANGES: u64 = 1024;
 #[test]
 fn a_guest_that_exits_often_is_kicked_for_few_slices() -> Result<()> {
     let setup = Setup {
-        job: Job::Caller,
+        task: Task::Caller,
         vcpus: 1,
         mib: 64,
         shared: false,

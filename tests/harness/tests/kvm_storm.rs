@@ -12,7 +12,7 @@ use ebb_harness::error::Context;
 use ebb_harness::payload_vm::{PayloadVm, Setup};
 use ebb_harness::size::MIB;
 use ebb_harness::{Api, Result};
-use ebb_payload::freestanding::{Job, marker};
+use ebb_payload::freestanding::{Task, marker};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
@@ -23,14 +23,14 @@ const SECONDS: u64 = 12;
 const TURNS: u64 = 6;
 
 /// Starts a machine on one CPU, the `nth` of those that this process may use: what is started inherits it.
-fn start_on(nth: usize, job: Job, mib: u64) -> Result<PayloadVm> {
+fn start_on(nth: usize, task: Task, mib: u64) -> Result<PayloadVm> {
     let before = sched_getaffinity(None).context("sched_getaffinity")?;
     let mut allowed = (0..CpuSet::MAX_CPU).filter(|&cpu| before.is_set(cpu));
     let mut only = CpuSet::new();
     only.set(allowed.nth(nth).context("too few CPUs")?);
     sched_setaffinity(None, &only).context("sched_setaffinity")?;
     let setup = Setup {
-        job,
+        task,
         vcpus: 1,
         mib,
         shared: false,
@@ -89,8 +89,8 @@ fn a_storm_of_calls_costs_nobody_else() -> Result<()> {
         .and_then(|text| text.parse().ok())
         .unwrap_or(SECONDS);
     let turn = Duration::from_secs(seconds) / TURNS as u32;
-    let storm = start_on(0, Job::Storm, 144)?;
-    let meter = start_on(2, Job::Meter, 64)?;
+    let storm = start_on(0, Task::Storm, 144)?;
+    let meter = start_on(2, Task::Meter, 64)?;
     let api = storm.api();
     let (before, (good, failed), lines) = (
         anonymous(&storm)?,

@@ -12,7 +12,7 @@ use ebb_harness::host::monitors;
 use ebb_harness::size::MIB;
 use ebb_harness::wait::{LONG, until};
 use ebb_hypercall_abi::{Operation, PAGE_SIZE};
-use ebb_payload::{Program, Transport, page, trespass};
+use ebb_payload::{Program, Transport, page, use_after_free};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde_json::Value;
 
@@ -178,12 +178,12 @@ fn stay_on_one_processor() {
 
 #[test]
 fn each_vcpu_is_caught_at_its_instruction_and_goes_on_with_zeroes() {
-    let guest = Guest::start(trespass::write, 2, MEMORY).finish();
+    let guest = Guest::start(use_after_free::write, 2, MEMORY).finish();
     assert_eq!(guest.results(), [0, 0], "the discarded pages read zeroes");
     let mut reports = guest.reports();
     reports.sort();
     let expected = |vcpu: usize, verb, rip: u64| {
-        let page = trespass::PAGES[vcpu];
+        let page = use_after_free::PAGES[vcpu];
         format!(
             "vCPU {vcpu} at RIP {rip:#x} {verb} page {page:#x}, \
              which is lazily free: no REUSE since its LAZY_FREE"
@@ -193,8 +193,8 @@ fn each_vcpu_is_caught_at_its_instruction_and_goes_on_with_zeroes() {
         .into_iter()
         .flat_map(|vcpu| {
             [
-                expected(vcpu, "reads", trespass::load_site()),
-                expected(vcpu, "writes to", trespass::store_site()),
+                expected(vcpu, "reads", use_after_free::load_site()),
+                expected(vcpu, "writes to", use_after_free::store_site()),
             ]
         })
         .collect();

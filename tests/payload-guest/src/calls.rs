@@ -1,4 +1,4 @@
-//! Calls to the monitor.
+//! Hypercalls.
 
 use ebb_hypercall_abi::discovery::PORT;
 use ebb_hypercall_abi::stubs::{self, Transport};
@@ -7,13 +7,13 @@ use ebb_hypercall_abi::{Attributes, Error, Operation, Success};
 use crate::cpu::Ram;
 use crate::map;
 use crate::random::Random;
-use crate::slots::Slot;
-use crate::stamp::Memory;
+use crate::ranges::TestRange;
+use crate::records::WordMemory;
 
-/// Most ranges of a batch here.
-pub const BATCH: usize = 64;
+/// Maximum number of ranges in a batch of this guest.
+pub const MAX_BATCH: usize = 64;
 
-/// A vCPU's way to the monitor.
+/// Makes the hypercalls of one vCPU.
 #[derive(Clone, Debug)]
 pub struct Calls {
     ram: Ram,
@@ -22,7 +22,7 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// For the vCPU `index`; without the interface's instruction, the port serves for both.
+    /// For vCPU `index`. If the monitor supports no instruction, both transports are the port.
     #[must_use]
     pub fn new(ram: Ram, index: u64) -> Self {
         let found = stubs::discover().and_then(|interface| Transport::choose(interface, true));
@@ -33,7 +33,7 @@ impl Calls {
         }
     }
 
-    /// One of the two transports, by chance.
+    /// One of the two transports, at random.
     pub const fn transport(&self, random: &mut Random) -> Transport {
         match random.below(2) {
             0 => self.instruction,
@@ -41,10 +41,10 @@ impl Calls {
         }
     }
 
-    /// A call with any numbers; its status.
+    /// A hypercall with arbitrary arguments. Returns its status.
     #[must_use]
     pub fn raw(by: Transport, gpa: u64, pages: u64, attributes: u64) -> i64 {
-        // SAFETY: all of the machine is this guest's, which answers for what it frees; privilege level 0.
+        // SAFETY: privilege level 0, and all memory belongs to this guest, which expects freed memory to change.
         unsafe {
             match by {
                 Transport::Vmcall => stubs::vmcall(gpa, pages, attributes),
@@ -54,33 +54,32 @@ impl Calls {
         }
     }
 
-    /// A call on a range.
+    /// A hypercall for a range.
     ///
     /// # Errors
-    /// The monitor's.
+    /// Those of the hypercall.
     pub fn one(by: Transport, what: Operation, gpa: u64, pages: u64) -> Result<Success, Error> {
         let attributes = Attributes::new(what).encode();
         ebb_hypercall_abi::status::decode(Self::raw(by, gpa, pages, attributes))
     }
 
-    /// A batch of `slots`, at least one. An answer that says that not all were gone through is
-    /// [`Error::Fault`].
+    /// A batch hypercall for at least one range.
     ///
     /// # Errors
-    /// The monitor's.
+    /// Those of the hypercall, and [`Error::Fault`] if the monitor has not processed all ranges.
     pub fn batch(
         &mut self,
         by: Transport,
         what: Operation,
-        slots: &[Slot],
+        ranges: &[TestRange],
     ) -> Result<Success, Error> {
-        let count = slots.len() as u64;
+        let count = ranges.len() as u64;
         self.ram.store(self.block, count);
         self.ram.store(self.block + 8, 0);
-        for (index, slot) in slots.iter().enumerate() {
+        for (index, range) in ranges.iter().enumerate() {
             let at = self.block + 16 + 16 * index as u64;
-            self.ram.store(at, slot.gpa);
-            self.ram.store(at + 8, slot.pages.into());
+            self.ram.store(at, range.gpa);
+            self.ram.store(at + 8, range.pages.into());
         }
         let result = Self::one(by, what, self.block, 1);
         if self.ram.load(self.block) != count << 32 | count {
@@ -89,10 +88,10 @@ impl Calls {
         result
     }
 
-    /// Pages of the machine that are lazily free and with the guest's content, and those that the host has taken.
+    /// Returns the number of lazily free pages that still have content, and of discarded pages.
     ///
     /// # Errors
-    /// The monitor's.
+    /// Those of the hypercall.
     pub fn query(&mut self, by: Transport) -> Result<(u64, u64), Error> {
         self.ram.store(self.block, 0);
         self.ram.store(self.block + 8, 0);

@@ -1,28 +1,28 @@
-//! What the guest needs of its processor.
+//! The processor, the serial port and memory access.
 
 use core::arch::asm;
 use core::ptr::with_exposed_provenance_mut;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::map;
-use crate::stamp::Memory;
+use crate::records::WordMemory;
 
-/// The machine's memory, of which all addresses are valid to this guest.
+/// The machine's memory. All addresses are valid.
 #[derive(Clone, Copy, Debug)]
 pub struct Ram(());
 
 impl Ram {
-    /// All of it.
+    /// Grants access to the memory.
     ///
     /// # Safety
-    /// The caller runs in a guest whose first 4 GiB are mapped one to one and are its own, and accesses only
-    /// what its part of the guest may access.
+    /// The caller runs in a guest that owns its first 4 GiB and has them identity-mapped, and accesses only the memory of its
+    /// own vCPU.
     #[must_use]
     pub const unsafe fn new() -> Self {
         Self(())
     }
 
-    /// A word that vCPUs share.
+    /// A word that the vCPUs share.
     #[must_use]
     pub fn shared(&self, index: u64) -> &AtomicU64 {
         let word = with_exposed_provenance_mut((map::SHARED + 8 * index) as usize);
@@ -31,10 +31,10 @@ impl Ram {
     }
 }
 
-impl Memory for Ram {
+impl WordMemory for Ram {
     fn load(&self, address: u64) -> u64 {
         let word = with_exposed_provenance_mut::<u64>(address as usize);
-        // SAFETY: memory of this guest, by the promise given to `new`; any value is a number.
+        // SAFETY: memory of this guest, as promised to `new`, and every value is valid.
         unsafe { word.read_volatile() }
     }
 
@@ -53,29 +53,29 @@ pub fn now() -> u64 {
 }
 
 /// Writes a word to the serial port.
-pub fn say(word: u64) {
+pub fn send(word: u64) {
     for byte in word.to_le_bytes() {
-        // SAFETY: the serial port's data register; memory is not involved.
+        // SAFETY: the serial port's data register. Touches no memory.
         unsafe { asm!("out dx, al", in("dx") 0x3f8u16, in("al") byte, options(nomem, nostack)) };
     }
 }
 
-/// Ends the machine: sleep type 5, sleep enable.
+/// Powers off: sleep type 5, sleep enable.
 pub fn power_off() -> ! {
-    // SAFETY: the sleep control register.
+    // SAFETY: the sleep control register. Touches no memory.
     unsafe { asm!("out dx, al", in("dx") 0x600u16, in("al") 0x34u8, options(nomem, nostack)) };
     halt()
 }
 
-/// Does nothing any more.
+/// Halts forever.
 pub fn halt() -> ! {
     loop {
-        // SAFETY: there are no interrupts to wait for, nor any handlers.
+        // SAFETY: touches no memory.
         unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
     }
 }
 
-/// Waits until all `vcpus` have come to the barrier `index`, each of which serves once.
+/// Waits until all `vcpus` have reached the barrier `index`. Each index can be used once.
 pub fn barrier(ram: &Ram, index: u64, vcpus: u64) {
     let count = ram.shared(1 + index);
     count.fetch_add(1, Ordering::AcqRel);

@@ -1,82 +1,83 @@
-//! Each vCPU writes records into all memory that is not lazily free, and frees and reuses its slots at random
-//! while the host reclaims. What is in use must be there, before each free and in sweeps; what comes back from
-//! a reuse must be what was there or zero.
+//! Checks that no content is lost: each vCPU frees and reuses its ranges at random while the host reclaims.
+//!
+//! A range in use must hold the records that were written last, which is checked before each free and in regular sweeps. After
+//! a reuse, each page must hold its old records or zeroes. Then it is written again.
 
 use ebb_hypercall_abi::stubs::Transport;
 use ebb_hypercall_abi::{Error, Operation, PAGE_SIZE, Success};
 
-use crate::calls::{BATCH, Calls};
-use crate::cpu::{Ram, barrier, now, say};
+use crate::calls::{Calls, MAX_BATCH};
+use crate::cpu::{Ram, barrier, now, send};
 use crate::random::Random;
-use crate::slots::{BIG, Slot, deal};
-use crate::stamp::{Found, look, write};
+use crate::ranges::{LARGE_RANGE, TestRange, assign};
+use crate::records::{self, PageContent};
 use crate::{COUNTS, Counts, Parameters, map, marker};
 
-/// Operations between two sweeps of a vCPU over all of its slots.
-const SWEEP: u64 = 1 << 14;
+/// Operations of a vCPU between two sweeps over all of its ranges.
+const SWEEP_INTERVAL: u64 = 1 << 14;
 
-/// How rarely a slot's turn is made use of. The rare ones stay free for long enough to be invalidated first and
-/// discarded later.
-const COLD: [u64; 8] = [1, 2, 1, 200, 1, 1, 2, 50];
+/// A range is freed or reused in one of this many of its turns, by its index. The rarely used ones stay free for long enough to
+/// be invalidated and later discarded.
+const TURNS: [u64; 8] = [1, 2, 1, 200, 1, 1, 2, 50];
 
-/// Queries that the first vCPU makes after the host has taken most, so that the host's side can look.
-const LINGER: u64 = 300;
+/// Queries that the first vCPU still makes after the host has discarded most pages, to give the test time to look.
+const EXTRA_QUERIES: u64 = 300;
 
-/// One vCPU's part.
-struct Life<'a> {
+/// The test on one vCPU.
+struct VcpuTest<'a> {
     ram: Ram,
     calls: Calls,
     random: Random,
-    slots: &'a mut [Slot],
+    ranges: &'a mut [TestRange],
     generation: u64,
     counts: Counts,
 }
 
-/// Runs the part of the vCPU `index`; the first one speaks for all.
+/// Runs the test on vCPU `index`. vCPU 0 reports to the host.
 pub fn run(ram: Ram, parameters: &Parameters, index: u64) {
     let vcpus = parameters.vcpus;
-    let slots = place_slots(parameters, index);
-    let mut life = Life {
+    let ranges = place_ranges(parameters, index);
+    let mut test = VcpuTest {
         ram,
         calls: Calls::new(ram, index),
         random: Random::new(parameters.seed + index),
-        slots,
+        ranges,
         generation: 1,
         counts: Counts::default(),
     };
-    life.write_all();
+    test.write_all();
     barrier(&ram, 0, vcpus);
     if index == 0 {
-        say(marker::READY);
+        send(marker::READY);
     }
-    let mut next_sweep = SWEEP;
-    while life.counts.operations < parameters.operations {
-        life.turn();
-        if life.counts.operations >= next_sweep {
-            next_sweep += SWEEP;
-            life.sweep();
+    let mut next_sweep = SWEEP_INTERVAL;
+    while test.counts.operations < parameters.operations {
+        test.turn();
+        if test.counts.operations >= next_sweep {
+            next_sweep += SWEEP_INTERVAL;
+            test.sweep();
         }
     }
-    life.sweep();
-    life.all(Operation::LazyFree);
+    test.sweep();
+    test.all(Operation::LazyFree);
     barrier(&ram, 1, vcpus);
     if index == 0 {
-        life.wait_for_the_host(parameters.ram);
+        test.wait_for_the_host(parameters.ram);
     }
     barrier(&ram, 2, vcpus);
-    let zero = life.counts.reused_zero;
-    life.all(Operation::Reuse);
-    life.counts.zero_at_end = life.counts.reused_zero - zero;
-    publish(&ram, life.counts);
+    let zero = test.counts.reused_zero;
+    test.all(Operation::Reuse);
+    test.counts.zero_at_end = test.counts.reused_zero - zero;
+    publish(&ram, test.counts);
     barrier(&ram, 3, vcpus);
     if index == 0 {
-        say(marker::COUNTS);
+        send(marker::COUNTS);
         (0..COUNTS as u64)
-            .for_each(|word| say(sum(&ram, word).load(core::sync::atomic::Ordering::Acquire)));
+            .for_each(|word| send(sum(&ram, word).load(core::sync::atomic::Ordering::Acquire)));
     }
 }
 
-/// The place where all vCPUs add up a word of their counts.
+/// The shared word in which the vCPUs add up a word of their counts.
 fn sum(ram: &Ram, word: u64) -> &core::sync::atomic::AtomicU64 {
     ram.shared(64 + word)
 }
@@ -87,100 +88,103 @@ fn publish(ram: &Ram, counts: Counts) {
     }
 }
 
-/// The slots of the vCPU `index`, at their place in the guest's memory.
-fn place_slots<'a>(parameters: &Parameters, index: u64) -> &'a mut [Slot] {
-    let first = core::ptr::with_exposed_provenance_mut::<Slot>(
-        (map::SLOTS + index * map::SLOTS_SIZE) as usize,
+/// Writes the ranges of vCPU `index` to their place in the guest's memory.
+fn place_ranges<'a>(parameters: &Parameters, index: u64) -> &'a mut [TestRange] {
+    let first = core::ptr::with_exposed_provenance_mut::<TestRange>(
+        (map::RANGES + index * map::RANGES_SIZE) as usize,
     );
-    let room = map::SLOTS_SIZE as usize / size_of::<Slot>();
+    let room = map::RANGES_SIZE as usize / size_of::<TestRange>();
     let mut count = 0;
-    deal(
+    assign(
         parameters.seed,
         (index, parameters.vcpus),
         parameters.ram,
-        |slot| {
+        |range| {
             if count < room {
-                // SAFETY: inside this vCPU's own room in the guest's memory, aligned as its start is.
-                unsafe { first.add(count).write(slot) };
+                // SAFETY: inside this vCPU's array, which is aligned.
+                unsafe { first.add(count).write(range) };
                 count += 1;
             }
         },
     );
-    // SAFETY: `count` slots were written there, and nobody else uses the room.
+    // SAFETY: `count` ranges were written there, and only this vCPU uses the array.
     unsafe { core::slice::from_raw_parts_mut(first, count) }
 }
 
-impl Life<'_> {
+impl VcpuTest<'_> {
     fn write_all(&mut self) {
-        for index in 0..self.slots.len() {
+        for index in 0..self.ranges.len() {
             self.write(index);
         }
     }
 
-    /// Writes a slot anew.
+    /// Writes new records into a range.
     fn write(&mut self, index: usize) {
-        let slot = &mut self.slots[index];
-        slot.generation = self.generation;
-        slot.lazy = false;
-        for page in 0..u64::from(slot.pages) {
-            write(&mut self.ram, slot.gpa + page * PAGE_SIZE, slot.generation);
+        let range = &mut self.ranges[index];
+        range.generation = self.generation;
+        range.lazy = false;
+        for page in 0..u64::from(range.pages) {
+            records::write(
+                &mut self.ram,
+                range.gpa + page * PAGE_SIZE,
+                range.generation,
+            );
         }
     }
 
-    /// A slot in use must be as it was written.
+    /// Checks a range in use: it must hold its records.
     fn verify(&mut self, index: usize) {
-        let slot = self.slots[index];
-        for page in 0..u64::from(slot.pages) {
-            match look(&self.ram, slot.gpa + page * PAGE_SIZE, slot.generation) {
-                Found::Intact => self.counts.kept += 1,
+        let range = self.ranges[index];
+        for page in 0..u64::from(range.pages) {
+            match records::check(&self.ram, range.gpa + page * PAGE_SIZE, range.generation) {
+                PageContent::Intact => self.counts.kept += 1,
                 _ => self.counts.lost += 1,
             }
         }
     }
 
-    /// A slot that has just been reused is as it was, or zero, page by page.
+    /// Checks a range that was just reused: each page must hold its records or zeroes.
     fn verify_reused(&mut self, index: usize) {
-        let slot = self.slots[index];
-        for page in 0..u64::from(slot.pages) {
-            match look(&self.ram, slot.gpa + page * PAGE_SIZE, slot.generation) {
-                Found::Intact => self.counts.reused_intact += 1,
-                Found::Zero => self.counts.reused_zero += 1,
-                Found::Foreign(bytes) => self.counts.foreign_bytes += bytes,
+        let range = self.ranges[index];
+        for page in 0..u64::from(range.pages) {
+            match records::check(&self.ram, range.gpa + page * PAGE_SIZE, range.generation) {
+                PageContent::Intact => self.counts.reused_intact += 1,
+                PageContent::Zero => self.counts.reused_zero += 1,
+                PageContent::Foreign(bytes) => self.counts.foreign_bytes += bytes,
             }
         }
     }
 
     fn sweep(&mut self) {
-        for index in 0..self.slots.len() {
-            if !self.slots[index].lazy {
+        for index in 0..self.ranges.len() {
+            if !self.ranges[index].lazy {
                 self.verify(index);
             }
         }
     }
 
-    /// Frees or reuses some slots, and often does the opposite at once: what is handed back for a moment only
-    /// is what a reclaim is most likely to be busy with.
+    /// Frees or reuses some ranges. Often reuses freed ranges soon, because a reclaim is then most likely to meet the reuse.
     fn turn(&mut self) {
         let wanted = match self.random.below(4) {
             0 => 1,
-            _ => 2 + self.random.below(BATCH as u64 - 1) as usize,
+            _ => 2 + self.random.below(MAX_BATCH as u64 - 1) as usize,
         };
-        let (mut chosen, mut count) = ([0; BATCH], 0);
-        let len = self.slots.len();
+        let (mut chosen, mut count) = ([0; MAX_BATCH], 0);
+        let len = self.ranges.len();
         let start = self.random.below(len as u64) as usize;
-        let lazy = self.slots[start].lazy;
+        let lazy = self.ranges[start].lazy;
         for step in 0..len {
             let index = (start + step) % len;
-            let slot = self.slots[index];
-            let rare = if slot.pages >= BIG {
+            let range = self.ranges[index];
+            let turns = if range.pages >= LARGE_RANGE {
                 16
             } else {
-                COLD[index % COLD.len()]
+                TURNS[index % TURNS.len()]
             };
             if count == wanted {
                 break;
             }
-            if slot.lazy == lazy && self.random.below(rare) == 0 {
+            if range.lazy == lazy && self.random.below(turns) == 0 {
                 chosen[count] = index;
                 count += 1;
             }
@@ -205,17 +209,17 @@ impl Life<'_> {
     fn free(&mut self, chosen: &[usize]) {
         for &index in chosen {
             self.verify(index);
-            self.slots[index].lazy = true;
+            self.ranges[index].lazy = true;
         }
         match self.call(Operation::LazyFree, chosen) {
             Ok(Success::Done) => {}
-            // Part of it stays in use, and may be reused all the same.
+            // The refused part stays in use. Reusing it has no effect.
             Err(Error::NoSpace) => self.counts.refused += 1,
             _ => self.counts.bad_statuses += 1,
         }
     }
 
-    /// Takes slots back and writes them anew, unless this is the `last` time.
+    /// Reuses ranges and writes new records into them, unless this is the `last` time.
     fn reuse(&mut self, chosen: &[usize], last: bool) {
         match self.call(Operation::Reuse, chosen) {
             Ok(Success::Done | Success::LastRange) => {}
@@ -225,26 +229,26 @@ impl Life<'_> {
         for &index in chosen {
             self.verify_reused(index);
             if last {
-                self.slots[index].lazy = false;
+                self.ranges[index].lazy = false;
             } else {
                 self.write(index);
             }
         }
     }
 
-    /// Makes the call for one slot alone, and a batch for several, by either transport.
+    /// Makes a single hypercall for one range, or a batch for several, by a random transport.
     fn call(&mut self, what: Operation, chosen: &[usize]) -> Result<Success, Error> {
         self.counts.operations += chosen.len() as u64;
         self.counts.calls += 1;
         let by: Transport = self.calls.transport(&mut self.random);
         if let [only] = chosen {
-            let slot = self.slots[*only];
-            return Calls::one(by, what, slot.gpa, slot.pages.into());
+            let range = self.ranges[*only];
+            return Calls::one(by, what, range.gpa, range.pages.into());
         }
         self.counts.batches += 1;
-        let mut batch = [self.slots[chosen[0]]; BATCH];
+        let mut batch = [self.ranges[chosen[0]]; MAX_BATCH];
         for (entry, &index) in batch.iter_mut().zip(chosen) {
-            *entry = self.slots[index];
+            *entry = self.ranges[index];
         }
         let what = match what {
             Operation::LazyFree => Operation::LazyFreeBatch,
@@ -257,10 +261,10 @@ impl Life<'_> {
     fn all(&mut self, what: Operation) {
         let lazy = what == Operation::Reuse;
         let mut next = 0;
-        while next < self.slots.len() {
-            let (mut chosen, mut count) = ([0; BATCH], 0);
-            while next < self.slots.len() && count < BATCH {
-                if self.slots[next].lazy == lazy {
+        while next < self.ranges.len() {
+            let (mut chosen, mut count) = ([0; MAX_BATCH], 0);
+            while next < self.ranges.len() && count < MAX_BATCH {
+                if self.ranges[next].lazy == lazy {
                     chosen[count] = next;
                     count += 1;
                 }
@@ -274,20 +278,20 @@ impl Life<'_> {
         }
     }
 
-    /// Waits until the host has taken seven eighths of what is free, and a moment longer.
+    /// Waits until the host has discarded seven eighths of the test memory, and for some more queries.
     fn wait_for_the_host(&mut self, ram: u64) {
-        let wanted = (ram - map::FREE) / PAGE_SIZE / 8 * 7;
-        let mut linger = LINGER;
-        let mut said = false;
-        while linger > 0 {
+        let wanted = (ram - map::TEST_MEMORY) / PAGE_SIZE / 8 * 7;
+        let mut left = EXTRA_QUERIES;
+        let mut reported = false;
+        while left > 0 {
             let by = self.calls.transport(&mut self.random);
             match self.calls.query(by) {
                 Ok((_, discarded)) if discarded >= wanted => {
-                    if !said {
-                        say(marker::TAKEN);
-                        said = true;
+                    if !reported {
+                        send(marker::TAKEN);
+                        reported = true;
                     }
-                    linger -= 1;
+                    left -= 1;
                 }
                 Ok(_) => {
                     let start = now();

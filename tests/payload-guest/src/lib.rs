@@ -1,9 +1,9 @@
-//! A guest without an operating system, in Rust. `payload`'s build script compiles this file once more, as a
-//! flat image that starts at [`map::IMAGE`]; the library that cargo sees shares the numbers with the host's
-//! side, and lets the logic be tested.
+//! A guest in Rust without an operating system.
 //!
-//! What the guest does is chosen by the [`Parameters`] that the host puts at [`map::PARAMETERS`]; it answers
-//! with 64-bit words on the serial port.
+//! This file is compiled twice: by the build script of `ebb-payload` into a flat image that is loaded at [`map::IMAGE`], and
+//! by cargo into a library, from which the host takes constants, and in which unit tests run.
+//!
+//! The host puts [`Parameters`] at [`map::PARAMETERS`]. The guest answers with 64-bit words on the serial port.
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(ebb_guest, no_main)]
 
@@ -13,68 +13,68 @@ pub mod integrity;
 pub mod map;
 pub mod meter;
 pub mod random;
-pub mod slots;
-pub mod stamp;
+pub mod ranges;
+pub mod records;
 pub mod storm;
 
 #[cfg(ebb_guest)]
 mod start;
 
-/// What the guest is to do.
+/// What the guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
-pub enum Job {
-    /// Free, reuse and verify memory on all vCPUs, see [`integrity`].
+pub enum Task {
+    /// Frees, reuses and verifies memory on all vCPUs, see [`integrity`].
     Integrity = 1,
-    /// Make calls, good and bad, as fast as possible and for ever, see [`storm`].
+    /// Makes valid and invalid hypercalls as fast as possible, forever, see [`storm`].
     Storm = 2,
-    /// Measure the time of a piece of work for ever, see [`meter`].
+    /// Measures the time of a fixed computation, forever, see [`meter`].
     Meter = 3,
-    /// Free scattered ranges and make calls all the time, until they are taken, see [`meter`].
+    /// Frees scattered ranges and makes hypercalls until the host has discarded them, see [`meter`].
     Caller = 4,
 }
 
-/// The host's words to the guest, all 64 bits wide.
+/// The guest's parameters, 64 bits each.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Parameters {
-    /// A [`Job`].
-    pub job: u64,
-    /// vCPUs of the machine; each takes part.
+    /// A [`Task`].
+    pub task: u64,
+    /// Number of vCPUs.
     pub vcpus: u64,
-    /// Size of RAM in bytes, of which the guest uses what lies above [`map::FREE`].
+    /// Size of RAM in bytes. The guest tests the part from [`map::TEST_MEMORY`] on.
     pub ram: u64,
     /// Ranges that each vCPU frees or reuses before it ends.
     pub operations: u64,
-    /// Seed of everything that is random.
+    /// Seed of the random numbers.
     pub seed: u64,
 }
 
-/// Words of the guest's last answer in [`Job::Integrity`], after [`marker::COUNTS`].
+/// The last answer in [`Task::Integrity`], after [`marker::COUNTS`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Counts {
     /// Ranges freed or reused.
     pub operations: u64,
-    /// Calls made for that, single ones and batches.
+    /// Hypercalls for that, including batches.
     pub calls: u64,
-    /// Of these, batches.
+    /// Batches.
     pub batches: u64,
     /// Pages verified while they were in use.
     pub kept: u64,
-    /// Pages in use that did not hold what was written last: must be 0.
+    /// Pages in use without the content that was written last. Must be 0.
     pub lost: u64,
-    /// Pages that held their old content at a reuse.
+    /// Pages with their old content after a reuse.
     pub reused_intact: u64,
-    /// Pages that read zero at a reuse.
+    /// Pages that were zero after a reuse.
     pub reused_zero: u64,
-    /// Bytes at a reuse that were neither their old content nor zero, and bytes of pages that were both: must be 0.
+    /// Bytes after a reuse that were neither old content nor zero, and bytes of pages that were a mix of both. Must be 0.
     pub foreign_bytes: u64,
-    /// Calls with a status that they must not have: must be 0.
+    /// Hypercalls with an unexpected status. Must be 0.
     pub bad_statuses: u64,
-    /// Calls that were refused for want of room in the monitor's book.
+    /// Hypercalls that were refused because the monitor's tracker was full.
     pub refused: u64,
-    /// Pages that read zero at the very end, after everything was freed and the host had time to take it.
+    /// Pages that were zero at the end, after everything was freed and the host had time to discard it.
     pub zero_at_end: u64,
 }
 
@@ -82,7 +82,7 @@ pub struct Counts {
 pub const COUNTS: usize = size_of::<Counts>() / 8;
 
 impl Counts {
-    /// From the words on the serial port.
+    /// Decodes the words on the serial port.
     #[must_use]
     pub const fn from_words(words: [u64; COUNTS]) -> Self {
         let [
@@ -113,7 +113,7 @@ impl Counts {
         }
     }
 
-    /// To words.
+    /// Encodes the counts for the serial port.
     #[must_use]
     pub const fn to_words(self) -> [u64; COUNTS] {
         [
@@ -132,14 +132,14 @@ impl Counts {
     }
 }
 
-/// What the guest says before it goes on, one word each.
+/// Words that report the guest's progress.
 pub mod marker {
-    /// Everything is written for the first time, or the work begins.
+    /// The memory is initialized and the test begins.
     pub const READY: u64 = 0xebb0_0001;
-    /// Everything is freed, and the host has taken most of it.
+    /// Everything is freed, and the host has discarded most of it.
     pub const TAKEN: u64 = 0xebb0_0002;
     /// [`super::Counts`] follow.
     pub const COUNTS: u64 = 0xebb0_0003;
-    /// The guest has panicked: its own mistake.
+    /// The guest has panicked.
     pub const PANIC: u64 = 0xebb0_00ff;
 }

@@ -1,38 +1,38 @@
-//! Where things are in the guest's memory.
+//! Addresses in the guest's memory.
 
-/// The image; it is entered at its first byte, in 64-bit mode.
+/// The image. It is entered at its first byte, in 64-bit mode.
 pub const IMAGE: u64 = 0x10_0000;
-/// Where the image must end.
+/// The image must end before this address.
 pub const IMAGE_END: u64 = PML4;
-/// Page tables: three levels, four pages of the third, all of the first 4 GiB.
+/// Identity-mapping page tables of the first 4 GiB: first level.
 pub const PML4: u64 = 0x12_0000;
 /// Second level.
 pub const PDPT: u64 = 0x12_1000;
-/// Third level.
+/// Third level, four pages.
 pub const PD: u64 = 0x12_2000;
 /// [`crate::Parameters`].
 pub const PARAMETERS: u64 = 0x12_8000;
 /// Words that the vCPUs share.
 pub const SHARED: u64 = 0x12_9000;
-/// The code that other vCPUs start with, below 1 MiB: page 8.
+/// Code where other vCPUs start in real mode: page 8.
 pub const TRAMPOLINE: u64 = 0x8000;
-/// Stacks of 64 KiB.
+/// Stacks, one for each vCPU.
 pub const STACKS: u64 = 0x13_0000;
 /// Bytes of a stack.
 pub const STACK_SIZE: u64 = 0x1_0000;
-/// Batch and query blocks of 16 KiB, one for each vCPU.
+/// Batch and query blocks, one for each vCPU.
 pub const BLOCKS: u64 = 0x1a_0000;
-/// Bytes of a vCPU's block.
+/// Bytes of a block.
 pub const BLOCK_SIZE: u64 = 0x4000;
-/// Slots, 1 MiB for each vCPU.
-pub const SLOTS: u64 = 0x20_0000;
-/// Bytes of a vCPU's slots.
-pub const SLOTS_SIZE: u64 = 1 << 20;
-/// The memory that is freed and reused starts here.
-pub const FREE: u64 = 8 << 20;
-/// Most vCPUs.
+/// Arrays of [`crate::ranges::TestRange`], one for each vCPU.
+pub const RANGES: u64 = 0x20_0000;
+/// Bytes of an array.
+pub const RANGES_SIZE: u64 = 1 << 20;
+/// Start of the memory that is freed and reused.
+pub const TEST_MEMORY: u64 = 8 << 20;
+/// Maximum number of vCPUs.
 pub const MAX_VCPUS: u64 = 4;
 
 const _: () = assert!(STACKS + MAX_VCPUS * STACK_SIZE <= BLOCKS);
-const _: () = assert!(BLOCKS + MAX_VCPUS * BLOCK_SIZE <= SLOTS);
-const _: () = assert!(SLOTS + MAX_VCPUS * SLOTS_SIZE <= FREE);
+const _: () = assert!(BLOCKS + MAX_VCPUS * BLOCK_SIZE <= RANGES);
+const _: () = assert!(RANGES + MAX_VCPUS * RANGES_SIZE <= TEST_MEMORY);

@@ -1,6 +1,6 @@
 //! Pseudo-random numbers.
 
-/// A small generator (xorshift64, Marsaglia 2003).
+/// A generator: xorshift64 (Marsaglia 2003).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
@@ -8,11 +8,11 @@ impl Random {
     /// A generator for this seed.
     #[must_use]
     pub const fn new(seed: u64) -> Self {
-        // 0 would stay 0.
+        // The state must not be 0, or it would stay 0.
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    /// The next number below `bound`, which is not 0.
+    /// The next number below `bound`, which must not be 0.
     pub const fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;

@@ -1,13 +1,13 @@
-//! Where the guest is entered: the first vCPU by the monitor, in 64-bit mode, and the others by the first one,
-//! in real mode. Compiled for the guest only.
+//! Entry of the guest. The monitor starts the first vCPU in 64-bit mode, which starts the others in real mode. Compiled for the
+//! guest only.
 
 use core::arch::global_asm;
 use core::panic::PanicInfo;
 use core::ptr::with_exposed_provenance_mut;
 
-use crate::cpu::{Ram, halt, now, power_off, say};
-use crate::stamp::Memory;
-use crate::{Job, Parameters, integrity, map, marker, meter, storm};
+use crate::cpu::{Ram, halt, now, power_off, send};
+use crate::records::WordMemory;
+use crate::{Parameters, Task, integrity, map, marker, meter, storm};
 
 global_asm!(
     ".pushsection .text.start, \"ax\"",
@@ -16,7 +16,7 @@ global_asm!(
     "movq ${pml4}, %rax",
     "movq %rax, %cr3",
     "lgdt descriptors(%rip)",
-    // The compiler's code wants SSE.
+    // Enable SSE, which compiled code uses.
     "movq %cr0, %rax",
     "andq $~4, %rax",
     "orq $2, %rax",
@@ -24,7 +24,7 @@ global_asm!(
     "movq %cr4, %rax",
     "orq $0x600, %rax",
     "movq %rax, %cr4",
-    // Its number, which chooses its stack.
+    // Take a number, and the stack of that number.
     "2:",
     "movl $1, %edi",
     "movl ${shared}, %eax",
@@ -41,7 +41,7 @@ global_asm!(
     "descriptors:",
     ".word 23",
     ".quad table",
-    // Copied below 1 MiB: from real mode to 64-bit mode in one step.
+    // Copied below 1 MiB: switches from real mode to 64-bit mode.
     ".balign 8",
     ".globl trampoline",
     ".globl trampoline_end",
@@ -90,7 +90,7 @@ unsafe extern "C" {
 
 /// The local APIC's interrupt command register.
 const ICR: u64 = 0xfee0_0300;
-/// To all but the sender: INIT, and start at the trampoline's page.
+/// Commands to all vCPUs but the sender: INIT, and start at the trampoline's page.
 const INIT: u32 = 0xc_4500;
 const START: u32 = 0xc_4600 | (map::TRAMPOLINE >> 12) as u32;
 
@@ -99,12 +99,12 @@ fn start_others() {
     let (from, end) = (&raw const trampoline, &raw const trampoline_end);
     let to = with_exposed_provenance_mut::<u8>(map::TRAMPOLINE as usize);
     for offset in 0..end.addr() - from.addr() {
-        // SAFETY: the two symbols bound the bytes; nothing else lies at the trampoline's page.
+        // SAFETY: the two symbols bound the bytes, and the trampoline's page is unused.
         unsafe { to.add(offset).write_volatile(from.add(offset).read()) };
     }
     let icr = with_exposed_provenance_mut::<u32>(ICR as usize);
     for command in [INIT, START] {
-        // SAFETY: a register of the local APIC, mapped as all of the first 4 GiB.
+        // SAFETY: a register of the local APIC, which lies in the mapped first 4 GiB.
         unsafe { icr.write_volatile(command) };
         let begin = now();
         while now().wrapping_sub(begin) < 10_000_000 {
@@ -113,15 +113,15 @@ fn start_others() {
     }
 }
 
-/// Each vCPU comes here, on a stack of its own.
+/// Entry of each vCPU, on its own stack.
 #[unsafe(no_mangle)]
 extern "C" fn guest(index: u64) -> ! {
-    // SAFETY: the monitor has loaded this image into a machine of its own, and the page tables map 4 GiB one to
-    // one; the jobs divide the memory among the vCPUs.
+    // SAFETY: this image has its machine for itself, the page tables identity-map 4 GiB, and the tasks divide the memory
+    // among the vCPUs.
     let ram = unsafe { Ram::new() };
     let word = |field: usize| ram.load(map::PARAMETERS + field as u64);
     let parameters = Parameters {
-        job: word(core::mem::offset_of!(Parameters, job)),
+        task: word(core::mem::offset_of!(Parameters, task)),
         vcpus: word(core::mem::offset_of!(Parameters, vcpus)),
         ram: word(core::mem::offset_of!(Parameters, ram)),
         operations: word(core::mem::offset_of!(Parameters, operations)),
@@ -130,11 +130,11 @@ extern "C" fn guest(index: u64) -> ! {
     if index == 0 && parameters.vcpus > 1 {
         start_others();
     }
-    const INTEGRITY: u64 = Job::Integrity as u64;
-    const STORM: u64 = Job::Storm as u64;
-    const METER: u64 = Job::Meter as u64;
-    const CALLER: u64 = Job::Caller as u64;
-    match parameters.job {
+    const INTEGRITY: u64 = Task::Integrity as u64;
+    const STORM: u64 = Task::Storm as u64;
+    const METER: u64 = Task::Meter as u64;
+    const CALLER: u64 = Task::Caller as u64;
+    match parameters.task {
         INTEGRITY => integrity::run(ram, &parameters, index),
         CALLER => meter::caller(ram, &parameters, index),
         STORM if index == 0 => storm::run(ram, &parameters),
@@ -146,11 +146,11 @@ extern "C" fn guest(index: u64) -> ! {
 
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
-    say(marker::PANIC);
+    send(marker::PANIC);
     power_off()
 }
 
-/// The compiler's code calls these.
+/// Functions that compiled code calls.
 mod memory {
     use core::arch::asm;
 

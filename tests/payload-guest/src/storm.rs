@@ -1,39 +1,39 @@
-//! Calls as fast as the guest can make them: good, bad and meaningless ones.
+//! Makes hypercalls as fast as possible: valid, invalid and random ones.
 
 use ebb_hypercall_abi::{Attributes, Operation, PAGE_SIZE};
 
 use crate::calls::Calls;
-use crate::cpu::{Ram, say};
+use crate::cpu::{Ram, send};
 use crate::random::Random;
-use crate::stamp::Memory;
+use crate::records::WordMemory;
 use crate::{Parameters, map, marker};
 
-/// Small ranges that the good calls free and reuse, in turn and with gaps: enough to fill the monitor's book.
+/// Number of pages that valid calls free and reuse. They have gaps between them, so they fill the monitor's tracker.
 const RANGES: u64 = 16 << 10;
 
-/// Never returns.
+/// Makes hypercalls forever.
 pub fn run(mut ram: Ram, parameters: &Parameters) -> ! {
     let mut random = Random::new(parameters.seed);
     let calls = Calls::new(ram, 0);
-    let pages = (parameters.ram - map::FREE) / PAGE_SIZE;
-    // The guest touches nothing new from here on: what grows then is the monitor.
+    let pages = (parameters.ram - map::TEST_MEMORY) / PAGE_SIZE;
+    // Touch all memory now. If the monitor's RSS grows later, the monitor itself has grown.
     for page in 0..pages {
-        ram.store(map::FREE + page * PAGE_SIZE, page);
+        ram.store(map::TEST_MEMORY + page * PAGE_SIZE, page);
     }
-    say(marker::READY);
+    send(marker::READY);
     loop {
         let by = calls.transport(&mut random);
         let (gpa, pages, attributes) = arguments(&mut random, parameters.ram);
-        // The status is of no interest: what it does to the monitor is.
+        // Only the effect on the monitor matters.
         let _ = Calls::raw(by, gpa, pages, attributes);
     }
 }
 
-/// One call: as often good as bad.
+/// Arguments of one call, valid in half of the cases.
 fn arguments(random: &mut Random, ram: u64) -> (u64, u64, u64) {
     let of = |operation| Attributes::new(operation).encode();
-    let ranges = RANGES.min((ram - map::FREE) / (2 * PAGE_SIZE));
-    let range = map::FREE + 2 * PAGE_SIZE * random.below(ranges);
+    let ranges = RANGES.min((ram - map::TEST_MEMORY) / (2 * PAGE_SIZE));
+    let range = map::TEST_MEMORY + 2 * PAGE_SIZE * random.below(ranges);
     let (free, reuse) = (of(Operation::LazyFree), of(Operation::Reuse));
     match random.below(16) {
         0..4 => (range, 1, free),
@@ -44,7 +44,7 @@ fn arguments(random: &mut Random, ram: u64) -> (u64, u64, u64) {
         10 => (range, u64::MAX, free),
         11 => (ram, 1, free),
         12 => (ram, 1, of(Operation::LazyFreeBatch)),
-        // The block holds whatever the last query has left there.
+        // The block holds the answer of the last query.
         13 => (map::BLOCKS, 4, of(Operation::ReuseBatch)),
         14 => (range, 1, 0xebb0_0000 | random.below(1 << 16)),
         _ => (

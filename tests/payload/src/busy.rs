@@ -1,35 +1,37 @@
-//! A guest for measurements: each vCPU works in memory of its own without ever leaving the guest, and touches
-//! memory when its mailbox says so. It runs in 32-bit mode, flat, without paging, and makes no calls.
+//! A guest for measurements: each vCPU writes to its own pages without an exit, and touches other memory on command.
+//!
+//! The host sends commands through a mailbox in memory. The guest runs in flat 32-bit mode without paging, and makes no
+//! hypercalls.
 
 use std::arch::global_asm;
 use std::slice;
 
-/// Where the code is, and is entered. EDI holds the address of the vCPU's mailbox.
+/// Address of the code and its entry. EDI holds the address of the vCPU's mailbox.
 pub const ENTRY: u64 = 0x10_0000;
 
-/// First address that the guest leaves alone until it is told to touch it.
+/// From this address on, the guest touches memory only on command.
 pub const FREE_START: u64 = 32 << 20;
 
-/// Most vCPUs.
+/// Maximum number of vCPUs.
 pub const MAX_VCPUS: usize = 16;
 
-/// Words of a mailbox, as byte offsets; 32 bits each.
+/// Byte offsets of the 32-bit words of a mailbox.
 pub mod word {
-    /// Turns of the loop so far, modulo 2^32.
+    /// Iterations of the loop, modulo 2^32.
     pub const WORK: u64 = 0;
-    /// When it differs from [`DONE`], memory is touched. The host writes it last.
+    /// Differs from [`DONE`] while there is a command. The host writes it after all other words.
     pub const COMMAND: u64 = 4;
-    /// Becomes equal to [`COMMAND`] when that is over.
+    /// The guest sets it to [`COMMAND`] when it has touched the memory.
     pub const DONE: u64 = 8;
     /// Address of the first range to touch.
     pub const FIRST: u64 = 12;
-    /// Bytes from one range to the next.
+    /// Bytes from the start of one range to the next.
     pub const STRIDE: u64 = 16;
     /// Number of ranges, at least 1.
     pub const RANGES: u64 = 20;
     /// Pages of each range, at least 1.
     pub const PAGES: u64 = 24;
-    /// Address of 256 pages that the loop writes to in turn.
+    /// Address of the 256 pages that the loop writes to in turn.
     pub const SET: u64 = 28;
 }
 
@@ -39,7 +41,7 @@ pub const fn mailbox(vcpu: usize) -> u64 {
     0x11_0000 + vcpu as u64 * 0x1000
 }
 
-/// Address of the pages that a vCPU's loop writes to.
+/// Address of the pages that the loop of a vCPU writes to.
 #[must_use]
 pub const fn working_set(vcpu: usize) -> u64 {
     (16 << 20) + ((vcpu as u64) << 20)
@@ -95,7 +97,7 @@ unsafe extern "C" {
     static ebb_busy_end: u8;
 }
 
-/// The code, to be put at [`ENTRY`].
+/// The code. It belongs at [`ENTRY`].
 #[must_use]
 pub fn code() -> Vec<u8> {
     let (start, end) = (&raw const ebb_busy_start, &raw const ebb_busy_end);

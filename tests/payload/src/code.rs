@@ -1,4 +1,4 @@
-//! The guest's code: an interpreter of steps, in assembly, that knows its own address and nothing else.
+//! The code of a [`crate::Program`]'s guest: an interpreter of steps in assembly, linked at [`BASE`].
 
 use std::arch::global_asm;
 use std::ptr;
@@ -10,24 +10,25 @@ use ebb_hypercall_abi::stubs;
 
 use crate::elf;
 
-/// Where the code is, and is entered.
+/// Address of the code and its entry.
 pub const BASE: u64 = 0x10_0000;
-/// Not 0 for privilege level 3.
+/// Address of a word that is not 0 if the steps run at privilege level 3.
 const USER: u64 = 0x10_f000;
-/// The copied stubs.
+/// Addresses of the hypercall stubs.
 pub const VMCALL_STUB: u64 = 0x10_8000;
 pub const VMMCALL_STUB: u64 = 0x10_8100;
 pub const PORT_STUB: u64 = 0x10_8200;
-/// Bytes that are copied of a stub; none is longer.
+/// Bytes that are copied of each stub. None is longer.
 const STUB_SIZE: usize = 64;
-/// Page tables: three levels, eight pages of the third: 8 GiB.
+/// Page tables of three levels. The third has eight pages and so maps 8 GiB.
 pub const PML4: u64 = 0x11_0000;
 const PDPT: u64 = 0x11_1000;
 const PD: u64 = 0x11_2000;
 pub const STACK: u64 = 0x12_0000;
-/// The steps.
+/// Address of the steps.
 pub const PROGRAM: u64 = 0x20_0000;
 
+// Kinds of steps. Kind 0 ends the program.
 pub const VMCALL: u64 = 1;
 pub const VMMCALL: u64 = 2;
 pub const PORT_CALL: u64 = 3;
@@ -42,20 +43,20 @@ pub const INPUT_BYTE: u64 = 11;
 pub const OUTPUT: u64 = 12;
 pub const TIME: u64 = 13;
 pub const COMPARE_EXCHANGE: u64 = 14;
-pub const AWAIT: u64 = 15;
-pub const SCRIBBLE: u64 = 16;
+pub const WAIT_FOR: u64 = 15;
+pub const WRITE_RANDOM: u64 = 16;
 pub const PAIR: u64 = 17;
 pub const HALT: u64 = 18;
 
-/// Times two words that a step of this kind writes.
-const SCRIBBLES: u64 = 1 << 16;
+/// Pairs of words that one [`WRITE_RANDOM`] writes.
+const RANDOM_PAIRS: u64 = 1 << 16;
 
 global_asm!(
     ".pushsection .rodata.ebb_payload, \"a\"",
     ".globl ebb_payload_start",
     ".globl ebb_payload_end",
     "ebb_payload_start:",
-    // Our own page tables and descriptors; the monitor's are for kernels.
+    // Load our own page tables and descriptors instead of those that the monitor makes for kernels.
     "mov rax, {pml4}",
     "mov cr3, rax",
     "lgdt [rip + 90f]",
@@ -63,7 +64,7 @@ global_asm!(
     "mov rax, {user}",
     "cmp qword ptr [rax], 0",
     "je 40f",
-    // To privilege level 3 with I/O privilege level 3.
+    // Go to privilege level 3 with I/O privilege level 3.
     "mov rax, rsp",
     "push 0x23",
     "push rax",
@@ -74,7 +75,7 @@ global_asm!(
     "iretq",
     "40:",
     "mov r12, {program}",
-    // The next step; its kind, three arguments, and how often.
+    // The next step: its kind, three arguments, and how often to run it.
     "41:",
     "mov r13, [r12 + 32]",
     "12:",
@@ -113,16 +114,16 @@ global_asm!(
     "je 33f",
     "cmp rcx, {compare_exchange}",
     "je 34f",
-    "cmp rcx, {await}",
+    "cmp rcx, {wait_for}",
     "je 35f",
-    "cmp rcx, {scribble}",
+    "cmp rcx, {write_random}",
     "je 36f",
     "cmp rcx, {pair}",
     "je 37f",
     "cmp rcx, {halt}",
     "je 38f",
     "ud2",
-    // Calls.
+    // VMCALL, VMMCALL, PORT_CALL.
     "21:",
     "mov rax, {vmcall_stub}",
     "call rax",
@@ -136,14 +137,14 @@ global_asm!(
     "mov rcx, {port}",
     "call rax",
     "jmp 70f",
-    // Store, load.
+    // STORE, LOAD.
     "24:",
     "mov [rdi], rsi",
     "jmp 70f",
     "25:",
     "mov rax, [rdi]",
     "jmp 70f",
-    // CPUID: register number in rsi.
+    // CPUID: rsi is the number of the register.
     "26:",
     "mov eax, edi",
     "xor ecx, ecx",
@@ -155,7 +156,7 @@ global_asm!(
     "cmp rsi, 3",
     "cmove eax, edx",
     "jmp 70f",
-    // Fill.
+    // FILL.
     "27:",
     "lea rcx, [rdi + rdx]",
     "mov [rdi], rcx",
@@ -163,7 +164,7 @@ global_asm!(
     "dec rsi",
     "jnz 27b",
     "jmp 70f",
-    // Count the filled.
+    // COUNT_FILLED.
     "28:",
     "lea rcx, [rdi + rdx]",
     "cmp [rdi], rcx",
@@ -174,7 +175,7 @@ global_asm!(
     "dec rsi",
     "jnz 28b",
     "jmp 70f",
-    // Count the equal.
+    // COUNT_EQUAL.
     "29:",
     "cmp [rdi], rdx",
     "jne 291f",
@@ -184,7 +185,7 @@ global_asm!(
     "dec rsi",
     "jnz 29b",
     "jmp 70f",
-    // Query until.
+    // QUERY_UNTIL.
     "30:",
     "mov rsi, 1",
     "mov rdx, {query}",
@@ -199,6 +200,7 @@ global_asm!(
     "cmp [rdi + rdx], rsi",
     "jb 30b",
     "jmp 70f",
+    // INPUT_BYTE, OUTPUT, TIME, COMPARE_EXCHANGE, WAIT_FOR.
     "31:",
     "mov edx, edi",
     "in al, dx",
@@ -222,9 +224,9 @@ global_asm!(
     "cmp [rdi], rsi",
     "jne 35b",
     "jmp 70f",
-    // Scribble: pseudo-random words, every other one of the four states.
+    // WRITE_RANDOM.
     "36:",
-    "mov ecx, {scribbles}",
+    "mov ecx, {random_pairs}",
     "361:",
     "imul rdx, rdx, 0x5851f42d",
     "add rdx, 0x14057b7f",
@@ -242,7 +244,7 @@ global_asm!(
     "jnz 361b",
     "xor eax, eax",
     "jmp 70f",
-    // LAZY_FREE, REUSE by the stub in rdx, and a store, of one of 1024 ranges.
+    // PAIR: LAZY_FREE and REUSE by the stub in rdx, and a store, for one of 1024 ranges.
     "37:",
     "mov rbp, rdx",
     "mov rbx, r13",
@@ -261,11 +263,11 @@ global_asm!(
     "call rbp",
     "mov [rbx], r13",
     "jmp 70f",
-    // No interrupt ends it.
+    // HALT, again after each interrupt.
     "38:",
     "hlt",
     "jmp 38b",
-    // The result goes to the serial port.
+    // Repeat the step, or write the result to the serial port.
     "70:",
     "dec r13",
     "jnz 12b",
@@ -280,7 +282,7 @@ global_asm!(
     "jnz 71b",
     "add r12, 40",
     "jmp 41b",
-    // Power off: sleep type 5, sleep enable.
+    // End: power off by sleep type 5, sleep enable.
     "80:",
     "mov edx, 0x600",
     "mov al, 0x34",
@@ -288,7 +290,7 @@ global_asm!(
     "81:",
     "jmp 81b",
     ".balign 8",
-    // Null, code, data, and code and data for privilege level 3.
+    // Descriptors: null, code, data, and code and data for privilege level 3.
     "91:",
     ".quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00affb000000ffff, 0x00cff3000000ffff",
     "90:",
@@ -320,9 +322,9 @@ global_asm!(
     output = const OUTPUT,
     time = const TIME,
     compare_exchange = const COMPARE_EXCHANGE,
-    await = const AWAIT,
-    scribble = const SCRIBBLE,
-    scribbles = const SCRIBBLES,
+    wait_for = const WAIT_FOR,
+    write_random = const WRITE_RANDOM,
+    random_pairs = const RANDOM_PAIRS,
     pair = const PAIR,
     lazy_free = const Attributes::new(Operation::LazyFree).encode(),
     reuse = const Attributes::new(Operation::Reuse).encode(),
@@ -340,19 +342,18 @@ fn interpreter() -> Vec<u8> {
     unsafe { slice::from_raw_parts(start, end.addr() - start.addr()) }.to_vec()
 }
 
-/// The first bytes of a function.
+/// The first [`STUB_SIZE`] bytes of a function.
 fn stub(function: *const ()) -> Vec<u8> {
     let mut bytes = vec![0u8; STUB_SIZE];
     let from = function.cast::<u8>();
     for (offset, byte) in bytes.iter_mut().enumerate() {
-        // SAFETY: the function lies in this program's text, which is readable and, with what the compiler
-        // adds, longer than a stub on every side that we read.
+        // SAFETY: the function lies in this program's text, which is readable and goes on for more than these bytes.
         *byte = unsafe { ptr::read(from.add(offset)) };
     }
     bytes
 }
 
-/// What every payload consists of, as addresses and bytes.
+/// The initial memory that all payloads need, as addresses and bytes.
 pub fn segments(user: bool) -> Vec<(u64, Vec<u8>)> {
     let mut segments = elf::page_tables([PML4, PDPT, PD], 8);
     segments.extend([

@@ -1,9 +1,9 @@
-//! An ELF file of loadable segments (ELF-64 object file format, version 1.5).
+//! Writes ELF files (ELF-64 object file format, version 1.5).
 
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 
-/// A file that loads each segment at its physical address and starts at `entry`.
+/// An executable that loads each segment at its physical address and starts at `entry`.
 pub fn file(entry: u64, segments: &[(u64, Vec<u8>)]) -> Vec<u8> {
     // 64 bits, little-endian, version 1; an executable for x86-64.
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
@@ -33,8 +33,8 @@ pub fn file(entry: u64, segments: &[(u64, Vec<u8>)]) -> Vec<u8> {
     file
 }
 
-/// Page tables that map the first `gib` GiB one to one, for all privilege levels. `at`: where the three levels are;
-/// the last one takes a page for each GiB.
+/// Identity-mapping page tables of the first `gib` GiB, for all privilege levels. `at` are the addresses of the three levels;
+/// the last level has one page for each GiB.
 pub fn page_tables(at: [u64; 3], gib: u64) -> Vec<(u64, Vec<u8>)> {
     const PRESENT_WRITABLE_USER: u64 = 7;
     const LARGE: u64 = 1 << 7;

@@ -1,26 +1,27 @@
-//! The guest in Rust (`payload-guest`) as a file that `ebb run --kernel` starts.
+//! The guest in Rust (`ebb-payload-guest`), as an ELF file for `ebb run --kernel`.
 
 use std::io;
 use std::path::Path;
 
-pub use ebb_payload_guest::{COUNTS, Counts, Job, Parameters, map, marker};
+pub use ebb_payload_guest::{COUNTS, Counts, Parameters, Task, map, marker};
 
 use crate::{RESULT_SIZE, elf, results};
 
-/// The flat image; the build script makes it.
+/// The flat image from the build script.
 static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.bin"));
 
-/// Writes the guest with its parameters as an ELF file.
+/// Writes the guest and its parameters as an ELF file.
 ///
 /// # Errors
-/// The error of the system call; `InvalidInput` when there are too many vCPUs or too little memory.
+/// The error of writing the file, and `InvalidInput` if there are too many vCPUs or too little memory.
 pub fn write(path: &Path, parameters: &Parameters) -> io::Result<()> {
-    let fits = (1..=map::MAX_VCPUS).contains(&parameters.vcpus) && parameters.ram > map::FREE;
+    let fits =
+        (1..=map::MAX_VCPUS).contains(&parameters.vcpus) && parameters.ram > map::TEST_MEMORY;
     if !fits || map::IMAGE + IMAGE.len() as u64 > map::IMAGE_END {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }
     let words = [
-        parameters.job,
+        parameters.task,
         parameters.vcpus,
         parameters.ram,
         parameters.operations,
@@ -33,7 +34,7 @@ pub fn write(path: &Path, parameters: &Parameters) -> io::Result<()> {
     std::fs::write(path, elf::file(map::IMAGE, &segments))
 }
 
-/// The counts in what the guest wrote to the serial port; `None` when it did not come to its end.
+/// The counts in the serial port's output. `None` if the guest did not reach its end.
 #[must_use]
 pub fn counts(serial: &[u8]) -> Option<Counts> {
     let words = results(serial);
@@ -42,9 +43,9 @@ pub fn counts(serial: &[u8]) -> Option<Counts> {
     Some(Counts::from_words(*counts))
 }
 
-/// Whether the guest has said `word`, which is no number that it measures.
+/// Returns true if the serial port's output contains `word`, which must not be a possible measurement.
 #[must_use]
-pub fn has_said(serial: &[u8], word: u64) -> bool {
+pub fn has_sent(serial: &[u8], word: u64) -> bool {
     let (words, _) = serial.as_chunks::<RESULT_SIZE>();
     words.iter().any(|bytes| u64::from_le_bytes(*bytes) == word)
 }
@@ -54,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_image_is_there_and_has_room() {
+    fn the_image_fits() {
         assert!(IMAGE.len() > 1000);
         assert!(map::IMAGE + (IMAGE.len() as u64) < map::IMAGE_END);
     }

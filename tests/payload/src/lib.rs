@@ -1,14 +1,16 @@
-//! Tiny guests for tests. A [`Program`] is a list of steps: calls to the monitor, loads, stores. It becomes
-//! an ELF file that `ebb run --kernel` starts like a kernel, in 64-bit mode; the guest runs the steps one
-//! by one, without an operating system, writes the result of each to the serial port, and powers off.
+//! Guests for tests, without an operating system.
 //!
-//! The calls are made by the very stubs of `hypercall-abi`, copied into the guest.
+//! A [`Program`] is a list of steps: hypercalls, loads, stores. It is written as an ELF file that `ebb run --kernel` starts
+//! in 64-bit mode. The guest runs the steps in order, writes the result of each to the serial port, and powers off. Its
+//! hypercalls use copies of the stubs of `ebb-hypercall-abi`.
+//!
+//! [`freestanding`] is a guest in Rust, and [`busy`] and [`use_after_free`] are guests for single purposes.
 
 pub mod busy;
 mod code;
 mod elf;
 pub mod freestanding;
-pub mod trespass;
+pub mod use_after_free;
 
 use std::io;
 use std::path::Path;
@@ -16,19 +18,19 @@ use std::path::Path;
 use ebb_hypercall_abi::discovery::PORT;
 use ebb_hypercall_abi::{Attributes, Operation, PAGE_SIZE};
 
-/// First address that programs may use as they like; what lies below belongs to the payload.
+/// Programs may use all memory from this address on. Below it lie the payload's code and tables.
 pub const FREE_START: u64 = 8 << 20;
 
 /// Where the guest is entered, in 64-bit mode.
 pub const ENTRY: u64 = code::BASE;
 
-/// Ranges of [`Program::pairs`].
+/// Number of ranges that [`Program::pairs`] uses in turn.
 pub const PAIR_RANGES: u64 = 1024;
 
-/// Bytes that a step writes to the serial port.
+/// Bytes of a step's result on the serial port.
 pub const RESULT_SIZE: usize = 8;
 
-/// How a call is made.
+/// How a hypercall is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     /// By VMCALL.
@@ -39,7 +41,7 @@ pub enum Transport {
     Port,
 }
 
-/// A register that CPUID answers in.
+/// A result register of CPUID.
 #[derive(Clone, Copy, Debug)]
 pub enum Register {
     /// EAX.
@@ -52,10 +54,10 @@ pub enum Register {
     Edx,
 }
 
-/// The index of a step, and so of its result.
+/// Index of a step and of its result.
 pub type Step = usize;
 
-/// What a guest does.
+/// The steps and the initial memory of a guest.
 #[derive(Clone, Debug, Default)]
 pub struct Program {
     steps: Vec<[u64; 5]>,
@@ -79,28 +81,28 @@ impl Program {
         }
     }
 
-    /// Bytes that are in memory from the beginning.
+    /// Puts bytes into memory before the guest starts.
     pub fn data(&mut self, gpa: u64, bytes: Vec<u8>) {
         self.data.push((gpa, bytes));
     }
 
-    /// The same for 64-bit numbers.
+    /// Puts 64-bit numbers into memory before the guest starts.
     pub fn words(&mut self, gpa: u64, words: &[u64]) {
         let bytes = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         self.data(gpa, bytes);
     }
 
-    /// A call with any numbers; the result is its status.
+    /// A hypercall with arbitrary arguments. The result is its status.
     pub fn raw_call(&mut self, by: Transport, gpa: u64, pages: u64, attributes: u64) -> Step {
         self.repeated_call(by, [gpa, pages, attributes], 1)
     }
 
-    /// A call.
+    /// A hypercall. The result is its status.
     pub fn call(&mut self, by: Transport, what: Operation, gpa: u64, pages: u64) -> Step {
         self.raw_call(by, gpa, pages, Attributes::new(what).encode())
     }
 
-    /// The same call `times` times, at least once; the result is the last status.
+    /// Makes the same hypercall `times` times, at least once. The result is the last status.
     pub fn repeated_call(&mut self, by: Transport, arguments: [u64; 3], times: u64) -> Step {
         let kind = match by {
             Transport::Vmcall => code::VMCALL,
@@ -111,9 +113,9 @@ impl Program {
         self.push([kind, gpa, pages, attributes, times.max(1)])
     }
 
-    /// `times` times, at least once: LAZY_FREE and REUSE of a range of `pages`, then a store to it. There are
-    /// [`PAIR_RANGES`] of them from `gpa` on, each as far from the next as it is long, and each has its turn.
-    /// The result is the last status.
+    /// `times` times, at least once: LAZY_FREE of a range of `pages`, REUSE of the same range, and a store to it.
+    ///
+    /// [`PAIR_RANGES`] ranges from `gpa` on are used in turn, with gaps as long as the ranges. The result is the last status.
     pub fn pairs(&mut self, by: Transport, (gpa, pages): (u64, u64), times: u64) -> Step {
         let stub = match by {
             Transport::Vmcall => code::VMCALL_STUB,
@@ -128,22 +130,22 @@ impl Program {
         self.push([code::STORE, gpa, value, 0, 1])
     }
 
-    /// The result is what stands at `gpa`.
+    /// The result is the word at `gpa`.
     pub fn load(&mut self, gpa: u64) -> Step {
         self.push([code::LOAD, gpa, 0, 0, 1])
     }
 
-    /// Stores `value` plus its own address at the beginning of each page.
+    /// Stores `value` plus the page's address at the start of each page.
     pub fn fill(&mut self, gpa: u64, pages: u64, value: u64) -> Step {
         self.push([code::FILL, gpa, pages, value, 1])
     }
 
-    /// The result is how many of the pages begin as [`Program::fill`] left them.
+    /// The result is the number of pages that still begin as [`Program::fill`] has left them.
     pub fn count_filled(&mut self, gpa: u64, pages: u64, value: u64) -> Step {
         self.push([code::COUNT_FILLED, gpa, pages, value, 1])
     }
 
-    /// The result is how many of the pages begin with `value`.
+    /// The result is the number of pages that begin with `value`.
     pub fn count_equal(&mut self, gpa: u64, pages: u64, value: u64) -> Step {
         self.push([code::COUNT_EQUAL, gpa, pages, value, 1])
     }
@@ -154,17 +156,17 @@ impl Program {
         self.push([code::CPUID, leaf.into(), shift, 0, 1])
     }
 
-    /// Makes the query in the block at `gpa`, by port, until its word number `word` is at least `value`.
+    /// Repeats QUERY with the block at `gpa`, by port, until word number `word` of the block is at least `value`.
     pub fn query_until(&mut self, gpa: u64, word: u64, value: u64) -> Step {
         self.push([code::QUERY_UNTIL, gpa, value, word * 8, 1])
     }
 
-    /// Reads one byte from the calls' port, which is no call.
+    /// Reads one byte from the hypercall port. Only 32-bit reads are hypercalls.
     pub fn input_byte(&mut self) -> Step {
         self.push([code::INPUT_BYTE, PORT.into(), 0, 0, 1])
     }
 
-    /// Writes 32 bits to the calls' port, which is no call.
+    /// Writes 32 bits to the hypercall port. Only reads are hypercalls.
     pub fn output(&mut self, value: u32) -> Step {
         self.push([code::OUTPUT, PORT.into(), value.into(), 0, 1])
     }
@@ -174,28 +176,28 @@ impl Program {
         self.push([code::TIME, 0, 0, 0, 1])
     }
 
-    /// Stores `new` at `gpa` if `old` stands there, at once; the result is what stood there.
+    /// Atomically stores `new` at `gpa` if the word there is `old`. The result is the word before.
     pub fn compare_exchange(&mut self, gpa: u64, old: u64, new: u64) -> Step {
         self.push([code::COMPARE_EXCHANGE, gpa, old, new, 1])
     }
 
-    /// Waits until `value` stands at `gpa`.
+    /// Waits until the word at `gpa` is `value`.
     pub fn wait_for(&mut self, gpa: u64, value: u64) -> Step {
-        self.push([code::AWAIT, gpa, value, 0, 1])
+        self.push([code::WAIT_FOR, gpa, value, 0, 1])
     }
 
-    /// Writes pseudo-random words, every other one a small number, all over the `words` words at `gpa`, `times` times
-    /// 131,072 of them. `words` is a power of two.
-    pub fn scribble(&mut self, gpa: u64, words: u64, times: u64) -> Step {
-        self.push([code::SCRIBBLE, gpa, words - 1, 1, times.max(1)])
+    /// Writes pseudo-random words at pseudo-random places among the `words` words at `gpa`: `times` times 131,072. Every other
+    /// word is below 4, a valid granule state. `words` is a power of two.
+    pub fn write_random(&mut self, gpa: u64, words: u64, times: u64) -> Step {
+        self.push([code::WRITE_RANDOM, gpa, words - 1, 1, times.max(1)])
     }
 
-    /// Sleeps for ever; at privilege level 0.
+    /// Halts forever. Needs privilege level 0.
     pub fn halt(&mut self) {
         self.push([code::HALT, 0, 0, 0, 1]);
     }
 
-    /// Number of results that it writes.
+    /// Number of results that the guest writes.
     #[must_use]
     pub const fn results(&self) -> usize {
         self.steps.len()
@@ -206,10 +208,10 @@ impl Program {
         self.steps.len() - 1
     }
 
-    /// What is in memory when the guest is entered at [`ENTRY`]: addresses and bytes.
+    /// The initial memory of the guest, as addresses and bytes. It is entered at [`ENTRY`].
     ///
     /// # Errors
-    /// `InvalidInput` when there are too many steps.
+    /// `InvalidInput` if there are too many steps.
     pub fn segments(&self) -> io::Result<Vec<(u64, Vec<u8>)>> {
         let steps = self.steps.as_flattened();
         if steps.len() as u64 * 8 >= FREE_START - code::PROGRAM {
@@ -227,13 +229,13 @@ impl Program {
     /// Writes the guest as an ELF file.
     ///
     /// # Errors
-    /// The error of the system call; as for [`Program::segments`].
+    /// Those of [`Program::segments`] and of writing the file.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         std::fs::write(path, elf::file(ENTRY, &self.segments()?))
     }
 }
 
-/// The results that are in what a guest wrote to the serial port.
+/// The results in the serial port's output.
 #[must_use]
 pub fn results(serial: &[u8]) -> Vec<u64> {
     let (results, _) = serial.as_chunks::<RESULT_SIZE>();
@@ -243,7 +245,7 @@ pub fn results(serial: &[u8]) -> Vec<u64> {
         .collect()
 }
 
-/// A batch block for these ranges, each an address and a number of pages.
+/// The words of a batch block for these ranges, each an address and a number of pages.
 #[must_use]
 pub fn batch(ranges: &[(u64, u64)]) -> Vec<u64> {
     let header = [ranges.len() as u64, 0];
@@ -251,7 +253,7 @@ pub fn batch(ranges: &[(u64, u64)]) -> Vec<u64> {
     header.into_iter().chain(ranges).collect()
 }
 
-/// Address of a page counted from [`FREE_START`].
+/// Address of page `number` after [`FREE_START`].
 #[must_use]
 pub const fn page(number: u64) -> u64 {
     FREE_START + number * PAGE_SIZE

@@ -1,7 +1,7 @@
-//! What is written into pages, and what is found there.
+//! Records that identify the content of pages.
 //!
-//! A record is an address, a generation and a checksum of both. Each page has one at its beginning and one at
-//! its end; every 64th generation fills its pages with them.
+//! A record is an address, a generation and a checksum of both. Each page has one at its start and one at its end. Every
+//! 64th generation fills its pages with records.
 
 use ebb_hypercall_abi::PAGE_SIZE;
 
@@ -15,26 +15,26 @@ const fn record(address: u64, generation: u64) -> Words {
     [address, generation, mixed ^ mixed >> 29, !address]
 }
 
-/// Memory that records are written to.
-pub trait Memory {
+/// Memory that holds records.
+pub trait WordMemory {
     /// The word at `address`, a multiple of 8.
     fn load(&self, address: u64) -> u64;
     /// Stores a word there.
     fn store(&mut self, address: u64, word: u64);
 }
 
-/// What a page holds.
+/// Content of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// The records of the generation.
+pub enum PageContent {
+    /// The expected records.
     Intact,
     /// Zero.
     Zero,
-    /// Something else, so many bytes of it.
+    /// Something else, in this many bytes.
     Foreign(u64),
 }
 
-/// Distance of two records in a page.
+/// Bytes from one record of a page to the next.
 const fn step(generation: u64) -> u64 {
     if generation.is_multiple_of(64) {
         RECORD
@@ -44,7 +44,7 @@ const fn step(generation: u64) -> u64 {
 }
 
 /// Writes the records of `generation` into the page at `page`.
-pub fn write(memory: &mut impl Memory, page: u64, generation: u64) {
+pub fn write(memory: &mut impl WordMemory, page: u64, generation: u64) {
     let mut at = page;
     while at < page + PAGE_SIZE {
         for (index, word) in record(at, generation).into_iter().enumerate() {
@@ -54,8 +54,8 @@ pub fn write(memory: &mut impl Memory, page: u64, generation: u64) {
     }
 }
 
-/// Looks at the records of the page at `page`, which was written in `generation`.
-pub fn look(memory: &impl Memory, page: u64, generation: u64) -> Found {
+/// Checks the page at `page`, which was written in `generation`.
+pub fn check(memory: &impl WordMemory, page: u64, generation: u64) -> PageContent {
     let (mut records, mut intact, mut zero, mut foreign) = (0, 0, 0, 0);
     let mut at = page;
     while at < page + PAGE_SIZE {
@@ -72,12 +72,12 @@ pub fn look(memory: &impl Memory, page: u64, generation: u64) -> Found {
         at += step(generation);
     }
     if intact == records {
-        Found::Intact
+        PageContent::Intact
     } else if zero == records {
-        Found::Zero
+        PageContent::Zero
     } else {
-        // A page that is part one and part the other is torn: the host takes whole pages.
-        Found::Foreign(foreign.max(8))
+        // Also a mix of records and zeroes, because the host discards whole pages.
+        PageContent::Foreign(foreign.max(8))
     }
 }
 
@@ -87,7 +87,7 @@ mod tests {
 
     struct Page(Vec<u64>);
 
-    impl Memory for Page {
+    impl WordMemory for Page {
         fn load(&self, address: u64) -> u64 {
             self.0[(address % PAGE_SIZE / 8) as usize]
         }
@@ -98,23 +98,30 @@ mod tests {
     }
 
     #[test]
-    fn only_the_same_page_of_the_same_generation_is_intact() {
+    fn only_the_records_of_this_page_and_generation_are_intact() {
         for generation in [3, 64] {
             let mut page = Page(vec![0; 512]);
-            assert_eq!(look(&page, 0x5000, generation), Found::Zero);
+            assert_eq!(check(&page, 0x5000, generation), PageContent::Zero);
             write(&mut page, 0x5000, generation);
-            assert_eq!(look(&page, 0x5000, generation), Found::Intact);
-            assert_ne!(look(&page, 0x6000, generation), Found::Intact);
-            assert_ne!(look(&page, 0x5000, generation + 64), Found::Intact);
+            assert_eq!(check(&page, 0x5000, generation), PageContent::Intact);
+            assert_ne!(check(&page, 0x6000, generation), PageContent::Intact);
+            assert_ne!(check(&page, 0x5000, generation + 64), PageContent::Intact);
             page.0[509] ^= 1;
-            assert_eq!(look(&page, 0x5000, generation), Found::Foreign(32));
+            assert_eq!(check(&page, 0x5000, generation), PageContent::Foreign(32));
             page.0[508..].fill(0);
-            assert_eq!(look(&page, 0x5000, generation), Found::Foreign(8), "torn");
+            assert_eq!(
+                check(&page, 0x5000, generation),
+                PageContent::Foreign(8),
+                "partly zero"
+            );
         }
         let mut page = Page(vec![0; 512]);
         write(&mut page, 0x5000, 128);
-        assert!(page.0.chunks(4).all(|words| words[0] != 0), "all of it");
+        assert!(
+            page.0.chunks(4).all(|words| words[0] != 0),
+            "records everywhere"
+        );
         page.0[204] ^= 1;
-        assert_eq!(look(&page, 0x5000, 128), Found::Foreign(32));
+        assert_eq!(check(&page, 0x5000, 128), PageContent::Foreign(32));
     }
 }

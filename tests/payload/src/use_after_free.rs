@@ -1,5 +1,5 @@
-//! A guest with two vCPUs, each of which touches a page that it has freed lazily: once it reads, and, after a reuse
-//! and another free, once it writes. Interrupts are enabled, as they are in most of a kernel's life.
+//! A guest with two vCPUs. Each frees a page lazily and reads it, then reuses it, frees it again and writes to it.
+//! Interrupts are enabled, as in most of a kernel's code.
 
 use std::arch::global_asm;
 use std::io;
@@ -11,23 +11,23 @@ use ebb_hypercall_abi::{Attributes, Operation};
 
 use crate::{code, elf};
 
-/// Where the code is, and is entered.
+/// Address of the code and its entry.
 const BASE: u64 = 0x18_0000;
-/// Where the other vCPU starts, in real mode; vector 8.
+/// Where the other vCPU starts, in real mode: SIPI vector 8.
 const TRAMPOLINE: u64 = 0x8000;
-/// Set by the other vCPU when it is done; what it read stands behind that.
+/// The other vCPU sets this word at its end. What it has read is in the next word.
 const DONE: u64 = 0x19_0000;
 
-/// The pages of the two vCPUs.
+/// Addresses of the page of each vCPU.
 pub const PAGES: [u64; 2] = [0x90_0000, 0xa0_0000];
 
 global_asm!(
-    ".pushsection .rodata.ebb_trespass, \"a\"",
-    ".globl ebb_trespass_start",
-    ".globl ebb_trespass_end",
-    ".globl ebb_trespass_load",
-    ".globl ebb_trespass_store",
-    "ebb_trespass_start:",
+    ".pushsection .rodata.ebb_use_after_free, \"a\"",
+    ".globl ebb_use_after_free_start",
+    ".globl ebb_use_after_free_end",
+    ".globl ebb_use_after_free_load",
+    ".globl ebb_use_after_free_store",
+    "ebb_use_after_free_start:",
     "mov rax, {pml4}",
     "mov cr3, rax",
     "mov rsp, {stack}",
@@ -71,13 +71,13 @@ global_asm!(
     "41:",
     "hlt",
     "jmp 41b",
-    // Trespasses on the page at r14; what it read there.
+    // Uses the page at r14 after freeing it. Returns what it has read there.
     "50:",
     "sti",
     "mov qword ptr [r14], 7",
     "mov rdx, {free}",
     "call 55f",
-    "ebb_trespass_load:",
+    "ebb_use_after_free_load:",
     "mov r13, [r14]",
     "mov [r14], r14",
     "mov rdx, {reuse}",
@@ -85,20 +85,20 @@ global_asm!(
     "mov [r14], r14",
     "mov rdx, {free}",
     "call 55f",
-    "ebb_trespass_store:",
+    "ebb_use_after_free_store:",
     "mov [r14], r14",
     "mov rdx, {reuse}",
     "call 55f",
     "mov rax, r13",
     "ret",
-    // A call by port, about one page at r14.
+    // A hypercall by port, for the page at r14.
     "55:",
     "mov rdi, r14",
     "mov rsi, 1",
     "mov rcx, {port}",
     "mov rax, {port_stub}",
     "jmp rax",
-    // rbx goes to the serial port.
+    // Writes rbx to the serial port.
     "30:",
     "mov ecx, 8",
     "mov edx, 0x3f8",
@@ -109,7 +109,7 @@ global_asm!(
     "dec ecx",
     "jnz 31b",
     "ret",
-    // From real mode to 64-bit mode in one step; this is copied to low memory.
+    // Copied to low memory: switches from real mode to 64-bit mode.
     ".code16",
     "60:",
     "cli",
@@ -141,7 +141,7 @@ global_asm!(
     "jmp rax",
     ".balign 8",
     "64:",
-    ".quad {base} + (40b - ebb_trespass_start)",
+    ".quad {base} + (40b - ebb_use_after_free_start)",
     // Null, code, data.
     "67:",
     ".quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff",
@@ -151,7 +151,7 @@ global_asm!(
     "68:",
     "69:",
     ".long 68b - 60b",
-    "ebb_trespass_end:",
+    "ebb_use_after_free_end:",
     ".popsection",
     pml4 = const code::PML4,
     stack = const code::STACK,
@@ -167,35 +167,35 @@ global_asm!(
 );
 
 unsafe extern "C" {
-    static ebb_trespass_start: u8;
-    static ebb_trespass_end: u8;
-    static ebb_trespass_load: u8;
-    static ebb_trespass_store: u8;
+    static ebb_use_after_free_start: u8;
+    static ebb_use_after_free_end: u8;
+    static ebb_use_after_free_load: u8;
+    static ebb_use_after_free_store: u8;
 }
 
 fn address(label: *const u8) -> u64 {
-    BASE + (label.addr() - (&raw const ebb_trespass_start).addr()) as u64
+    BASE + (label.addr() - (&raw const ebb_use_after_free_start).addr()) as u64
 }
 
-/// Where the instruction is that reads the freed page.
+/// Address of the instruction that reads the freed page.
 #[must_use]
 pub fn load_site() -> u64 {
-    address(&raw const ebb_trespass_load)
+    address(&raw const ebb_use_after_free_load)
 }
 
-/// Where the instruction is that writes to the page when it is freed again.
+/// Address of the instruction that writes to the page after the second free.
 #[must_use]
 pub fn store_site() -> u64 {
-    address(&raw const ebb_trespass_store)
+    address(&raw const ebb_use_after_free_store)
 }
 
-/// Writes the guest as an ELF file. It writes two results: what the vCPUs read.
+/// Writes the guest as an ELF file. Its two results are what the vCPUs have read.
 ///
 /// # Errors
-/// The error of the system call.
+/// The error of writing the file.
 pub fn write(path: &Path) -> io::Result<()> {
-    let start = &raw const ebb_trespass_start;
-    let len = (&raw const ebb_trespass_end).addr() - start.addr();
+    let start = &raw const ebb_use_after_free_start;
+    let len = (&raw const ebb_use_after_free_end).addr() - start.addr();
     // SAFETY: the two symbols bound the bytes of one section, the start before the end.
     let bytes = unsafe { slice::from_raw_parts(start, len) }.to_vec();
     let mut segments = code::segments(false);
