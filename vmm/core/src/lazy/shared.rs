@@ -384,6 +384,99 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_accounts_for_every_byte() {
+        let memory = memory();
+        memory.free(&[pages(0, 10), pages(20, 30)]);
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        let take = |sweep: &mut Sweep, pages| memory.take_chunk(sweep, pages * PAGE_SIZE).unwrap();
+        let generation = memory.begin_generation();
+        assert_eq!((generation, memory.generation()), (2, 2));
+        take(&mut sweep, 4).unmapped(generation);
+        take(&mut sweep, 3).discarded();
+        let kept = take(&mut sweep, 2);
+        let half_way = LazyStats {
+            generation,
+            ranges: 5,
+            lazy_bytes: 11 * PAGE_SIZE,
+            unmapped_bytes: 4 * PAGE_SIZE,
+            reclaiming_bytes: 2 * PAGE_SIZE,
+            discarded_bytes: 3 * PAGE_SIZE,
+            freed_bytes_total: 20 * PAGE_SIZE,
+            unmapped_bytes_total: 4 * PAGE_SIZE,
+            reclaimed_bytes_total: 3 * PAGE_SIZE,
+            ..LazyStats::default()
+        };
+        assert_eq!(memory.snapshot(), half_way);
+        drop(kept);
+        memory.reuse(&[pages(0, 2), pages(3, 8)]);
+        let at_the_end = LazyStats {
+            ranges: 3,
+            lazy_bytes: 12 * PAGE_SIZE,
+            unmapped_bytes: PAGE_SIZE,
+            reclaiming_bytes: 0,
+            discarded_bytes: 0,
+            kept_bytes_total: 2 * PAGE_SIZE,
+            reused_bytes_total: 7 * PAGE_SIZE,
+            reused_unmapped_bytes_total: 3 * PAGE_SIZE,
+            reused_discarded_bytes_total: 3 * PAGE_SIZE,
+            ..half_way
+        };
+        assert_eq!(memory.snapshot(), at_the_end);
+        assert_eq!(memory.survey(pages(0, 25)).totals.lazy, 7 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn what_a_full_tracker_costs_is_counted() {
+        let threes = |from: u64, count: u64| {
+            (from..from + count)
+                .map(|n| pages(4 * n, 4 * n + 3))
+                .collect::<Vec<_>>()
+        };
+        let memory = LazyMemory::new(8, Arc::new(VmGeneration::default()));
+        let freed = memory.free(&threes(0, 9));
+        assert_eq!(freed.lazy, 7 * 3 * PAGE_SIZE);
+        assert_eq!(freed.refused, 2 * 3 * PAGE_SIZE);
+        // Each leaves two ranges; there is room for one more range, and so for one of them.
+        memory.reuse(&[pages(1, 2), pages(5, 6)]);
+        let stats = memory.snapshot();
+        assert_eq!(stats.given_up_bytes_total, PAGE_SIZE);
+        assert_eq!(stats.untracked_bytes_total, 7 * PAGE_SIZE);
+
+        let memory = LazyMemory::new(8, Arc::new(VmGeneration::default()));
+        memory.free(&threes(0, 7));
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        let mut take = || memory.take_chunk(&mut sweep, 3 * PAGE_SIZE).unwrap();
+        (0..2).for_each(|_| take().discarded());
+        memory.free(&[pages(100, 101)]);
+        assert_eq!(memory.snapshot().forgotten_bytes_total, 6 * PAGE_SIZE);
+
+        let memory = LazyMemory::new(8, Arc::new(VmGeneration::default()));
+        memory.free(&[pages(0, 6)]);
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        let mut take = || memory.take_chunk(&mut sweep, PAGE_SIZE).unwrap();
+        for _ in 0..3 {
+            take().unmapped(2);
+            drop(take());
+        }
+        memory.free(&[pages(100, 101), pages(110, 111)]);
+        assert_eq!(memory.snapshot().coalesced_bytes_total, 3 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn peeking_finds_what_a_sweep_would_take_and_takes_nothing() {
+        let memory = memory();
+        let mut all = Sweep::new(Pieces::Any, ALL);
+        assert!(!memory.peek(&mut all, ALL));
+        memory.free(&[pages(0, 10), pages(20, 30)]);
+        assert!(memory.peek(&mut all, ALL) && !memory.peek(&mut all, 0));
+        assert!(!memory.peek(&mut Sweep::new(Pieces::Blocks, ALL), ALL));
+        assert_eq!(memory.snapshot().reclaiming_bytes, 0);
+        let mut inside = Sweep::new(Pieces::Any, ALL).within(pages(5, 25));
+        let parts = std::iter::from_fn(|| Some(memory.take_chunk(&mut inside, ALL)?.range()));
+        assert_eq!(parts.collect::<Vec<_>>(), [pages(5, 10), pages(20, 25)]);
+    }
+
+    #[test]
     fn a_reuse_waits_for_the_chunk_in_flight_and_for_no_other() {
         let memory = memory();
         memory.free(&[pages(0, 8)]);
