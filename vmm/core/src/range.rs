@@ -1,10 +1,10 @@
 //! Ranges of guest-physical addresses.
 
-/// Size in bytes of the smallest page that a guest can hand back.
+/// Size in bytes of a page, the smallest unit that a guest can free.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Size in bytes of a block that the host maps as one huge page. Reclaim takes whole blocks first, so
-/// that huge pages are not shattered.
+/// Size in bytes of a block, which the host can map as one huge page. Reclaim takes whole blocks first, so that no huge
+/// page is split.
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
 /// A half-open range of guest-physical addresses, never empty, aligned to [`PAGE_SIZE`] at both ends.
@@ -44,13 +44,13 @@ impl GpaRange {
         self.end - self.start
     }
 
-    /// The part that both ranges share.
+    /// The part that is in both ranges.
     #[must_use]
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.start.max(other.start), self.end.min(other.end))
     }
 
-    /// Whether `other` lies wholly inside.
+    /// Returns true if all of `other` is inside.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.start <= other.start && other.end <= self.end

@@ -1,9 +1,9 @@
-//! Slices: many small ranges invalidated or discarded in one go, with every vCPU out of the guest.
+//! A slice releases many small ranges while every vCPU is out of the guest.
 //!
-//! Each madvise interrupts every vCPU that runs: once for KVM's flush of the second-level table, and once
-//! more for the host's flush of the monitor's own address space, even where KVM has nothing to flush. For
-//! fragments these interrupts cost more than the work. With the vCPUs out there are none, and their next
-//! entry flushes once for the whole slice.
+//! Each madvise call interrupts every vCPU that runs: once for KVM's flush of the second-level table, and once for the
+//! flush of the monitor's own address space, even where KVM has nothing to flush. For fragments these interrupts cost
+//! more than the work. While the vCPUs are out there are none, and the next entry of each flushes once for the whole
+//! slice.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use crate::lazy::{Chunk, LazyMemory, Sweep};
 use crate::range::GpaRange;
 use crate::release::{Release, ReleasePages};
 
-/// A piece of a slice is never bigger: 40 us at 12 GiB/s, so that a pause ends near its budget.
+/// Maximum bytes of one range of a slice: 40 us at 12 GiB/s, so that a pause ends near its budget.
 const MAX_PIECE: u64 = 512 << 10;
 
 /// Maximum number of ranges in one call: a reuse may have to wait for it.
 const MAX_BATCH: usize = 128;
 
-/// What a piece is taken to cost until one was measured, in nanoseconds.
+/// Assumed cost of a range until one was measured, in nanoseconds.
 const FIRST_COST: u64 = 10_000;
 
 /// Bounds of one slice.
@@ -29,14 +29,14 @@ pub struct Limits {
     pub ranges: usize,
     /// Maximum number of bytes.
     pub bytes: u64,
-    /// How long the gate may be closed; the system call that is under way then is added to that.
+    /// How long the gate may be closed. A system call that has begun by then is finished first.
     pub pause: Duration,
 }
 
 /// What a slice is to do.
 #[derive(Clone, Debug)]
 pub struct SliceRequest {
-    /// Where to go on; a slice moves it.
+    /// Where to go on. Each slice moves it.
     pub sweep: Sweep,
     /// What to do with the ranges.
     pub how: Release,
@@ -55,7 +55,7 @@ pub struct SliceOutcome {
     pub calls: u64,
     /// Parts that the kernel refused.
     pub failures: u64,
-    /// vCPUs that were kept out or brought out for it.
+    /// Number of vCPUs that had to wait for it or were kicked.
     pub disturbed: u64,
     /// How long the gate was closed.
     pub held: Duration,
@@ -221,9 +221,11 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Memory that notes what it is asked to release. A call takes `takes` at least; `refused` is released by half.
+    /// Memory that notes what it is asked to release. A call takes `takes` at least, and until a vCPU waits at `gate`;
+    /// `refused` is released by half.
     struct Memory {
         takes: Duration,
+        gate: Option<Arc<Gate>>,
         max_batch: usize,
         refused: Option<GpaRange>,
         calls: Mutex<Vec<(Vec<GpaRange>, Release)>>,
@@ -240,6 +242,9 @@ mod tests {
 
         fn release(&self, ranges: &[GpaRange], how: Release) -> Released {
             thread::sleep(self.takes);
+            while self.gate.as_ref().is_some_and(|gate| gate.waits() == 0) {
+                thread::yield_now();
+            }
             self.calls.lock().unwrap().push((ranges.to_vec(), how));
             let bytes = ranges.iter().map(|range| {
                 let whole = Some(*range) != self.refused;
@@ -259,7 +264,7 @@ mod tests {
 
     struct World {
         lazy: LazyMemory,
-        gate: Gate,
+        gate: Arc<Gate>,
         memory: Memory,
         cost: AtomicU64,
     }
@@ -271,9 +276,10 @@ mod tests {
         lazy.free(&(0..fragments).map(fragment).collect::<Vec<_>>());
         World {
             lazy,
-            gate: Gate::new(2, generation, Box::new(NoKick)),
+            gate: Arc::new(Gate::new(2, generation, Box::new(NoKick))),
             memory: Memory {
                 takes: Duration::ZERO,
+                gate: None,
                 max_batch: 4,
                 refused: None,
                 calls: Mutex::default(),
@@ -410,6 +416,30 @@ mod tests {
         assert!(world.batches().is_empty());
         drop(inside);
         assert_eq!(world.slicer().held(&mut request).ranges, 3);
+    }
+
+    #[test]
+    fn a_vcpu_that_waits_at_the_gate_is_counted() {
+        for passing in [false, true] {
+            let mut world = world(1);
+            world.memory.gate = Some(Arc::clone(&world.gate));
+            let mut request = request(9, LONG);
+            let outcome = thread::scope(|scope| {
+                scope.spawn(|| {
+                    while world.gate.stats().closings_total == 0 {
+                        thread::yield_now();
+                    }
+                    drop(world.gate.enter(0));
+                });
+                let slicer = world.slicer();
+                if passing {
+                    slicer.held_if_empty(&mut request).unwrap()
+                } else {
+                    slicer.held(&mut request)
+                }
+            });
+            assert_eq!(outcome.disturbed, 1 + u64::from(passing));
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The entry gate: keeps vCPUs out of the guest for a moment, so that invalidations interrupt nobody.
+//! The entry gate keeps vCPUs out of the guest for a moment, so that invalidations interrupt none of them.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -12,16 +12,16 @@ use crate::sync::{
     wait, wait_until,
 };
 
-/// vCPUs that come in wait.
+/// A flag of the state: vCPUs wait before they enter.
 const CLOSED: u32 = 1;
-/// Somebody waits for vCPUs to come out.
+/// A flag of the state: a thread waits for some vCPUs to leave.
 const WATCHED: u32 = 2;
-/// No vCPU enters any more.
+/// A flag of the state: no vCPU enters any more.
 const STOPPED: u32 = 4;
 
-/// Brings a vCPU out of the guest.
+/// How a vCPU is brought out of the guest.
 pub trait Kick: Send + Sync {
-    /// Makes the vCPU `index` leave the guest soon, or not enter it if it is just about to. Never blocks.
+    /// Makes the vCPU `index` leave the guest soon, or not enter it if it is about to. Never blocks.
     fn kick(&self, index: usize);
 }
 
@@ -31,7 +31,7 @@ impl<T: Kick + ?Sized> Kick for Arc<T> {
     }
 }
 
-/// For machines whose vCPUs leave by themselves, and those without.
+/// Kicks no vCPU: for machines whose vCPUs leave by themselves, or that have none.
 #[derive(Debug)]
 pub struct NoKick;
 
@@ -62,19 +62,21 @@ crate::metrics! {
 
 /// The gate between the vCPU threads and the guest.
 ///
-/// Each vCPU thread enters through [`Gate::enter`] and is out as soon as that guard is gone: while it
-/// handles an exit it is out, whatever it waits for. A reclaimer closes the gate with [`Gate::hold`], works,
-/// and opens it again.
+/// Each vCPU thread enters through [`Gate::enter`], and is out once it has dropped that guard: it counts as out
+/// while it handles an exit, even if it sleeps then. A reclaimer closes the gate with [`Gate::hold`], works, and
+/// opens it again.
 ///
-/// **Cost of an entry** when nobody is at the gate: a load of the generation, a store to a cache line of
-/// the vCPU's own, a full fence, one load of the gate's state, which nobody writes then. The fence is what
-/// makes this safe without a lock (Dekker): a vCPU first says that it is in and then looks at the gate; a
-/// closer first closes and then looks at the vCPUs; so at least one of them sees the other. Coming out costs
-/// a store, a fence and a load likewise. An exit costs a thousand cycles and more, the fences about 40.
+/// **Cost** of an entry while the gate is open: a load of the generation, a store to a cache line of the vCPU's
+/// own, a full fence, and a load of the gate's state, which no thread writes then. To leave costs a store, a fence
+/// and a load. The fences take about 40 cycles, an exit more than a thousand.
 ///
-/// **Locks**, in this order: `turn` (one closer at a time, held for the pause), `sleepers` (guards the two
-/// condition variables, held for moments). No other lock is taken while `sleepers` is held. Whoever holds
-/// the gate may take the tracker's lock; whoever holds the tracker's lock may not close the gate.
+/// **Why no lock is needed** (Dekker's algorithm): a vCPU first says that it is in and then looks at the gate; a
+/// closer first closes the gate and then looks at the vCPUs. With the fences in between, at least one of them sees
+/// the other.
+///
+/// **Locks**, in this order: `turn` (one closer at a time, held for the pause, system calls included), `sleepers`
+/// (guards the two condition variables, held for moments). No other lock is taken under `sleepers`. A thread that
+/// holds the gate may take the tracker's lock; a thread that holds the tracker's lock may not close the gate.
 pub struct Gate {
     generation: Arc<VmGeneration>,
     words: VcpuWords,
@@ -83,7 +85,7 @@ pub struct Gate {
     sleepers: Mutex<()>,
     /// vCPUs wait here for the gate to open.
     opened: Condvar,
-    /// A closer waits here for vCPUs to come out.
+    /// Closers wait here for vCPUs to leave.
     left: Condvar,
     kick: Box<dyn Kick>,
     /// vCPU threads that wait at the gate, or are about to. It only limits how long a closer spins, so it is not one
@@ -116,14 +118,14 @@ impl Gate {
         Self::new(0, generation, Box::new(NoKick))
     }
 
-    /// Waits until the gate is open and marks the vCPU `index` as in the guest. Drop the guard as soon as
-    /// `KVM_RUN` has returned. `None`: the machine is stopping.
+    /// Waits until the gate is open, and marks the vCPU `index` as in the guest until the guard is dropped, which
+    /// must be as soon as `KVM_RUN` returns. `None`: the machine is stopping.
     ///
-    /// To be called by the vCPU's own thread, after it has forgotten old kicks and before it enters.
+    /// The vCPU's own thread calls this after it has cleared old kicks and before it enters.
     #[inline]
     pub fn enter(&self, index: usize) -> Option<Inside<'_>> {
         loop {
-            // Loaded before the word says "in": a generation that begins later is not claimed as seen.
+            // Loaded before the word says "in": so the vCPU never claims a generation that begins later.
             self.words.publish_in(index, self.generation.current());
             if !fault_point!("no fence on entry") {
                 fence(Ordering::SeqCst);
@@ -139,12 +141,12 @@ impl Gate {
         }
     }
 
-    /// Waits for the gate to open; false: it never will.
+    /// Waits for the gate to open. Returns false if the machine is stopping.
     #[cold]
     fn wait_outside(&self) -> bool {
         self.counters.waits_total.increment();
         let mut sleepers = lock(&self.sleepers);
-        // A closer may be waiting for the word that was "in" for a moment.
+        // A closer may have seen this vCPU's word, which said "in" for a moment, and wait for it.
         self.notify_left();
         loop {
             let state = self.state.load(Ordering::Acquire);
@@ -175,8 +177,9 @@ impl Gate {
         self.notify_left();
     }
 
-    /// Wakes who waits for vCPUs to come out; a closer, who waits for all, by the last one only: each wake
-    /// is an interrupt. The caller holds `sleepers`: of two that come out at once, the later sees both out.
+    /// Wakes the threads that wait for vCPUs to leave. A closer waits for all of them, and is woken by the last one
+    /// only: each wake costs an interrupt. The caller holds `sleepers`, so of two vCPUs that leave at once, the later
+    /// sees both out.
     fn notify_left(&self) {
         let watched = self.state.load(Ordering::Acquire) & WATCHED != 0;
         if watched || self.words.quiescent(u64::MAX) {
@@ -184,12 +187,12 @@ impl Gate {
         }
     }
 
-    /// Closes the gate, brings out the vCPUs that are in the guest (and interrupts no other) and returns
-    /// when all are out. The gate opens when the returned value is dropped.
+    /// Closes the gate, kicks the vCPUs that are in the guest (and no others), and returns when all are out. The gate
+    /// opens when the returned value is dropped.
     ///
-    /// `budget` is for the whole pause, the coming out included: when a vCPU is not out by then, the gate
-    /// is opened again and the answer is `None`. So a vCPU is held for `budget`, and what its holder does
-    /// after [`Hold::expired`] at most. `None` also when the machine is stopping.
+    /// `budget` limits the whole pause, from the closing on. If a vCPU is not out by then, the gate opens again and
+    /// this returns `None`, as it does when the machine is stopping. The caller must begin nothing more once
+    /// [`Hold::expired`] is true: so a vCPU waits for `budget` and one step of the caller's work at most.
     pub fn hold(&self, budget: Duration) -> Option<Hold<'_>> {
         let turn = lock(&self.turn);
         let (start, deadline) = (Instant::now(), Deadline::after(budget));
@@ -207,12 +210,12 @@ impl Gate {
             kicked,
             _turn: turn,
         };
-        // A vCPU takes a few microseconds to come out: no time to sleep and be woken by an interrupt.
+        // A vCPU leaves within microseconds: too short to sleep and be woken by an interrupt.
         spin_until(Deadline::after(budget / 4), || {
             self.words.quiescent(u64::MAX) || self.is_stopped()
         });
         if self.wait_until_quiescent(u64::MAX, deadline) {
-            // The kernel interrupts threads that still run for each page that is taken; not sleeping ones.
+            // For each page that is taken, the kernel interrupts the threads that run, but not those that sleep.
             spin_until(Deadline::after(budget / 8), || {
                 self.asleep.load(Ordering::Relaxed) >= kicked
             });
@@ -222,17 +225,17 @@ impl Gate {
         None
     }
 
-    /// Whether every vCPU is out just now.
+    /// Returns true if every vCPU is out at this moment.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.words.quiescent(u64::MAX)
     }
 
-    /// Closes the gate if that disturbs nobody who is in the guest, and waits for nobody: every vCPU is out, and
-    /// nobody else is at it. For a vCPU thread that is on its way in, and so is out itself.
+    /// Closes the gate if every vCPU is out and no other thread is closing it, without waiting. For a vCPU thread
+    /// that is about to enter, and so is out itself.
     ///
-    /// The first look spares vCPUs that come in meanwhile from meeting a closed gate; the second one, behind the
-    /// fence, is the one that counts.
+    /// The first look at the vCPUs avoids closing the gate in vain; the second, after the fence, is the one that
+    /// counts.
     pub fn hold_if_empty(&self, budget: Duration) -> Option<Hold<'_>> {
         if !self.is_empty() {
             return None;
@@ -255,38 +258,37 @@ impl Gate {
         })
     }
 
-    /// Brings out, once, those vCPUs that are in the guest and have not seen `generation`, and waits until
-    /// every vCPU is out or has seen it: afterwards `generation` is quiescent. They may come in again at
-    /// once. False: not by the end of `patience`, or the machine is stopping.
-    pub fn catch_up(&self, generation: u64, patience: Duration) -> bool {
+    /// Kicks the vCPUs that are in the guest and have not seen `generation`, and waits until every vCPU is out or has
+    /// seen it: then `generation` is quiescent. The gate stays open, so they may enter again at once. Returns false
+    /// if that takes longer than `timeout`, or the machine is stopping.
+    pub fn catch_up(&self, generation: u64, timeout: Duration) -> bool {
         let _turn = lock(&self.turn);
         self.state.fetch_or(WATCHED, Ordering::AcqRel);
         fence(Ordering::SeqCst);
         self.kick_behind(generation);
-        let quiescent = self.wait_until_quiescent(generation, Deadline::after(patience));
+        let quiescent = self.wait_until_quiescent(generation, Deadline::after(timeout));
         self.state.fetch_and(!WATCHED, Ordering::AcqRel);
         quiescent
     }
 
-    /// The latest generation for which every vCPU is quiescent: what was invalidated before it began is in
-    /// no vCPU's translations.
+    /// The latest quiescent generation: no vCPU has a translation of what was invalidated before it began.
     #[must_use]
     pub fn quiescent_generation(&self) -> u64 {
         let current = self.generation.current();
-        // Pairs with the vCPU's fence: one that is seen out here will see what was invalidated.
+        // Pairs with the fence of an entry: a vCPU that is seen out here will see what was invalidated.
         fence(Ordering::SeqCst);
         self.words.quiescent_generation(current)
     }
 
-    /// Whether `generation` is quiescent, see [`VcpuWords::quiescent`].
+    /// Returns true if `generation` is quiescent, see [`VcpuWords::quiescent`].
     #[must_use]
     pub fn quiescent(&self, generation: u64) -> bool {
         fence(Ordering::SeqCst);
         self.words.quiescent(generation)
     }
 
-    /// Lets no vCPU in any more: those at the gate return, a closer gives up. The vCPUs that are in the
-    /// guest are the caller's to bring out.
+    /// Lets no vCPU in any more: vCPUs that wait at the gate return, and closers give up. The caller must bring out
+    /// the vCPUs that are in the guest.
     pub fn stop(&self) {
         self.state.fetch_or(STOPPED, Ordering::AcqRel);
         fence(Ordering::SeqCst);
@@ -295,7 +297,7 @@ impl Gate {
         self.left.notify_all();
     }
 
-    /// Entries that had to wait so far.
+    /// Number of entries that had to wait so far.
     #[must_use]
     pub fn waits(&self) -> u64 {
         self.counters.waits_total.get()
@@ -321,7 +323,8 @@ impl Gate {
         kicked
     }
 
-    /// Whether it came true in time. The caller has put a fence after its mark in `state`.
+    /// Waits until `generation` is quiescent. Returns false if it is not so in time, or the machine is stopping. The
+    /// caller has set its flag in `state`, and then put a fence.
     fn wait_until_quiescent(&self, generation: u64, deadline: Deadline) -> bool {
         if self.words.quiescent(generation) {
             return true;
@@ -341,7 +344,7 @@ impl Gate {
     fn open(&self) {
         let sleepers = lock(&self.sleepers);
         self.state.fetch_and(!CLOSED, Ordering::AcqRel);
-        // Those who are woken take the lock: it is to be free by then.
+        // The threads that are woken take this lock first.
         drop(sleepers);
         if !fault_point!("opening wakes nobody") {
             self.opened.notify_all();
@@ -349,7 +352,7 @@ impl Gate {
     }
 }
 
-/// A vCPU is in the guest, or about to be; out when dropped.
+/// A vCPU is in the guest, or about to be, until this is dropped.
 #[must_use = "the vCPU is out as soon as this is dropped"]
 pub struct Inside<'a> {
     gate: &'a Gate,
@@ -362,7 +365,7 @@ impl Drop for Inside<'_> {
     }
 }
 
-/// The gate is closed and every vCPU is out; it opens when this is dropped, also by a panic.
+/// The gate is closed and every vCPU is out, until this is dropped, also by a panic.
 #[must_use = "the gate opens as soon as this is dropped"]
 pub struct Hold<'a> {
     gate: &'a Gate,
@@ -373,7 +376,7 @@ pub struct Hold<'a> {
 }
 
 impl Hold<'_> {
-    /// The budget is used up: no further step may begin.
+    /// Returns true if the budget is used up: the holder must begin nothing more.
     #[must_use]
     pub fn expired(&self) -> bool {
         self.deadline.passed()
@@ -385,7 +388,7 @@ impl Hold<'_> {
         self.deadline.left()
     }
 
-    /// How many vCPUs were interrupted for it.
+    /// Number of vCPUs that were kicked for it.
     #[must_use]
     pub const fn kicked(&self) -> u64 {
         self.kicked

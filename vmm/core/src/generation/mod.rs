@@ -1,7 +1,6 @@
-//! Generations: when a range was freed or invalidated, in an order that all threads agree on, and which
-//! vCPUs have entered the guest since.
+//! Generations: the order in which ranges were freed and invalidated, and which vCPUs have entered the guest since.
 //!
-//! The `tlb_gen` of "`MADV_LAZYFREE`" (Rik van Riel), moved from a process to a machine.
+//! This is `tlb_gen` of "`MADV_LAZYFREE`" (Rik van Riel), for a machine instead of a process.
 
 mod gate;
 mod vcpus;
@@ -11,15 +10,13 @@ use crate::sync::{AtomicU64, Ordering};
 pub use gate::{Gate, GateStats, Hold, Inside, Kick, NoKick};
 pub use vcpus::VcpuWords;
 
-/// The machine's generation: a counter that every batch of lazy frees and every slice of invalidation
-/// advances. It starts at 0 and does not wrap in practice: a batch each nanosecond takes 584 years, and a
-/// vCPU's word has room for half of that.
+/// The machine's generation: a counter that every batch of lazy frees and every invalidation advances. It starts at 0
+/// and does not wrap in practice: one each nanosecond takes 584 years, and a vCPU's word has room for half of that.
 #[derive(Debug, Default)]
 pub struct VmGeneration(AtomicU64);
 
 impl VmGeneration {
-    /// Starts the next generation and returns it. What the caller has done before is visible to whoever
-    /// sees the new generation.
+    /// Starts the next generation and returns it. A thread that sees it also sees what the caller has done before.
     pub fn advance(&self) -> u64 {
         self.0.fetch_add(1, Ordering::AcqRel) + 1
     }

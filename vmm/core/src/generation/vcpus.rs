@@ -1,20 +1,21 @@
-//! What each vCPU says about itself: one word, written by its thread alone.
+//! One word for each vCPU, which only its own thread writes.
 
 use crate::fault::fault_point;
 use crate::sync::{AtomicU64, Ordering};
 
-/// The lowest bit: in the guest, or about to be.
+/// The lowest bit of a word: the vCPU is in the guest, or about to be.
 const IN_GUEST: u64 = 1;
 
-/// A word on cache lines of its own (two, as x86 fetches them in pairs): vCPUs write theirs at every entry.
+/// A word on cache lines of its own, as each vCPU writes its word at every entry: two, as x86 fetches them in pairs.
 #[repr(align(128))]
 #[derive(Debug)]
 struct Padded(AtomicU64);
 
-/// The words of all vCPUs: whether it is in the guest, and the generation that it saw when it entered.
+/// The words of all vCPUs: is it in the guest, and which generation did it see when it entered?
 ///
-/// *Quiescent*: a vCPU that is out has no translation in use, and one that entered having seen generation
-/// g entered after whatever was invalidated before g began. KVM flushes at that entry what is stale.
+/// A generation is *quiescent* if every vCPU is out of the guest or has seen it. A vCPU that is out uses no
+/// translation. One that has seen a generation entered after everything that was invalidated before it began, and KVM
+/// flushes stale translations at that entry.
 #[derive(Debug)]
 pub struct VcpuWords(Box<[Padded]>);
 
@@ -31,22 +32,21 @@ impl VcpuWords {
         self.0.len()
     }
 
-    /// The vCPU `index` enters, having seen `generation`. The caller must have loaded the generation before,
-    /// and must put a fence between this and looking at the gate.
+    /// The vCPU `index` enters, and has seen `generation`. The caller must have loaded the generation before, and must
+    /// put a fence between this and its look at the gate.
     pub(super) fn publish_in(&self, index: usize, generation: u64) {
         self.0[index]
             .0
             .store(generation << 1 | IN_GUEST, publication());
     }
 
-    /// The vCPU `index` is out. Release: what it did in the guest happens before whatever is done by those
-    /// who see it out.
+    /// The vCPU `index` is out. What it did in the guest happens before what is done by a thread that sees it out.
     pub(super) fn publish_out(&self, index: usize) {
         self.0[index].0.store(0, publication());
     }
 
-    /// Whether every vCPU is out, or has seen `generation`. For a caller that invalidated before
-    /// `generation` began and has put a fence after that.
+    /// Returns true if every vCPU is out, or has seen `generation`. The caller must have invalidated before
+    /// `generation` began, and have put a fence after that.
     #[must_use]
     pub fn quiescent(&self, generation: u64) -> bool {
         self.0
@@ -54,7 +54,7 @@ impl VcpuWords {
             .all(|word| !behind(word.0.load(Ordering::Acquire), generation))
     }
 
-    /// The vCPUs that are in the guest and have not seen `generation`; `u64::MAX`: all in the guest.
+    /// The vCPUs that are in the guest and have not seen `generation`; for `u64::MAX`, all that are in the guest.
     pub fn behind(&self, generation: u64) -> impl Iterator<Item = usize> {
         let words = self.0.iter().enumerate();
         words.filter_map(move |(index, word)| {
@@ -62,7 +62,7 @@ impl VcpuWords {
         })
     }
 
-    /// The latest generation, of those up to `current`, for which every vCPU is quiescent.
+    /// The latest quiescent generation of those up to `current`.
     #[must_use]
     pub fn quiescent_generation(&self, current: u64) -> u64 {
         let words = self.0.iter().map(|word| word.0.load(Ordering::Acquire));

@@ -1,7 +1,7 @@
-//! Lazily freed memory: which ranges the guest has handed back, and what has become of them.
+//! Lazily freed memory: which ranges the guest has freed, and in which state they are.
 //!
-//! Bookkeeping only, no system call on a memory range. The contract is that of `MADV_LAZYFREE` and
-//! `MADV_REUSE` (Rik van Riel), with the guest in the place of the process.
+//! Only bookkeeping: no system call on memory. The contract is that of `MADV_LAZYFREE` and `MADV_REUSE` (Rik van
+//! Riel), for a guest instead of a process.
 
 mod shared;
 mod sweep;

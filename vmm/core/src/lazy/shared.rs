@@ -1,4 +1,4 @@
-//! The tracker as the machine's threads share it.
+//! The tracker, shared by the threads of a machine.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use crate::generation::VmGeneration;
 use crate::range::GpaRange;
 use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
-/// Above this many ranges that reuses want from one chunk, they get the whole chunk: the list stays
-/// bounded under a hostile guest.
+/// Maximum number of ranges that reuses may want from one chunk. Above that they get the whole chunk, so that a
+/// hostile guest cannot make the list long.
 const MAX_WANTED: usize = 64;
 
-/// What a reuse found.
+/// The result of a reuse.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReuseOutcome {
-    /// No range is lazily freed any more: the counterpart of `MADV_REUSE`'s `ENOMEM`.
+    /// No range is lazily free any more, as `ENOMEM` of `MADV_REUSE` says.
     pub last: bool,
     /// It had to wait for a chunk that was being invalidated or discarded.
     pub waited: bool,
@@ -72,7 +72,7 @@ impl LazyStats {
     }
 }
 
-/// A chunk that is being worked on, and what reuses want of it as soon as that is over.
+/// A chunk that is being invalidated or discarded, and the parts of it that reuses wait for.
 struct InFlight {
     id: u64,
     range: GpaRange,
@@ -91,18 +91,18 @@ struct State {
 
 /// Lazily freed memory, shared by vCPUs, devices and reclaim.
 ///
-/// One lock, held for bookkeeping only: never across a system call on memory. A reuse waits for the chunks
-/// in flight that it meets and for nothing else: what it wants of them becomes in use in the very step that
-/// ends them, so that no later chunk can come first.
+/// One lock, which is never held across a system call on memory. A reuse waits only for the chunks in flight that it
+/// meets. What it wants of a chunk becomes in use in the step that ends the chunk, so that no later chunk can take it
+/// first.
 pub struct LazyMemory {
     state: Mutex<State>,
-    /// Signalled when a chunk ends that somebody wants.
+    /// Signalled when a chunk ends that a reuse or a reset waits for.
     finished: Condvar,
     generation: Arc<VmGeneration>,
 }
 
 impl LazyMemory {
-    /// Nothing is lazily free yet. At most `max_ranges` ranges are tracked.
+    /// A tracker of at most `max_ranges` ranges, with nothing lazily free yet.
     #[must_use]
     pub fn new(max_ranges: usize, generation: Arc<VmGeneration>) -> Self {
         let state = State {
@@ -119,8 +119,8 @@ impl LazyMemory {
         }
     }
 
-    /// The guest promises not to touch `ranges` before it reuses them: one batch, one generation. What is
-    /// lazy already stays as it is. What does not fit in the tracker stays in use, and the answer says so.
+    /// The guest frees `ranges`, which it promises not to touch before it reuses them. They get one generation. What
+    /// is not in use stays as it is, and what does not fit in the tracker stays in use.
     pub fn free(&self, ranges: &[GpaRange]) -> Freed {
         let mut state = self.lock();
         let generation = self.generation.advance();
@@ -135,13 +135,13 @@ impl LazyMemory {
         all
     }
 
-    /// What `range` consists of, see [`Tracker::survey`].
+    /// The states in `range`, see [`Tracker::survey`].
     #[must_use]
     pub fn survey(&self, range: GpaRange) -> Surveyed {
         self.lock().tracker.survey(range)
     }
 
-    /// The guest wants `ranges` back. When this returns they are in use: what the guest writes then is kept.
+    /// The guest takes `ranges` back. They are in use when this returns: what the guest writes from then on is kept.
     pub fn reuse(&self, ranges: &[GpaRange]) -> ReuseOutcome {
         let mut state = self.lock();
         let mut awaited = Vec::new();
@@ -163,7 +163,7 @@ impl LazyMemory {
         }
     }
 
-    /// Everything is in use again: the guest or its driver was reset. Waits for the chunks in flight.
+    /// Makes everything in use, as the guest or its driver was reset. Waits for the chunks in flight.
     pub fn reset(&self) {
         let mut state = self.lock();
         let reused = state.tracker.clear();
@@ -176,10 +176,10 @@ impl LazyMemory {
         drop(self.wait_for(state, &awaited));
     }
 
-    /// Takes the next chunk of at most `limit` bytes for `sweep`, or `None` at its end.
+    /// Takes the next chunk of at most `limit` bytes for `sweep`; `None` at its end.
     pub fn take_chunk(&self, sweep: &mut Sweep, limit: u64) -> Option<Chunk<'_>> {
         loop {
-            // The lock is let go between two steps, so that reuses get through.
+            // The lock is free between two steps, so that reuses need not wait for all of them.
             let mut state = self.lock();
             let candidate = match state.tracker.find(sweep, limit) {
                 Ok(candidate) => candidate,
@@ -207,7 +207,7 @@ impl LazyMemory {
         }
     }
 
-    /// Whether [`LazyMemory::take_chunk`] would find something; the sweep is moved up to it.
+    /// Returns true if [`LazyMemory::take_chunk`] would find something, and moves the sweep up to it.
     pub fn peek(&self, sweep: &mut Sweep, limit: u64) -> bool {
         loop {
             let state = self.lock();
@@ -220,12 +220,12 @@ impl LazyMemory {
         }
     }
 
-    /// Starts a generation for what was just invalidated.
+    /// Starts a generation for what was just invalidated, and returns it.
     pub fn begin_generation(&self) -> u64 {
         self.generation.advance()
     }
 
-    /// Bytes by state and counters, all of one moment.
+    /// Bytes by state, and counters, all as of one moment.
     #[must_use]
     pub fn snapshot(&self) -> LazyStats {
         let state = self.lock();
@@ -290,7 +290,7 @@ impl LazyMemory {
 }
 
 impl State {
-    /// Notes that `range` is wanted from the chunks that it meets and returns their ids.
+    /// Notes that a reuse wants `range` from the chunks that it meets, and returns their ids.
     fn want(&mut self, range: GpaRange) -> Vec<u64> {
         let mut ids = Vec::new();
         for chunk in &mut self.in_flight {
@@ -307,8 +307,8 @@ impl State {
     }
 }
 
-/// A chunk that its holder may invalidate or discard: no reuse of it returns before this value is gone.
-/// Dropped without being told its fate, it is what it was.
+/// A chunk that its holder may invalidate or discard. A reuse of it returns only after this is dropped. If it is
+/// dropped as it is, its range stays what it was.
 #[must_use = "a reuse waits for as long as the chunk is held"]
 pub struct Chunk<'a> {
     memory: &'a LazyMemory,
@@ -318,18 +318,19 @@ pub struct Chunk<'a> {
 }
 
 impl Chunk<'_> {
-    /// Where it lies in the guest.
+    /// Its addresses in the guest.
     #[must_use]
     pub const fn range(&self) -> GpaRange {
         self.range
     }
 
-    /// Its second-level entries are gone and the host may take its pages; `generation` began after that.
+    /// The range is unmapped: the guest's translations are gone and the host may take its pages. `generation` began
+    /// after that.
     pub fn unmapped(mut self, generation: u64) {
         self.fate = Fate::Unmapped(generation);
     }
 
-    /// Its pages are returned to the host.
+    /// The range is discarded: its pages are returned to the host.
     pub fn discarded(mut self) {
         self.fate = Fate::Discarded;
     }

@@ -1,21 +1,21 @@
-//! One pass over the lazy ranges in ascending order of addresses.
+//! One pass over the tracked ranges, in ascending order of addresses.
 
 use super::RangeState;
 use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
-/// Which pieces of a lazy range a sweep takes.
+/// Which parts of a range a sweep takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pieces {
-    /// Whole blocks of 2 MiB: no huge page is shattered.
+    /// Whole blocks of 2 MiB: no huge page is split.
     Blocks,
-    /// What whole blocks leave over at the ends of a range.
+    /// What is left of a range at both ends of its whole blocks.
     Fragments,
-    /// Whatever comes first; shatters at most the last block that it takes.
+    /// All of a range from its start on; splits at most the last block that it takes.
     Any,
 }
 
 impl Pieces {
-    /// The first piece of `range` of at most `limit` bytes.
+    /// The first such part of `range`, of at most `limit` bytes.
     pub(super) fn pick(self, range: GpaRange, limit: u64) -> Option<GpaRange> {
         let (start, end) = (range.start(), range.end());
         let first_block = start.checked_next_multiple_of(BLOCK_SIZE);
@@ -37,8 +37,8 @@ impl Pieces {
     }
 }
 
-/// One pass over the ranges of one state, from low addresses to high ones. It ends: what it has passed, it never
-/// looks at again, so a chunk that could not be discarded is met once.
+/// One pass over the ranges in one state, from low addresses to high ones. It looks at each address once, so it ends
+/// even if chunks cannot be discarded.
 #[derive(Clone, Debug)]
 pub struct Sweep {
     pub(super) from: RangeState,
@@ -49,7 +49,7 @@ pub struct Sweep {
 }
 
 impl Sweep {
-    /// A sweep for `pieces` of lazy ranges of the generation `newest` and older ones.
+    /// A sweep for `pieces` of the lazy ranges of generation `newest` and before.
     #[must_use]
     pub const fn new(pieces: Pieces, newest: u64) -> Self {
         Self {
@@ -61,7 +61,7 @@ impl Sweep {
         }
     }
 
-    /// The same sweep from its beginning, in `range` only.
+    /// The same sweep, but only over `range`.
     #[must_use]
     pub const fn within(self, range: GpaRange) -> Self {
         Self {
@@ -71,7 +71,7 @@ impl Sweep {
         }
     }
 
-    /// A sweep for `pieces` of unmapped ranges of the generation `quiescent` and older ones.
+    /// A sweep for `pieces` of the unmapped ranges of generation `quiescent` and before.
     #[must_use]
     pub const fn unmapped(pieces: Pieces, quiescent: u64) -> Self {
         Self {

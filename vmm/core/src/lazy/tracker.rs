@@ -1,4 +1,4 @@
-//! The range tracker: an interval map with totals. Pure and single-threaded.
+//! The range tracker: an interval map with totals. For one thread; no system calls.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -6,21 +6,21 @@ use std::collections::BTreeMap;
 use super::Sweep;
 use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
-/// How many ranges a tracker holds unless told otherwise. An entry takes 24 bytes in nodes of 11 that are
-/// at least 5/11 full: less than 1 MiB at worst, whatever a hostile guest does.
+/// Default maximum number of ranges. An entry takes 24 bytes, in nodes of 11 entries that are at least 5/11 full: less
+/// than 1 MiB, whatever a hostile guest does.
 pub const DEFAULT_MAX_RANGES: usize = 12 << 10;
 
-/// How many ranges one step of a sweep looks at, so that the caller can let go of its lock in between.
+/// Maximum number of ranges that one step of a sweep looks at, so that the caller can release its lock in between.
 const SCAN_LIMIT: usize = 1024;
 
-/// What has become of a range that the guest has handed back.
+/// The state of a range that the guest has freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RangeState {
-    /// The guest promised not to touch it before a reuse. Its pages are still there.
+    /// The guest has promised not to touch it before a reuse. Its pages are still there.
     Lazy,
     /// No vCPU that has seen its generation has a translation of it, and the host may take its pages.
     Unmapped,
-    /// A chunk that is being invalidated or discarded right now.
+    /// A chunk that is being invalidated or discarded.
     Reclaiming,
     /// Its pages are returned to the host.
     Discarded,
@@ -29,7 +29,7 @@ pub enum RangeState {
 /// How the work on a chunk ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// Nothing has happened, or not for sure: it is what it was.
+    /// Nothing has happened, or nothing that is certain: it is what it was.
     Kept,
     /// It is [`RangeState::Unmapped`], and this generation began after that.
     Unmapped(u64),
@@ -37,8 +37,8 @@ pub enum Fate {
     Discarded,
 }
 
-/// A range less its start. Ends are multiples of the page size, so that their low bits have room for the
-/// state: the tracker's memory is bounded by bytes, and this is two thirds of the plain layout.
+/// A range without its start, which is its key. The state is in the low bits of the end, which is a multiple of the page
+/// size: this saves a third of the tracker's memory.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     end_and_state: u64,
@@ -46,7 +46,7 @@ struct Span {
 }
 
 const STATE_MASK: u64 = 3;
-/// A chunk that was taken from [`RangeState::Unmapped`], else from [`RangeState::Lazy`].
+/// The bit of a chunk that was taken from [`RangeState::Unmapped`]; without it, from [`RangeState::Lazy`].
 const WAS_UNMAPPED: u64 = 4;
 const _: () = assert!((STATE_MASK | WAS_UNMAPPED) & !(PAGE_SIZE - 1) == 0);
 
@@ -83,7 +83,7 @@ impl Span {
         }
     }
 
-    /// What a chunk was taken from.
+    /// The state that a chunk was taken from.
     const fn origin(self) -> RangeState {
         if self.end_and_state & WAS_UNMAPPED == 0 {
             RangeState::Lazy
@@ -108,27 +108,27 @@ pub struct Totals {
     pub ranges: usize,
 }
 
-/// What the bound on ranges has cost so far.
+/// What the maximum number of ranges has cost so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Squeezed {
-    /// Bytes that splits have given up to in use.
+    /// Bytes that are in use again because a split had no room for both parts.
     pub given_up: u64,
-    /// Discarded bytes that were forgotten: in use, although their pages are gone. Costs nobody anything.
+    /// Discarded bytes that were forgotten: in use again, with their pages gone, as memory that was never touched.
     pub forgotten: u64,
-    /// Unmapped bytes that are lazy again, so that they are one range with their neighbour.
+    /// Unmapped bytes that became lazy again, to be one range with a neighbour.
     pub coalesced: u64,
 }
 
 /// What a free did, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Freed {
-    /// Was in use and is lazy now.
+    /// Were in use and are lazy now.
     pub lazy: u64,
-    /// Stays in use because the tracker is full.
+    /// Stay in use because the tracker is full.
     pub refused: u64,
 }
 
-/// What a reuse did: bytes that are in use now, by what they were.
+/// What a reuse did: bytes that are in use now, by their states before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reused {
     /// Were lazy.
@@ -137,22 +137,22 @@ pub struct Reused {
     pub unmapped: u64,
     /// Were discarded.
     pub discarded: u64,
-    /// Some bytes are in a chunk; they are as they were.
+    /// Some bytes are in a chunk, and stay as they were.
     pub busy: bool,
 }
 
 impl Reused {
-    /// All bytes that are in use now and were not.
+    /// All these bytes.
     #[must_use]
     pub const fn bytes(&self) -> u64 {
         self.lazy + self.unmapped + self.discarded
     }
 }
 
-/// What a range consists of.
+/// The states in a range.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Surveyed {
-    /// Its bytes by state, and how many ranges it meets.
+    /// Bytes by state, and the number of ranges.
     pub totals: Totals,
     /// First address that was not looked at.
     pub end: u64,
@@ -163,13 +163,13 @@ pub struct Surveyed {
 pub enum Step {
     /// This chunk is [`RangeState::Reclaiming`] now, until [`Tracker::finish`].
     Chunk(GpaRange),
-    /// Nothing yet; the sweep has looked at as many ranges as a step may.
+    /// Nothing yet, after as many ranges as one step may look at.
     More,
     /// The sweep is at its end.
     Done,
 }
 
-/// A chunk that [`Tracker::find`] has found and [`Tracker::claim`] takes.
+/// A chunk that [`Tracker::find`] has found, for [`Tracker::claim`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Candidate {
     start: u64,
@@ -179,25 +179,25 @@ pub(super) struct Candidate {
 
 /// Which ranges of the guest's memory are not in use, and in which state.
 ///
-/// Adjacent ranges in one state are one range with the later generation; chunks being discarded stay
-/// apart. All operations that touch k of n ranges take O((k + 1) log n).
+/// Adjacent ranges in one state are one range with the later generation; chunks are never merged. An operation that
+/// meets k of n ranges takes O((k + 1) log n).
 ///
-/// The number of ranges is bounded. Frees may fill 7/8 of the bound; the rest is kept for the splits of
-/// reuses and chunks. Where the bound is met, in this order:
-/// 1. discarded ranges are forgotten, small ones first: to the guest they are like fresh memory;
-/// 2. unmapped ranges become one with their lazy neighbours;
-/// 3. frees are refused, and splits give up their smaller part: that memory stays in use, or is again, which
-///    is always legal, as a lazy free is a promise that the host need not make use of.
+/// The number of ranges has a maximum. Frees may use 7/8 of it; the rest is for the splits that reuses and chunks make.
+/// A tracker without room, in this order:
+/// 1. forgets discarded ranges, small ones first: for the guest they are like memory that was never touched;
+/// 2. joins unmapped ranges with their lazy neighbours;
+/// 3. refuses frees, and gives up the smaller part of a split. That memory is in use then, which is always legal: the
+///    host need not use what a lazy free offers.
 ///
-/// 1 and 2 walk all ranges, and are therefore tried once for every `max_ranges / 8` frees that need room.
+/// Steps 1 and 2 walk all ranges, so they are tried once for every `max_ranges / 8` frees that need room.
 #[derive(Debug)]
 pub struct Tracker {
     spans: BTreeMap<u64, Span>,
     totals: Totals,
     max_ranges: usize,
     squeezed: Squeezed,
-    /// Frees that need room until the next walk for it.
-    patience: usize,
+    /// Number of frees that need room until all ranges are walked again.
+    until_walk: usize,
 }
 
 impl Tracker {
@@ -209,7 +209,7 @@ impl Tracker {
             totals: Totals::default(),
             max_ranges: max_ranges.max(1),
             squeezed: Squeezed::default(),
-            patience: 0,
+            until_walk: 0,
         }
     }
 
@@ -222,7 +222,7 @@ impl Tracker {
         }
     }
 
-    /// What the bound has cost since the tracker was made.
+    /// What the maximum number of ranges has cost so far.
     #[must_use]
     pub const fn squeezed(&self) -> Squeezed {
         self.squeezed
@@ -236,7 +236,7 @@ impl Tracker {
         })
     }
 
-    /// Looks at `range` from its start on, as far as a bounded number of ranges reaches.
+    /// Adds up the states in `range`, from its start on. Looks at a limited number of ranges and says where it stopped.
     #[must_use]
     pub fn survey(&self, range: GpaRange) -> Surveyed {
         let mut found = Self::new(1);
@@ -260,7 +260,7 @@ impl Tracker {
         }
     }
 
-    /// Makes what is in use in `range` lazy, stamped with `generation`. What is not in use stays as it is.
+    /// Makes what is in use in `range` lazy, with `generation`. What is not in use stays as it is.
     pub fn free(&mut self, range: GpaRange, generation: u64) -> Freed {
         let mut freed = Freed::default();
         let mut at = range.start();
@@ -287,7 +287,7 @@ impl Tracker {
         freed
     }
 
-    /// Makes `range` in use, whatever it was, except for chunks.
+    /// Makes `range` in use, except for chunks.
     pub fn reuse(&mut self, range: GpaRange) -> Reused {
         let mut reused = Reused::default();
         let mut at = range.start();
@@ -319,7 +319,7 @@ impl Tracker {
         }
     }
 
-    /// Looks for the next chunk; the step that there is instead when there is none.
+    /// Looks for the next chunk; `Err`: there is none, with the step to report instead.
     pub(super) fn find(&self, sweep: &mut Sweep, limit: u64) -> Result<Candidate, Step> {
         for _ in 0..SCAN_LIMIT {
             let Some((start, span)) = self.first_from(sweep.at) else {
@@ -341,7 +341,7 @@ impl Tracker {
         Err(Step::More)
     }
 
-    /// Makes a chunk of what was found. Nothing may have changed since.
+    /// Takes the chunk that was found. Nothing may have changed since.
     pub(super) fn claim(&mut self, candidate: Candidate) -> GpaRange {
         let Candidate { start, span, chunk } = candidate;
         self.cut(start, chunk, 1);
@@ -370,7 +370,7 @@ impl Tracker {
         }
     }
 
-    /// Makes everything in use, except for chunks, and returns how many bytes were what.
+    /// Makes everything in use, except for chunks.
     pub fn clear(&mut self) -> Reused {
         let Totals {
             lazy,
@@ -401,13 +401,13 @@ impl Tracker {
         self.spans.len() < self.room()
     }
 
-    /// Makes room for a range, if it is time to try: see the type. Whether there is some now.
+    /// Makes room for a range if it is time to try, see [`Tracker`]. Returns true if there is room now.
     fn squeeze(&mut self) -> bool {
-        if self.patience > 0 {
-            self.patience -= 1;
+        if self.until_walk > 0 {
+            self.until_walk -= 1;
             return false;
         }
-        self.patience = self.max_ranges / 8;
+        self.until_walk = self.max_ranges / 8;
         let enough = self.room() - self.max_ranges / 8;
         for size in [BLOCK_SIZE, u64::MAX] {
             if self.spans.len() > enough {
@@ -433,7 +433,7 @@ impl Tracker {
         self.squeezed.forgotten += forgotten;
     }
 
-    /// Makes unmapped ranges with a lazy neighbour lazy.
+    /// Makes unmapped ranges lazy that have a lazy neighbour.
     fn coalesce(&mut self) {
         let mut before: Option<(u64, RangeState)> = None;
         let mut found = Vec::new();
@@ -474,7 +474,7 @@ impl Tracker {
         found.map(|(&start, &span)| (start, span))
     }
 
-    /// Whether a lazy range ends or begins where `gap` does.
+    /// Returns true if a lazy range is right before or right after `gap`.
     fn touches_lazy(&self, gap: GpaRange) -> bool {
         self.neighbours(gap, RangeState::Lazy)
             .iter()
@@ -492,7 +492,7 @@ impl Tracker {
         })
     }
 
-    /// Adds a range that is no chunk, merged with its neighbours.
+    /// Adds a range that is no chunk, and merges it with its neighbours.
     fn put(&mut self, range: GpaRange, mut generation: u64, state: RangeState) {
         let (mut start, mut end) = (range.start(), range.end());
         for neighbour in self.neighbours(range, state).into_iter().flatten() {
@@ -507,8 +507,8 @@ impl Tracker {
         self.spans.insert(start, Span::new(end, generation, state));
     }
 
-    /// Takes `part` out of the range that begins at `start`. What is left of it stays, as far as there is
-    /// room beside `extra` ranges to come; the bigger remainder first.
+    /// Takes `part` out of the range that begins at `start`. Keeps what is left on both sides, the bigger one first, if
+    /// there is room for it and for `extra` ranges that the caller will add.
     fn cut(&mut self, start: u64, part: GpaRange, extra: usize) {
         let Some(span) = self.remove(start) else {
             return;
