@@ -124,20 +124,18 @@ fn passed(output: &Output) -> String {
     text(&output.stdout)
 }
 
-/// What jemalloc has from before the heap was there is ordinary memory, which costs calls and faults; no thread gets it.
+/// jemalloc's arena 0 holds normal memory from before the heap was installed. A thread on it would fault for each block.
 #[test]
 fn every_thread_reuses_what_it_freed_without_a_fault() {
     let device = Device::new(1024 * MIB);
     let mut program = Command::new(products().join("ebb-churn"));
     let program = with_library(program.args(["3", "2"])).env("EBB_ARENA", device.path());
     let said = passed(&program.output().unwrap());
-    let number = |name: &str| -> u64 {
-        let mut words = said.split_whitespace();
-        let value = words.find_map(|word| word.strip_prefix(name)).unwrap();
-        value.parse().unwrap()
-    };
-    let (operations, faults) = (number("ops="), number("faults="));
-    assert!(faults < operations / 8, "{said}");
+    let mut words = said.split_whitespace();
+    let faults = words.find_map(|word| word.strip_prefix("faults="));
+    let faults: u64 = faults.unwrap().parse().unwrap();
+    // Each page faults once, however long it runs: about 22,000 in all. With one thread on arena 0 it is 45,000 in 2 s.
+    assert!(faults < 30_000, "{said}");
 }
 
 /// What a thread keeps for later would keep most granules in use, as Redis does after FLUSHALL.
