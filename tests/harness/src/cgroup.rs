@@ -1,14 +1,16 @@
 //! Memory cgroups (v2) of tests.
 
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use crate::error::{Context, Result};
 
-/// How often a busy cgroup is tried to be removed.
-const PATIENCE: u32 = 250;
+/// How often removing a busy cgroup is tried.
+const ATTEMPTS: u32 = 250;
 
 /// A cgroup of our own, with the memory controller; removed at the end.
 #[derive(Debug)]
@@ -59,38 +61,38 @@ impl Cgroup {
         number.context(format_args!("{text:?} in {file} of {}", self.0.display()))
     }
 
-    /// Writes a number into a file of it.
+    /// The processes in it, without those in cgroups below it.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn members(&self) -> Result<Vec<u32>> {
+        let text = self.text("cgroup.procs")?;
+        Ok(text.lines().filter_map(|pid| pid.parse().ok()).collect())
+    }
+
+    /// Writes a value into a file of it.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn set(&self, file: &str, value: u64) -> Result<()> {
+    pub fn set(&self, file: &str, value: impl Display) -> Result<()> {
         let path = self.0.join(file);
         fs::write(&path, value.to_string()).context(path.display())
     }
 
-    /// Runs `start` as a member, so that what it starts is one from its first page on.
-    ///
-    /// # Errors
-    /// Joining or leaving fails, or `start` does.
-    pub fn within<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
-        let join = |folder: &Path| {
-            let procs = folder.join("cgroup.procs");
-            fs::write(&procs, std::process::id().to_string()).context(procs.display())
-        };
-        let before = fs::read_to_string("/proc/self/cgroup").context("/proc/self/cgroup")?;
-        let before = before.lines().find_map(|line| line.strip_prefix("0::"));
-        let before = before.context("this process is in no cgroup of version 2")?;
-        join(&self.0)?;
-        let started = start();
-        join(&Path::new("/sys/fs/cgroup").join(before.trim_start_matches('/')))?;
-        started
+    /// A command whose process joins this cgroup before `program` starts, so that all its memory is charged here.
+    /// Only that process joins. The caller stays where it is, and so does what its other threads start.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $$ >\"$0\" && exec \"$@\""]);
+        command.arg(self.0.join("cgroup.procs")).arg(program);
+        command
     }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
         // Busy for as long as a member has not been reaped, such as a helper that frees memory behind a monitor.
-        for _ in 0..PATIENCE {
+        for _ in 0..ATTEMPTS {
             if fs::remove_dir(&self.0).is_ok() {
                 return;
             }

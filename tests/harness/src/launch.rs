@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
+use crate::cgroup::Cgroup;
 use crate::error::{Context, Result};
 use crate::images::Images;
 use crate::monitor::Monitor;
@@ -15,6 +16,8 @@ use crate::terminal::Terminal;
 #[derive(Debug)]
 pub struct Launch {
     images: Images,
+    /// The monitor's program, without arguments.
+    command: Command,
     kernel: PathBuf,
     initramfs: Option<PathBuf>,
     mode: String,
@@ -35,6 +38,7 @@ impl Launch {
         let images = Images::from_environment()?;
         let folder = TempDir::with_prefix("ebb-").context("make a temporary folder")?;
         Ok(Self {
+            command: Command::new(&images.ebb),
             kernel: images.vmlinuz.clone(),
             initramfs: Some(images.initramfs.clone()),
             images,
@@ -56,6 +60,13 @@ impl Launch {
     /// A folder that lives as long as the monitor.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// Starts the monitor as a member of a cgroup.
+    #[must_use]
+    pub fn within(mut self, cgroup: &Cgroup) -> Self {
+        self.command = cgroup.command(&self.images.ebb);
+        self
     }
 
     /// Another kernel.
@@ -148,7 +159,7 @@ impl Launch {
             "console=ttyS0 quiet loglevel=3 panic=-1 ebb.mode={}",
             self.mode
         );
-        let mut command = Command::new(&self.images.ebb);
+        let mut command = self.command;
         command.arg("run").arg("--kernel").arg(&self.kernel);
         if let Some(initramfs) = &self.initramfs {
             command.arg("--initramfs").arg(initramfs);

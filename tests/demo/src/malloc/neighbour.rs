@@ -1,7 +1,7 @@
 //! Somebody else on the host, who wants memory: a process that takes a piece for each line that it is sent.
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 
 use ebb_harness::cgroup::Cgroup;
 use ebb_harness::error::{Context, Error, Result};
@@ -36,10 +36,10 @@ impl Neighbour {
     /// Moves in.
     pub fn within(cgroup: &Cgroup) -> Result<Self> {
         let program = std::env::current_exe().context("this program")?;
-        let mut command = Command::new(program);
+        let mut command = cgroup.command(&program);
         command.args(["--out", "/", "neighbour"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = cgroup.within(|| command.spawn().context("a neighbour"))?;
+        let mut process = command.spawn().context("a neighbour")?;
         let said = process.stdout.take().context("a pipe")?;
         let said = BufReader::new(said);
         Ok(Self { process, said })

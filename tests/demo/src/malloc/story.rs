@@ -64,10 +64,10 @@ impl<'a> Stage<'a> {
     fn boot(heap: Heap, keys: u32, narrator: &'a Narrator) -> Result<Self> {
         // As in a host that is full: what Redis and its neighbour get together is limited.
         let cgroup = Cgroup::new(&format!("{heap:?}"))?;
-        let launch = Launch::new()?.memory("size=1G");
-        let mut debian = cgroup.within(|| match heap {
-            Heap::Arena => Debian::boot(launch.option("--arena", "size=8G")),
-            Heap::Plain => Debian::boot(launch.option("--balloon", "size=0,reporting=eager")),
+        let launch = Launch::new()?.within(&cgroup).memory("size=1G");
+        let mut debian = Debian::boot(match heap {
+            Heap::Arena => launch.option("--arena", "size=8G"),
+            Heap::Plain => launch.option("--balloon", "size=0,reporting=eager"),
         })?;
         let command = match heap {
             Heap::Arena => {
