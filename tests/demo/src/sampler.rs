@@ -6,7 +6,6 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ebb_harness::error::Result;
-use ebb_harness::host;
 use ebb_harness::wait::{LONG, until};
 
 /// Time between two samples.
@@ -19,7 +18,7 @@ const STRETCH: usize = 5;
 pub struct Sample {
     /// Seconds since the start.
     pub at: f64,
-    /// The monitor's resident memory.
+    /// Resident memory of the monitor and its helpers.
     pub rss: u64,
     /// Lazily freed by the guest and still there.
     pub lazy: u64,
@@ -33,10 +32,10 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Starts with the monitor `pid`; `lazy` tells how much is lazily free, as far as anybody answers.
+    /// Starts. `rss` and `lazy` tell what a [`Sample`] has; `lazy` has no answer while nobody serves the API.
     pub fn start(
-        pid: u32,
         start: Instant,
+        rss: impl Fn() -> u64 + Send + 'static,
         lazy: impl Fn() -> Option<u64> + Send + 'static,
     ) -> Self {
         let samples = Arc::new(Mutex::new(Vec::new()));
@@ -47,7 +46,7 @@ impl Sampler {
                 // The API comes up after the process and goes before it: 0 then is right.
                 let sample = Sample {
                     at: start.elapsed().as_secs_f64(),
-                    rss: host::rss_estimate(pid).unwrap_or(0),
+                    rss: rss(),
                     lazy: lazy().unwrap_or(0),
                 };
                 taken

@@ -61,6 +61,19 @@ impl Cgroup {
         number.context(format_args!("{text:?} in {file} of {}", self.0.display()))
     }
 
+    /// Bytes that the kernel has taken from its processes because they had been marked with `MADV_FREE`.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn lazily_freed(&self) -> Result<u64> {
+        let stat = self.text("memory.stat")?;
+        let pages = stat
+            .lines()
+            .find_map(|line| line.strip_prefix("pglazyfreed ")?.parse::<u64>().ok());
+        let pages = pages.context("memory.stat has no pglazyfreed")?;
+        Ok(pages * rustix::param::page_size() as u64)
+    }
+
     /// The processes in it, without those in cgroups below it.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
 
@@ -83,6 +83,53 @@ pub fn processes_named(name: &str) -> Vec<u32> {
     named
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .collect()
+}
+
+/// A process of a machine: its monitor, or a helper of that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relative {
+    /// Its number.
+    pub pid: u32,
+    /// Its name.
+    pub name: String,
+}
+
+/// The living processes of the machines whose files are in `folder`, by name: those whose command line has its path.
+/// A dead process has no command line.
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn relatives(folder: &Path) -> Result<Vec<Relative>> {
+    let folder = folder.as_os_str().as_encoded_bytes();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context("/proc")? {
+        let entry = entry.context("/proc")?;
+        let Some(pid) = entry.file_name().to_str().and_then(|it| it.parse().ok()) else {
+            continue;
+        };
+        // A process may end at any time.
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if pid != std::process::id() && line.windows(folder.len()).any(|part| part == folder) {
+            let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            found.push(Relative {
+                pid,
+                name: name.trim().to_owned(),
+            });
+        }
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+/// Resident bytes of the machines whose files are in `folder`, by the kernel's running counts. A monitor shares its memory
+/// with the helper that frees it, so the largest process counts; 0 when none is left.
+pub fn machine_rss(folder: &Path) -> u64 {
+    let processes = relatives(folder).unwrap_or_default();
+    // Each may end at any time.
+    let resident = processes
+        .iter()
+        .filter_map(|process| rss_estimate(process.pid).ok());
+    resident.max().unwrap_or(0)
 }
 
 /// The threads of the processes named ebb, by their folder in /proc.

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -12,6 +12,8 @@ use tempfile::TempDir;
 
 use crate::Images;
 use crate::error::{Context, Result};
+pub use crate::host::Relative;
+use crate::host::relatives;
 use crate::wait::{LONG, until_often};
 
 /// Where one machine after the other lives: a kernel that halts, and what the monitor makes beside it.
@@ -23,15 +25,6 @@ pub struct Place {
 /// A running monitor; killed when this is dropped.
 pub struct Idle {
     child: Child,
-}
-
-/// A process that has to do with a machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Relative {
-    /// Its number.
-    pub pid: u32,
-    /// Its name.
-    pub name: String,
 }
 
 impl Place {
@@ -149,29 +142,6 @@ impl Place {
         let (left, litter) = (self.relatives()?, self.litter()?);
         done.context(format_args!("{left:?} {litter:?}"))
     }
-}
-
-/// A dead process has no command line, so the dead are not among them.
-fn relatives(folder: &Path) -> Result<Vec<Relative>> {
-    let folder = folder.as_os_str().as_encoded_bytes();
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").context("/proc")? {
-        let entry = entry.context("/proc")?;
-        let Some(pid) = entry.file_name().to_str().and_then(|it| it.parse().ok()) else {
-            continue;
-        };
-        // A process may end at any time.
-        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if pid != std::process::id() && line.windows(folder.len()).any(|part| part == folder) {
-            let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            found.push(Relative {
-                pid,
-                name: name.trim().to_owned(),
-            });
-        }
-    }
-    found.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(found)
 }
 
 impl Idle {

@@ -1,11 +1,10 @@
 //! Free page reporting with the stock driver: what the host gets, when, and what the guest keeps.
 
-use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ebb_harness::api::Reporting;
-use ebb_harness::error::{Context, Result};
+use ebb_harness::cgroup::Cgroup;
+use ebb_harness::error::Result;
 use ebb_harness::host::{lazy_free, rss};
 use ebb_harness::size::{MIB, Size};
 use ebb_harness::wait::{LONG, settled, until};
@@ -28,20 +27,14 @@ struct Scene {
 impl Scene {
     /// Boots, waits for the driver, and has the guest keep some data.
     fn start(balloon: &str) -> Result<Self> {
-        Self::start_as(balloon, |_| Ok(()))
+        Self::launch(Launch::new()?, balloon)
     }
 
-    /// As above; `prepare` gets the monitor's process as soon as it is there.
-    fn start_as(balloon: &str, prepare: impl Fn(u32) -> Result<()>) -> Result<Self> {
-        Self::launch(Launch::new()?, balloon, prepare)
-    }
-
-    fn launch(launch: Launch, balloon: &str, prepare: impl Fn(u32) -> Result<()>) -> Result<Self> {
+    fn launch(launch: Launch, balloon: &str) -> Result<Self> {
         // One vCPU: several trip over the nested machine's emulation of code patching, and reporting is one
         // kernel thread however many there are.
         let launch = launch.memory("size=512M");
         let mut monitor = launch.option("--balloon", balloon).start()?;
-        prepare(monitor.pid())?;
         let mut guest = monitor.guest()?;
         let checksum = guest.checksum("keep 48M")?;
         let api = monitor.api();
@@ -134,10 +127,9 @@ fn eager_reports_are_gone_when_they_are_acknowledged() -> Result<()> {
 
 #[test]
 fn lazy_reports_are_there_for_a_host_that_needs_memory() -> Result<()> {
-    let group = Group::create()?;
-    let mut scene = Scene::start_as("free_page_reporting=on,reporting=lazy", |pid| {
-        group.add(pid)
-    })?;
+    let cgroup = Cgroup::new("lazy")?;
+    let launch = Launch::new()?.within(&cgroup);
+    let mut scene = Scene::launch(launch, "free_page_reporting=on,reporting=lazy")?;
     let (full, reporting) = scene.free()?;
     let pid = scene.monitor.pid();
     let (kept, free) = (rss(pid)?, lazy_free(pid)?);
@@ -154,14 +146,14 @@ fn lazy_reports_are_there_for_a_host_that_needs_memory() -> Result<()> {
     );
     assert!(free >= FREED / 10 * 8, "LazyFree {free}");
     // Now the host needs it.
-    group.limit(kept.saturating_sub(free / 4 * 3))?;
+    cgroup.set("memory.high", kept.saturating_sub(free / 4 * 3))?;
     let fell = until("RSS falls", LONG, || {
         let rest = rss(pid)?;
         Ok((kept.saturating_sub(rest) >= FREED / 2).then_some(rest))
     })?;
     println!("under pressure RSS {} -> {}", Size(kept), Size(fell));
     scene.verify()?;
-    group.unlimit()?;
+    cgroup.set("memory.high", "max")?;
     scene.churn()?;
     scene.rebind()?;
     scene.free()?;
@@ -172,26 +164,30 @@ fn lazy_reports_are_there_for_a_host_that_needs_memory() -> Result<()> {
 /// What the guest writes after a report is kept, however short of memory the host is.
 #[test]
 fn data_in_use_survives_pressure_beside_lazy_reports() -> Result<()> {
-    let group = Group::create()?;
-    let mut scene = Scene::start_as("free_page_reporting=on,reporting=lazy", |pid| {
-        group.add(pid)
-    })?;
+    let cgroup = Cgroup::new("beside")?;
+    let launch = Launch::new()?.within(&cgroup);
+    let mut scene = Scene::launch(launch, "free_page_reporting=on,reporting=lazy")?;
     let start = Instant::now();
-    let mut squeezed = 0;
     while start.elapsed() < Duration::from_secs(30) {
         scene.free()?;
         let pid = scene.monitor.pid();
         let before = rss(pid)?;
+        let (lazy, taken) = (lazy_free(pid)?, cgroup.lazily_freed()?);
         // Written anew where it was reported, while the host takes what is left.
         scene.guest.send("fill 120M")?;
-        group.limit(before.saturating_sub(lazy_free(pid)? / 2))?;
+        cgroup.set("memory.high", before.saturating_sub(lazy / 2))?;
         scene.guest.console.wait_for("EBB-GUEST-OK fill", LONG)?;
-        group.unlimit()?;
-        squeezed += before.saturating_sub(rss(pid)?);
+        cgroup.set("memory.high", "max")?;
+        let taken = cgroup.lazily_freed()? - taken;
+        println!(
+            "of {} lazily free the host took {}",
+            Size(lazy),
+            Size(taken)
+        );
+        assert!(taken > 0, "there was no pressure");
         scene.verify()?;
         scene.guest.ask("drop")?;
     }
-    println!("RSS fell by {} in all", Size(squeezed));
     scene.finish()
 }
 
@@ -203,7 +199,7 @@ fn memory_cleared_on_free_is_reported_and_stays_clear() -> Result<()> {
     for mode in ["eager", "lazy"] {
         let launch = Launch::new()?.cmdline("init_on_free=1 init_on_alloc=0");
         let balloon = format!("free_page_reporting=on,reporting={mode}");
-        let mut scene = Scene::launch(launch, &balloon, |_| Ok(()))?;
+        let mut scene = Scene::launch(launch, &balloon)?;
         let poison = "cut -c5 /sys/bus/virtio/drivers/virtio_balloon/virtio*/features";
         assert_eq!(
             scene.guest.must(poison)?,
@@ -229,44 +225,4 @@ fn without_the_option_nothing_is_reported() -> Result<()> {
     assert_eq!(scene.reporting()?, Reporting::default());
     assert!(!scene.api.balloon()?.free_page_reporting);
     scene.finish()
-}
-
-/// A control group of version 2 that is short of memory at will.
-struct Group(PathBuf);
-
-impl Group {
-    fn create() -> Result<Self> {
-        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let root = PathBuf::from("/sys/fs/cgroup");
-        let control = root.join("cgroup.subtree_control");
-        fs::write(&control, "+memory").context(control.display())?;
-        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let path = root.join(format!("ebb-test-{}-{number}", std::process::id()));
-        fs::create_dir(&path).context(path.display())?;
-        Ok(Self(path))
-    }
-
-    fn write(&self, name: &str, text: &str) -> Result<()> {
-        let path = self.0.join(name);
-        fs::write(&path, text).context(path.display())
-    }
-
-    fn add(&self, pid: u32) -> Result<()> {
-        self.write("cgroup.procs", &pid.to_string())
-    }
-
-    fn limit(&self, bytes: u64) -> Result<()> {
-        self.write("memory.high", &bytes.to_string())
-    }
-
-    fn unlimit(&self) -> Result<()> {
-        self.write("memory.high", "max")
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // Busy for as long as the monitor is: the machine is thrown away anyway.
-        let _ = fs::remove_dir(&self.0);
-    }
 }

@@ -91,7 +91,6 @@ impl Outcome {
         {
             println!("{title:<42} {:>10} {:>12}", Size(*rss), Size(*lazy));
         }
-        println!("{:<42} {:>10}", "after shutdown", Size(0));
         println!();
         self.claims.print();
     }

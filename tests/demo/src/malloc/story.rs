@@ -90,7 +90,8 @@ impl<'a> Stage<'a> {
         let api = debian.monitor.api();
         let lazy = move || api.get("/arenas").ok()?[0]["lazy_bytes"].as_u64();
         let start = Instant::now();
-        let sampler = Sampler::start(debian.monitor.pid(), start, lazy);
+        let folder = debian.monitor.folder().to_owned();
+        let sampler = Sampler::start(start, move || host::machine_rss(&folder), lazy);
         let mut stage = Self {
             narrator,
             cgroup,
