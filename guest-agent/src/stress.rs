@@ -87,9 +87,9 @@ fn run(plan: &Plan<'_>) -> Result<String, String> {
     while left() > Duration::from_secs(1) {
         std::thread::sleep(Duration::from_millis(100 + random.below(400) as u64));
         let victim = random.below(children.len());
-        let mut child = children.swap_remove(victim);
-        child.kill().map_err(|error| format!("kill: {error}"))?;
-        tally.add(child)?;
+        let killed = children[victim].kill();
+        killed.map_err(|error| format!("kill: {error}"))?;
+        tally.add(children.swap_remove(victim))?;
         kills += 1;
         if kills % 2 == 0 {
             recovered += recover()?;

@@ -1,6 +1,5 @@
 //! `ebb-bench arena`: what an arena costs the monitor: memory when nobody touches it, and looks through its table. Needs no KVM.
 
-use std::path::Path;
 use std::time::Instant;
 
 use ebb_core::range::GpaRange;
@@ -11,9 +10,9 @@ use ebb_vmm::memory::{Backing, GuestRam};
 use ebb_vmm::sys::resident_bytes;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::report::{Host, Ratio, Report};
-use super::samples::Samples;
-use super::{BenchError, system};
+use super::BenchError;
+use super::report::Report;
+use super::results::Results;
 use ebb_harness::error::{Context, Result};
 
 const START: u64 = 4 << 30;
@@ -35,26 +34,7 @@ pub struct Arguments {
 /// # Errors
 /// [`BenchError`]: there is no address space, or the report cannot be written.
 pub fn run(arguments: &Arguments) -> std::result::Result<(), BenchError> {
-    let out = super::path("EBB_OUT")?;
-    let report = measure(arguments.runs)?;
-    println!("{report}");
-    let path = report.write(&out)?;
-    println!("written to {}", path.display());
-    Ok(())
-}
-
-/// What it has found, for the report of `ebb-bench malloc`, which runs where there may be no address space for it.
-///
-/// # Errors
-/// It has not run.
-pub fn found(out: &Path) -> std::result::Result<Report, BenchError> {
-    let path = out.join("arena.json");
-    let what = format!(
-        "{}; `cargo xtask bench malloc` makes it first",
-        path.display()
-    );
-    let text = std::fs::read(&path).map_err(system(what.clone()))?;
-    serde_json::from_slice(&text).map_err(system(what))
+    measure(arguments.runs)?.publish()
 }
 
 /// Measures with so many looks at each table.
@@ -62,12 +42,12 @@ pub fn found(out: &Path) -> std::result::Result<Report, BenchError> {
 /// # Errors
 /// There is no address space.
 pub fn measure(runs: u32) -> std::result::Result<Report, BenchError> {
-    let mut samples = Samples::default();
+    let mut results = Results::default();
     let resident = || resident_bytes().context("this process's resident memory");
     let before = resident()?;
     let untouched = arena(4 * TIB)?;
     let grown = resident()?.saturating_sub(before);
-    samples.add(("ebb", "4 TiB untouched"), ("rss", "bytes"), grown as f64);
+    results.add(("ebb", "4 TiB untouched"), ("rss", "bytes"), grown as f64);
     drop(untouched);
 
     let (memory, arena) = arena(TIB)?;
@@ -85,7 +65,7 @@ pub fn measure(runs: u32) -> std::result::Result<Report, BenchError> {
             let start = Instant::now();
             look();
             let ms = start.elapsed().as_secs_f64() * 1e3;
-            samples.add(("ebb", case), ("look", "ms"), ms);
+            results.add(("ebb", case), ("look", "ms"), ms);
         }
     };
     let count = || assert!(arena.stats().scans_total > 0);
@@ -97,21 +77,11 @@ pub fn measure(runs: u32) -> std::result::Result<Report, BenchError> {
     fill(&memory, layout, false)?;
     look("1 TiB all lazy, search for older", &search);
     look("1 TiB all lazy, take and give back", &take);
-    let ratio = |name: &str, value| Ratio {
-        name: name.to_owned(),
-        value,
-    };
-    let scan = samples.median("ebb", "1 TiB half lazy, search for older", "look");
-    Ok(Report {
-        name: "arena".to_owned(),
-        host: Host::probe(),
-        rows: samples.rows(),
-        ratios: vec![
-            // Neither is a ratio: the goals are 32 MiB and 5 ms.
-            ratio("arena_rss_4tib_mib", grown as f64 / f64::from(1 << 20)),
-            ratio("arena_scan_1tib_ms", scan.context("samples")?),
-        ],
-    })
+    let scan = results.median("ebb", "1 TiB half lazy, search for older", "look");
+    // The goals are 32 MiB and 5 ms.
+    results.lower("arena_rss_4tib_mib", grown as f64 / f64::from(1 << 20));
+    results.lower("arena_scan_1tib_ms", scan.context("samples")?);
+    Ok(results.report("arena"))
 }
 
 /// Memory as the monitor makes it, with an arena.
@@ -144,10 +114,7 @@ mod tests {
     #[test]
     fn an_untouched_arena_costs_little_and_a_look_is_short() {
         let report = measure(1).unwrap();
-        let of = |name: &str| {
-            let mut ratios = report.ratios.iter();
-            ratios.find(|ratio| ratio.name == name).unwrap().value
-        };
+        let of = |name| report.ratio(name).unwrap();
         assert!(of("arena_rss_4tib_mib") < 32.0, "{report}");
         assert!(of("arena_scan_1tib_ms") > 0.0, "{report}");
     }

@@ -1,12 +1,12 @@
-//! `ebb-bench boot`: from the start of the process to its end, with a guest that powers off at once; and
-//! what a monitor needs beside its guest's memory.
+//! `ebb-bench boot`: from the start of the process until it has ended and its memory is free, with a guest that powers
+//! off at once; and what a monitor needs in addition to its guest's memory.
 
 use std::time::Duration;
 
 use super::guest::{Files, Guest, System};
 use super::process::{Outcome, Process};
-use super::report::{Host, Ratio, Report, Row};
-use super::{BenchError, overhead, path, system};
+use super::results::{Metric, Results};
+use super::{BenchError, overhead, system};
 
 /// No system takes this long, not even where CPUs are emulated.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
@@ -31,13 +31,12 @@ pub struct Arguments {
     brief: bool,
 }
 
-/// The samples of one system.
-struct Series {
-    system: System,
-    wall: Vec<f64>,
-    cpu: Vec<f64>,
-    uptime: Vec<f64>,
-}
+/// Until the last process of the system has ended: its memory is free.
+const WALL: Metric = ("wall", "s");
+/// Until the end of the system is seen. Ebb's memory is freed after that, by a helper.
+const VISIBLE: Metric = ("visible", "s");
+const CPU: Metric = ("cpu", "s");
+const UPTIME: Metric = ("uptime", "s");
 
 /// Runs the benchmark, prints the table and writes the report.
 ///
@@ -45,76 +44,33 @@ struct Series {
 /// [`BenchError`]: a system does not boot, for instance.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     let files = Files::from_environment()?;
-    let out = path("EBB_OUT")?;
-    let systems: &[_] = if arguments.brief {
-        &[System::Ebb, System::QemuPc]
-    } else {
-        &[
-            System::Ebb,
-            System::QemuPc,
-            System::EbbImage,
-            System::EbbElf,
-            System::QemuMicrovm,
-        ]
-    };
-    let mut all: Vec<_> = systems.iter().copied().map(Series::new).collect();
-    // One boot each that does not count: it fills the page cache, so that no system pays for the others.
-    for series in &all {
-        boot(&files, series.system)?;
+    let mut systems = vec![System::Ebb, System::QemuPc];
+    if !arguments.brief {
+        systems.extend([System::EbbImage, System::EbbElf, System::QemuMicrovm]);
     }
-    // Interleaved: what else the host does hits all alike.
+    let mut results = Results::default();
+    // One boot each that does not count: it fills the page cache, so that no system pays for the others.
+    for &system in &systems {
+        boot(&files, system)?;
+    }
+    // Interleaved, and another one is first each time: what else the host does hits all alike.
     for run in 1..=arguments.runs {
-        for series in &mut all {
-            series.add(&files)?;
+        for &system in &systems {
+            let outcome = boot(&files, system)?;
+            let case = (system.name(), system.case());
+            results.add(case, WALL, outcome.wall.as_secs_f64());
+            results.add(case, VISIBLE, outcome.visible.as_secs_f64());
+            results.add(case, CPU, outcome.cpu);
+            if let Some(uptime) = uptime(&outcome.output) {
+                results.add(case, UPTIME, uptime);
+            }
         }
+        systems.rotate_left(1);
         eprintln!("boot: run {run} of {}", arguments.runs);
     }
-    let mut report = Report {
-        name: "boot".to_owned(),
-        host: Host::probe(),
-        rows: all.iter().flat_map(Series::rows).collect(),
-        ratios: Vec::new(),
-    };
-    report
-        .rows
-        .extend(overhead::rows(&files, arguments.runs.min(3))?);
-    report.ratios = ratios(&report);
-    println!("{report}");
-    let path = report.write(&out)?;
-    println!("written to {}", path.display());
-    Ok(())
-}
-
-impl Series {
-    const fn new(system: System) -> Self {
-        Self {
-            system,
-            wall: Vec::new(),
-            cpu: Vec::new(),
-            uptime: Vec::new(),
-        }
-    }
-
-    fn add(&mut self, files: &Files) -> Result<(), BenchError> {
-        let outcome = boot(files, self.system)?;
-        self.wall.push(outcome.wall.as_secs_f64());
-        self.cpu.push(outcome.cpu);
-        self.uptime.extend(uptime(&outcome.output));
-        Ok(())
-    }
-
-    fn rows(&self) -> Vec<Row> {
-        let who = (self.system.name(), self.system.case());
-        let metrics = [
-            ("wall", &self.wall),
-            ("cpu", &self.cpu),
-            ("uptime", &self.uptime),
-        ];
-        metrics
-            .into_iter()
-            .filter_map(|(metric, samples)| Row::new(who, (metric, "s"), samples))
-            .collect()
-    }
+    overhead::measure(&files, arguments.runs.min(3), &mut results)?;
+    compare(&mut results);
+    results.report("boot").publish()
 }
 
 /// Boots once; the guest must have reached its init and powered off.
@@ -151,32 +107,25 @@ fn uptime(output: &str) -> Option<f64> {
     rest.split_whitespace().next()?.parse().ok()
 }
 
-fn ratios(report: &Report) -> Vec<Ratio> {
-    let wall = |system: System| report.median(system.name(), system.case(), "wall");
-    let divide = |name: &str, a: Option<f64>, b: Option<f64>| {
-        a.zip(b).map(|(a, b)| Ratio {
-            name: name.to_owned(),
-            value: a / b,
-        })
-    };
-    let overhead = report.median(System::Ebb.name(), overhead::CASE, overhead::METRIC);
-    [
-        divide("boot_vs_qemu", wall(System::Ebb), wall(System::QemuPc)),
-        divide(
-            "boot_vs_qemu_microvm",
-            wall(System::Ebb),
-            wall(System::QemuMicrovm),
-        ),
-        divide(
-            "inner_elf_vs_image",
-            wall(System::Ebb),
-            wall(System::EbbImage),
-        ),
-        divide("overhead_bytes", overhead, Some(1.0)),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+fn compare(results: &mut Results) {
+    let of = |system: System| [system.name(), system.case(), WALL.0];
+    for (name, other) in [
+        ("vs_qemu", System::QemuPc),
+        ("vs_qemu_microvm", System::QemuMicrovm),
+        ("inner_elf_vs_image", System::EbbImage),
+    ] {
+        results.divide(name, of(other), of(System::Ebb));
+    }
+    let (ebb, qemu) = (System::Ebb.name(), System::QemuPc.name());
+    let (case, metric) = (overhead::CASE, overhead::METRIC.0);
+    if let Some(bytes) = results.median(ebb, case, metric) {
+        results.lower("overhead_bytes", bytes);
+    }
+    results.divide(
+        "overhead_vs_qemu",
+        [qemu, case, metric],
+        [ebb, case, metric],
+    );
 }
 
 #[cfg(test)]

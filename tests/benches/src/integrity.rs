@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::BenchError;
-use super::report::{Host, Ratio, Report, Row};
+use super::results::Results;
 use ebb_harness::integrity::{Outcome, cases, run as run_case};
 
 /// Arguments of the benchmark.
@@ -28,7 +28,6 @@ pub struct Arguments {
 /// # Errors
 /// [`BenchError`]: a machine did not come to its end, or something was lost.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
-    let out = super::path("EBB_OUT")?;
     let cases = cases(arguments.operations, arguments.seed)
         .into_iter()
         .enumerate();
@@ -43,33 +42,20 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     }
     outcomes.iter().try_for_each(Outcome::check)?;
     let sum = |count: fn(&Outcome) -> u64| outcomes.iter().map(count).sum::<u64>() as f64;
-    let ratio = |name: &str, value| Ratio {
-        name: name.to_owned(),
-        value,
-    };
-    let rows = outcomes.iter().flat_map(|outcome| {
+    let mut results = Results::default();
+    for outcome in &outcomes {
         let case = format!("{} vCPUs", outcome.case.vcpus);
-        let row = |metric, value: u64| {
-            Row::new((outcome.case.lazy, &case), (metric, ""), &[value as f64])
-        };
-        [
-            row("operations", outcome.counts.operations),
-            row("calls", outcome.counts.calls),
-            row("discarded-mib", outcome.discarded >> 20),
-            row("invalidated-mib", outcome.unmapped >> 20),
-        ]
-    });
-    let report = Report {
-        name: "integrity".to_owned(),
-        host: Host::probe(),
-        rows: rows.flatten().collect(),
-        ratios: vec![
-            ratio("operations", sum(|o| o.counts.operations)),
-            ratio("lost_pages", sum(|o| o.counts.lost)),
-            ratio("foreign_bytes", sum(|o| o.counts.foreign_bytes)),
-        ],
-    };
-    let path = report.write(&out)?;
-    println!("written to {}", path.display());
-    Ok(())
+        for (metric, value) in [
+            ("operations", outcome.counts.operations),
+            ("calls", outcome.counts.calls),
+            ("discarded-mib", outcome.discarded >> 20),
+            ("invalidated-mib", outcome.unmapped >> 20),
+        ] {
+            results.add((outcome.case.lazy, &case), (metric, ""), value as f64);
+        }
+    }
+    results.higher("operations", sum(|o| o.counts.operations));
+    results.lower("lost_pages", sum(|o| o.counts.lost));
+    results.lower("foreign_bytes", sum(|o| o.counts.foreign_bytes));
+    results.report("integrity").publish()
 }

@@ -1,10 +1,13 @@
 //! `ebb-bench lazy`: what LAZY_FREE and REUSE cost when the memory is reused before anybody wants it.
 //!
-//! **Flushes**: a guest makes pairs of LAZY_FREE and REUSE and writes to the memory after each; the kernel's
-//! counters tell what that has caused. The noise is what they show while the same guest makes as many calls
-//! that do nothing. At the end one range is reclaimed, to show that the counters would have moved.
+//! **Flushes**: a guest of one vCPU makes pairs of LAZY_FREE and REUSE and writes to the memory after each; the kernel's
+//! counters tell what that has caused. Before each round the same guest makes as many calls that do nothing: what a round
+//! of pairs counts above that round is its cost. At the end one range is reclaimed, to show that the counters would have
+//! moved. What other monitors do is measured under one vCPU as well: one madvise for each range.
 //!
-//! **Time**: the same calls beside an exit of the same kind that nobody does anything about: the payload runs
+//! **Discards** of ranges that every vCPU has left behind: flushes, as in `ebb-bench reclaim`.
+//!
+//! **Time**: the same calls, compared with an exit of the same kind that nobody does anything about: the payload runs
 //! in turn under Ebb and in a bare loop around KVM_RUN, and takes its own time by its time stamp counter.
 
 use std::fs;
@@ -14,10 +17,10 @@ use std::time::{Duration, Instant};
 use ebb_hypercall_abi::{Attributes, Operation, PAGE_SIZE};
 use ebb_payload::{FREE_START, PAIR_RANGES, Program, RESULT_SIZE, Step, Transport, page};
 
-use super::counters::{Counters, above};
-use super::report::{Host, Ratio, Report};
-use super::samples::{Metric, Samples};
-use super::{BenchError, bare, path};
+use super::counters::Counters;
+use super::report::Report;
+use super::results::{Metric, Results};
+use super::{BenchError, bare, reclaim};
 use ebb_harness::error::{Context, Error, Result};
 use ebb_harness::wait::LONG;
 use ebb_harness::{Launch, Monitor};
@@ -47,6 +50,9 @@ pub struct Arguments {
     /// Pairs of LAZY_FREE and REUSE in a round
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pairs: u64,
+    /// Discards of ranges that every vCPU has left behind, at least
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(64..=1_000_000))]
+    discards: u64,
     /// One short round of each: whether it works, not how fast it is
     #[arg(long)]
     quick: bool,
@@ -59,6 +65,7 @@ impl Arguments {
         Self {
             runs: 1,
             pairs: 500,
+            discards: 128,
             quick: true,
         }
     }
@@ -69,11 +76,7 @@ impl Arguments {
 /// # Errors
 /// As for [`measure`]; the report cannot be written.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
-    let report = measure(arguments)?;
-    println!("{report}");
-    let path = report.write(&path("EBB_OUT")?)?;
-    println!("written to {}", path.display());
-    Ok(())
+    measure(arguments)?.publish()
 }
 
 /// Runs the benchmark.
@@ -87,18 +90,18 @@ pub fn measure(arguments: &Arguments) -> Result<Report> {
         arguments.clone()
     };
     let transports = transports()?;
-    let mut samples = Samples::default();
-    count_flushes(&arguments, &transports, &mut samples)?;
+    let mut results = Results::default();
+    count_flushes(&arguments, &transports, &mut results)?;
     for run in 1..=arguments.runs {
-        time_calls(&arguments, &transports, &mut samples)?;
+        time_calls(&arguments, &transports, &mut results)?;
         eprintln!("lazy: times, run {run} of {}", arguments.runs);
     }
-    Ok(Report {
-        name: "lazy".to_owned(),
-        host: Host::probe(),
-        rows: samples.rows(),
-        ratios: ratios(&transports, arguments.pairs, &samples)?,
-    })
+    compare(&transports, arguments.pairs, &mut results)?;
+    reclaim::quiescent(arguments.discards, &mut results)?;
+    if !arguments.quick {
+        reclaim::one_by_one((1, PAGES * PAGE_SIZE), arguments.runs, &mut results)?;
+    }
+    Ok(results.report("lazy"))
 }
 
 /// How a guest here can call, by name.
@@ -112,6 +115,8 @@ const REQUESTS: Metric = ("flush-requests", "");
 const FLUSHES: Metric = ("flushes", "");
 const CALLS: Metric = ("function-calls", "");
 const DISTURBED: Metric = ("disturbed", "");
+/// [`DISTURBED`] of a round of pairs, less that of the round of nothing before it.
+const ABOVE_IDLE: Metric = ("above-idle", "");
 const EXITS: Metric = ("exits", "");
 const TIME: Metric = ("time", "us");
 
@@ -128,7 +133,7 @@ fn nothing(program: &mut Program, by: Transport, times: u64) -> Step {
 fn count_flushes(
     arguments: &Arguments,
     transports: &[(&'static str, Transport)],
-    samples: &mut Samples,
+    results: &mut Results,
 ) -> Result<()> {
     let mut program = Program::kernel();
     let warm = program.fill(FREE_START, ALL_PAGES + CONTROL_PAGES, 1);
@@ -136,9 +141,10 @@ fn count_flushes(
     for _ in 0..arguments.runs {
         for &(name, by) in transports {
             let [pairs, idle] = cases(name);
-            steps.push((idle, nothing(&mut program, by, 2 * arguments.pairs)));
+            let step = nothing(&mut program, by, 2 * arguments.pairs);
+            steps.push((idle, true, step));
             let step = program.pairs(by, (FREE_START, PAGES), arguments.pairs);
-            steps.push((pairs, step));
+            steps.push((pairs, false, step));
         }
     }
     program.words(QUERY, &[CONTROL, CONTROL_PAGES]);
@@ -148,18 +154,25 @@ fn count_flushes(
     let mut guest = Payload::start(&program)?;
     guest.wait_for(warm)?;
     let mut last = Counters::read(guest.monitor.pid())?;
-    for (case, step) in &steps {
+    let mut idle = 0.0;
+    for (case, is_idle, step) in &steps {
         guest.wait_for(*step)?;
         let now = Counters::read(guest.monitor.pid())?;
         let added = now.since(last);
         last = now;
         let calls = added.calls as f64;
         let requests = added.kvm.remote_tlb_flush_requests as f64;
-        samples.add(("ebb", case), REQUESTS, requests);
-        samples.add(("ebb", case), FLUSHES, added.kvm.remote_tlb_flush as f64);
-        samples.add(("ebb", case), CALLS, calls);
-        samples.add(("ebb", case), DISTURBED, requests + calls);
-        samples.add(("ebb", case), EXITS, added.kvm.exits as f64);
+        results.add(("ebb", case), REQUESTS, requests);
+        results.add(("ebb", case), FLUSHES, added.kvm.remote_tlb_flush as f64);
+        results.add(("ebb", case), CALLS, calls);
+        results.add(("ebb", case), DISTURBED, requests + calls);
+        results.add(("ebb", case), EXITS, added.kvm.exits as f64);
+        let disturbed = requests + calls;
+        if *is_idle {
+            idle = disturbed;
+        } else {
+            results.add(("ebb", case), ABOVE_IDLE, disturbed - idle);
+        }
         eprintln!("lazy: {case}: {requests} flush requests, {calls} function calls");
     }
     guest.wait_for(freed)?;
@@ -172,7 +185,7 @@ fn count_flushes(
     }
     let added = Counters::read(guest.monitor.pid())?.since(before);
     let requests = added.kvm.remote_tlb_flush_requests as f64;
-    samples.add(("ebb", "reclaim"), REQUESTS, requests);
+    results.add(("ebb", "reclaim"), REQUESTS, requests);
     if requests < 1.0 {
         return Err(Error::new(
             "a reclaim of touched memory has flushed nothing: the counters do not count",
@@ -181,7 +194,7 @@ fn count_flushes(
     Ok(())
 }
 
-/// Whether the guest has really freed and reused, by the monitor's own account.
+/// Checks that the guest has really freed and reused, by the monitor's own account.
 fn check(guest: &Payload, frees: u64) -> Result<()> {
     let lazy = guest.monitor.api().get("/lazy-memory")?;
     let calls = &lazy["hypercalls"]["lazy_free_total"];
@@ -199,7 +212,7 @@ fn check(guest: &Payload, frees: u64) -> Result<()> {
 fn time_calls(
     arguments: &Arguments,
     transports: &[(&'static str, Transport)],
-    samples: &mut Samples,
+    results: &mut Results,
 ) -> Result<()> {
     let pairs = (arguments.pairs / 2 / PIECES).max(1);
     let mut program = Program::kernel();
@@ -219,52 +232,55 @@ fn time_calls(
     let ebb = guest.results();
     guest.finish()?;
     let each = 2.0 * pairs as f64 * f64::from(bare.tsc_khz) / 1e3;
-    for (system, results) in [("bare", bare.results), ("ebb", ebb)] {
-        let ticks: Vec<u64> = times.iter().map(|step| results[*step]).collect();
+    for (system, found) in [("bare", bare.results), ("ebb", ebb)] {
+        let ticks: Vec<u64> = times.iter().map(|step| found[*step]).collect();
         let names = transports.iter().map(|(name, _)| *name).cycle();
         for (piece, name) in ticks.windows(3).step_by(2).zip(names) {
             let [pairs, idle] = cases(name);
             let time = |from: usize| (piece[from + 1] - piece[from]) as f64 / each;
-            samples.add((system, &idle), TIME, time(0));
-            samples.add((system, &pairs), TIME, time(1));
+            results.add((system, &idle), TIME, time(0));
+            results.add((system, &pairs), TIME, time(1));
         }
     }
     Ok(())
 }
 
-fn ratios(
+fn compare(
     transports: &[(&'static str, Transport)],
     pairs: u64,
-    samples: &Samples,
-) -> Result<Vec<Ratio>> {
-    let (mut requests, mut disturbed, mut time) = (0.0f64, 0.0f64, 0.0f64);
-    let mut ratios = Vec::new();
+    results: &mut Results,
+) -> Result<()> {
     let missing = "a measurement is missing";
+    let per_10k = 10_000.0 / pairs as f64;
+    let (mut requests, mut disturbed, mut noise) = (0.0_f64, f64::MIN, 0.0_f64);
+    let mut times = Vec::new();
     for (name, _) in transports {
         let [case, idle] = cases(name);
-        let per_10k = 10_000.0 / pairs as f64;
         // Exact: nothing else makes KVM flush.
-        let most = samples.of("ebb", &case, REQUESTS.0);
+        let most = results.of("ebb", &case, REQUESTS.0);
         requests = most.iter().copied().fold(requests, f64::max);
-        // What exceeds the noisiest of the rounds without.
-        let noise = samples.of("ebb", &idle, DISTURBED.0);
-        let noise = noise.iter().copied().fold(0.0, f64::max);
-        let found = samples.median("ebb", &case, DISTURBED.0).context(missing)?;
-        disturbed = disturbed.max(above(found, noise) * per_10k);
-        let ours = samples.median("ebb", &case, TIME.0).context(missing)?;
-        let value = ours / samples.median("bare", &idle, TIME.0).context(missing)?;
-        time = time.max(value);
-        ratios.push((format!("hypercall_us_{name}"), value));
+        let above = results.median("ebb", &case, ABOVE_IDLE.0);
+        disturbed = disturbed.max(above.context(missing)?);
+        let rounds = results.row("ebb", &idle, DISTURBED.0).context(missing)?;
+        noise = noise.max(rounds.max - rounds.min);
+        let ours = results.median("ebb", &case, TIME.0).context(missing)?;
+        let bare = results.median("bare", &idle, TIME.0).context(missing)?;
+        times.push((format!("hypercall_us_{name}"), ours / bare));
     }
-    let requests = requests * 10_000.0 / pairs as f64;
-    let mut all = vec![
-        ("free_flushes_per_10k".to_owned(), disturbed),
-        ("free_kvm_flush_requests_per_10k".to_owned(), requests),
-        ("hypercall_us".to_owned(), time),
-    ];
-    all.extend(ratios);
-    let ratio = |(name, value)| Ratio { name, value };
-    Ok(all.into_iter().map(ratio).collect())
+    results.note(format!(
+        "free_flushes_per_10k is the median over rounds of pairs less the round of nothing before; rounds of nothing \
+         differ by up to {:.0} for 10,000 calls",
+        noise * per_10k
+    ));
+    results.note("hypercall_us is the slower way to call, compared with an exit of the same kind in a bare KVM loop");
+    results.lower("free_flushes_per_10k", disturbed * per_10k);
+    results.lower("free_kvm_flush_requests_per_10k", requests * per_10k);
+    let slower = times.iter().map(|one| one.1).fold(0.0, f64::max);
+    results.lower("hypercall_us", slower);
+    for (name, value) in times {
+        results.lower(&name, value);
+    }
+    Ok(())
 }
 
 /// A payload under Ebb.

@@ -15,8 +15,8 @@ mod process;
 pub mod reclaim;
 pub mod report;
 pub mod reporting;
+mod results;
 mod rig;
-mod samples;
 pub mod teardown;
 
 use std::path::PathBuf;

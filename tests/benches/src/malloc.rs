@@ -1,9 +1,9 @@
-//! `ebb-bench malloc`: what a heap in an arena costs, beside the same jemalloc on normal memory.
+//! `ebb-bench malloc`: what a heap in an arena costs, compared with the same jemalloc on normal memory, and with Redis as
+//! Debian ships it.
 
 use super::BenchError;
-use super::arena;
-use super::report::{Host, Ratio, Report};
-use super::samples::Samples;
+use super::report::Report;
+use super::results::Results;
 use ebb_harness::debian::Debian;
 use ebb_harness::error::{Context, Result};
 use ebb_harness::host::{kvm_counters, rss};
@@ -11,16 +11,47 @@ use ebb_harness::host::{kvm_counters, rss};
 /// Threads of the churn, and vCPUs.
 const THREADS: u32 = 4;
 
-/// The heaps: name, case, and the environment that makes it.
-const HEAPS: [(&str, &str, &str); 3] = [
-    ("ebb", "decay 0", ""),
-    ("jemalloc", "decay 10 s", "EBB_FORK=off"),
-    (
-        "jemalloc",
-        "decay 0",
-        "EBB_FORK=off _RJEM_MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0",
-    ),
-];
+/// A heap that programs run on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Heap {
+    /// In an arena.
+    Arena,
+    /// The same library and jemalloc on normal memory, with jemalloc's decay of 10 s.
+    Plain,
+    /// The same without decay.
+    PlainAtOnce,
+    /// Debian's jemalloc, which Debian's Redis is linked with.
+    Debian,
+}
+
+impl Heap {
+    /// System and case in the report.
+    const fn name(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Arena => ("ebb", "decay 0"),
+            Self::Plain => ("jemalloc", "decay 10 s"),
+            Self::PlainAtOnce => ("jemalloc", "decay 0"),
+            Self::Debian => ("debian", "as it is"),
+        }
+    }
+
+    /// The words before a program's.
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Arena => "/tmp/ebb-guest run --",
+            Self::Plain => "env EBB_FORK=off /tmp/ebb-guest run --",
+            Self::PlainAtOnce => {
+                "env EBB_FORK=off _RJEM_MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0 /tmp/ebb-guest run --"
+            }
+            Self::Debian => "",
+        }
+    }
+
+    fn of(self, metric: &str) -> [&str; 3] {
+        let (system, case) = self.name();
+        [system, case, metric]
+    }
+}
 
 /// Values of 4 KiB that Redis holds before it forgets all of them.
 const KEYS: u32 = 65_536;
@@ -41,29 +72,29 @@ pub struct Arguments {
 /// # Errors
 /// [`BenchError`]: the machine does not start, or a program fails.
 pub fn run(arguments: &Arguments) -> std::result::Result<(), BenchError> {
-    let out = super::path("EBB_OUT")?;
-    let big = arena::found(&out)?;
+    let arena = Report::read(&super::path("EBB_OUT")?, "arena")?;
     let mut debian = Debian::start(THREADS)?;
-    let mut samples = Samples::default();
+    let mut results = Results::default();
+    // Another one is first each time.
+    let mut heaps = [Heap::Arena, Heap::Plain, Heap::PlainAtOnce];
+    let mut servers = [Heap::Arena, Heap::Debian];
     for run in 1..=arguments.runs {
-        pair(&mut debian, &mut samples)?;
-        exits(&mut debian, &mut samples, arguments.seconds)?;
-        churns(&mut debian, &mut samples, arguments.seconds)?;
-        redis(&mut debian, &mut samples)?;
+        pair(&mut debian, &mut results)?;
+        exits(&mut debian, &mut results, run, arguments.seconds)?;
+        churns(&mut debian, &mut results, heaps, arguments.seconds)?;
+        for server in servers {
+            redis(&mut debian, &mut results, server)?;
+        }
+        heaps.rotate_left(1);
+        servers.rotate_left(1);
         eprintln!("malloc: run {run} of {}", arguments.runs);
     }
     debian.end()?;
-    let ratios = ratios(&samples).context("samples of every heap")?;
-    let report = Report {
-        name: "malloc".to_owned(),
-        host: Host::probe(),
-        rows: samples.rows().into_iter().chain(big.rows).collect(),
-        ratios: ratios.into_iter().chain(big.ratios).collect(),
-    };
-    println!("{report}");
-    let path = report.write(&out)?;
-    println!("written to {}", path.display());
-    Ok(())
+    compare(&mut results).context("samples of every heap")?;
+    results.note("churn: jemalloc is the same library on normal memory; Redis: as Debian ships it, with Debian's jemalloc");
+    let mut report = results.report("malloc");
+    report.append(arena);
+    report.publish()
 }
 
 /// The number behind `name=`.
@@ -74,8 +105,8 @@ fn number(text: &str, name: &str) -> Result<f64> {
     value.context(format_args!("no number {name} in {text:?}"))
 }
 
-/// One lazy_free and reuse of a granule, beside MADV_DONTNEED.
-fn pair(debian: &mut Debian, samples: &mut Samples) -> Result<()> {
+/// One lazy_free and reuse of a granule, compared with MADV_DONTNEED.
+fn pair(debian: &mut Debian, results: &mut Results) -> Result<()> {
     let said = debian.run("/tmp/ebb-guest bench /dev/dax0.0")?;
     for (name, unit) in [
         ("pair_ns", "ns"),
@@ -83,103 +114,99 @@ fn pair(debian: &mut Debian, samples: &mut Samples) -> Result<()> {
         ("pair_instructions", ""),
         ("pair_vs_dontneed", ""),
     ] {
-        samples.add(("ebb", "pair"), (name, unit), number(&said, name)?);
+        results.add(("ebb", "pair"), (name, unit), number(&said, name)?);
     }
     Ok(())
 }
 
 /// Exits of the vCPUs during millions of pairs, and while one of them is as busy for as long with nothing: clock ticks, and
 /// the console.
-fn exits(debian: &mut Debian, samples: &mut Samples, seconds: u32) -> Result<()> {
+fn exits(debian: &mut Debian, results: &mut Results, run: u32, seconds: u32) -> Result<()> {
     let pid = debian.monitor.pid();
-    for (system, what) in [("ebb", "pairs"), ("idle", "spin")] {
+    let mut both = [("ebb", "pairs"), ("idle", "spin")];
+    both.rotate_left(run as usize % 2);
+    for (system, what) in both {
         let before = kvm_counters(pid)?.exits;
         let command = format!("/tmp/ebb-guest bench /dev/dax0.0 {what} {seconds}");
         let said = debian.run(&command)?;
         let exits = kvm_counters(pid)?.exits - before;
-        samples.add((system, "pair"), ("exits", ""), exits as f64);
-        samples.add((system, "pair"), ("pairs", ""), number(&said, "pairs")?);
+        results.add((system, "pair"), ("exits", ""), exits as f64);
+        results.add((system, "pair"), ("pairs", ""), number(&said, "pairs")?);
     }
     Ok(())
 }
 
 /// The churn on each heap, and an idle one for the interrupts that come anyway.
-fn churns(debian: &mut Debian, samples: &mut Samples, seconds: u32) -> Result<()> {
+fn churns(
+    debian: &mut Debian,
+    results: &mut Results,
+    heaps: [Heap; 3],
+    seconds: u32,
+) -> Result<()> {
     let idle = debian.run(&format!("/tmp/ebb-churn 0 {seconds}"))?;
-    samples.add(
+    results.add(
         ("idle", ""),
         ("shootdowns", ""),
         number(&idle, "shootdowns")?,
     );
-    for (system, case, environment) in HEAPS {
-        let said = debian.run_on_arena(&format!(
-            "env {environment} /tmp/ebb-churn {THREADS} {seconds}"
-        ))?;
+    for heap in heaps {
+        let words = heap.words();
+        let said = debian.run(&format!("{words} /tmp/ebb-churn {THREADS} {seconds}"))?;
         let throughput = number(&said, "ops")? / number(&said, "seconds")?;
-        samples.add((system, case), ("throughput", "1/s"), throughput);
+        results.add(heap.name(), ("throughput", "1/s"), throughput);
         for name in ["shootdowns", "faults"] {
-            samples.add((system, case), (name, ""), number(&said, name)?);
+            results.add(heap.name(), (name, ""), number(&said, name)?);
         }
     }
     Ok(())
 }
 
-/// Redis with its heap in the arena, and with jemalloc's own. Of the first, what is left after FLUSHALL and a reclaim of
-/// what the host has given for it (RSS of the monitor above that before).
-fn redis(debian: &mut Debian, samples: &mut Samples) -> Result<()> {
+/// Redis on a heap. Of the one in the arena also what is left after FLUSHALL and a reclaim of what the host has given for
+/// it (RSS of the monitor above that before).
+fn redis(debian: &mut Debian, results: &mut Results, heap: Heap) -> Result<()> {
     let (pid, api) = (debian.monitor.pid(), debian.monitor.api());
-    for (system, case, environment) in [HEAPS[0], HEAPS[1]] {
-        api.reclaim(8 << 30)?;
-        let idle = rss(pid)?;
-        let command = format!("start {KEYS} env {environment} /tmp/ebb-guest run --");
-        let said = debian.run(&format!("bash /tmp/redis-speed.sh {command}"))?;
-        for name in ["set", "get"] {
-            samples.add((system, case), (name, "1/s"), number(&said, name)?);
-        }
-        if system == HEAPS[0].0 {
-            let full = rss(pid)?.saturating_sub(idle);
-            debian.run("bash /tmp/redis-speed.sh flush")?;
-            api.reclaim(8 << 30)?;
-            let left = rss(pid)?.saturating_sub(idle) as f64 / full as f64;
-            samples.add((system, case), ("left_after_flushall", ""), left);
-        }
-        debian.run("bash /tmp/redis-speed.sh end")?;
+    api.reclaim(8 << 30)?;
+    let idle = rss(pid)?;
+    let command = format!("start {KEYS} {}", heap.words());
+    let said = debian.run(&format!("bash /tmp/redis-speed.sh {command}"))?;
+    for name in ["set", "get"] {
+        results.add(heap.name(), (name, "1/s"), number(&said, name)?);
     }
+    if heap == Heap::Arena {
+        let full = rss(pid)?.saturating_sub(idle);
+        debian.run("bash /tmp/redis-speed.sh flush")?;
+        api.reclaim(8 << 30)?;
+        let left = rss(pid)?.saturating_sub(idle) as f64 / full as f64;
+        results.add(heap.name(), ("left_after_flushall", ""), left);
+    }
+    debian.run("bash /tmp/redis-speed.sh end")?;
     Ok(())
 }
 
-fn ratios(samples: &Samples) -> Option<Vec<Ratio>> {
-    let of = |case: usize, metric: &str| {
-        let (system, name, _) = HEAPS[case];
-        samples.median(system, name, metric)
-    };
-    let compared = |metric: &str, other: usize| Some(of(0, metric)? / of(other, metric)?);
-    let shootdowns = samples.median("ebb", "decay 0", "shootdowns")?;
-    let ratio = |name: &str, value| Ratio {
-        name: name.to_owned(),
-        value,
-    };
-    let more_exits =
-        samples.median("ebb", "pair", "exits")? - samples.median("idle", "pair", "exits")?;
-    let millions = samples.median("ebb", "pair", "pairs")? / 1e6;
-    Some(vec![
-        ratio("exits_per_million_pairs", more_exits / millions),
-        ratio(
-            "pair_instructions",
-            samples.median("ebb", "pair", "pair_instructions")?,
-        ),
-        ratio(
-            "pair_vs_dontneed",
-            samples.median("ebb", "pair", "pair_vs_dontneed")?,
-        ),
-        ratio(
-            "shootdowns_above_idle",
-            shootdowns - samples.median("idle", "", "shootdowns")?,
-        ),
-        ratio("churn_vs_plain", compared("throughput", 1)?),
-        ratio("churn_vs_decay_0", compared("throughput", 2)?),
-        ratio("redis_set", compared("set", 1)?),
-        ratio("redis_get", compared("get", 1)?),
-        ratio("left_after_flushall", of(0, "left_after_flushall")?),
-    ])
+fn compare(results: &mut Results) -> Option<()> {
+    let of =
+        |results: &Results, [system, case, metric]: [&str; 3]| results.median(system, case, metric);
+    let exits = of(results, ["ebb", "pair", "exits"])? - of(results, ["idle", "pair", "exits"])?;
+    let millions = of(results, ["ebb", "pair", "pairs"])? / 1e6;
+    results.lower("exits_per_million_pairs", exits / millions);
+    let instructions = of(results, ["ebb", "pair", "pair_instructions"])?;
+    results.lower("pair_instructions", instructions);
+    let vs_dontneed = of(results, ["ebb", "pair", "pair_vs_dontneed"])?;
+    results.higher("pair_vs_dontneed", vs_dontneed);
+    let shootdowns = of(results, Heap::Arena.of("shootdowns"))?;
+    let above = shootdowns - of(results, ["idle", "", "shootdowns"])?;
+    results.lower("shootdowns_above_idle", above);
+    for (name, metric, other) in [
+        ("churn_vs_plain", "throughput", Heap::Plain),
+        ("churn_vs_decay_0", "throughput", Heap::PlainAtOnce),
+        ("redis_set", "set", Heap::Debian),
+        ("redis_get", "get", Heap::Debian),
+    ] {
+        let value = of(results, Heap::Arena.of(metric))? / of(results, other.of(metric))?;
+        results.higher(name, value);
+    }
+    results.smallest("redis_ops", &["redis_set", "redis_get"]);
+    let left = of(results, Heap::Arena.of("left_after_flushall"))?;
+    results.lower("left_after_flushall", left);
+    Some(())
 }

@@ -1,4 +1,4 @@
-//! What a monitor needs beside its guest's memory, with a small guest idle at a shell prompt.
+//! What a monitor needs in addition to its guest's memory, with a small guest idle at a shell prompt.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -6,13 +6,13 @@ use std::time::Duration;
 use super::boot::{LIMIT, READY, failed};
 use super::guest::{Files, Guest, System};
 use super::process::Process;
-use super::report::Row;
+use super::results::{Metric, Results};
 use super::{BenchError, system};
 
 /// The case of the rows.
 pub(super) const CASE: &str = "idle-128M";
 /// The metric of the rows.
-pub(super) const METRIC: &str = "overhead";
+pub(super) const METRIC: Metric = ("overhead", "bytes");
 
 const GUEST: Guest = Guest {
     memory_mib: 128,
@@ -32,23 +32,19 @@ struct Resident {
 }
 
 /// Measures Ebb and QEMU, `runs` times each.
-pub(super) fn rows(files: &Files, runs: u32) -> Result<Vec<Row>, BenchError> {
-    let mut rows = Vec::new();
-    for monitor in [System::Ebb, System::QemuPc] {
-        let all: Vec<_> = (0..runs)
-            .map(|_| measure(files, monitor))
-            .collect::<Result<_, _>>()?;
-        let row = |metric, of: fn(&Resident) -> u64| {
-            let samples: Vec<_> = all.iter().map(|one| of(one) as f64).collect();
-            Row::new((monitor.name(), CASE), (metric, "bytes"), &samples)
-        };
-        rows.extend(row(METRIC, |r| r.rest));
-        rows.extend(row("guest-rss", |r| r.guest));
+pub(super) fn measure(files: &Files, runs: u32, results: &mut Results) -> Result<(), BenchError> {
+    for _ in 0..runs {
+        for monitor in [System::Ebb, System::QemuPc] {
+            let Resident { guest, rest } = resident_of(files, monitor)?;
+            let case = (monitor.name(), CASE);
+            results.add(case, METRIC, rest as f64);
+            results.add(case, ("guest-rss", "bytes"), guest as f64);
+        }
     }
-    Ok(rows)
+    Ok(())
 }
 
-fn measure(files: &Files, monitor: System) -> Result<Resident, BenchError> {
+fn resident_of(files: &Files, monitor: System) -> Result<Resident, BenchError> {
     let name = monitor.name();
     let mut process = Process::start(&mut files.command(monitor, GUEST))
         .map_err(system(format!("start {name}")))?;

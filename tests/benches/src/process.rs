@@ -7,14 +7,17 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// How a process went.
 #[derive(Debug)]
 pub struct Outcome {
-    /// From before it was started until it had ended, its memory freed.
+    /// From before it was started until its end was seen.
+    pub visible: Duration,
+    /// From before it was started until the last of its processes had ended, all memory freed.
     pub wall: Duration,
-    /// User and system time of all its threads, in seconds.
+    /// User and system time of all its threads, in seconds; without its helper processes.
     pub cpu: f64,
     /// How it ended.
     pub status: ExitStatus,
@@ -26,6 +29,8 @@ pub struct Outcome {
 /// read along while the clock runs.
 pub struct Process {
     child: Child,
+    /// As in /proc/PID/cmdline.
+    command_line: Vec<u8>,
     output: File,
     start: Instant,
 }
@@ -41,26 +46,34 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(output.try_clone()?)
             .stderr(output.try_clone()?);
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let command_line = words.flat_map(|word| [word.as_encoded_bytes(), b"\0"].concat());
+        let command_line = command_line.collect();
         let start = Instant::now();
         let child = command.spawn()?;
         Ok(Self {
             child,
+            command_line,
             output,
             start,
         })
     }
 
-    /// Waits for its end. When it has not ended in time, it is killed, and what it wrote comes back as
-    /// the inner error.
+    /// Waits for its end and that of its helpers. When it has not ended in time, it is killed, and what it wrote comes
+    /// back as the inner error.
     ///
     /// # Errors
     /// It cannot be waited for.
     pub fn finish(mut self, limit: Duration) -> io::Result<Result<Outcome, String>> {
-        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?;
-        let mut poll_fds = [PollFd::new(&pidfd, PollFlags::IN)];
         let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
-        if poll(&mut poll_fds, Some(&limit))? == 0 {
+        if !ends(Pid::from_child(&self.child), &limit)? {
             return Ok(Err(self.output()?));
+        }
+        let visible = self.start.elapsed();
+        for helper in running(&self.command_line)? {
+            if !ends(helper, &limit)? {
+                return Ok(Err(format!("its helper {helper:?} has not ended")));
+            }
         }
         let wall = self.start.elapsed();
         // Not reaped yet, so its figures are still to be had.
@@ -68,6 +81,7 @@ impl Process {
         let status = self.child.wait()?;
         let output = self.output()?;
         Ok(Ok(Outcome {
+            visible,
             wall,
             cpu,
             status,
@@ -119,6 +133,30 @@ impl Drop for Process {
     }
 }
 
+/// Waits for the end of a process. Returns false when it has not ended in time.
+fn ends(process: Pid, limit: &Timespec) -> io::Result<bool> {
+    let pidfd = match pidfd_open(process, PidfdFlags::empty()) {
+        Err(Errno::SRCH) => return Ok(true),
+        pidfd => pidfd?,
+    };
+    Ok(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(limit))? > 0)
+}
+
+/// The living processes of this command line: of a monitor that has ended, its helpers.
+fn running(command: &[u8]) -> io::Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let pid = entry.file_name().to_str().and_then(|it| it.parse().ok());
+        // It may end at any time, and has no command line then.
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if !line.is_empty() && line == command {
+            found.extend(pid.and_then(Pid::from_raw));
+        }
+    }
+    Ok(found)
+}
+
 /// User and system time in seconds from /proc/PID/stat (proc(5), fields 14 and 15).
 fn cpu_seconds(stat: &str) -> f64 {
     // The second field, the name, may hold anything; it ends at the last parenthesis.
@@ -146,7 +184,18 @@ mod tests {
             (outcome.output.as_str(), outcome.status.code()),
             ("out\nerr\n", Some(3))
         );
-        assert!(outcome.wall > Duration::ZERO && outcome.cpu < 10.0);
+        assert!(outcome.wall >= outcome.visible && outcome.cpu < 10.0);
+    }
+
+    #[test]
+    fn helpers_are_waited_for() {
+        // A subshell has its parent's command line.
+        let mut command = Command::new("sh");
+        command.args(["-c", "(sleep 0.4; :) & exit 0"]);
+        let process = Process::start(&mut command).unwrap();
+        let outcome = process.finish(Duration::from_secs(20)).unwrap().unwrap();
+        assert!(outcome.visible < Duration::from_millis(300), "{outcome:?}");
+        assert!(outcome.wall >= Duration::from_millis(350), "{outcome:?}");
     }
 
     #[test]

@@ -2,13 +2,12 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::{BenchError, system};
-
-pub use super::host::Host;
+use super::host::Host;
+use super::{BenchError, path, system};
 
 /// The results of one benchmark, all from one run.
 #[derive(Debug, Deserialize, Serialize)]
@@ -17,9 +16,11 @@ pub struct Report {
     pub name: String,
     /// Where it ran.
     pub host: Host,
+    /// What a reader must know of how it was measured.
+    pub notes: Vec<String>,
     /// What was measured.
     pub rows: Vec<Row>,
-    /// What follows from it. Times differ between hosts, so goals are ratios.
+    /// What follows from it. Times differ between hosts, so goals are set for ratios and counts.
     pub ratios: Vec<Ratio>,
 }
 
@@ -42,75 +43,89 @@ pub struct Row {
     pub max: f64,
     /// Number of runs.
     pub runs: usize,
+    /// `direct` or `nested`, see [`Host::platform`].
+    pub platform: String,
 }
 
 /// A figure that goals are set for.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Ratio {
-    /// Its name, such as `boot_vs_qemu`.
+    /// Its name, such as `vs_qemu`.
     pub name: String,
     /// Its value.
     pub value: f64,
+    /// Which values are good.
+    pub better: Better,
+    /// As for [`Row::platform`].
+    pub platform: String,
 }
 
-impl Row {
-    /// Sums up `samples`; `None` when there are none.
-    #[must_use]
-    pub fn new(
-        (system, case): (&str, &str),
-        (metric, unit): (&str, &str),
-        samples: &[f64],
-    ) -> Option<Self> {
-        let mut sorted = samples.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        Some(Self {
-            system: system.to_owned(),
-            case: case.to_owned(),
-            metric: metric.to_owned(),
-            unit: unit.to_owned(),
-            median: median(&sorted)?,
-            min: *sorted.first()?,
-            max: *sorted.last()?,
-            runs: sorted.len(),
-        })
-    }
-}
-
-fn median(sorted: &[f64]) -> Option<f64> {
-    let middle = sorted.len() / 2;
-    let upper = *sorted.get(middle)?;
-    Some(if sorted.len() % 2 == 1 {
-        upper
-    } else {
-        f64::midpoint(sorted[middle - 1], upper)
-    })
+/// Which values of a figure are good.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Better {
+    /// A comparison with something else: above 1, Ebb is better.
+    Higher,
+    /// A cost or a count.
+    Lower,
 }
 
 impl Report {
-    /// The median of a metric.
+    /// A figure; `None` when there is none of this name.
     #[must_use]
-    pub fn median(&self, system: &str, case: &str, metric: &str) -> Option<f64> {
-        let mut rows = self.rows.iter();
-        rows.find(|row| row.system == system && row.case == case && row.metric == metric)
-            .map(|row| row.median)
+    pub fn ratio(&self, name: &str) -> Option<f64> {
+        let mut ratios = self.ratios.iter();
+        ratios.find(|one| one.name == name).map(|one| one.value)
     }
 
-    /// Writes `FOLDER/NAME.json` and returns its path.
+    /// Adds the rows and figures of another part of this benchmark.
+    pub fn append(&mut self, part: Self) {
+        self.notes.extend(part.notes);
+        self.rows.extend(part.rows);
+        self.ratios.extend(part.ratios);
+    }
+
+    /// Reads `FOLDER/NAME.json`.
+    ///
+    /// # Errors
+    /// It is not there, or is no report.
+    pub fn read(folder: &Path, name: &str) -> Result<Self, BenchError> {
+        let path = folder.join(format!("{name}.json"));
+        let what = format!("read {}", path.display());
+        let text = fs::read(&path).map_err(system(what.clone()))?;
+        serde_json::from_slice(&text).map_err(system(what))
+    }
+
+    /// Prints the table, and writes `NAME.json` into the folder that xtask has chosen.
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn write(&self, folder: &Path) -> Result<PathBuf, BenchError> {
-        let path = folder.join(format!("{}.json", self.name));
+    pub fn publish(&self) -> Result<(), BenchError> {
+        println!("{self}");
+        let path = path("EBB_OUT")?.join(format!("{}.json", self.name));
         let error = || format!("write {}", path.display());
         let mut text = serde_json::to_string_pretty(self).map_err(system(error()))?;
         text.push('\n');
         fs::write(&path, text).map_err(system(error()))?;
-        Ok(path)
+        println!("written to {}", path.display());
+        Ok(())
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Host {
+            platform,
+            kernel,
+            cpu,
+            cpus,
+            ..
+        } = &self.host;
+        writeln!(
+            f,
+            "{}: {platform}, Linux {kernel}, {cpus} CPUs: {cpu}",
+            self.name
+        )?;
         let width = |of: fn(&Row) -> &str| {
             let longest = self.rows.iter().map(|row| of(row).len()).max();
             longest.unwrap_or(0).max(8)
@@ -126,17 +141,38 @@ impl fmt::Display for Report {
             "{system:<a$} {case:<b$} {metric:<c$} {:>14} {:>14} {:>14} {:>5}",
             "median", "min", "max", "runs"
         )?;
+        // Where a part of it ran elsewhere.
+        let elsewhere = |other: &str| {
+            if other == platform {
+                String::new()
+            } else {
+                format!(" ({other})")
+            }
+        };
         for row in &self.rows {
             let value = |value| Value(value, &row.unit).to_string();
             let (median, min, max) = (value(row.median), value(row.min), value(row.max));
             writeln!(
                 f,
-                "{:<a$} {:<b$} {:<c$} {median:>14} {min:>14} {max:>14} {:>5}",
-                row.system, row.case, row.metric, row.runs
+                "{:<a$} {:<b$} {:<c$} {median:>14} {min:>14} {max:>14} {:>5}{}",
+                row.system,
+                row.case,
+                row.metric,
+                row.runs,
+                elsewhere(&row.platform)
             )?;
         }
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
+        }
         for ratio in &self.ratios {
-            writeln!(f, "{} = {:.3}", ratio.name, ratio.value)?;
+            let better = match ratio.better {
+                Better::Higher => "higher",
+                Better::Lower => "lower",
+            };
+            let (name, value) = (&ratio.name, ratio.value);
+            let elsewhere = elsewhere(&ratio.platform);
+            writeln!(f, "{name} = {value:.3} ({better} is better){elsewhere}")?;
         }
         Ok(())
     }
@@ -151,19 +187,5 @@ impl fmt::Display for Value<'_> {
             Self(value, "bytes") => write!(f, "{:.2} MiB", value / f64::from(1 << 20)),
             Self(value, unit) => write!(f, "{value:.3} {unit}"),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_row_sums_up_its_samples_in_any_order() {
-        let row = |samples: &[f64]| Row::new(("ebb", "elf"), ("wall", "s"), samples);
-        let odd = row(&[3.0, 1.0, 2.5]).unwrap();
-        assert_eq!((odd.median, odd.min, odd.max, odd.runs), (2.5, 1.0, 3.0, 3));
-        assert!((row(&[4.0, 1.0, 2.0, 3.0]).unwrap().median - 2.5).abs() < 1e-9);
-        assert!(row(&[]).is_none());
     }
 }

@@ -4,11 +4,10 @@
 //! One machine a mode, all at once, driven in turn: the guest of the machine whose turn it is churns, the others are idle.
 //! Whose turn is first changes from round to round. Two machines are alike: what differs between those is noise.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::report::{Host, Ratio, Report, Row};
-use super::{BenchError, path};
+use super::BenchError;
+use super::results::{Metric, Results, median};
 use ebb_harness::api::Reporting;
 use ebb_harness::host::{KvmCounters, kvm_counters, kvm_pages, lazy_free, minor_faults, rss};
 use ebb_harness::wait::settled;
@@ -50,7 +49,7 @@ pub struct Arguments {
 /// # Errors
 /// [`BenchError`]: a guest does not boot, for instance.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
-    let out = path("EBB_OUT")?;
+    let mut results = Results::default();
     let mut scenes = MODES
         .into_iter()
         .map(|(mode, options)| {
@@ -63,50 +62,39 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
         .collect::<Result<Vec<_>>>()?;
     for run in 1..=arguments.runs {
         for scene in &mut scenes {
-            scene.turn(arguments)?;
+            scene.turn(arguments, &mut results)?;
         }
         scenes.rotate_left(1);
         eprintln!("reporting: run {run} of {}", arguments.runs);
     }
-    let mut report = Report {
-        name: "reporting".to_owned(),
-        host: Host::probe(),
-        rows: scenes.iter().flat_map(Scene::rows).collect(),
-        ratios: Vec::new(),
-    };
-    report.ratios = ratios(&scenes);
-    println!("{report}");
-    let path = report.write(&out)?;
-    println!("written to {}", path.display());
-    Ok(())
+    compare(&mut results);
+    results.report("reporting").publish()
 }
 
 /// The rates of each mode against those of `off`, round by round: median, smallest and largest.
-fn ratios(scenes: &[Scene]) -> Vec<Ratio> {
-    let rates = |mode: &str| {
-        let scene = scenes.iter().find(|scene| scene.mode == mode)?;
-        scene.samples.get(&RATE)
-    };
-    let mut ratios = Vec::new();
+fn compare(results: &mut Results) {
     for (mode, _) in &MODES[1..] {
-        let (Some(ours), Some(off)) = (rates(mode), rates("off")) else {
-            continue;
-        };
-        let rounds: Vec<f64> = ours.iter().zip(off).map(|(a, b)| a / b).collect();
-        let row = Row::new((mode, "churn"), ("vs_off", ""), &rounds);
-        for (what, value) in row
-            .iter()
-            .flat_map(|row| [("", row.median), ("_min", row.min), ("_max", row.max)])
-        {
-            let name = format!("churn_{mode}_vs_off{what}");
-            ratios.push(Ratio { name, value });
+        let rates = |mode| results.of(mode, CASE, RATE.0);
+        let rounds = rates(mode).iter().zip(rates("off"));
+        let rounds: Vec<f64> = rounds.map(|(ours, off)| ours / off).collect();
+        let extreme = |pick: fn(f64, f64) -> f64| rounds.iter().copied().reduce(pick);
+        for (what, value) in [
+            ("", median(&rounds)),
+            ("_min", extreme(f64::min)),
+            ("_max", extreme(f64::max)),
+        ] {
+            if let Some(value) = value {
+                results.higher(&format!("churn_{mode}_vs_off{what}"), value);
+            }
         }
     }
-    ratios
 }
 
+/// The case of all rows.
+const CASE: &str = "churn";
+
 /// What the guest achieves.
-const RATE: (&str, &str) = ("rate", "pages/ms");
+const RATE: Metric = ("rate", "pages/ms");
 
 /// What is counted at one moment.
 struct Moment {
@@ -115,12 +103,11 @@ struct Moment {
     faults: u64,
 }
 
-/// One machine and its samples, by metric and unit.
+/// One machine.
 struct Scene {
     mode: &'static str,
     monitor: Monitor,
     guest: Guest,
-    samples: BTreeMap<(&'static str, &'static str), Vec<f64>>,
 }
 
 impl Scene {
@@ -134,7 +121,6 @@ impl Scene {
             mode,
             monitor,
             guest,
-            samples: BTreeMap::new(),
         };
         scene.settle()?;
         Ok(scene)
@@ -157,7 +143,9 @@ impl Scene {
     }
 
     /// Churns, and counts until the last report.
-    fn turn(&mut self, arguments: &Arguments) -> Result<()> {
+    fn turn(&mut self, arguments: &Arguments, results: &mut Results) -> Result<()> {
+        let mode = self.mode;
+        let mut add = |metric: Metric, sample: f64| results.add((mode, CASE), metric, sample);
         let before = self.moment()?;
         let (mut pages, mut ms) = (0, 0);
         let start = Instant::now();
@@ -177,39 +165,28 @@ impl Scene {
         let pid = self.monitor.pid();
         let (rss, free) = (rss(pid)?, lazy_free(pid)?);
         let (small, huge) = kvm_pages(pid)?;
-        self.add(("mapped-4k", ""), small as f64);
-        self.add(("mapped-2m", ""), huge as f64);
-        self.add(RATE, pages as f64 / ms as f64);
-        self.add(("rss", "bytes"), rss as f64);
-        self.add(("rss-free", "bytes"), rss.saturating_sub(free) as f64);
+        add(("mapped-4k", ""), small as f64);
+        add(("mapped-2m", ""), huge as f64);
+        add(RATE, pages as f64 / ms as f64);
+        add(("rss", "bytes"), rss as f64);
+        add(("rss-free", "bytes"), rss.saturating_sub(free) as f64);
         let (from, to) = (&before.reporting, &churned.reporting);
-        self.add(
+        add(
             ("reported", "bytes"),
             (to.bytes_total - from.bytes_total) as f64,
         );
         let calls = to.calls_total - from.calls_total;
-        self.add(("madvise", ""), calls as f64);
+        add(("madvise", ""), calls as f64);
         if calls > 0 {
             let ranges = to.ranges_total - from.ranges_total;
-            self.add(("merged", "ranges/call"), ranges as f64 / calls as f64);
+            add(("merged", "ranges/call"), ranges as f64 / calls as f64);
         }
         let (from, to) = (before.kvm, churned.kvm);
         let flushes = to.remote_tlb_flush - from.remote_tlb_flush;
-        self.add(("flushes", ""), flushes as f64);
-        self.add(("exits", ""), (to.exits - from.exits) as f64);
-        self.add(("faults", ""), (churned.faults - before.faults) as f64);
+        add(("flushes", ""), flushes as f64);
+        add(("exits", ""), (to.exits - from.exits) as f64);
+        add(("faults", ""), (churned.faults - before.faults) as f64);
         Ok(())
-    }
-
-    fn add(&mut self, metric: (&'static str, &'static str), sample: f64) {
-        self.samples.entry(metric).or_default().push(sample);
-    }
-
-    fn rows(&self) -> Vec<Row> {
-        let row = |(metric, samples): (&(_, _), &Vec<f64>)| {
-            Row::new((self.mode, "churn"), *metric, samples)
-        };
-        self.samples.iter().filter_map(row).collect()
     }
 }
 

@@ -43,27 +43,43 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         command
     };
     let (name, more) = (arguments.name.as_str(), arguments.more.as_slice());
-    // Freeing memory needs the host's memory and real processors, but no guest that does anything.
-    let live = more.iter().any(|word| word == "--live");
+    let has = |flag: &str| more.iter().any(|word| word == flag);
     let here = |name: &str, more: &[String]| {
         let command = command(Platform::Direct, name, more);
         run_here(&command, TIME_LIMIT, &mut show)
     };
-    if name == "arena" || (name == "teardown" && !live && Path::new("/dev/kvm").exists()) {
-        return Ok(here(name, more)?.code() as u8);
-    }
-    if name == "malloc" {
+    let on_kvm = |name: &str, more: &[String]| {
+        let runner = start_runner(&assets)?;
+        let command = command(runner.platform(), name, more);
+        runner.run(&command, TIME_LIMIT, &mut show)
+    };
+    let and = |flag: &str| [more, &[flag.to_owned()]].concat();
+    let exit = match name {
+        "arena" => here(name, more)?,
         // A part of its report takes the host's address space, and no guest.
-        let code = here("arena", &[])?.code() as u8;
-        if code != 0 {
-            return Ok(code);
+        "malloc" => match here("arena", &[])? {
+            exit if exit.success() => on_kvm(name, more)?,
+            exit => exit,
+        },
+        "teardown" if !has("--live") => {
+            // Freeing memory needs the host's memory and real processors, but no guest that does anything.
+            let rest = |more: &[String]| {
+                if Path::new("/dev/kvm").exists() {
+                    here(name, more)
+                } else {
+                    on_kvm(name, more)
+                }
+            };
+            if has("--no-live") {
+                rest(more)?
+            } else {
+                match on_kvm(name, &and("--live"))? {
+                    exit if exit.success() => rest(&and("--with-live"))?,
+                    exit => exit,
+                }
+            }
         }
-    }
-    let runner = start_runner(&assets)?;
-    let exit = runner.run(
-        &command(runner.platform(), name, more),
-        TIME_LIMIT,
-        &mut show,
-    )?;
+        _ => on_kvm(name, more)?,
+    };
     Ok(exit.code() as u8)
 }

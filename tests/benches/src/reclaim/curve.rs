@@ -8,12 +8,15 @@ use ebb_vmm::reclaim::{Mode, Order, Outcome, Reach, ReclaimTuning, Reclaimer};
 
 use super::Arguments;
 use crate::counters::{Measured, above, measure as count};
+use crate::results::{Metric, Results};
 use crate::rig::{Ranges, Rig};
-use crate::samples::{Metric, Samples};
 use ebb_harness::error::{Context, Error, Result};
 
 /// One of the four CPUs of the nested machine is left to the reclaimer.
 const VCPUS: usize = 3;
+
+/// The settings of `ebb run` unless told otherwise.
+const DEFAULT: &str = "default";
 
 /// Memory is invalidated, and discarded later.
 const INVALIDATE: &str = "invalidate";
@@ -35,9 +38,13 @@ const ALL: Order = Order {
     urgent: true,
 };
 
-fn ranges(count: u64) -> Ranges {
+/// Bytes of a range.
+const RANGE: u64 = 64 << 10;
+
+/// Ranges of `size` bytes, far apart.
+const fn scattered(size: u64, count: u64) -> Ranges {
     Ranges {
-        size: 64 << 10,
+        size,
         stride: 256 << 10,
         count,
     }
@@ -53,63 +60,90 @@ const fn tuning(slice: usize) -> ReclaimTuning {
     }
 }
 
-/// Discards of ranges that were invalidated before, and that every vCPU has flushed since.
-pub fn quiescent(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(String, f64)>> {
-    let rounds = if arguments.quick {
-        2
-    } else {
-        10_000 / arguments.ranges + 1
-    };
-    let rig = Rig::start(VCPUS, ranges(arguments.ranges), false)?;
+/// At least so many discards of ranges that were invalidated before, and that every vCPU has flushed since.
+///
+/// # Errors
+/// The machine does not do what it should, or the kernel does not count.
+pub(crate) fn quiescent(discards: u64, results: &mut Results) -> Result<()> {
+    let count = discards.min(512);
+    let rig = Rig::start(VCPUS, scattered(RANGE, count), false)?;
     let reclaimer = rig.reclaimer(tuning(ReclaimTuning::default().slice));
     let (mut flushes, mut discarded) = (0, 0);
     let case = ("ebb", "quiescent");
-    for _ in 0..rounds {
+    while discarded < discards {
         rig.free()?;
         reclaimer.invalidate(ALL);
         let found = step(&rig, || reclaimer.discard(ALL))?;
         let kvm = found.measured.found.kvm;
-        samples.add(
+        results.add(
             case,
             ("flush-requests", ""),
             kvm.remote_tlb_flush_requests as f64,
         );
-        samples.add(case, ("flushes", ""), kvm.remote_tlb_flush as f64);
+        results.add(case, ("flushes", ""), kvm.remote_tlb_flush as f64);
         flushes += kvm.remote_tlb_flush_requests;
-        discarded += rig.ranges().count;
+        discarded += count;
     }
     eprintln!("reclaim: {flushes} flush requests for {discarded} quiescent ranges");
-    let per_10k = flushes as f64 * 1e4 / discarded as f64;
-    Ok(vec![("discard_flushes_per_10k".to_owned(), per_10k)])
+    results.lower(
+        "discard_flushes_per_10k",
+        flushes as f64 * 1e4 / discarded as f64,
+    );
+    Ok(())
 }
 
-/// The curve over slices, with one call each under running vCPUs beside it.
-pub fn measure(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(String, f64)>> {
+/// The curve over slices, the default settings, and one call each under running vCPUs.
+pub fn measure(arguments: &Arguments, results: &mut Results) -> Result<()> {
     for &slice in &arguments.slices {
         // What a small slice costs hardly depends on their number, and on an emulated machine it is much.
         let most = arguments.ranges;
         let count = (slice as u64 * 16).clamp(64.min(most), most);
-        let rig = Rig::start(VCPUS, ranges(count), false)?;
-        let reclaimer = rig.reclaimer(tuning(slice));
-        for _ in 0..arguments.runs {
-            round(&rig, &reclaimer, slice, samples)?;
-        }
-        let longest = rig.gate.stats().longest_pause_us as f64 / 1e3;
-        samples.add(("ebb", &case(slice, "all")), LONGEST, longest);
-        eprintln!("reclaim: slices of {slice} ranges: longest pause {longest:.1} ms");
+        let name = format!("slice-{slice:03}");
+        rounds(&name, (count, tuning(slice)), arguments.runs, results)?;
     }
     if !arguments.quick {
-        running(samples)?;
+        // Each slice is short and rested for long, so that a round takes time.
+        let (count, default) = (arguments.ranges.min(128), ReclaimTuning::default());
+        rounds(DEFAULT, (count, default), arguments.runs.min(3), results)?;
+        one_by_one((VCPUS, RANGE), arguments.runs, results)?;
     }
-    ratios(samples)
+    let ReclaimTuning {
+        pause,
+        slice,
+        share,
+        ..
+    } = ReclaimTuning::default();
+    results.note(format!(
+        "slice-N: pause=10 s, share=50, so that a slice ends by its number of ranges only; default: pause={pause:?}, \
+         slice={slice}, share={share}; all of it with {VCPUS} vCPUs"
+    ));
+    compare(results)
 }
 
-fn case(slice: usize, step: &str) -> String {
-    format!("slice-{slice:03}/{step}")
+/// Rounds of `count` ranges with these settings.
+fn rounds(
+    name: &str,
+    (count, tuning): (u64, ReclaimTuning),
+    runs: u32,
+    results: &mut Results,
+) -> Result<()> {
+    let rig = Rig::start(VCPUS, scattered(RANGE, count), false)?;
+    let reclaimer = rig.reclaimer(tuning);
+    for _ in 0..runs {
+        round(&rig, &reclaimer, name, results)?;
+    }
+    let longest = rig.gate.stats().longest_pause_us as f64 / 1e3;
+    results.add(("ebb", &case(name, "all")), LONGEST, longest);
+    eprintln!("reclaim: {name}: longest pause {longest:.1} ms");
+    Ok(())
 }
 
-fn round(rig: &Rig, reclaimer: &Reclaimer, slice: usize, samples: &mut Samples) -> Result<()> {
-    let mut add = |name: &str, found: &Step| found.add(("ebb", &case(slice, name)), samples);
+fn case(name: &str, step: &str) -> String {
+    format!("{name}/{step}")
+}
+
+fn round(rig: &Rig, reclaimer: &Reclaimer, name: &str, results: &mut Results) -> Result<()> {
+    let mut add = |what: &str, found: &Step| found.add(("ebb", &case(name, what)), results);
     rig.free()?;
     add(INVALIDATE, &step(rig, || reclaimer.invalidate(ALL))?);
     add(DISCARD, &step(rig, || reclaimer.discard(ALL))?);
@@ -118,42 +152,44 @@ fn round(rig: &Rig, reclaimer: &Reclaimer, slice: usize, samples: &mut Samples) 
     Ok(())
 }
 
-/// One madvise a range, the vCPUs in the guest: what it costs without the gate.
-fn running(samples: &mut Samples) -> Result<()> {
-    let rig = Rig::start(VCPUS, ranges(64), false)?;
+/// One madvise for each range of `size` bytes, the vCPUs in the guest: what it costs without the gate.
+///
+/// # Errors
+/// As for [`quiescent`].
+pub(crate) fn one_by_one(
+    (vcpus, size): (usize, u64),
+    rounds: u32,
+    results: &mut Results,
+) -> Result<()> {
+    let rig = Rig::start(vcpus, scattered(size, 64), false)?;
     let all = rig.ranges().all();
-    let each = |act: &dyn Fn(ebb_core::range::GpaRange) -> Result<u64>| -> Result<Outcome> {
-        let mut outcome = Outcome::default();
-        for range in &all {
-            outcome.bytes += act(*range)?;
-        }
-        Ok(outcome)
-    };
-    let mark = |range| {
-        rig.ram
-            .release_range(range, Release::MarkFree)
-            .context("madvise")
-    };
-    let discard = |range| {
-        rig.ram
-            .release_range(range, Release::Discard)
-            .context("madvise")
-    };
-    let mut measure = |name: &str, act: &dyn Fn(_) -> Result<u64>| -> Result<()> {
-        let mut outcome = Ok(Outcome::default());
+    let name = format!("{vcpus} vCPUs, {} KiB each", size >> 10);
+    let mut measure = |what: &str, how: Release| -> Result<()> {
+        let mut bytes = Ok(0);
         let found = step(&rig, || {
-            outcome = each(act);
-            *outcome.as_ref().unwrap_or(&Outcome::default())
+            let each = all.iter().map(|range| rig.ram.release_range(*range, how));
+            bytes = each.sum();
+            Outcome {
+                bytes: *bytes.as_ref().unwrap_or(&0),
+                ..Outcome::default()
+            }
         })?;
-        found.add(("madvise", &format!("running/{name}")), samples);
-        eprintln!("reclaim: running, {name}: {:.2} IPIs a range", found.ipis());
-        outcome.map(drop)
+        found.add(("madvise", &case(&name, what)), results);
+        bytes.context("madvise").map(drop)
     };
-    rig.touch()?;
-    measure(INVALIDATE, &mark)?;
-    measure(DISCARD, &discard)?;
-    rig.touch()?;
-    measure(DIRECT, &discard)
+    for _ in 0..rounds {
+        rig.touch()?;
+        measure(INVALIDATE, Release::MarkFree)?;
+        measure(DISCARD, Release::Discard)?;
+        rig.touch()?;
+        measure(DIRECT, Release::Discard)?;
+    }
+    let above = above_idle(results, ("madvise", &case(&name, DIRECT)));
+    results.lower(
+        &format!("madvise_ipis_per_range_{vcpus}_vcpus"),
+        above.context("no rounds")?,
+    );
+    Ok(())
 }
 
 /// What one step has cost.
@@ -198,49 +234,57 @@ impl Step {
         (found.kvm.remote_tlb_flush + found.calls) as f64 / self.ranges + self.kicks()
     }
 
-    fn add(&self, case: (&'static str, &str), samples: &mut Samples) {
+    fn add(&self, case: (&'static str, &str), results: &mut Results) {
         let idle = self.measured.idle;
         let noise = (idle.kvm.remote_tlb_flush + idle.calls) as f64 / self.ranges;
-        samples.add(case, IPIS, self.ipis());
-        samples.add(case, IDLE, noise);
-        samples.add(case, KICKS, self.kicks());
+        results.add(case, IPIS, self.ipis());
+        results.add(case, IDLE, noise);
+        results.add(case, KICKS, self.kicks());
         let time = self.measured.time.as_secs_f64() * 1e6 / self.ranges;
-        samples.add(case, TIME, time);
+        results.add(case, TIME, time);
         let pauses = |stats: &GateStats| stats.pauses.iter().sum::<u64>();
         let count = pauses(&self.after) - pauses(&self.before);
         if count > 0 {
             let total = (self.after.pause_us_total - self.before.pause_us_total) as f64 / 1e3;
-            samples.add(case, PAUSE, total / count as f64);
+            results.add(case, PAUSE, total / count as f64);
         }
     }
 }
 
-fn ratios(samples: &Samples) -> Result<Vec<(String, f64)>> {
-    let of = |slice, step| {
-        let case = case(slice, step);
-        let found = samples.median("ebb", &case, IPIS.0)?;
-        Some(above(found, samples.median("ebb", &case, IDLE.0)?))
-    };
-    let default = ReclaimTuning::default().slice;
-    let mut ratios = Vec::new();
-    for (slice, suffix) in [(default, String::new()), (128, "_slice_128".to_owned())] {
-        let steps = [INVALIDATE, DISCARD, DIRECT].map(|step| of(slice, step));
-        let [Some(invalidate), Some(discard), Some(direct)] = steps else {
+/// The median of a case's interrupts for each range, less those of the idle machine.
+fn above_idle(results: &Results, (system, case): (&str, &str)) -> Option<f64> {
+    let found = results.median(system, case, IPIS.0)?;
+    Some(above(found, results.median(system, case, IDLE.0)?))
+}
+
+fn compare(results: &mut Results) -> Result<()> {
+    let default_slice = ReclaimTuning::default().slice;
+    let mut found = false;
+    for (name, suffix) in [
+        (format!("slice-{default_slice:03}"), ""),
+        ("slice-128".to_owned(), "_slice_128"),
+        (DEFAULT.to_owned(), "_default"),
+    ] {
+        let of = |step| above_idle(results, ("ebb", &case(&name, step)));
+        let [Some(invalidate), Some(discard), Some(direct)] = [INVALIDATE, DISCARD, DIRECT].map(of)
+        else {
             continue;
         };
+        found = true;
         let worst = invalidate.max(discard).max(direct);
-        for (name, value) in [
+        for (step, value) in [
             ("", worst),
             ("_invalidate", invalidate),
             ("_discard", discard),
             ("_both_steps", invalidate + discard),
             ("_direct", direct),
         ] {
-            ratios.push((format!("ipis_per_range{name}{suffix}"), value));
+            results.lower(&format!("ipis_per_range{step}{suffix}"), value);
         }
     }
-    if ratios.is_empty() {
-        return Err(Error::new("the curve has no point at the default slice"));
+    if found {
+        Ok(())
+    } else {
+        Err(Error::new("the curve has no point at the default slice"))
     }
-    Ok(ratios)
 }

@@ -8,10 +8,12 @@ mod curve;
 mod slowdown;
 mod throughput;
 
-use super::report::{Host, Ratio, Report};
-use super::samples::Samples;
-use super::{BenchError, path};
+use super::BenchError;
+use super::report::Report;
+use super::results::Results;
 use ebb_harness::error::Result;
+
+pub(crate) use curve::{one_by_one, quiescent};
 
 const SLICES: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
@@ -37,8 +39,8 @@ pub struct Arguments {
     /// Pairs of windows of 2 s in which the guest's work is measured
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     windows: u32,
-    /// Measure only this: curve, quiescent, throughput, slowdown; the report is `reclaim-THIS.json`
-    #[arg(long, value_parser = ["curve", "quiescent", "throughput", "slowdown"])]
+    /// Measure only this: curve, throughput, slowdown; the report is `reclaim-THIS.json`
+    #[arg(long, value_parser = ["curve", "throughput", "slowdown"])]
     only: Option<String>,
     /// One short round of what is counted; nothing that takes time to tell
     #[arg(long)]
@@ -71,11 +73,7 @@ impl Arguments {
 /// # Errors
 /// As for [`measure`]; the report cannot be written.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
-    let report = measure(arguments)?;
-    println!("{report}");
-    let path = report.write(&path("EBB_OUT")?)?;
-    println!("written to {}", path.display());
-    Ok(())
+    measure(arguments)?.publish()
 }
 
 /// Runs the benchmark.
@@ -88,28 +86,18 @@ pub fn measure(arguments: &Arguments) -> Result<Report> {
     } else {
         arguments.clone()
     };
-    let mut samples = Samples::default();
-    let mut ratios = Vec::new();
-    if arguments.wants("quiescent") {
-        ratios.extend(curve::quiescent(&arguments, &mut samples)?);
-    }
+    let mut results = Results::default();
     if arguments.wants("curve") {
-        ratios.extend(curve::measure(&arguments, &mut samples)?);
+        curve::measure(&arguments, &mut results)?;
     }
     if arguments.wants("throughput") && !arguments.quick {
-        ratios.extend(throughput::measure(&arguments, &mut samples)?);
+        throughput::measure(&arguments, &mut results)?;
     }
     if arguments.wants("slowdown") && !arguments.quick {
-        ratios.extend(slowdown::measure(&arguments, &mut samples)?);
+        slowdown::measure(&arguments, &mut results)?;
     }
-    let ratio = |(name, value)| Ratio { name, value };
-    Ok(Report {
-        name: match &arguments.only {
-            Some(only) => format!("reclaim-{only}"),
-            None => "reclaim".to_owned(),
-        },
-        host: Host::probe(),
-        rows: samples.rows(),
-        ratios: ratios.into_iter().map(ratio).collect(),
-    })
+    Ok(results.report(&match &arguments.only {
+        Some(only) => format!("reclaim-{only}"),
+        None => "reclaim".to_owned(),
+    }))
 }

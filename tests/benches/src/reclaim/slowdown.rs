@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use ebb_vmm::reclaim::{Order, Reach, ReclaimTuning};
 
 use super::Arguments;
+use crate::results::{Metric, Results, median};
 use crate::rig::{Ranges, Rig};
-use crate::samples::{Metric, Samples, median};
 use ebb_harness::error::{Context, Error, Result};
 
 const CASE: (&str, &str) = ("ebb", "fragments");
@@ -26,7 +26,7 @@ const RANGES: Ranges = Ranges {
 };
 
 /// One vCPU works; reclaim goes as it does under pressure, nobody waiting for it.
-pub fn measure(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(String, f64)>> {
+pub fn measure(arguments: &Arguments, results: &mut Results) -> Result<()> {
     let rig = Rig::start(1, RANGES, false)?;
     rig.free()?;
     let pause = Duration::from_micros(arguments.pause);
@@ -41,24 +41,23 @@ pub fn measure(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(Stri
         let mut rates = [0.0; 2];
         for with in order {
             rates[usize::from(with)] = if with {
-                reclaiming(&rig, pause, samples)?
+                reclaiming(&rig, pause, results)?
             } else {
                 work(&rig)?
             };
         }
         let [alone, with] = rates;
-        samples.add(CASE, RATE, with);
-        samples.add(CASE, ALONE, alone);
+        results.add(CASE, RATE, with);
+        results.add(CASE, ALONE, alone);
         ratios.push(with / alone);
     }
     let value = median(&ratios).context("no windows")?;
-    let held = samples
+    let held = results
         .median(CASE.0, CASE.1, HELD.0)
         .context("no windows")?;
-    Ok(vec![
-        ("guest_slowdown_during_reclaim".to_owned(), value),
-        ("guest_share_not_held".to_owned(), 1.0 - held / 100.0),
-    ])
+    results.higher("guest_slowdown_during_reclaim", value);
+    results.higher("guest_share_not_held", 1.0 - held / 100.0);
+    Ok(())
 }
 
 /// Turns of the guest's loop in a microsecond, over one window.
@@ -69,7 +68,7 @@ fn work(rig: &Rig) -> Result<f64> {
     Ok(f64::from(after.wrapping_sub(before)) / time.as_secs_f64() / 1e6)
 }
 
-fn reclaiming(rig: &Rig, pause: Duration, samples: &mut Samples) -> Result<f64> {
+fn reclaiming(rig: &Rig, pause: Duration, results: &mut Results) -> Result<f64> {
     let reclaimer = rig.reclaimer(ReclaimTuning {
         pause,
         ..ReclaimTuning::default()
@@ -95,7 +94,7 @@ fn reclaiming(rig: &Rig, pause: Duration, samples: &mut Samples) -> Result<f64> 
         return Err(Error::new(text));
     }
     let seconds = WINDOW.as_secs_f64();
-    samples.add(CASE, HELD, held as f64 / 1e4 / seconds);
-    samples.add(CASE, TAKEN, (taken / RANGES.size) as f64 / seconds);
+    results.add(CASE, HELD, held as f64 / 1e4 / seconds);
+    results.add(CASE, TAKEN, (taken / RANGES.size) as f64 / seconds);
     rate
 }

@@ -1,4 +1,4 @@
-//! Reclaim of touched memory from a live machine, beside a plain madvise of as much memory that no machine
+//! Reclaim of touched memory from a live machine, compared with a plain madvise of as much memory that no machine
 //! has ever had, and of as much that a machine has whose vCPUs are out: what KVM's own mappings cost.
 
 use std::process::{Child, Command, Stdio};
@@ -10,8 +10,8 @@ use ebb_vmm::reclaim::ReclaimTuning;
 use ebb_vmm::sys::{Mapping, MappingKind};
 
 use super::Arguments;
+use crate::results::{Metric, Results};
 use crate::rig::{FIRST, Ranges, Rig};
-use crate::samples::{Metric, Samples, median};
 use ebb_harness::error::{Context, Error, Result};
 use ebb_harness::wait::LONG;
 
@@ -23,50 +23,40 @@ const WORK_ALONE: Metric = ("guest-work-alone", "/us");
 const VCPUS: usize = 1;
 
 /// Both cases, in turn with the other two.
-pub fn measure(arguments: &Arguments, samples: &mut Samples) -> Result<Vec<(String, f64)>> {
+pub fn measure(arguments: &Arguments, results: &mut Results) -> Result<()> {
     let cases = [
         ("blocks-2m", true, arguments.mib * 4),
         ("pages-4k", false, arguments.mib),
     ];
-    let mut ratios = Vec::new();
     for (case, thp, mib) in cases {
         let bytes = mib << 20;
         for run in 0..arguments.runs {
             // Who is first changes.
             if run % 2 == 0 {
-                samples.add(("plain", case), RATE, plain(bytes, thp)?);
+                results.add(("plain", case), RATE, plain(bytes, thp)?);
             }
-            live((case, bytes, thp), samples)?;
-            samples.add(("mapped", case), RATE, mapped(bytes, thp)?);
+            live((case, bytes, thp), results)?;
+            results.add(("mapped", case), RATE, mapped(bytes, thp)?);
             if run % 2 == 1 {
-                samples.add(("plain", case), RATE, plain(bytes, thp)?);
+                results.add(("plain", case), RATE, plain(bytes, thp)?);
             }
             eprintln!("reclaim: throughput, {case}, run {}", run + 1);
         }
-        let pairs = |ours: &[f64], theirs: &[f64]| {
-            let pairs: Vec<f64> = ours.iter().zip(theirs).map(|(a, b)| a / b).collect();
-            median(&pairs).context("no rounds")
-        };
-        for (name, system) in [("reclaim_vs_raw", "plain"), ("reclaim_vs_mapped", "mapped")] {
-            let rates = (
-                samples.of("ebb", case, RATE.0),
-                samples.of(system, case, RATE.0),
-            );
-            ratios.push((format!("{name}_{case}"), pairs(rates.0, rates.1)?));
+        let ours = ["ebb", case, RATE.0];
+        for (name, system) in [(RAW, "plain"), ("reclaim_vs_mapped", "mapped")] {
+            let theirs = [system, case, RATE.0];
+            results.divide_rounds(&format!("{name}_{case}"), ours, theirs)?;
         }
-        let work = (
-            samples.of("ebb", case, WORK.0),
-            samples.of("ebb", case, WORK_ALONE.0),
-        );
-        ratios.push((format!("guest_work_during_{case}"), pairs(work.0, work.1)?));
+        let (during, alone) = (["ebb", case, WORK.0], ["ebb", case, WORK_ALONE.0]);
+        results.divide_rounds(&format!("guest_work_during_{case}"), during, alone)?;
     }
-    let worst = ratios
-        .iter()
-        .filter(|(name, _)| name.starts_with("reclaim_vs_raw"));
-    let worst = worst.map(|(_, value)| *value).fold(f64::MAX, f64::min);
-    ratios.push(("reclaim_vs_raw".to_owned(), worst));
-    Ok(ratios)
+    let both = cases.map(|(case, ..)| format!("{RAW}_{case}"));
+    results.smallest(RAW, &[&both[0], &both[1]]);
+    Ok(())
 }
+
+/// Reclaim's figure, for each case and as a whole.
+const RAW: &str = "reclaim_vs_raw";
 
 /// A process that keeps a core as busy as a vCPU does.
 struct Busy(Child);
@@ -129,7 +119,7 @@ fn mapped(bytes: u64, thp: bool) -> Result<f64> {
     Ok(rate)
 }
 
-fn live((case, bytes, thp): (&str, u64, bool), samples: &mut Samples) -> Result<()> {
+fn live((case, bytes, thp): (&str, u64, bool), results: &mut Results) -> Result<()> {
     let rig = Rig::start(VCPUS, blocks(bytes), thp)?;
     rig.free()?;
     let reclaimer = rig.reclaimer(ReclaimTuning::default());
@@ -144,10 +134,10 @@ fn live((case, bytes, thp): (&str, u64, bool), samples: &mut Samples) -> Result<
     let per_us = |from: u32, to: u32, time: Duration| {
         f64::from(to.wrapping_sub(from)) / time.as_secs_f64() / 1e6
     };
-    samples.add(("ebb", case), RATE, rate(bytes, time));
-    samples.add(("ebb", case), WORK, per_us(before, after, time));
-    samples.add(("ebb", case), WORK_ALONE, per_us(after, later, alone));
-    samples.add(("ebb", case), ("madvise", ""), outcome.calls as f64);
+    results.add(("ebb", case), RATE, rate(bytes, time));
+    results.add(("ebb", case), WORK, per_us(before, after, time));
+    results.add(("ebb", case), WORK_ALONE, per_us(after, later, alone));
+    results.add(("ebb", case), ("madvise", ""), outcome.calls as f64);
     Ok(())
 }
 

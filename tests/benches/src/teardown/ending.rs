@@ -1,7 +1,7 @@
 //! Ends of machines, and how they are watched.
 
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
@@ -18,6 +18,9 @@ const TICK: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 500_000,
 };
+
+/// How long after the last process's end memory may come back.
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// How a machine is ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,8 +53,9 @@ impl End {
 pub(super) struct Times {
     /// The monitor's end is seen.
     visible: f64,
-    /// The host has its memory again, but for a fiftieth: each processor keeps some free pages to itself.
-    free: f64,
+    /// The host has its memory again, but for a fiftieth: each processor keeps some free pages to itself. Nothing when
+    /// that was not seen.
+    free: Option<f64>,
     /// The last process has ended.
     gone: f64,
 }
@@ -59,12 +63,11 @@ pub(super) struct Times {
 impl Times {
     /// Adds them to a system's case.
     pub(super) fn record(&self, results: &mut Results, (system, case): (&str, &str)) {
-        for (metric, value) in [
-            ("visible", self.visible),
-            ("free", self.free),
-            ("gone", self.gone),
-        ] {
-            results.add(system, case, (metric, MS), value);
+        results.add((system, case), ("visible", MS), self.visible);
+        results.add((system, case), ("gone", MS), self.gone);
+        match self.free {
+            Some(free) => results.add((system, case), ("free", MS), free),
+            None => results.add((system, case), ("free-not-seen", ""), 1.0),
         }
     }
 }
@@ -76,7 +79,7 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Of a monitor, whoever shares its memory, and so many bytes that the host will have again.
+    /// Of a monitor, the processes that share its memory, and so many bytes that the host will have again.
     pub(super) fn new(monitor: u32, others: &[u32], bytes: u64) -> Result<Self, BenchError> {
         let all = std::iter::once(&monitor).chain(others);
         Ok(Self {
@@ -85,7 +88,7 @@ impl Watch {
         })
     }
 
-    /// Ends it and waits until the last process has ended.
+    /// Ends it and waits until the last process has ended and the memory is free, for the latter at most [`SETTLE`].
     pub(super) fn end(
         self,
         end: impl FnOnce() -> Result<(), BenchError>,
@@ -114,9 +117,16 @@ impl Watch {
             let mut ended = ended.into_iter();
             left.retain(|_| ended.next() == Some(false));
         }
+        let gone = start.elapsed();
+        while free.is_none() && start.elapsed() < gone + SETTLE {
+            if free_memory().saturating_sub(before) >= self.bytes {
+                free = Some(start.elapsed().as_secs_f64() * 1e3);
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
         Ok(Times {
             visible: visible.unwrap_or(passed),
-            free: free.unwrap_or(passed),
+            free,
             gone: passed,
         })
     }

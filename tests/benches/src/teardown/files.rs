@@ -28,12 +28,12 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
     };
     for run in 1..=arguments.runs {
         let time = engine::serially(engine::memory(bytes, backing)?);
-        results.add("munmap", "files", SECONDS, time);
+        results.add(("munmap", "files"), SECONDS, time);
         let time = engine::shared(engine::memory(bytes, backing)?, 2);
-        results.add("ebb", "files, 2w", SECONDS, time);
+        results.add(("ebb", "files, 2w"), SECONDS, time);
         for files in FILES {
             let time = in_files(bytes, files)?;
-            results.add("ebb", &format!("{files} files, 2w"), SECONDS, time);
+            results.add(("ebb", &format!("{files} files, 2w")), SECONDS, time);
         }
         eprintln!("teardown: files, run {run} of {}", arguments.runs);
     }

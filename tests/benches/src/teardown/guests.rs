@@ -1,5 +1,5 @@
 //! Whole machines whose stock guest has touched its memory under KVM: how soon an end is seen, and when the memory is
-//! free, beside QEMU.
+//! free, compared with QEMU.
 
 use std::process::{Command, Stdio};
 
@@ -10,7 +10,7 @@ use crate::BenchError;
 use crate::guest::{Files, Guest, System};
 use ebb_harness::console::Console;
 use ebb_harness::error::{Context, Error};
-use ebb_harness::host::{anonymous, processes_named};
+use ebb_harness::host::{REAPER, anonymous, processes_named};
 use ebb_harness::idle::signal_to;
 use ebb_harness::size::MIB;
 use ebb_harness::wait::LONG;
@@ -20,20 +20,22 @@ const GUEST: Guest = Guest {
     mode: "run",
 };
 
-/// What the guest fills, beside its kernel and its caches.
+/// What the guest fills, in addition to its kernel and its caches.
 const FILL_MIB: u64 = 800;
 
 /// Measures, and adds what follows.
 pub(super) fn measure(results: &mut Results, runs: u32) -> Result<(), BenchError> {
     let files = Files::from_environment()?;
+    let mut systems = [System::Ebb, System::QemuPc];
     for run in 1..=runs {
+        systems.rotate_left(1);
         for end in [End::Stop, End::Kill] {
-            for system in [System::Ebb, System::QemuPc] {
+            for system in systems {
                 let (times, touched) = ended(&files, system, end)?;
                 let case = case_of(end);
                 times.record(results, (system.name(), &case));
                 #[allow(clippy::cast_precision_loss, reason = "a few GiB")]
-                results.add(system.name(), &case, ("touched", "bytes"), touched as f64);
+                results.add((system.name(), &case), ("touched", "bytes"), touched as f64);
             }
         }
         eprintln!("teardown: guests, run {run} of {runs}");
@@ -67,8 +69,8 @@ fn ended(files: &Files, system: System, end: End) -> Result<(Times, u64), BenchE
         return Err(Error::new(format!("the host holds {touched} bytes only")).into());
     }
     // QEMU has none, and no other machine runs.
-    let heirs = processes_named("ebb-heir");
-    let times = Watch::new(pid, &heirs, touched)?.end(|| {
+    let helpers = processes_named(REAPER);
+    let times = Watch::new(pid, &helpers, touched)?.end(|| {
         signal_to(pid, end.signal());
         Ok(())
     })?;

@@ -1,37 +1,44 @@
-//! What KVM adds: a machine whose guest has mapped all its memory, beside memory that KVM knows nothing of.
+//! What KVM adds: the end of a machine whose guest has mapped all its memory, compared with that of the same machine whose
+//! memory was touched by its monitor only, so that KVM has mapped none of it. One clock from outside for both, and the same
+//! threads.
 
-use ebb_payload::{FREE_START, Program, RESULT_SIZE};
-use rustix::process::Signal;
-
-use super::{Results, SECONDS, engine};
-use crate::BenchError;
-use ebb_harness::error::{Context, Result};
+use ebb_harness::error::Context;
 use ebb_harness::idle::Place;
 use ebb_harness::wait::{LONG, until};
+use ebb_payload::{FREE_START, Program, RESULT_SIZE};
+
+use super::Results;
+use super::ending::{End, Times};
+use super::machines::ended;
+use crate::BenchError;
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 1024 * MIB;
 
 /// Measures, and adds what follows.
-pub(super) fn measure(results: &mut Results, runs: u32) -> std::result::Result<(), BenchError> {
+pub(super) fn measure(results: &mut Results, runs: u32) -> Result<(), BenchError> {
+    let mut cases = [MAPPED, UNMAPPED];
     for run in 1..=runs {
-        let (bytes, seconds) = live()?;
-        results.add("ebb", "live", SECONDS, seconds);
-        results.add("ebb", "live", ("freed", "bytes"), bytes);
-        let time = engine::shared(engine::touched(MEMORY, false)?, 2);
-        results.add("ebb", "plain", SECONDS, time);
+        for case in cases {
+            let times = if case == MAPPED { mapped() } else { unmapped() };
+            times?.record(results, ("ebb", case));
+        }
+        cases.rotate_left(1);
         eprintln!("teardown: live, run {run} of {runs}");
     }
-    results.divide(
+    results.divide_cost(
         "live_vm_overhead",
-        ["ebb", "live", "time"],
-        ["ebb", "plain", "time"],
+        ["ebb", MAPPED, "free"],
+        ["ebb", UNMAPPED, "free"],
     );
     Ok(())
 }
 
-/// Bytes and seconds of the teardown of a machine whose guest has touched all that it can.
-fn live() -> Result<(f64, f64)> {
+const MAPPED: &str = "stop, mapped by KVM";
+const UNMAPPED: &str = "stop, not mapped by KVM";
+
+/// The end of a machine whose guest has touched all that it can.
+fn mapped() -> Result<Times, BenchError> {
     let place = Place::new()?;
     let mut program = Program::kernel();
     program.fill(FREE_START, (MEMORY - FREE_START) / 4096, 1);
@@ -42,23 +49,20 @@ fn live() -> Result<(f64, f64)> {
     let serial = place.path("serial");
     let words = format!("file={}", serial.display());
     let memory = format!("size={}M,thp=off", MEMORY / MIB);
-    let mut idle = place.start(&memory, "on", &["--serial", &words])?;
+    let idle = place.start(&memory, "on", &["--serial", &words])?;
     until("the guest has filled its memory", 5 * LONG, || {
         let written = std::fs::metadata(&serial).map_or(0, |file| file.len());
         Ok((written >= RESULT_SIZE as u64).then_some(()))
     })?;
-    idle.signal(Signal::TERM);
-    idle.wait()?;
-    let line = until("the log tells of the teardown", LONG, || {
-        let log = place.text("log");
-        Ok(log
-            .split_once("teardown: freed ")
-            .map(|(_, line)| line.to_owned()))
-    })?;
-    let number = |text: Option<&str>| text.and_then(|it| it.trim().parse::<f64>().ok());
-    let bytes = number(line.split(' ').next()).context("bytes")?;
-    let time = line
-        .split_once(" in ")
-        .and_then(|(_, rest)| rest.split(' ').next());
-    Ok((bytes, number(time).context("milliseconds")? / 1e3))
+    // Nothing of the machine may be left at the end.
+    std::fs::remove_file(&serial).context("remove the serial port's file")?;
+    ended(&place, idle, ("on", End::Stop), MEMORY - FREE_START)
+}
+
+/// The end of a machine whose monitor has touched its memory, and whose guest sleeps.
+fn unmapped() -> Result<Times, BenchError> {
+    let place = Place::new()?;
+    let memory = format!("size={}M,thp=off,prefault=on", MEMORY / MIB);
+    let idle = place.running(&memory, "on")?;
+    ended(&place, idle, ("on", End::Stop), MEMORY - FREE_START)
 }

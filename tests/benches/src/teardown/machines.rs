@@ -10,56 +10,87 @@ use super::ending::{End, Times, Watch};
 use super::{Arguments, GIB, Results};
 use crate::{BenchError, system};
 use ebb_harness::error::Context;
-use ebb_harness::host::rss_estimate;
+use ebb_harness::host::{REAPER, rss_estimate};
 use ebb_harness::idle::{Idle, Place, signal_to};
 use ebb_harness::wait::{LONG, until_often};
+
+/// Sizes in GiB whose stop is timed.
+const SIZES: [u64; 3] = [1, 4, 12];
+
+/// What is ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Subject {
+    /// Ebb as it is.
+    Ebb,
+    /// Ebb without its helpers.
+    Alone,
+    Qemu,
+}
 
 /// Measures, and adds what follows.
 pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<(), BenchError> {
     let place = Place::new()?;
+    let (gib, qemu) = (arguments.gib, !arguments.no_qemu);
+    let mut subjects = vec![Subject::Ebb, Subject::Alone];
+    subjects.extend(qemu.then_some(Subject::Qemu));
     for run in 1..=arguments.runs {
-        for gib in [1, 4, 12].into_iter().filter(|gib| *gib <= arguments.gib) {
-            let idle = place.running(&memory(gib, false), "on")?;
-            let times = ended(&place, idle, ("on", End::Stop), gib * GIB)?;
-            times.record(results, ("ebb", &format!("stop {gib}G")));
+        for size in SIZES.into_iter().filter(|size| *size <= gib) {
+            let times = ebb(&place, (size, false), ("on", End::Stop))?;
+            times.record(results, ("ebb", &format!("stop {size}G")));
         }
-        for thp in [false, true] {
-            for end in [End::Stop, End::Kill] {
-                for (system, guardian) in [("ebb", "on"), ("ebb-alone", "off")] {
-                    let idle = place.running(&memory(arguments.gib, thp), guardian)?;
-                    let bytes = arguments.gib * GIB;
-                    let times = ended(&place, idle, (guardian, end), bytes)?;
-                    times.record(results, (system, &case_of(end, thp)));
-                }
-                if !arguments.no_qemu {
-                    let times = qemu(arguments.gib, thp, end)?;
-                    times.record(results, ("qemu", &case_of(end, thp)));
-                }
+        for (thp, end) in ENDS {
+            for subject in &subjects {
+                let (name, times) = match subject {
+                    Subject::Ebb => ("ebb", ebb(&place, (gib, thp), ("on", end))?),
+                    Subject::Alone => ("ebb-alone", ebb(&place, (gib, thp), ("off", end))?),
+                    Subject::Qemu => ("qemu", self::qemu(gib, thp, end)?),
+                };
+                times.record(results, (name, &case_of(end, thp)));
             }
         }
+        subjects.rotate_left(1);
         eprintln!("teardown: machines, run {run} of {}", arguments.runs);
     }
+    compare(results);
+    Ok(())
+}
+
+/// What is compared: with transparent huge pages or without, and how it ends.
+const ENDS: [(bool, End); 4] = [
+    (false, End::Stop),
+    (false, End::Kill),
+    (true, End::Stop),
+    (true, End::Kill),
+];
+
+fn compare(results: &mut Results) {
     let kill = case_of(End::Kill, false);
     for (name, metric) in [("kill_speedup", "free"), ("kill_speedup_gone", "gone")] {
         results.divide(name, ["ebb-alone", &kill, metric], ["ebb", &kill, metric]);
     }
-    for (end, thp) in [
-        (End::Stop, false),
-        (End::Kill, false),
-        (End::Stop, true),
-        (End::Kill, true),
-    ] {
+    for (thp, end) in ENDS {
         let case = case_of(end, thp);
         let suffix = if thp { "_thp" } else { "" };
         let name = format!("vs_qemu_{}{suffix}", end.name());
         results.divide(&name, ["qemu", &case, "free"], ["ebb", &case, "free"]);
     }
-    for gib in [1, 4, 12] {
-        if let Some(row) = results.row("ebb", &format!("stop {gib}G"), "visible") {
-            results.ratio(&format!("visible_stop_ms_{gib}g"), row.median);
+    results.smallest("vs_qemu", &["vs_qemu_stop", "vs_qemu_kill"]);
+    results.smallest("vs_qemu_thp", &["vs_qemu_stop_thp", "vs_qemu_kill_thp"]);
+    for gib in SIZES {
+        if let Some(ms) = results.median("ebb", &format!("stop {gib}G"), "visible") {
+            results.lower(&format!("visible_stop_ms_{gib}g"), ms);
         }
     }
-    Ok(())
+}
+
+/// Ends a machine of so many GiB.
+fn ebb(
+    place: &Place,
+    (gib, thp): (u64, bool),
+    (guardian, end): (&str, End),
+) -> Result<Times, BenchError> {
+    let idle = place.running(&memory(gib, thp), guardian)?;
+    ended(place, idle, (guardian, end), gib * GIB)
 }
 
 fn case_of(end: End, thp: bool) -> String {
@@ -79,9 +110,9 @@ pub(super) fn ended(
     bytes: u64,
 ) -> Result<Times, BenchError> {
     let relatives = place.relatives()?;
-    let heirs = relatives.iter().filter(|it| it.name == "ebb-heir");
-    let heirs: Vec<_> = heirs.map(|it| it.pid).collect();
-    let times = Watch::new(idle.pid(), &heirs, bytes)?.end(|| match end {
+    let helpers = relatives.iter().filter(|it| it.name == REAPER);
+    let helpers: Vec<_> = helpers.map(|it| it.pid).collect();
+    let times = Watch::new(idle.pid(), &helpers, bytes)?.end(|| match end {
         End::Stop => stop(place),
         End::Kill => {
             idle.signal(end.signal());
@@ -110,7 +141,7 @@ fn stop(place: &Place) -> Result<(), BenchError> {
 fn finish(place: &Place, idle: &mut Idle, guardian: &str) -> Result<(), BenchError> {
     idle.wait()?;
     if guardian == "off" {
-        // Nobody removes what a killed monitor leaves then.
+        // Nobody removes then what a killed monitor leaves.
         for path in place.litter()? {
             let _ = std::fs::remove_file(path);
         }

@@ -1,8 +1,8 @@
 //! `ebb-bench teardown`: how fast memory is free again, by which worker counts, after a stop and after SIGKILL,
-//! beside what the kernel does alone and beside QEMU.
+//! compared with what the kernel does alone and with QEMU.
 //!
-//! Samples of what is compared are taken in turn. Ratios are of medians; where the host does other work the
-//! `_best` ones, of the fastest samples, say more.
+//! Samples of what is compared are taken in turn, and another system is first each time. Ratios are of medians; where
+//! the host does other work the `_best` ones, of the fastest samples, say more.
 
 mod ceiling;
 mod ending;
@@ -15,7 +15,8 @@ mod orders;
 mod sparse;
 
 use super::plot::{Curve, draw};
-use super::report::{Host, Ratio, Report, Row};
+use super::report::Report;
+use super::results::{Metric, Results};
 use super::{BenchError, path};
 
 /// Arguments of the benchmark.
@@ -30,10 +31,16 @@ pub struct Arguments {
     /// GiB of address space of which one page in 2 MiB is touched
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..65536))]
     sparse_gib: u64,
-    /// Only machines whose guest has mapped all its memory, beside memory that KVM knows nothing of, and beside QEMU
-    /// with KVM
-    #[arg(long)]
+    /// Only what needs KVM: machines whose guest has mapped all its memory, and QEMU with KVM; the report is
+    /// `teardown-live.json`
+    #[arg(long, conflicts_with = "no_live")]
     live: bool,
+    /// Leave that out
+    #[arg(long)]
+    no_live: bool,
+    /// Add the report of `--live`, which has just run
+    #[arg(long, hide = true)]
+    with_live: bool,
     /// Leave QEMU out
     #[arg(long)]
     no_qemu: bool,
@@ -47,8 +54,10 @@ pub struct Arguments {
 
 const GIB: u64 = 1 << 30;
 
-/// A metric and its unit.
-const SECONDS: (&str, &str) = ("time", "s");
+const SECONDS: Metric = ("time", "s");
+
+/// The name of the report of `--live`.
+const LIVE: &str = "teardown-live";
 
 /// Runs the benchmark, prints the table and writes the report.
 ///
@@ -58,82 +67,42 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     if let Some(bytes) = arguments.half {
         return ceiling::half(bytes, arguments.half_in_files);
     }
-    let out = path("EBB_OUT")?;
     let mut results = Results::default();
-    let name = if arguments.live {
+    results.note(
+        "Nw: so many threads free memory. A machine has two and its helper, which first closes KVM's descriptors, then \
+         helps: three. QEMU has one",
+    );
+    results.note(
+        "free: the host has 98 % of the memory again. Where that is not seen within 1 s after the last process has \
+         ended, the run is counted as free-not-seen, and in no figure",
+    );
+    if arguments.live {
         live::measure(&mut results, arguments.runs)?;
         orders::measure(&mut results, arguments.runs)?;
         if !arguments.no_qemu {
             guests::measure(&mut results, arguments.runs)?;
         }
-        "teardown-live"
-    } else {
-        engine::measure(&mut results, arguments)?;
-        files::measure(&mut results, arguments)?;
-        ceiling::measure(&mut results, arguments)?;
-        machines::measure(&mut results, arguments)?;
-        sparse::measure(&mut results, arguments)?;
-        let curve = Curve {
-            name: format!("{} GiB of 4 KiB pages", arguments.gib),
-            points: engine::sweep(&results, |row| row.median),
-        };
-        let labels = ("teardown by workers", "workers", "seconds");
-        draw(&out.join("teardown.svg"), labels, &[curve])?;
-        "teardown"
+        return results.report(LIVE).publish();
+    }
+    engine::measure(&mut results, arguments)?;
+    files::measure(&mut results, arguments)?;
+    ceiling::measure(&mut results, arguments)?;
+    machines::measure(&mut results, arguments)?;
+    sparse::measure(&mut results, arguments)?;
+    let curve = Curve {
+        name: format!("{} GiB of 4 KiB pages", arguments.gib),
+        points: engine::sweep(&results, |row| row.median),
     };
-    let report = results.report(name);
-    println!("{report}");
-    println!("written to {}", report.write(&out)?.display());
-    Ok(())
-}
-
-/// Samples by system, case and metric, and what is compared.
-#[derive(Default)]
-struct Results {
-    samples: Vec<([String; 4], Vec<f64>)>,
-    ratios: Vec<Ratio>,
-}
-
-impl Results {
-    fn add(&mut self, system: &str, case: &str, (metric, unit): (&str, &str), value: f64) {
-        let key = [system, case, metric, unit].map(str::to_owned);
-        match self.samples.iter_mut().find(|(known, _)| *known == key) {
-            Some((_, values)) => values.push(value),
-            None => self.samples.push((key, vec![value])),
-        }
+    let (out, labels) = (
+        path("EBB_OUT")?,
+        ("teardown by workers", "workers", "seconds"),
+    );
+    draw(&out.join("teardown.svg"), labels, &[curve])?;
+    let mut report = results.report("teardown");
+    if arguments.with_live {
+        let mut live = Report::read(&out, LIVE)?;
+        live.notes.clear();
+        report.append(live);
     }
-
-    fn row(&self, system: &str, case: &str, metric: &str) -> Option<Row> {
-        let known = |key: &[String; 4]| key[0] == system && key[1] == case && key[2] == metric;
-        let (key, values) = self.samples.iter().find(|(key, _)| known(key))?;
-        Row::new((system, case), (metric, &key[3]), values)
-    }
-
-    /// `a / b` by medians as `name`, and by the fastest samples as `name_best`.
-    fn divide(&mut self, name: &str, a: [&str; 3], b: [&str; 3]) {
-        let row = |[system, case, metric]: [&str; 3]| self.row(system, case, metric);
-        let (Some(a), Some(b)) = (row(a), row(b)) else {
-            return;
-        };
-        self.ratio(name, a.median / b.median);
-        self.ratio(&format!("{name}_best"), a.min / b.min);
-    }
-
-    fn ratio(&mut self, name: &str, value: f64) {
-        let name = name.to_owned();
-        self.ratios.push(Ratio { name, value });
-    }
-
-    fn report(self, name: &str) -> Report {
-        let rows = self.samples.iter().filter_map(|(key, values)| {
-            let [system, case, metric, unit] = key.each_ref().map(String::as_str);
-            Row::new((system, case), (metric, unit), values)
-        });
-        Report {
-            name: name.to_owned(),
-            host: Host::probe(),
-            rows: rows.collect(),
-            ratios: self.ratios,
-        }
-    }
+    report.publish()
 }

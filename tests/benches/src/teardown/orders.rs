@@ -42,20 +42,22 @@ impl Order {
 
 /// Measures, and adds what follows.
 pub(super) fn measure(results: &mut Results, runs: u32) -> std::result::Result<(), BenchError> {
+    let mut orders = Order::ALL;
     for run in 1..=runs {
-        for order in Order::ALL {
+        orders.rotate_left(1);
+        for order in orders {
             let (total, close) = end(order)?;
-            results.add("ebb", order.name(), SECONDS, total);
+            results.add(("ebb", order.name()), SECONDS, total);
             if order == Order::CloseThenFree {
-                results.add("kvm", "close", SECONDS, close);
+                results.add(("kvm", "close"), SECONDS, close);
             }
         }
         let time = engine::shared(engine::touched(MEMORY, false)?, WORKERS);
-        results.add("ebb", "no KVM, 2w", SECONDS, time);
+        results.add(("ebb", "no KVM, 2w"), SECONDS, time);
         eprintln!("teardown: orders, run {run} of {runs}");
     }
     for order in Order::ALL {
-        results.divide(
+        results.divide_cost(
             &format!("order {}", order.name()),
             ["ebb", order.name(), "time"],
             ["ebb", "no KVM, 2w", "time"],

@@ -18,14 +18,16 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
     let place = Place::new()?;
     let memory = format!("size={}G,thp=off", arguments.sparse_gib);
     let runs = arguments.runs.min(3);
+    let mut systems = [("ebb", "on"), ("ebb-alone", "off")];
     for run in 1..=runs {
+        systems.rotate_left(1);
         for end in [End::Stop, End::Kill] {
-            for (name, guardian) in [("ebb", "on"), ("ebb-alone", "off")] {
+            for (name, guardian) in systems {
                 let idle = place.running(&memory, guardian)?;
                 let tables = touch(idle.pid()).map_err(system("touch the guest's memory"))?;
                 let case = case_of(end);
                 #[allow(clippy::cast_precision_loss, reason = "a count of millions at most")]
-                results.add(name, &case, ("tables", "pages"), tables as f64);
+                results.add((name, &case), ("tables", "pages"), tables as f64);
                 let times = ended(&place, idle, (guardian, end), tables * 4096)?;
                 times.record(results, (name, &case));
             }
