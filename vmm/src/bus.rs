@@ -10,7 +10,7 @@ pub enum ExitReason {
     Stop,
     /// The guest asked for a reset.
     Reset,
-    /// The guest cannot go on: a triple fault, or KVM could not run it.
+    /// The guest cannot continue: a triple fault, or KVM could not run it.
     Crash,
     /// The guest's kernel reported a panic.
     Panic,
@@ -19,13 +19,13 @@ pub enum ExitReason {
 /// What a device wants the machine to do after an access. Devices hold no reference to the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Nothing: the vCPU goes on.
+    /// Nothing: the vCPU continues.
     Continue,
     /// End the machine.
     Exit(ExitReason),
 }
 
-/// A device that answers to an address range.
+/// A device that handles accesses to an address range.
 pub trait BusDevice: Send {
     /// Reads `data.len()` bytes at `offset` from the start of the range. What the device does not fill in
     /// stays as the bus set it: all ones.
@@ -55,10 +55,10 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Puts `device` at `base..base + len`.
+    /// Registers `device` for the addresses `base..base + len`.
     ///
     /// # Errors
-    /// [`Overlap`] when the range is empty, wraps, or meets another one.
+    /// [`Overlap`] if the range is empty, wraps around, or overlaps another one.
     pub fn insert(
         &mut self,
         base: u64,
@@ -91,7 +91,7 @@ impl Bus {
         }
     }
 
-    /// Writes to the device at `addr`; without one the write is dropped.
+    /// Writes to the device at `addr`. If there is none, the write is ignored.
     #[must_use]
     pub fn write(&self, addr: u64, data: &[u8]) -> Action {
         self.find(addr, data.len())

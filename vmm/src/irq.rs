@@ -1,4 +1,4 @@
-//! Interrupts as the devices see them.
+//! The interrupt line that a device raises.
 
 use std::io;
 
@@ -7,6 +7,6 @@ pub trait Interrupt: Send + Sync {
     /// Raises the interrupt.
     ///
     /// # Errors
-    /// The error of the system call behind it.
+    /// The error of the system call.
     fn trigger(&self) -> io::Result<()>;
 }

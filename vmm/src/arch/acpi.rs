@@ -30,7 +30,7 @@ pub struct VirtioWindow {
     pub gsi: u32,
 }
 
-/// The tables do not fit in their room, or the room is not RAM.
+/// The tables do not fit into the space for them, or it is not RAM.
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
     /// Too many processors or devices.
@@ -53,7 +53,7 @@ pub fn write(
     virtio: &[VirtioWindow],
 ) -> Result<u64, AcpiError> {
     let rsdp = layout::ACPI_TABLES;
-    // The RSDP comes first but holds the address of what follows: the tables grow behind it.
+    // The RSDP comes first but contains the address of the XSDT, so it is written last.
     let mut image = vec![0; Rsdp::len().next_multiple_of(16)];
     let mut place = |table: &dyn Aml| {
         let at = image.len();

@@ -1,4 +1,4 @@
-//! CPUID: what KVM supports, made to fit the topology, and our own leaf.
+//! CPUID: the leaves that KVM supports, changed for the topology, and the leaf of Ebb's own interface.
 
 use ebb_hypercall_abi::Interface;
 use ebb_hypercall_abi::discovery::{CPUID_BASE, CPUID_VERSION_OFFSET, signature_registers};
@@ -11,7 +11,7 @@ const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1, EDX: several logical processors in the package.
 const HTT: u32 = 1 << 28;
 
-/// What one vCPU is, for its CPUID.
+/// The place of one vCPU in the topology.
 #[derive(Clone, Copy, Debug)]
 pub struct Topology {
     /// Index of the vCPU and its APIC id.
@@ -22,10 +22,10 @@ pub struct Topology {
     pub tsc_deadline: bool,
 }
 
-/// Turns the CPUID that KVM `supported` into that of one vCPU, whose guest is offered `interface`.
+/// Makes the CPUID of one vCPU from the CPUID that KVM `supported`. `interface` is what the guest is offered.
 ///
 /// # Errors
-/// The number of entries, when the list does not fit what KVM accepts.
+/// The number of entries, if there are more than KVM accepts.
 pub fn for_vcpu(
     supported: &CpuId,
     topology: Topology,
@@ -35,7 +35,7 @@ pub fn for_vcpu(
         .as_slice()
         .iter()
         .copied()
-        // Extended topology is written anew below; hosts differ in how many levels they list.
+        // The leaf of the extended topology is written anew below: hosts differ in the number of levels.
         .filter(|e| !matches!(e.function, 0xb | 0x1f | 0x8000_0026))
         .collect();
     for entry in &mut entries {

@@ -9,7 +9,7 @@ const GIB: u64 = 1 << 30;
 pub const LOW_RAM_END: u64 = 0x9_f000;
 /// Start of the RAM above 1 MiB; kernels are loaded from here on.
 pub const HIGH_RAM_START: u64 = MIB;
-/// RAM stops here and goes on at 4 GiB: the room between holds device windows.
+/// RAM ends here and continues at 4 GiB. The hole between holds the windows of devices.
 pub const HOLE_START: u64 = 3 * GIB;
 /// End of the hole.
 pub const HOLE_END: u64 = 4 * GIB;
@@ -30,11 +30,11 @@ pub const BOOT_STACK: u64 = 0x8ff0;
 pub const PAGE_TABLES: u64 = 0x9000;
 /// The kernel's command line.
 pub const CMDLINE: u64 = 0x2_0000;
-/// Longest command line in bytes, its terminating zero included (Linux, x86 `COMMAND_LINE_SIZE`).
+/// Maximum length of the command line in bytes, including the terminating zero (Linux, x86 `COMMAND_LINE_SIZE`).
 pub const CMDLINE_MAX: usize = 2048;
 /// ACPI tables, the RSDP first: the BIOS area, which is not RAM to the guest.
 pub const ACPI_TABLES: u64 = 0xe_0000;
-/// End of the room for ACPI tables.
+/// End of the space for ACPI tables.
 pub const ACPI_TABLES_END: u64 = RESET_VECTOR;
 /// Where an x86 processor starts after a reset, in real mode: F000:FFF0.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
@@ -80,7 +80,7 @@ pub const RESET_PORT: u64 = POWER_PORT + 2;
 /// Its number of ports.
 pub const POWER_PORT_LEN: u64 = 3;
 
-/// Where `size` bytes of RAM lie: below the hole, and from 4 GiB on. `size` is a multiple of the page
+/// Address ranges of `size` bytes of RAM: below the hole, and from 4 GiB on. `size` is a multiple of the page
 /// size and not 0.
 #[must_use]
 pub fn ram(size: u64) -> Vec<GpaRange> {
@@ -95,7 +95,7 @@ pub fn ram(size: u64) -> Vec<GpaRange> {
     .collect()
 }
 
-/// What a part of the address space is, for the guest's memory map (E820 types).
+/// Types of the entries in the guest's memory map (E820).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum MemoryKind {
@@ -103,12 +103,12 @@ pub enum MemoryKind {
     Ram = 1,
     /// Not to be used.
     Reserved = 2,
-    /// For a driver to hand out (Linux, `E820_TYPE_SOFT_RESERVED`): `/dev/daxN.M`.
+    /// Reserved for a driver (Linux, `E820_TYPE_SOFT_RESERVED`): `/dev/daxN.M`.
     SoftReserved = 0xefff_ffff,
 }
 
-/// Where arenas of `sizes` bytes lie: above `ram` and the hole, each at a multiple of 1 GiB, and none next to another, for
-/// a kernel would make one of two neighbours. `sizes` are multiples of the page size and not 0.
+/// Address ranges of arenas of `sizes` bytes: above `ram` and the hole, each at a multiple of 1 GiB. There is a gap between
+/// any two, because a kernel would merge neighbours. `sizes` are multiples of the page size and not 0.
 #[must_use]
 pub fn arenas(ram: &[GpaRange], sizes: &[u64]) -> Vec<GpaRange> {
     let mut end = ram.last().map_or(0, |range| range.end()).max(HOLE_END - 1);
@@ -120,7 +120,7 @@ pub fn arenas(ram: &[GpaRange], sizes: &[u64]) -> Vec<GpaRange> {
     sizes.iter().filter_map(place).collect()
 }
 
-/// The memory map that the guest is told: start, length in bytes, kind.
+/// The memory map for the guest: start, length in bytes, type.
 #[must_use]
 pub fn memory_map(ram: &[GpaRange], arenas: &[GpaRange]) -> Vec<(u64, u64, MemoryKind)> {
     let mut map = vec![

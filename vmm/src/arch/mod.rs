@@ -1,4 +1,4 @@
-//! The x86-64 machine as its guest sees it: address map, CPUID, initial registers, ACPI tables.
+//! The x86-64 machine that a guest sees: address map, CPUID, initial registers, ACPI tables.
 
 pub mod acpi;
 pub mod cpuid;

@@ -56,7 +56,7 @@ impl Entry {
         }
     }
 
-    /// System registers at the entry; what does not matter stays as it was after reset.
+    /// System registers at the entry. Those that do not matter keep their value after reset.
     #[must_use]
     pub fn sregs(self, reset: &kvm_sregs) -> kvm_sregs {
         let mut sregs = *reset;
@@ -94,7 +94,7 @@ impl Entry {
     }
 }
 
-/// Identity-maps the first GiB by pages of 2 MiB.
+/// Identity-maps the first GiB with pages of 2 MiB.
 fn identity_map(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 1 << 7;
@@ -208,7 +208,7 @@ pub fn msrs() -> Msrs {
     Msrs::from_entries(&entries).expect("two entries fit")
 }
 
-/// Wires LINT0 as the legacy interrupt controller's line and LINT1 as NMI, as firmware leaves them.
+/// Connects LINT0 to the legacy interrupt controller and LINT1 to NMI, as firmware does.
 pub fn wire_local_interrupts(lapic: &mut kvm_lapic_state) {
     const LVT_LINT0: usize = 0x350;
     const LVT_LINT1: usize = 0x360;

@@ -1,9 +1,9 @@
 //! The reset vector.
 //!
 //! On a hardware-reduced ACPI machine without EFI, Linux reboots neither by the ACPI reset register nor
-//! by the keyboard controller: it goes to real mode and jumps to the BIOS (Linux,
+//! by the keyboard controller: it switches to real mode and jumps to the BIOS (Linux,
 //! `arch/x86/platform/efi/quirks.c`, `efi_reboot_required`; `arch/x86/kernel/reboot.c`). There is no BIOS,
-//! so the vector holds the few instructions that write the reset register.
+//! so the vector contains the few instructions that write the reset register.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 

@@ -1,4 +1,4 @@
-//! The structures that tell a kernel about its machine: PVH start info, or Linux's zero page.
+//! The structures that describe the machine to a kernel: PVH start info, or Linux's zero page.
 
 use ebb_core::range::GpaRange;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
@@ -12,7 +12,7 @@ use vm_memory::{GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::arch::layout;
 
-/// What the kernel is told.
+/// What these structures describe.
 pub struct Handover<'a> {
     /// The guest's RAM.
     pub ram: &'a [GpaRange],
@@ -72,7 +72,7 @@ impl Handover<'_> {
 
     /// Writes the zero page (Linux, `Documentation/arch/x86/zero-page.rst`).
     pub fn write_zero_page(&self, memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
-        /// "undefined": a loader without an id of its own.
+        /// "undefined": a loader that has no number assigned.
         const LOADER_TYPE: u8 = 0xff;
         let mut page = boot_params {
             hdr: self.setup_header.unwrap_or_else(elf_setup_header),
@@ -83,7 +83,7 @@ impl Handover<'_> {
         page.hdr.cmd_line_ptr = layout::CMDLINE as u32;
         page.hdr.cmdline_size = self.cmdline_len as u32;
         if let Some((start, size)) = self.initramfs {
-            // Both fit: the initial RAM disk lies below the 3 GiB hole.
+            // Both fit into 32 bits: the initial RAM disk is below the 3 GiB hole.
             page.hdr.ramdisk_image = start as u32;
             page.hdr.ramdisk_size = size as u32;
         }

@@ -1,4 +1,4 @@
-//! Kernel images: what a file is, and the ELF inside a bzImage.
+//! Kernel images: recognizes the format of a file, and unpacks the ELF inside a bzImage.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
@@ -10,7 +10,7 @@ pub enum ImageError {
     /// The file cannot be read.
     #[error("{0}; give a readable bzImage or ELF vmlinux with --kernel")]
     Read(#[from] io::Error),
-    /// The file is neither.
+    /// The file is neither an ELF file nor a bzImage.
     #[error(
         "it is neither a bzImage nor an ELF file (it starts with {0:02x?}); \
          give a Linux kernel with --kernel"
@@ -24,21 +24,21 @@ pub enum ImageError {
         /// Bytes that the headers need.
         needs: u64,
     },
-    /// What is inside does not unpack.
+    /// The kernel inside cannot be unpacked.
     #[error("the {format} data inside the bzImage is damaged ({source}); copy the file again")]
     Damaged {
         /// Compression.
         format: &'static str,
-        /// What the library says.
+        /// The error of the library.
         source: io::Error,
     },
-    /// What is inside does not fit.
+    /// The kernel inside is too large.
     #[error(
         "it unpacks to more than the guest's {limit} MiB of memory; \
          give the guest more memory (--memory size=)"
     )]
     TooLarge {
-        /// Bound in MiB.
+        /// Limit in MiB.
         limit: u64,
     },
 }
@@ -102,7 +102,7 @@ impl Image {
     }
 }
 
-/// Whether the file holds all that its program headers speak of (ELF-64 object file format).
+/// Checks that the file contains all segments that its program headers describe (ELF-64 object file format).
 fn check_elf(file: &mut File, size: u64) -> Result<(), ImageError> {
     let truncated = |needs| ImageError::Truncated { has: size, needs };
     let mut header = [0u8; 64];
@@ -131,7 +131,7 @@ fn check_elf(file: &mut File, size: u64) -> Result<(), ImageError> {
 }
 
 impl Setup {
-    /// Reads the setup header; `None` when the file is no bzImage.
+    /// Reads the setup header; `None` if the file is no bzImage.
     fn read(file: &mut File, size: u64) -> Result<Option<Self>, ImageError> {
         const HEADER_END: usize = 0x260;
         const MAGIC: usize = 0x202;
@@ -163,7 +163,7 @@ impl Setup {
         }))
     }
 
-    /// Unpacks the kernel inside; `None` when its compression is not known here, or it is no ELF.
+    /// Unpacks the kernel inside; `None` if its compression is not supported, or it is no ELF.
     fn unpack(&self, file: &mut File, limit: u64) -> Result<Option<Vec<u8>>, ImageError> {
         let (offset, len) = self.payload;
         if len < 8 || offset < self.protected {
@@ -183,8 +183,8 @@ impl Setup {
     }
 }
 
-/// Unpacks what a kernel build packs (Linux, `scripts/Makefile.lib`): gzip, xz, lz4 and zstd. Reads one
-/// byte more than `limit` at most. `None` for a format that is not known here.
+/// Unpacks what a kernel build packs (Linux, `scripts/Makefile.lib`): gzip, xz, lz4 and zstd. Reads
+/// at most one byte more than `limit`. `None` if the format is not supported.
 fn decompress(packed: &[u8], limit: u64) -> Option<(&'static str, io::Result<Vec<u8>>)> {
     let read = |reader: &mut dyn Read| {
         let mut out = Vec::new();
@@ -210,12 +210,11 @@ fn decompress(packed: &[u8], limit: u64) -> Option<(&'static str, io::Result<Vec
     })
 }
 
-/// Unpacks a zstd frame of known size in one step: the frame itself may say it, and a kernel build
-/// appends it. `None` when that size is wrong, or above `limit`, or anything else is: then the stream
-/// decoder tells what.
+/// Unpacks a zstd frame in one step. The size must be known: it may be in the frame, and a kernel build appends it.
+/// `None` if that size is wrong or above `limit`, or on any other error: the stream decoder then reports the error.
 ///
-/// Kernels are packed with a window larger than they are. In one step the output is the window; the
-/// stream decoder keeps one of its own, which costs the page faults and the copy of the whole kernel.
+/// Kernels are packed with a window larger than they are. In one step the output buffer is the window. The stream decoder
+/// has a window of its own, which costs page faults and a copy of the whole kernel.
 fn zstd_at_once(packed: &[u8], limit: u64) -> Option<Vec<u8>> {
     use zstd::zstd_safe::{decompress, find_frame_compressed_size, get_frame_content_size};
     let frame = packed.get(..find_frame_compressed_size(packed).ok()?)?;

@@ -1,4 +1,4 @@
-//! Putting a kernel, its command line and its initial RAM disk into guest memory.
+//! Loads a kernel, its command line and its initial RAM disk into guest memory.
 
 mod handover;
 pub mod image;
@@ -16,7 +16,7 @@ use crate::arch::registers::Entry;
 use crate::config::{KernelConfig, KernelEntry};
 use image::{Image, ImageError};
 
-/// The guest cannot be booted from what was given.
+/// A guest cannot be booted from the given files.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The kernel image is not usable.
@@ -27,7 +27,7 @@ pub enum BootError {
         /// What is wrong with it.
         source: ImageError,
     },
-    /// The kernel does not fit, or its headers lead outside the file or the guest's memory.
+    /// The kernel does not fit, or its headers refer to something outside the file or the guest's memory.
     #[error(
         "kernel {path} cannot be loaded into {memory} MiB of guest memory: {reason}; \
          give the guest more memory (--memory size=) or check that the file is complete"
@@ -37,7 +37,7 @@ pub enum BootError {
         path: PathBuf,
         /// Size of the guest's memory below the hole, in MiB.
         memory: u64,
-        /// What the loader says.
+        /// The error of the loader.
         reason: String,
     },
     /// The initial RAM disk cannot be read.
@@ -77,7 +77,7 @@ pub struct Payload<'a> {
     pub initramfs: Option<&'a Path>,
     /// The kernel's command line.
     pub cmdline: &'a str,
-    /// Memory that is told to be soft-reserved.
+    /// Memory that the guest's memory map calls soft-reserved.
     pub arenas: &'a [GpaRange],
 }
 
@@ -157,7 +157,7 @@ fn load_kernel(
 }
 
 fn entry_of(loaded: &KernelLoaderResult, is_bzimage: bool) -> Loaded {
-    /// The 64-bit entry of a bzImage lies this far into its protected-mode part.
+    /// Offset of the 64-bit entry of a bzImage in its protected-mode part.
     const BZIMAGE_ENTRY64: u64 = 0x200;
     let load = loaded.kernel_load.0;
     let entry = match loaded.pvh_boot_cap {
@@ -182,7 +182,7 @@ fn entry_of(loaded: &KernelLoaderResult, is_bzimage: bool) -> Loaded {
     }
 }
 
-/// Puts the file at the top of the RAM below `limit`, and returns where it is.
+/// Loads the file at the top of the RAM below `limit`. Returns its address and size.
 fn load_initramfs(
     memory: &GuestMemoryMmap,
     path: &Path,

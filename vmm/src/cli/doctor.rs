@@ -1,4 +1,4 @@
-//! `ebb doctor`: tells what the host can do.
+//! `ebb doctor`: reports what the host can do.
 
 use std::fmt::Write;
 
@@ -19,7 +19,7 @@ pub struct Args {
 pub fn main(args: &Args) -> u8 {
     let report = examine();
     if args.json {
-        // Text and a flag: it always can be written.
+        // The report consists of text and flags, so this cannot fail.
         super::say(&serde_json::to_string_pretty(&report).unwrap_or_default());
     } else {
         super::say(&in_words(&report));

@@ -1,5 +1,5 @@
-//! Configuration files. The keys of a file are the names of options, so that a file stands for arguments, and these
-//! are parsed like any others.
+//! Configuration files. The keys of a file are the names of options. So a file is turned into arguments, which are parsed
+//! like any others.
 
 use std::ffi::OsString;
 use std::fs;
@@ -13,12 +13,12 @@ use serde_json::{Map, Value};
 
 use super::run;
 
-/// The arguments in the file that `--config` among `words` names, without those that `words` give themselves.
+/// The arguments in the file that `--config` in `words` names, without options that `words` already contain.
 ///
 /// # Errors
-/// What is wrong with the file. What is wrong with `words` is left to those who parse them.
+/// A mistake in the file. Mistakes in `words` are not reported here: they are parsed again.
 pub fn arguments(words: &[OsString]) -> Result<Vec<OsString>, String> {
-    // What an option needs may be in the file.
+    // Required options may be in the file.
     let command = Command::new("").no_binary_name(true);
     let mut command = run::Args::augment_args(command)
         .mut_args(|arg| arg.required(false))
@@ -33,7 +33,7 @@ pub fn arguments(words: &[OsString]) -> Result<Vec<OsString>, String> {
     let words = read(path)
         .and_then(|options| options_to_words(options, &command, &given))
         .map_err(complaint)?;
-    // They are parsed alone, so that a complaint is one about the file.
+    // They are parsed alone, so that an error is known to be in the file.
     match command.try_get_matches_from_mut(&words) {
         Ok(_) => Ok(words.into_iter().map(OsString::from).collect()),
         Err(error) if error.kind() == ErrorKind::UnknownArgument => {
@@ -91,7 +91,7 @@ fn options_to_words(
     Ok(words)
 }
 
-/// A value as the command line writes it.
+/// A value as it is written on the command line.
 fn text(name: &str, value: Value) -> Result<String, String> {
     match value {
         Value::String(text) => Ok(text),
@@ -103,7 +103,7 @@ fn text(name: &str, value: Value) -> Result<String, String> {
     }
 }
 
-/// `text` so that a comma in it separates nothing.
+/// Escapes commas, quotes and backslashes.
 fn quote(text: &str) -> String {
     text.replace('\\', r"\\")
         .replace(',', r"\,")

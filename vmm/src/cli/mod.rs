@@ -44,8 +44,8 @@ pub fn main() -> u8 {
     }
 }
 
-/// Parses the arguments, together with those that a configuration file stands for. Says what is wrong, and returns
-/// the exit status for it.
+/// Parses the arguments, together with those that a configuration file stands for. On an error it prints the message
+/// and returns the exit status.
 fn parse(mut words: Vec<OsString>) -> Result<Cli, u8> {
     if words.get(1).is_some_and(|word| word == "run") {
         let more = file::arguments(&words[2..]).map_err(|complaint| {
@@ -57,23 +57,23 @@ fn parse(mut words: Vec<OsString>) -> Result<Cli, u8> {
     Cli::try_parse_from(words).map_err(|error| refuse(&error))
 }
 
-/// Tells `message` to the user in one line.
+/// Prints `message` to standard error in one line.
 fn complain(message: &dyn Display) {
-    // Nobody is left to be told when this fails.
+    // If this fails, there is no other way to report it.
     let _ = writeln!(io::stderr(), "ebb: {message}");
 }
 
-/// Writes `text` and a line break to standard output; one that was closed, as `| head` does, is no error.
+/// Writes `text` and a line break to standard output. It is no error if that is closed, as `| head` does.
 fn say(text: &dyn Display) {
     let _ = writeln!(io::stdout(), "{text}");
 }
 
-/// Tells an error and what caused it to the user in one line.
+/// Prints an error and its causes to standard error in one line.
 fn complain_of(error: &dyn Error) {
     complain(&with_causes(error));
 }
 
-/// An error and its causes, each said once.
+/// An error and its causes, each mentioned once.
 fn with_causes(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
@@ -88,7 +88,7 @@ fn with_causes(error: &dyn Error) -> String {
     line
 }
 
-/// Prints help where it was asked for, and otherwise clap's complaint in one line.
+/// Prints help if it was asked for, and otherwise clap's message in one line.
 fn refuse(error: &clap::Error) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
@@ -106,7 +106,7 @@ fn refuse(error: &clap::Error) -> u8 {
     }
 }
 
-/// What clap says before the usage, joined into one line.
+/// The part of clap's message before the usage, joined into one line.
 fn one_line(error: &clap::Error) -> String {
     if let (Some(value), Some(option), Some(choices)) = (
         error.get(ContextKind::InvalidValue),

@@ -38,7 +38,7 @@ pub fn main(args: Args) -> u8 {
             return exit::BAD_ARGUMENTS;
         }
     };
-    // Only now: a command line with a mistake leaves no file behind.
+    // The log file is created only now, so that a wrong command line leaves no file behind.
     let log = match start_log(args.log_file, args.verbose) {
         Ok(log) => log,
         Err(error) => {

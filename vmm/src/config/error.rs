@@ -1,4 +1,4 @@
-//! What can be wrong with a configuration.
+//! Errors in a configuration.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use ebb_hypercall_abi::arena::MAX_ID;
 use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
 use super::size::format_size;
 
-/// A mistake in what the operator asked for; the message is one line that names the value and the remedy.
+/// An error in what the operator asked for. The message is one line that names the value and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "each message says what its variant means")]
 pub enum ConfigError {

@@ -1,4 +1,4 @@
-//! The checks of files and sockets that the operator names.
+//! Checks of the files and sockets that the operator names.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -44,7 +44,7 @@ pub(super) fn check_disks(disks: &[DiskConfig]) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// What tells one file or block device from another, whatever its path.
+/// Identifies a file or block device independently of its path.
 #[derive(Debug, PartialEq, Eq)]
 enum Identity {
     File { device: u64, inode: u64 },

@@ -15,7 +15,7 @@ use super::ConfigError;
 
 /// An option whose fields are its keys.
 pub trait Keys: clap::Args + Clone + Send + Sync + 'static {
-    /// Checks values against each other, and settles what depends on which keys were written: `given`.
+    /// Checks values against each other, and sets values that depend on which keys were `given`.
     ///
     /// # Errors
     /// A contradiction.
@@ -72,7 +72,7 @@ fn names(command: &Command) -> String {
     names.join(", ")
 }
 
-/// Says clap's complaint about options of `command` as one about keys.
+/// Turns clap's error about options of `command` into one about keys.
 #[must_use]
 pub fn explain(error: &clap::Error, command: &Command) -> ConfigError {
     if let Some(error) = error.source().and_then(|source| source.downcast_ref()) {
@@ -118,7 +118,7 @@ pub fn explain(error: &clap::Error, command: &Command) -> ConfigError {
     }
 }
 
-/// The values that are allowed where `error` is about another one: `a, b or c`.
+/// If `error` is about a value that is not one of a list: that list, as `a, b or c`.
 #[must_use]
 pub fn choices(error: &clap::Error) -> Option<String> {
     let Some(ContextValue::Strings(valid)) = error.get(ContextKind::ValidValue) else {
@@ -128,7 +128,7 @@ pub fn choices(error: &clap::Error) -> Option<String> {
     Some(format!("{} or {last}", others.join(", ")))
 }
 
-/// The parser of an option with the keys of `T`; what it says are its possible values are the keys.
+/// The parser of an option with the keys of `T`. It reports the keys as its possible values.
 pub(super) fn keys<T: Keys>() -> impl TypedValueParser<Value = T> {
     KeysParser(PhantomData)
 }
@@ -145,7 +145,7 @@ impl<T: Keys> TypedValueParser for KeysParser<T> {
         arg: Option<&Arg>,
         value: &OsStr,
     ) -> Result<T, clap::Error> {
-        // A function is a parser, too, and makes clap's error of ours.
+        // A function is a parser, too, and turns our error into clap's.
         parse_keys::<T>.parse_ref(command, arg, value)
     }
 
@@ -159,7 +159,7 @@ fn help(arg: &Arg) -> String {
     arg.get_help().map(ToString::to_string).unwrap_or_default()
 }
 
-/// A key with the values that it takes, and what there is to say about it.
+/// A key with its values and its help.
 fn describe(key: &Arg) -> PossibleValue {
     let values = key.get_possible_values();
     let mut names: Vec<&str> = values.iter().map(PossibleValue::get_name).collect();

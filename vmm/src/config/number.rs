@@ -132,7 +132,7 @@ impl TypedValueParser for Bounded {
     ) -> Result<u64, clap::Error> {
         let key = arg.and_then(Arg::get_long).unwrap_or_default().to_owned();
         let bounds = self.clone();
-        // A function is a parser, too, and makes clap's error of ours.
+        // A function is a parser, too, and turns our error into clap's.
         let read = move |text: &str| bounds.read(&key, text);
         read.parse_ref(command, arg, value)
     }

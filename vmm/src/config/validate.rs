@@ -1,4 +1,4 @@
-//! The checks that make a machine of a spec: values against each other, and files against the host.
+//! The checks that turn a spec into a machine: of values against each other, and of files.
 
 use ebb_hypercall_abi::arena::{Layout, MAX_ID};
 

@@ -1,5 +1,5 @@
-//! A tiny guest that runs kernel-mode code: is it executed at speed, and are the instructions known that a
-//! stock kernel uses there?
+//! A tiny guest that runs kernel-mode code. It shows how fast instructions are executed, and which of the instructions that a
+//! stock kernel uses fail.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-/// Bytes of the guest's memory.
+/// Size of the guest's memory in bytes.
 const MEMORY: usize = 64 << 10;
 /// Page tables: one page of each level, then code and data.
 const PML4: u64 = 0x1000;
@@ -26,30 +26,30 @@ const DATA: u64 = 0x8000;
 const PORT: u16 = 0x10;
 /// The last mark.
 const END: u8 = 0xff;
-/// Times that the loop is timed.
+/// How often the loop is timed.
 const ROUNDS: u8 = 3;
-/// Turns of the loop; two instructions each.
+/// Iterations of the loop, of two instructions each.
 const TURNS: u32 = 50_000;
-/// Most time for everything.
+/// Time limit for everything.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Further time for a vCPU that was told to stop.
+/// Additional time for a vCPU that was told to stop.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The guest gave no answer.
+/// The guest gave no result.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GuestError {
     /// KVM refused.
     #[error("KVM cannot {operation}: {cause}")]
     Kvm {
-        /// What was asked of it.
+        /// The call that failed.
         operation: &'static str,
-        /// What it said.
+        /// The error of the system call.
         cause: String,
     },
     /// The guest ended before its last instruction.
     #[error("it ended early, with {0}")]
     Died(String),
-    /// The guest did not come to its end.
+    /// The guest did not finish in time.
     #[error("it did not end within {} s", LIMIT.as_secs())]
     TimedOut,
 }
@@ -66,19 +66,19 @@ fn refused(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> GuestError 
 pub struct KernelMode {
     /// Nanoseconds per simple instruction, the best of several rounds.
     pub ns_per_instruction: f64,
-    /// Instructions that KVM's CPUID promises, and that fail there.
+    /// Instructions that KVM's CPUID reports as available but that fail.
     pub unsupported: Vec<&'static str>,
 }
 
 /// Runs tiny guests in 64-bit kernel mode; gives up after 6 s. Uses the signal `SIGRTMIN + 1`.
 ///
 /// # Errors
-/// [`GuestError`] when not even counting works.
+/// [`GuestError`] if not even the loop runs.
 pub fn probe_kernel_mode() -> Result<KernelMode, GuestError> {
     in_time(LIMIT, probe)
 }
 
-/// Runs `work` in a thread, which after `limit` is told to stop, then interrupted, and at last left alone.
+/// Runs `work` in a thread. After `limit` the thread is told to stop, then interrupted, and at last abandoned.
 fn in_time<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce(&AtomicBool) -> Result<T, GuestError> + Send + 'static,
@@ -90,7 +90,7 @@ fn in_time<T: Send + 'static>(
         .spawn({
             let stop = Arc::clone(&stop);
             move || {
-                // The receiver may have given up.
+                // The receiver may be gone after a time-out.
                 let _ = done.send(work(&stop));
             }
         })
@@ -110,13 +110,13 @@ fn in_time<T: Send + 'static>(
         Ok(outcome) => outcome,
         Err(RecvTimeoutError::Disconnected) => Err(GuestError::Died("a panic".to_owned())),
     };
-    // A panic has come out as `Died` already.
+    // A panic was already reported as `Died`.
     let _ = thread.join();
     outcome
 }
 
-/// Signals the thread until it ends; a single signal could come just before the vCPU is entered. False when
-/// it does not end.
+/// Signals the thread until it ends: a single signal could arrive just before the vCPU is entered. Returns false if the
+/// thread does not end.
 fn interrupt(thread: &JoinHandle<()>) -> bool {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     let signal = SIGRTMIN() + 1;
@@ -216,7 +216,7 @@ impl Instruction {
     }
 }
 
-/// Marks the time, as `mov al, value; out PORT, al`.
+/// Writes a mark: `mov al, value; out PORT, al`.
 fn mark(value: u8) -> [u8; 4] {
     [0xb0, value, 0xe6, PORT.to_le_bytes()[0]]
 }
@@ -240,7 +240,7 @@ fn single(code: &[u8]) -> Vec<u8> {
     [code, &mark(END)].concat()
 }
 
-/// Runs `code` in a machine of its own, and returns when it made its marks, without the last.
+/// Runs `code` in a machine of its own. Returns the times of its marks, except the last.
 fn run(
     kvm: &Kvm,
     cpuid: &CpuId,
@@ -275,7 +275,7 @@ fn run(
     collect_marks(&mut vcpu, stop)
 }
 
-/// Memory with page tables for its own addresses, and `code`.
+/// Memory with identity-mapping page tables and `code`.
 fn load(code: &[u8]) -> Result<GuestMemoryMmap, String> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])
         .map_err(|error| error.to_string())?;
@@ -333,7 +333,7 @@ fn enter_long_mode(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), GuestError> {
         // Protection, coprocessor monitoring, extension type, numeric errors, write protection, paging.
         cr0: 0x8001_0033,
         cr3: PML4,
-        // Physical address extension, FXSR, and XSAVE where it is.
+        // Physical address extension, FXSR, and XSAVE where it is available.
         cr4: 0x220 | if has_xsave { 1 << 18 } else { 0 },
         // Long mode enabled and active.
         efer: 0x500,
@@ -352,7 +352,7 @@ fn enter_long_mode(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), GuestError> {
 
 fn collect_marks(vcpu: &mut VcpuFd, stop: &AtomicBool) -> Result<Vec<Instant>, GuestError> {
     let mut times = Vec::new();
-    // The program makes few marks; more of them would mean that it ran astray.
+    // The program writes few marks. More would mean that it runs wild.
     while times.len() <= usize::from(ROUNDS) + 1 {
         if stop.load(Ordering::Acquire) {
             return Err(GuestError::TimedOut);

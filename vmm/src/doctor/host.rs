@@ -7,7 +7,7 @@ use std::path::Path;
 use super::{Check, Status, syscalls};
 use crate::sys::Userfault;
 
-/// Less available memory than this is worth a warning.
+/// There is a warning if less memory than this is available.
 const LITTLE_MEMORY: u64 = 512 << 20;
 
 /// All checks of this file.
@@ -162,7 +162,7 @@ fn userfaultfd(probe: io::Result<()>) -> Check {
     let name = "userfaultfd";
     match probe {
         Ok(()) => Check::ok(name, "can be used, for --lazy strict=on"),
-        // For developers of guests only: no worse a host without it.
+        // Only developers of guests need it, so its lack is no warning.
         Err(error) => Check {
             status: Status::Ok,
             ..Check::warn(

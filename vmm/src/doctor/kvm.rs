@@ -1,4 +1,4 @@
-//! What KVM offers, and whether it runs a kernel.
+//! Checks what KVM offers, and that it can run a kernel.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -10,11 +10,11 @@ use kvm_ioctls::Kvm;
 use super::guest::{GuestError, KernelMode, probe_kernel_mode};
 use super::{Check, Status};
 
-/// KVM's device.
+/// Path of KVM's device.
 const DEVICE: &str = "/dev/kvm";
-/// The only version of its interface that has ever been.
+/// The only version of KVM's interface that ever existed.
 const API_VERSION: i32 = 12;
-/// Slower instructions than this, in nanoseconds each, are emulated one by one, not executed.
+/// Instructions that take more nanoseconds than this are emulated one by one.
 const SLOW_NS: f64 = 100.0;
 
 /// Capabilities without which no machine can be built.
@@ -28,14 +28,14 @@ const REQUIRED: &[(u32, &str)] = &[
     (bindings::KVM_CAP_IMMEDIATE_EXIT, "immediate exit"),
 ];
 
-/// Capabilities that make it better.
+/// Capabilities that improve a machine.
 const OPTIONAL: &[(u32, &str)] = &[
     (bindings::KVM_CAP_EXIT_HYPERCALL, "hypercall exits"),
     (bindings::KVM_CAP_SYNC_REGS, "register synchronization"),
     (bindings::KVM_CAP_BINARY_STATS_FD, "statistics"),
 ];
 
-/// All checks of this file; those that need KVM only where it can be opened.
+/// All checks of this file. Those that use KVM are made only if it can be opened.
 pub(super) fn checks() -> Vec<Check> {
     let mut checks = vec![device(Path::new(DEVICE))];
     if checks[0].status == Status::Ok {
@@ -94,7 +94,7 @@ fn api_version(version: i32) -> Check {
     )
 }
 
-/// The names of the capabilities that are there, and of those that are not.
+/// The names of the capabilities that KVM has, and of those that it lacks.
 fn sift(kvm: &Kvm, wanted: &[(u32, &'static str)]) -> (String, String) {
     let (there, missing): (Vec<_>, Vec<_>) = wanted
         .iter()

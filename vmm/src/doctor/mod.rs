@@ -9,13 +9,13 @@ use serde::Serialize;
 
 pub use guest::{GuestError, KernelMode, probe_kernel_mode};
 
-/// How a check ended.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// As it should be.
     Ok,
-    /// Ebb runs, with less speed or fewer features.
+    /// Ebb runs, but slower or with fewer features.
     Warn,
     /// Guests cannot run.
     Fail,
@@ -26,7 +26,7 @@ pub enum Status {
 pub struct Check {
     /// What was examined.
     pub name: &'static str,
-    /// How it ended.
+    /// The result.
     pub status: Status,
     /// What was found.
     pub detail: String,
@@ -61,14 +61,14 @@ impl Check {
     }
 }
 
-/// What the examination found.
+/// The results of all checks.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// All in one sentence.
+    /// A summary in one sentence.
     pub verdict: String,
-    /// A distribution's kernel runs as a guest here.
+    /// Distribution kernels run as guests on this host.
     pub can_run_linux_guests: bool,
-    /// One by one.
+    /// The checks.
     pub checks: Vec<Check>,
 }
 

@@ -1,4 +1,4 @@
-//! Asks the kernel for system calls without doing anything by them.
+//! Finds out which system calls the kernel has, by calls that have no effect.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -25,7 +25,7 @@ pub(super) fn process_madvise_self() -> io::Result<()> {
     check(result)
 }
 
-/// Whether `process_mrelease` (Linux 5.15) is there: it then complains of the descriptor.
+/// Returns true if the kernel has `process_mrelease` (Linux 5.15): then the error is about the descriptor.
 pub(super) fn has_process_mrelease() -> bool {
     let no_descriptor: RawFd = -1;
     // SAFETY: no process is named, so nothing is released.

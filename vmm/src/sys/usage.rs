@@ -14,7 +14,7 @@ pub fn own_process() -> io::Result<OwnedFd> {
     Ok(pidfd_open(getpid(), PidfdFlags::empty())?)
 }
 
-/// Resident memory of this process in bytes (proc_pid_statm(5)); `None` when /proc does not tell.
+/// Resident memory of this process in bytes (proc_pid_statm(5)); `None` if /proc cannot be read.
 #[must_use]
 pub fn resident_bytes() -> Option<u64> {
     let statm = fs::read_to_string("/proc/self/statm").ok()?;
@@ -22,7 +22,7 @@ pub fn resident_bytes() -> Option<u64> {
     Some(pages * rustix::param::page_size() as u64)
 }
 
-/// Name of the thread `thread` of this process; `None` when it is none, or has ended.
+/// Name of the thread with the id `thread` of this process; `None` if there is no such thread.
 #[must_use]
 pub fn thread_name(thread: i32) -> Option<String> {
     let name = fs::read_to_string(format!("/proc/self/task/{thread}/comm")).ok()?;
@@ -36,7 +36,7 @@ mod tests {
     #[test]
     fn touched_memory_counts() {
         let before = resident_bytes().unwrap();
-        // What nobody looks at need not be allocated.
+        // Only the part of the result that is used is allocated.
         let touched = std::hint::black_box(vec![1u8; 32 << 20]);
         let after = resident_bytes().unwrap();
         assert!(

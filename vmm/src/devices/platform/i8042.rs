@@ -1,14 +1,14 @@
-//! The keyboard controller, as far as a reset goes.
+//! The keyboard controller: only its reset function.
 
 use crate::bus::{Action, BusDevice, ExitReason};
 
-/// Status and command register, from the first port.
+/// Offset of the status and command register.
 const COMMAND: u64 = 4;
 /// Command: pulse the reset line.
 const RESET: u8 = 0xfe;
 
 /// A keyboard controller without a keyboard: it reads as idle, and can reset the machine. Linux tries it
-/// when asked to with `reboot=k`.
+/// if its command line contains `reboot=k`.
 pub struct I8042;
 
 impl BusDevice for I8042 {

@@ -1,18 +1,18 @@
-//! PCI configuration ports, with nothing behind them but a host bridge.
+//! The PCI configuration ports of a machine that has only a host bridge.
 
 use crate::bus::{Action, BusDevice};
 
-/// The data port, from the address port.
+/// Offset of the data port from the address port.
 const DATA: u64 = 4;
-/// The bit of the address that switches the data port on.
+/// The bit of the address that enables the data port.
 const ENABLE: u32 = 1 << 31;
-/// Vendor and device of the host bridge: Intel's 440FX, which every kernel knows.
+/// Vendor and device of the host bridge: Intel's 440FX, which every kernel supports.
 const VENDOR_DEVICE: u32 = 0x1237_8086;
 /// Its class: bridge, host.
 const CLASS: u32 = 0x0600_0000;
 
 /// Configuration mechanism 1 (PCI Local Bus 3.0, 3.2.2.3.2). Linux puts soft-reserved memory into its tree of resources,
-/// from which `/dev/daxN.M` is made, only on a machine whose PCI it can talk to (Linux, `arch/x86/pci/legacy.c`,
+/// from which `/dev/daxN.M` is made, only on a machine whose PCI configuration it can access (Linux, `arch/x86/pci/legacy.c`,
 /// `pcibios_init`). No root bridge is in the ACPI tables, so it does not look for devices.
 #[derive(Debug, Default)]
 pub struct PciConfig {
@@ -47,7 +47,7 @@ impl BusDevice for PciConfig {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Action {
-        // Everything else is written to registers that are read-only.
+        // All other registers are read-only.
         if let (0, &[a, b, c, d]) = (offset, data) {
             self.address = u32::from_le_bytes([a, b, c, d]) & (ENABLE | 0x00ff_fffc);
         }

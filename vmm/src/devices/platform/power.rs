@@ -9,9 +9,9 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// Sleep control at offset 0, sleep status at 1, reset at 2.
 pub struct Power {
-    /// The sleep type that means off.
+    /// The sleep type for power off.
     pub off: u8,
-    /// The value that resets.
+    /// The value that resets the machine.
     pub reset: u8,
 }
 

@@ -1,4 +1,4 @@
-//! pvpanic: the guest's kernel tells of its panic (QEMU, `docs/specs/pvpanic.rst`).
+//! pvpanic: the guest's kernel reports its panic (QEMU, `docs/specs/pvpanic.rst`).
 
 use crate::bus::{Action, BusDevice, ExitReason};
 
@@ -7,7 +7,7 @@ const PANICKED: u8 = 1 << 0;
 /// The guest panicked and now runs its crash kernel, which ends the machine by itself.
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// One port: reads tell which events are known, a write tells of one.
+/// One port: a read returns the supported events, a write reports one.
 pub struct PvPanic;
 
 impl BusDevice for PvPanic {

@@ -1,4 +1,4 @@
-//! From standard input to the serial port.
+//! Passes standard input on to the serial port.
 
 use std::collections::VecDeque;
 use std::io;
@@ -9,9 +9,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{SerialPort, lock};
 
-/// The key that commands to the monitor start with: Ctrl-A.
+/// The key with which commands to the monitor begin: Ctrl-A.
 const ESCAPE: u8 = 1;
-/// Most bytes read at once; no more are read before the guest has taken them.
+/// Maximum number of bytes read at once. No more are read before the guest has taken them.
 const CHUNK: usize = 256;
 
 /// Feeds standard input to a serial port. In a terminal, Ctrl-A X ends the machine and Ctrl-A Ctrl-A is
@@ -24,20 +24,18 @@ pub struct ConsoleInput {
     on_quit: Box<dyn Fn() + Send>,
     /// Standard input can be polled and has not ended.
     open: bool,
-    /// It is being polled. A closed pipe would wake us for ever if it were polled while nobody reads.
+    /// It is being polled. A closed pipe that is polled but not read would wake the thread again and again.
     watching: bool,
 }
 
-/// Whether the last key was the escape key.
+/// Remembers if the last key was the escape key.
 #[derive(Default)]
 struct Keys {
     escaped: bool,
 }
 
 impl Keys {
-    /// Moves what is meant for the guest to `out`.
-    ///
-    /// Returns whether the operator wants to quit.
+    /// Moves the bytes that are meant for the guest to `out`. Returns true if the operator wants to quit.
     fn filter(&mut self, bytes: &[u8], out: &mut VecDeque<u8>) -> bool {
         for &byte in bytes {
             match (std::mem::take(&mut self.escaped), byte) {
@@ -89,7 +87,7 @@ impl ConsoleInput {
         }
     }
 
-    /// Gives the guest what it has room for; reads on only when all is given.
+    /// Gives the guest as much as it has room for. More is read only when all is given.
     fn pump(&mut self, ops: &mut EventOps) {
         let taken = lock(&self.port).enqueue(self.pending.make_contiguous());
         self.pending.drain(..taken);

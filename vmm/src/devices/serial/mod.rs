@@ -1,4 +1,4 @@
-//! The first serial port, a 16550A, and the terminal at its other end.
+//! The first serial port, a 16550A, and the terminal that it is connected to.
 
 mod input;
 mod terminal;
@@ -44,7 +44,7 @@ impl Write for Output {
     }
 }
 
-/// The interrupt line, in vm-superio's terms.
+/// The interrupt line as the trait of vm-superio.
 struct Line(Arc<dyn Interrupt>);
 
 impl Trigger for Line {
@@ -55,7 +55,7 @@ impl Trigger for Line {
     }
 }
 
-/// Tells the input side that the guest has read all that was there.
+/// Signals the input side that the guest has read all input.
 struct Drained(EventFd);
 
 impl SerialEvents for Drained {
@@ -64,7 +64,7 @@ impl SerialEvents for Drained {
     fn tx_lost_byte(&self) {}
 
     fn in_buffer_empty(&self) {
-        // The eventfd is non-blocking and its counter cannot overflow by ones: nothing can fail.
+        // The eventfd is non-blocking and its counter cannot overflow in steps of one, so this cannot fail.
         let _ = self.0.write(1);
     }
 }
@@ -72,7 +72,7 @@ impl SerialEvents for Drained {
 /// The serial port.
 pub struct SerialPort {
     uart: Serial<Line, Drained, Output>,
-    /// Output errors are told once: a full disk must not flood the log.
+    /// Only the first output error is logged: a full disk must not flood the log.
     failed: bool,
 }
 
@@ -125,7 +125,7 @@ impl BusDevice for SerialPort {
     }
 }
 
-/// Locks the port; what a panicking holder left behind is still a serial port.
+/// Locks the port. After a panic of another holder the port is still usable.
 fn lock(port: &Mutex<SerialPort>) -> std::sync::MutexGuard<'_, SerialPort> {
     port.lock().unwrap_or_else(PoisonError::into_inner)
 }

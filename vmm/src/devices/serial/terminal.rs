@@ -8,7 +8,7 @@ use rustix::termios::{self, OptionalActions, Termios};
 pub struct RawMode(Termios);
 
 impl RawMode {
-    /// Puts standard input into raw mode; `None` when it is no terminal.
+    /// Puts standard input into raw mode; `None` if it is no terminal.
     ///
     /// # Errors
     /// The error of the system call.

@@ -1,4 +1,4 @@
-//! What every virtio device is to its transport.
+//! The interface between a virtio device and its transport.
 
 use std::io;
 use std::sync::Arc;
@@ -7,24 +7,24 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-/// How a device tells its driver that something happened (virtio 1.3, 4.2.2: interrupt status).
+/// By this a device notifies its driver (virtio 1.3, 4.2.2: interrupt status).
 pub trait VirtioInterrupt: Send + Sync {
-    /// Buffers were used in a queue.
+    /// Notifies that buffers in a queue were used.
     ///
     /// # Errors
-    /// The error of the system call behind it.
+    /// The error of the system call.
     fn used_buffers(&self) -> io::Result<()>;
 
-    /// The device's configuration changed.
+    /// Notifies that the device's configuration changed.
     ///
     /// # Errors
-    /// The error of the system call behind it.
+    /// The error of the system call.
     fn configuration_changed(&self) -> io::Result<()>;
 
-    /// The device cannot go on: DEVICE_NEEDS_RESET is set and the driver is told (virtio 1.3, 2.1.2).
+    /// Sets DEVICE_NEEDS_RESET and notifies the driver: the device cannot continue (virtio 1.3, 2.1.2).
     ///
     /// # Errors
-    /// The error of the system call behind it.
+    /// The error of the system call.
     fn needs_reset(&self) -> io::Result<()>;
 }
 
@@ -44,14 +44,14 @@ pub struct Activation {
     pub features: u64,
     /// All queues of the device, in the order of [`VirtioDevice::queue_sizes`]; `None` for one that the driver left out.
     pub queues: Vec<Option<QueueHandle>>,
-    /// The way to the driver.
+    /// Notifies the driver.
     pub interrupt: Arc<dyn VirtioInterrupt>,
 }
 
-/// A device could not start. The transport sets DEVICE_NEEDS_RESET.
+/// A device could not start. The transport then sets DEVICE_NEEDS_RESET.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivationError {
-    /// The driver did not set up a queue that the device cannot do without.
+    /// The driver did not set up a queue that the device needs.
     #[error("the driver left out queue {0}, which the device needs")]
     MissingQueue(usize),
     /// The worker thread could not be started.
@@ -71,20 +71,20 @@ pub trait VirtioDevice: Send {
     /// Maximum size of each queue.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Reads from the device's configuration space. What lies beyond its end reads as zero.
+    /// Reads from the device's configuration space. Bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes to the device's configuration space. What cannot be written is ignored.
+    /// Writes to the device's configuration space. Writes to read-only fields are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
     /// The driver is ready: start working.
     ///
     /// # Errors
-    /// [`ActivationError`]; the device is then as it was before.
+    /// [`ActivationError`]; the device then has not changed.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError>;
 
-    /// Stops working and forgets the driver. When this returns, nothing of the activation is in use any
-    /// more, and whatever the driver had handed over is its own again. Also called for a device that is
-    /// not active.
+    /// Stops the device and forgets the driver. When this returns, the device uses no queue and no guest memory any
+    /// more, and all pages that the driver had given to it belong to the driver again. Also called for a device that
+    /// is not active.
     fn reset(&mut self);
 }

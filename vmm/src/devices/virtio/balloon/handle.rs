@@ -1,4 +1,4 @@
-//! The balloon as the operator sees it, and what both sides share.
+//! The operator's handle of the balloon, and the state that it shares with the device.
 
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,12 +15,12 @@ use crate::devices::virtio::queue::GuestFaults;
 /// A request to the balloon cannot be met.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum BalloonError {
-    /// More than the device's 32-bit page count can say.
+    /// More than fits into the device's 32-bit page count.
     #[error("a balloon of {bytes} bytes is too large: at most {max}")]
     TargetTooLarge {
         /// Bytes asked for.
         bytes: u64,
-        /// Largest target in bytes.
+        /// Maximum target in bytes.
         max: u64,
     },
     /// Not a whole number of pages.
@@ -72,13 +72,13 @@ ebb_core::metrics! {
     }
 }
 
-/// What the driver has negotiated, while it is bound.
+/// What the driver negotiated, while it is bound.
 struct Driver {
     features: u64,
     interrupt: Arc<dyn VirtioInterrupt>,
 }
 
-/// What device, worker and handles share.
+/// The state that device, workers and handles share.
 pub(super) struct Shared {
     /// Features on offer.
     pub features: u64,
@@ -118,14 +118,14 @@ impl Shared {
         }
     }
 
-    /// Takes over what a driver can write.
+    /// Stores the parts of the configuration that a driver can write.
     pub fn set_config(&self, config: Config) {
         self.actual.store(config.actual, Ordering::Relaxed);
         self.poison.store(config.poison_val, Ordering::Relaxed);
     }
 
-    /// Whether reported pages have to keep what is in them: discarded ones read as zero, and a device must not change
-    /// them to anything but the driver's poison (virtio 1.3, 5.5.6.7.2).
+    /// Returns true if reported pages must keep their contents. Discarded pages read as zero, and a device must not change
+    /// reported pages to anything but the driver's poison (virtio 1.3, 5.5.6.7.2).
     pub fn keeps_reported(&self, features: u64) -> bool {
         features & F_PAGE_POISON != 0 && self.config().poison_val != 0
     }
@@ -160,7 +160,7 @@ impl Shared {
         });
     }
 
-    /// Forgets the driver and what it has told.
+    /// Forgets the driver and its statistics.
     pub fn unbind(&self) {
         *self.driver() = None;
         *self.statistics() = Statistics::default();
@@ -169,14 +169,14 @@ impl Shared {
     }
 }
 
-/// The operator's way to a balloon.
+/// The operator's handle of a balloon.
 #[derive(Clone)]
 pub struct BalloonHandle {
     pub(super) shared: Arc<Shared>,
 }
 
 impl BalloonHandle {
-    /// Asks the guest to hand back `bytes`, a multiple of 4 KiB. The guest follows in its own time.
+    /// Asks the guest to hand back `bytes`, a multiple of 4 KiB. The guest does so when it can.
     ///
     /// # Errors
     /// [`BalloonError::TargetTooLarge`] or [`BalloonError::TargetUnaligned`].
@@ -221,7 +221,7 @@ impl BalloonHandle {
         self.shared.reports.snapshot()
     }
 
-    /// The latest statistics; all `None` before the first, and after the driver has gone.
+    /// The latest statistics; all `None` before the first ones, and after the driver is gone.
     ///
     /// # Errors
     /// [`BalloonError::NoStatistics`].
@@ -249,7 +249,7 @@ impl BalloonHandle {
         Ok(())
     }
 
-    /// What guests did wrong so far.
+    /// Mistakes of guests so far.
     #[must_use]
     pub fn faults(&self) -> u64 {
         self.shared.faults.count()

@@ -1,11 +1,11 @@
 //! virtio-balloon (virtio 1.3, 5.5) whose pages are freed lazily.
 //!
 //! With `VIRTIO_BALLOON_F_MUST_TELL_HOST` a driver does not use a page again before its deflate message is returned.
-//! So inflating is bookkeeping only, and the host takes the pages when it wants them. The order matters: pages are
-//! with the [`RangeSink`] before the inflate message is returned, and have left it before the deflate message is.
+//! So an inflate is only recorded, and the host takes the pages when it needs them. The order matters: pages are
+//! given to the [`RangeSink`] before the inflate message is returned, and taken from it before the deflate message is.
 //!
-//! Free pages that the driver reports on its own are another matter: nothing announces their reuse. They are with the
-//! sink before the report is returned, and the sink must be done with them by then.
+//! The reuse of free pages that the driver reports by itself is not announced. They are given to the sink before the report
+//! is returned, and the sink must have finished with them by then.
 
 mod handle;
 mod reporting;
@@ -45,12 +45,12 @@ pub struct Balloon {
     shared: Arc<Shared>,
     sink: Arc<dyn RangeSink>,
     queue_sizes: &'static [u16],
-    /// One for pages and statistics, one for reports: those may take a while, and no deflate waits for them.
+    /// One for pages and statistics, one for reports: a report may take long, and no deflate must wait for it.
     workers: Vec<Worker>,
 }
 
 impl Balloon {
-    /// A balloon that hands what it gets to `sink`.
+    /// A balloon that passes ranges of pages to `sink`.
     ///
     /// # Errors
     /// [`BalloonError`] for a size that is not a whole number of pages or too large, or when the event cannot be created.
@@ -82,7 +82,7 @@ impl Balloon {
         Ok(balloon)
     }
 
-    /// The operator's way to the device. Outlives it.
+    /// The operator's handle of the device. It can outlive the device.
     #[must_use]
     pub fn handle(&self) -> BalloonHandle {
         BalloonHandle {
@@ -135,8 +135,8 @@ fn take(queues: &mut [Option<QueueHandle>], index: usize) -> Result<ServedQueue,
 }
 
 /// The reporting queue. Linux (and with it every device that works) numbers the queues that are negotiated without
-/// gaps; virtio 1.3 gives each a fixed number. As long as hints (queue 3) are not offered, one cannot be mistaken for the
-/// other: what is set up tells.
+/// gaps; virtio 1.3 gives each a fixed number. As long as hints (queue 3) are not offered, the two cannot be
+/// confused: only one of them is set up.
 fn take_reporting(
     queues: &mut [Option<QueueHandle>],
     features: u64,
@@ -178,7 +178,7 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         self.shared.unbind();
-        // Joins the threads: nothing comes to the sink after its reset.
+        // Joins the threads, so that nothing is given to the sink after its reset.
         self.workers.clear();
         self.sink.reset();
     }

@@ -1,6 +1,6 @@
 //! The reporting queue (virtio 1.3, 5.5.6.7): each writable buffer is itself a range of free memory.
 //!
-//! To report is to offer, so whatever is wrong with a message, it can be returned and left alone.
+//! A report is only an offer, so a message with any error can be returned without doing anything.
 
 use std::io;
 use std::sync::Arc;
@@ -11,17 +11,17 @@ use super::handle::ReportStats;
 use super::worker::Context;
 use crate::devices::virtio::queue::{Chain, ChainFault, Poller, QueueFailure, ServedQueue, Work};
 
-/// Ranges that are handed to the sink in one call at most: 128 full messages of Linux, a whole queue of them.
+/// Maximum number of ranges that are given to the sink in one call: 128 full messages of Linux, a whole queue.
 const BATCH_RANGES: usize = 4096;
 
-/// The thread that takes reports.
+/// The thread that handles reports.
 pub(super) struct ReportWorker {
     context: Context,
     features: u64,
     queue: ServedQueue,
     chain: Chain,
     batch: Vec<GpaRange>,
-    /// Messages that are returned once the sink is done with their ranges.
+    /// Messages that are returned when the sink has finished with their ranges.
     heads: Vec<u16>,
     found: ReportStats,
 }
@@ -40,7 +40,7 @@ impl ReportWorker {
         }
     }
 
-    /// Takes every message that is there, hands their ranges over, and only then returns the messages.
+    /// Reads all messages in the queue, gives their ranges to the sink, and only then returns the messages.
     fn serve(&mut self, poller: &Poller) -> Result<(), QueueFailure> {
         let memory = Arc::clone(&self.context.memory);
         self.queue.begin(&memory);
@@ -57,7 +57,7 @@ impl ReportWorker {
             self.heads.push(self.chain.head());
         }
         if poller.stop().is_stopped() {
-            // The driver takes its pages back by itself.
+            // A reset gives the driver its pages back.
             return outcome;
         }
         self.hand_over();
@@ -71,7 +71,7 @@ impl ReportWorker {
         outcome.and(self.queue.end(&memory, interrupt, faults))
     }
 
-    /// Adds the ranges of one message to the batch, which goes to the sink whenever it is full.
+    /// Adds the ranges of one message to the batch, which is given to the sink whenever it is full.
     fn collect(&mut self, loaded: Result<(), ChainFault>) {
         self.found.messages_total += 1;
         let faults = self.context.faults();
@@ -97,7 +97,7 @@ impl ReportWorker {
         self.chain = chain;
     }
 
-    /// The range, if it is whole pages of RAM and nothing else.
+    /// The range, if it consists of whole pages of RAM.
     fn check(&self, start: u64, len: u32) -> Option<GpaRange> {
         let range = GpaRange::new(start, start.checked_add(len.into())?)?;
         self.context.sink.is_ram(range).then_some(range)

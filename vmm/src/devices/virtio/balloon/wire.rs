@@ -12,7 +12,7 @@ pub const F_MUST_TELL_HOST: u64 = 1 << 0;
 pub const F_STATS_VQ: u64 = 1 << 1;
 /// The driver may take pages back when the guest runs out of memory.
 pub const F_DEFLATE_ON_OOM: u64 = 1 << 2;
-/// The driver says with what it initializes free pages. Linux without this bit, but with such pages, reports none.
+/// The driver reports the value with which it fills free pages. A Linux that fills pages, but lacks this bit, reports none.
 pub const F_PAGE_POISON: u64 = 1 << 4;
 /// The driver reports free pages.
 pub const F_REPORTING: u64 = 1 << 5;
@@ -20,13 +20,13 @@ pub const F_REPORTING: u64 = 1 << 5;
 /// Size in bytes of a page number.
 pub const PFN_BYTES: usize = 4;
 
-/// Page numbers in the longest array that Linux sends (`VIRTIO_BALLOON_ARRAY_PFNS_MAX`).
+/// Maximum number of page numbers in an array that Linux sends (`VIRTIO_BALLOON_ARRAY_PFNS_MAX`).
 pub const ARRAY_PFNS: usize = 256;
 
 /// Size in bytes of one statistic: le16 tag, le64 value, packed (virtio 1.3, 5.5.6.3).
 const STATISTIC_BYTES: usize = 10;
 
-/// Bytes of statistics that are looked at: far more than there are tags.
+/// Maximum number of bytes of statistics that are read: far more than there are tags.
 pub const STATISTICS_BYTES: usize = 64 * STATISTIC_BYTES;
 
 /// Size in bytes of the configuration.
@@ -44,7 +44,7 @@ pub struct Config {
     pub num_pages: u32,
     /// Pages that the guest says it has handed back.
     pub actual: u32,
-    /// With what the guest initializes free pages, if [`F_PAGE_POISON`] is negotiated.
+    /// The value with which the guest fills free pages, if [`F_PAGE_POISON`] is negotiated.
     pub poison_val: u32,
 }
 
@@ -96,7 +96,7 @@ fn pages(first: u32, count: u64) -> Option<GpaRange> {
     GpaRange::new(start, start + count * PAGE_SIZE)
 }
 
-/// Page numbers on their way to becoming ranges. All room is allocated once.
+/// Collects page numbers and makes ranges of them. Its buffers are allocated once.
 #[derive(Debug)]
 pub struct Batch {
     pfns: Vec<u32>,
@@ -113,20 +113,19 @@ impl Batch {
         }
     }
 
-    /// Pages that still fit.
+    /// Number of pages that still fit.
     #[must_use]
     pub fn room(&self) -> usize {
         self.pfns.capacity() - self.pfns.len()
     }
 
-    /// Whether there is nothing in it.
+    /// Returns true if no pages are in it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pfns.is_empty()
     }
 
-    /// Adds the page numbers of `array`; what is left of it at the end is no page number and ignored, and so is
-    /// what does not fit.
+    /// Adds the page numbers of `array`. An incomplete number at its end is ignored, and so are numbers that do not fit.
     pub fn push(&mut self, array: &[u8]) {
         let room = self.room();
         let (numbers, _) = array.as_chunks::<PFN_BYTES>();
@@ -230,7 +229,7 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// Takes over the entries of `raw`; tags that are not known are ignored, and so is what is left of it at the end.
+    /// Stores the entries of `raw`. Unknown tags are ignored, and so is an incomplete entry at the end.
     pub fn update(&mut self, raw: &[u8]) {
         let (entries, _) = raw.as_chunks::<STATISTIC_BYTES>();
         for &[t0, t1, v0, v1, v2, v3, v4, v5, v6, v7] in entries {

@@ -14,7 +14,7 @@ use crate::devices::virtio::queue::{
 };
 use crate::guest_memory::RangeSink;
 
-/// Pages that are handed to the sink in one call at most: 32 full messages of Linux, 32 MiB.
+/// Maximum number of pages that are given to the sink in one call: 32 full messages of Linux, 32 MiB.
 const BATCH_PFNS: usize = 32 * ARRAY_PFNS;
 
 /// The poller's tokens of what may wake the worker.
@@ -78,7 +78,7 @@ impl Context {
         &self.shared.faults
     }
 
-    /// Puts the device out of service if a queue is.
+    /// Takes the device out of service if one of its queues failed.
     pub fn settle(&self, result: Result<(), QueueFailure>) {
         if let Err(failure) = result {
             self.faults().report(failure);
@@ -193,7 +193,7 @@ struct PageQueue {
     name: &'static str,
     queue: ServedQueue,
     call: SinkCall,
-    /// Chains that are returned once the sink has their pages.
+    /// Chains that are returned when the sink has their pages.
     heads: Vec<u16>,
 }
 
@@ -208,7 +208,7 @@ impl PageQueue {
         }
     }
 
-    /// Takes every message that is there, hands the pages over, and only then returns the messages.
+    /// Reads all messages in the queue, gives their pages to the sink, and only then returns the messages.
     fn serve(
         &mut self,
         context: &Context,
@@ -229,7 +229,7 @@ impl PageQueue {
             self.heads.push(buffers.chain.head());
         }
         if stop.is_stopped() {
-            // The reset gives everything back; nothing more is acknowledged.
+            // The reset gives all pages back; no more messages are acknowledged.
             return outcome;
         }
         self.hand_over(context, &mut buffers.batch);
@@ -240,9 +240,9 @@ impl PageQueue {
         outcome.and(self.queue.end(&context.memory, interrupt, context.faults()))
     }
 
-    /// Adds the pages of one message to the batch, which goes to the sink whenever it is full. Arrays of any length are
-    /// taken: drivers other than Linux's send more than 256 numbers, and a deflate that is cut short would cost the
-    /// guest the data it writes to pages that the host still thinks free.
+    /// Adds the pages of one message to the batch, which is given to the sink whenever it is full. Arrays of any length are
+    /// read: drivers other than Linux's send more than 256 numbers, and if only a part of a deflate were read, the guest
+    /// would lose data that it writes to the other pages, because the host still regards them as free.
     fn collect(
         &self,
         context: &Context,
@@ -300,7 +300,7 @@ impl PageQueue {
     }
 }
 
-/// The statistics queue: the device keeps the driver's buffer, and returns it to ask for news.
+/// The statistics queue: the device keeps the driver's buffer, and returns it to request new statistics.
 struct StatisticsQueue {
     queue: ServedQueue,
     held: Option<u16>,

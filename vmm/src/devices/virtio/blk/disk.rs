@@ -17,13 +17,13 @@ pub enum DiskError {
     /// There is no such file.
     #[error("disk {0} does not exist: check the path, or create it with `truncate -s SIZE`")]
     Missing(PathBuf),
-    /// Not a file at all.
+    /// A directory.
     #[error("disk {0} is a directory: give the image file or the block device in it")]
     Directory(PathBuf),
     /// A pipe, a socket, a character device.
     #[error("disk {0} is neither a regular file nor a block device: give one of these")]
     NotADisk(PathBuf),
-    /// No permission for what is asked.
+    /// No permission.
     #[error(
         "disk {path} cannot be opened for {access}: no permission; change its mode or owner{hint}"
     )]
@@ -32,20 +32,20 @@ pub enum DiskError {
         path: PathBuf,
         /// Reading, or reading and writing.
         access: &'static str,
-        /// What else may help.
+        /// Another remedy.
         hint: &'static str,
     },
-    /// Somebody else has it.
+    /// Another disk of this or another machine uses it.
     #[error(
         "disk {path} is in use by another machine, or twice by this one: stop the other, use a copy, or {hint}"
     )]
     Locked {
         /// The file.
         path: PathBuf,
-        /// What else may help.
+        /// Another remedy.
         hint: &'static str,
     },
-    /// Empty, or the last sector would be cut off.
+    /// Empty, or not a whole number of sectors.
     #[error(
         "disk {path} is {size} bytes, which is no positive multiple of {SECTOR_BYTES}: resize it with `truncate -s %{SECTOR_BYTES}`"
     )]
@@ -55,7 +55,7 @@ pub enum DiskError {
         /// Its size in bytes.
         size: u64,
     },
-    /// Anything else.
+    /// Another error.
     #[error("disk {path} cannot be used: {operation} failed")]
     Io {
         /// The file.
@@ -67,7 +67,7 @@ pub enum DiskError {
     },
 }
 
-/// What tells one disk from another, whatever the path: two writable uses of one are a mistake.
+/// Identifies a disk independently of its path. Two writable uses of one disk are a mistake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DiskIdentity {
     /// A regular file: device and inode.
@@ -76,7 +76,7 @@ pub enum DiskIdentity {
     Block(u64),
 }
 
-/// An open and locked disk image. The lock goes when this goes.
+/// An open and locked disk image. Dropping it releases the lock.
 #[derive(Debug)]
 pub struct Disk {
     file: File,
@@ -86,7 +86,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens and locks the disk: for itself when writable, together with other readers when read-only.
+    /// Opens the disk and locks it: exclusively if it is writable, shared with other readers if it is read-only.
     ///
     /// # Errors
     /// [`DiskError`].
@@ -100,7 +100,7 @@ impl Disk {
             }
         };
         let look = |error| unopened(path, readonly, error);
-        // Looked at before it is opened: opening a pipe or a device may have effects.
+        // Checked before it is opened: opening a pipe or a device may have side effects.
         identify(path, &path.metadata().map_err(look)?)?;
         let mut file = OpenOptions::new()
             .read(true)
@@ -125,13 +125,13 @@ impl Disk {
         })
     }
 
-    /// What tells this disk from others.
+    /// The identity of this disk.
     #[must_use]
     pub const fn identity(&self) -> DiskIdentity {
         self.identity
     }
 
-    /// Whether the guest may only read.
+    /// Returns true if the guest may only read.
     #[must_use]
     pub const fn is_readonly(&self) -> bool {
         self.readonly

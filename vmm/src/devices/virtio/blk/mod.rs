@@ -25,7 +25,7 @@ pub use worker::DiskStats;
 /// Entries of the queue.
 const QUEUE_SIZE: u16 = 256;
 
-/// Buffers of data in a request at most: header and status take two descriptors.
+/// Maximum number of data buffers in a request: header and status take two descriptors.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
 /// A block device.
@@ -61,7 +61,7 @@ impl Block {
         }
     }
 
-    /// What the disk has done so far.
+    /// The disk's counters.
     #[must_use]
     pub fn stats(&self) -> DiskStats {
         self.counters.snapshot()

@@ -21,7 +21,7 @@ pub const STATUS_IOERR: u8 = blk::VIRTIO_BLK_S_IOERR as u8;
 /// `VIRTIO_BLK_S_UNSUPP`.
 pub const STATUS_UNSUPP: u8 = blk::VIRTIO_BLK_S_UNSUPP as u8;
 
-/// The device's configuration up to `blk_size` (virtio 1.3, 5.2.4): what no feature that is offered makes valid is zero.
+/// The device's configuration up to `blk_size` (virtio 1.3, 5.2.4). Fields of features that are not offered are zero.
 #[must_use]
 pub fn config(sectors: u64, seg_max: u32) -> [u8; 24] {
     let mut raw = [0; 24];
@@ -42,7 +42,7 @@ pub enum Operation {
     Flush,
     /// The disk's name.
     Id,
-    /// Something that was never offered.
+    /// A request that no offered feature allows.
     Unknown(u32),
 }
 
@@ -62,7 +62,7 @@ impl Operation {
     }
 }
 
-/// Where `bytes` from `sector` on begin, if they are whole sectors of a disk with `sectors`.
+/// The byte position of `sector`, if `bytes` from there on are whole sectors of a disk with `sectors`.
 #[must_use]
 pub fn position(sector: u64, bytes: u64, sectors: u64) -> Option<u64> {
     let end = sector.checked_add(bytes / SECTOR_BYTES)?;

@@ -1,4 +1,4 @@
-//! The disk's thread: takes requests one after the other and does them at once.
+//! The disk's thread: executes requests one after the other.
 
 use std::io::{self, Seek, SeekFrom};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::devices::virtio::queue::{
     Chain, Cursor, GuestFaults, Poller, QueueFailure, ReadError, ServedQueue, StopSignal, Work,
 };
 
-/// Bytes that are moved between two looks at the stop signal.
+/// Bytes that are moved between two checks of the stop signal.
 const CHUNK: usize = 1 << 20;
 
 ebb_core::metrics! {
@@ -70,7 +70,7 @@ impl RequestError {
     }
 }
 
-/// What requests are done with.
+/// What is needed to execute requests.
 pub(super) struct Context {
     pub memory: Arc<GuestMemoryMmap>,
     pub disk: Arc<Disk>,
@@ -80,7 +80,7 @@ pub(super) struct Context {
     pub interrupt: Arc<dyn VirtioInterrupt>,
 }
 
-/// The queue and the room to work in.
+/// The queue and the buffer for a chain.
 pub(super) struct BlockWorker {
     context: Context,
     queue: ServedQueue,
@@ -145,7 +145,7 @@ impl Work for BlockWorker {
 }
 
 impl Context {
-    /// Does a request and writes its status. Returns how many bytes were written, from the first on.
+    /// Executes a request and writes its status. Returns the number of contiguous bytes written from the start of its buffers.
     fn answer(&self, chain: &Chain, stop: &StopSignal) -> u32 {
         let mut answer = chain.writable(&self.memory);
         let Some(mut status) = answer.split_tail(1) else {
@@ -167,12 +167,12 @@ impl Context {
             self.faults.report(format_args!("status: {error}"));
             return 0;
         }
-        // The status counts only when everything before it was written.
+        // The status counts only if everything before it was written.
         let written = data_written.saturating_add(u64::from(data_written == data_bytes));
         u32::try_from(written).unwrap_or(u32::MAX)
     }
 
-    /// Fails a request that could not be understood, if its status can be found.
+    /// Reports an error for a request that could not be parsed, if its status byte can be found.
     fn refuse(&self, chain: &Chain) -> u32 {
         self.counters.errors_total.increment();
         if let Some(mut status) = chain.writable(&self.memory).split_tail(1) {
@@ -182,7 +182,7 @@ impl Context {
         0
     }
 
-    /// Does a request. Returns how many bytes of `answer` were written.
+    /// Executes a request. Returns the number of bytes of `answer` that were written.
     fn execute(
         &self,
         chain: &Chain,
@@ -235,7 +235,7 @@ impl Context {
         }
     }
 
-    /// The file at `sector`, where `bytes` are to be moved. Only this thread moves its position.
+    /// The file, positioned at `sector`, where `bytes` are to be moved. Only this thread changes the position.
     fn seek(
         &self,
         operation: Operation,
@@ -258,7 +258,7 @@ impl Context {
     }
 }
 
-/// Moves one piece after the other until there is none.
+/// Moves piece after piece until nothing is left.
 fn transfer(
     stop: &StopSignal,
     mut piece: impl FnMut() -> Result<usize, RequestError>,

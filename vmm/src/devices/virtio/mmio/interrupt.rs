@@ -1,4 +1,4 @@
-//! What the device tells its driver.
+//! Notifications of a device to its driver.
 
 use std::io;
 use std::sync::Arc;
@@ -43,13 +43,13 @@ impl MmioInterrupt {
         self.needs_reset.load(Ordering::SeqCst)
     }
 
-    /// After the device has been reset: nobody tells anything any more.
+    /// Clears everything. Called after the device has been reset, when its workers are gone.
     pub fn reset(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
         self.status.store(0, Ordering::SeqCst);
     }
 
-    /// The bit first: a driver that takes the interrupt has to find it.
+    /// The bit is set first: the driver must find it when it handles the interrupt.
     fn raise(&self, bit: u32) -> io::Result<()> {
         self.status.fetch_or(bit, Ordering::SeqCst);
         self.line.trigger()

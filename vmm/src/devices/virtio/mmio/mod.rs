@@ -36,7 +36,7 @@ pub struct TransportError {
     source: io::Error,
 }
 
-/// A driver said that it was ready, and the device could not start.
+/// The driver set DRIVER_OK, and the device could not start.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error(transparent)]
@@ -45,7 +45,7 @@ enum StartError {
     Device(#[from] ActivationError),
 }
 
-/// One virtio device behind its registers, a window of [`WINDOW`] bytes.
+/// The registers of one virtio device: a window of [`WINDOW`] bytes.
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
     memory: Arc<GuestMemoryMmap>,
@@ -61,10 +61,10 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers. `line` is its interrupt.
+    /// Makes the registers for `device`. `line` is its interrupt.
     ///
     /// # Errors
-    /// [`TransportError`] when the queues' events cannot be created.
+    /// [`TransportError`] if the queues' events cannot be created.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemoryMmap>,
@@ -96,7 +96,7 @@ impl MmioTransport {
         (0..).zip(self.queues.iter().map(|queue| &queue.notifier))
     }
 
-    /// Stops the device, as a reset by the driver does: its worker is joined and its memory let go of when this returns.
+    /// Stops the device, as a reset by the driver does: when this returns, its worker is joined and its memory no longer used.
     pub fn shut_down(&mut self) {
         self.reset();
     }
@@ -133,7 +133,7 @@ impl MmioTransport {
             }
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             reg::VIRTIO_MMIO_STATUS => self.status(),
-            // There is no shared memory: a length of -1 at an address of -1.
+            // There is no shared memory region: length and address are -1.
             reg::VIRTIO_MMIO_SHM_LEN_LOW..=reg::VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             reg::VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
             _ => 0,
@@ -162,7 +162,7 @@ impl MmioTransport {
         }
         match Half::selected(self.driver_features_select) {
             Some(half) => self.driver_features = half.replace(self.driver_features, value),
-            // Features that do not exist: none of them can be accepted.
+            // The driver accepts features that do not exist.
             None if value == 0 => {}
             None => self
                 .faults
@@ -170,7 +170,7 @@ impl MmioTransport {
         }
     }
 
-    /// Queues are set up between FEATURES_OK and DRIVER_OK; what comes later must not reach a queue in use.
+    /// Queues are set up between FEATURES_OK and DRIVER_OK. Later writes must not change a queue in use.
     fn write_queue(&mut self, offset: u32, value: u32) {
         let Some(register) = QueueRegister::at(offset) else {
             return self
@@ -179,7 +179,7 @@ impl MmioTransport {
         };
         let select = self.queue_select;
         if register == QueueRegister::Ready && value == 0 && !self.has(FEATURES_OK) {
-            // Linux puts its queues away after it has reset the device.
+            // Linux removes its queues after it has reset the device.
             return;
         }
         if !self.has(FEATURES_OK) || self.has(DRIVER_OK) {
@@ -199,7 +199,7 @@ impl MmioTransport {
         }
     }
 
-    /// Without an ioeventfd the notification arrives here.
+    /// A notification of the driver, if no ioeventfd takes it.
     fn notify(&self, index: u32) {
         let queue = usize::try_from(index)
             .ok()
@@ -288,7 +288,7 @@ impl MmioTransport {
         Ok(())
     }
 
-    /// Returns when the device has let go of everything; only then does the status read 0.
+    /// Resets the device. When this returns, the device uses nothing of the driver's any more; only then does the status read 0.
     fn reset(&mut self) {
         self.device.reset();
         self.interrupt.reset();
@@ -329,7 +329,7 @@ impl BusDevice for MmioTransport {
     }
 }
 
-/// The offset of a register, if there can be one.
+/// The offset, if a register can be there.
 fn aligned(offset: u64) -> Option<u32> {
     u32::try_from(offset).ok().filter(|at| at.is_multiple_of(4))
 }

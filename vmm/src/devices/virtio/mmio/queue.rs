@@ -1,4 +1,4 @@
-//! A queue while its driver sets it up.
+//! The registers by which a driver sets up a queue.
 
 use std::io;
 
@@ -56,14 +56,14 @@ impl QueueSetup {
         self.ready
     }
 
-    /// Back to how it was before the driver. The notifier stays: it is registered with KVM.
+    /// Resets the registers. The notifier stays: it is registered with KVM.
     pub fn reset(&mut self) {
         self.size = self.max_size.into();
         self.ready = false;
         (self.descriptors, self.available, self.used) = (0, 0, 0);
     }
 
-    /// Writes a register. A queue in use takes nothing but its end (virtio 1.3, 4.2.2.2).
+    /// Writes a register. A queue in use can only be disabled (virtio 1.3, 4.2.2.2).
     pub fn write(&mut self, register: QueueRegister, value: u32) {
         match register {
             QueueRegister::Ready => self.ready = value & 1 != 0,
@@ -80,7 +80,7 @@ impl QueueSetup {
         }
     }
 
-    /// The queue for the device; `None` when the driver left it out.
+    /// The queue for the device; `None` if the driver did not set it up.
     pub fn build(
         &self,
         index: usize,

@@ -20,13 +20,13 @@ pub const VENDOR: u32 = 0x0042_4245;
 
 /// The driver has noticed the device.
 pub const ACKNOWLEDGE: u32 = config::VIRTIO_CONFIG_S_ACKNOWLEDGE;
-/// The driver knows how to drive it.
+/// The driver supports it.
 pub const DRIVER: u32 = config::VIRTIO_CONFIG_S_DRIVER;
-/// Features are settled.
+/// The features are negotiated.
 pub const FEATURES_OK: u32 = config::VIRTIO_CONFIG_S_FEATURES_OK;
 /// The driver is ready.
 pub const DRIVER_OK: u32 = config::VIRTIO_CONFIG_S_DRIVER_OK;
-/// The device cannot go on.
+/// The device cannot continue.
 pub const NEEDS_RESET: u32 = config::VIRTIO_CONFIG_S_NEEDS_RESET;
 /// The driver has given up.
 pub const FAILED: u32 = config::VIRTIO_CONFIG_S_FAILED;

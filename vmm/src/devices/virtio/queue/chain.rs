@@ -1,4 +1,4 @@
-//! One chain of descriptors, walked once into buffers that are reused for the next one.
+//! A chain of descriptors: each is read once, into a buffer list that is reused for the next chain.
 
 use std::io;
 
@@ -15,7 +15,7 @@ struct Segment {
     len: u32,
 }
 
-/// A chain breaks the rules of virtio 1.3, 2.7. What came before the fault is still there.
+/// A chain violates the rules of virtio 1.3, 2.7. The buffers before the fault are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChainFault {
     /// The head is not an index of the descriptor table.
@@ -26,20 +26,20 @@ pub enum ChainFault {
         /// Entries in the descriptor table.
         size: u16,
     },
-    /// A next index or an address that leads nowhere, an indirect table in another one, or more than 4 GiB.
+    /// A next index or an address outside its bounds, an indirect table in another one, or more than 4 GiB.
     #[error("the chain from descriptor {head} leads nowhere after {walked} descriptors")]
     Broken {
         /// First descriptor.
         head: u16,
-        /// Descriptors that were good.
+        /// Number of valid descriptors before it.
         walked: u16,
     },
-    /// More descriptors than the queue has: a loop, most likely.
+    /// More descriptors than the queue has: probably a loop.
     #[error("the chain from descriptor {head} has more than {limit} descriptors")]
     TooLong {
         /// First descriptor.
         head: u16,
-        /// Longest chain allowed.
+        /// Maximum length of a chain.
         limit: u16,
     },
     /// A readable buffer after a writable one.
@@ -75,7 +75,7 @@ impl Chain {
         self.head
     }
 
-    /// Walks `descriptors`, at most `limit` of them, each loaded once.
+    /// Reads `descriptors`, at most `limit` of them, each once.
     ///
     /// # Errors
     /// [`ChainFault`]; the buffers before the fault are kept.
@@ -138,7 +138,7 @@ impl Chain {
     }
 }
 
-/// Why bytes could not be moved between a chain and the device.
+/// Bytes could not be moved between a chain and the device.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// A buffer lies outside of guest memory.
@@ -149,15 +149,15 @@ pub enum ReadError {
         /// Length in bytes.
         len: usize,
     },
-    /// The buffers hold less than what is due.
+    /// The buffers are too small.
     #[error("the buffers hold {available} bytes of the {wanted} that are due")]
     Short {
         /// Bytes left.
         available: u64,
-        /// Bytes due.
+        /// Bytes needed.
         wanted: u64,
     },
-    /// The host's side failed.
+    /// Reading or writing the file on the host failed.
     #[error("{0}")]
     Host(#[source] io::Error),
 }
@@ -184,13 +184,13 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Bytes between here and the end.
+    /// Number of bytes from here to the end.
     #[must_use]
     pub const fn remaining(&self) -> u64 {
         self.remaining
     }
 
-    /// Splits off the last `count` bytes, as a cursor of their own; `None` when there are fewer.
+    /// Splits off the last `count` bytes as a cursor of their own; `None` if there are fewer.
     #[must_use]
     pub fn split_tail(&mut self, count: u64) -> Option<Self> {
         let front = self.remaining.checked_sub(count)?;
@@ -295,12 +295,12 @@ impl<'a> Cursor<'a> {
         let first = self.segments.first()?;
         let left = u64::from(first.len.saturating_sub(self.done)).min(self.remaining);
         let len = usize::try_from(left).map_or(limit, |left| left.min(limit));
-        // An address that wraps is no guest memory either way: the access refuses it.
+        // An address that wraps around is not guest memory, and the access fails.
         let addr = first.addr.saturating_add(u64::from(self.done));
         (len > 0).then_some((addr, len))
     }
 
-    /// The next piece as memory: where two regions meet, the part in the first.
+    /// The next piece as memory. If it crosses into another region, only the part in the first.
     fn slice(&self, limit: usize) -> Result<Option<VolatileSlice<'a>>, ReadError> {
         let Some((addr, len)) = self.piece(limit) else {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! What every device worker needs: queues that survive a hostile driver, chains of buffers, a thread that
+//! What every device worker needs: queues and chains of buffers that a hostile driver cannot break, a thread that
 //! can be stopped, and a log that a guest cannot flood.
 
 mod chain;

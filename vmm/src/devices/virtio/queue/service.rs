@@ -1,4 +1,4 @@
-//! A queue as its worker serves it.
+//! A queue that a worker serves.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Chain, ChainFault, GuestFaults};
 use crate::devices::virtio::{QueueHandle, VirtioInterrupt};
 
-/// A queue's rings make no sense any more: it is out of service until the device is reset.
+/// A queue's rings are inconsistent: it is out of service until the device is reset.
 #[derive(Debug, thiserror::Error)]
 #[error("queue {index} is out of service until a reset: {cause}")]
 pub struct QueueFailure {
@@ -18,7 +18,7 @@ pub struct QueueFailure {
     cause: Error,
 }
 
-/// A queue in the hands of its worker.
+/// A queue that a worker serves.
 pub struct ServedQueue {
     index: usize,
     queue: Queue,
@@ -46,21 +46,21 @@ impl ServedQueue {
         &self.notified
     }
 
-    /// Entries in the queue: the bound of one pass over it.
+    /// Number of entries: the maximum number of chains of one pass.
     #[must_use]
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    /// Takes back the notification and tells the driver that no more are needed while the queue is served.
+    /// Begins a pass: clears the notification, and disables further ones while the queue is served.
     pub fn begin(&mut self, memory: &GuestMemoryMmap) {
-        // Nothing to read is as good as something, and bad rings are reported by the next access to them.
+        // There may be nothing to read. Bad rings are reported by the next access to them.
         let _ = self.notified.read();
         let _ = self.queue.disable_notification(memory);
     }
 
-    /// Loads the next chain into `chain`; `None` when there is none, or the queue is out of service. A chain
-    /// with a fault is delivered with it, and has to be [returned](Self::give_back) like any other.
+    /// Loads the next chain into `chain`; `None` if there is none, or the queue is out of service. A chain with a fault
+    /// is delivered together with the fault, and has to be [returned](Self::give_back) like any other.
     ///
     /// # Errors
     /// [`QueueFailure`], once.
@@ -81,7 +81,8 @@ impl ServedQueue {
             return Ok(None);
         };
         let (head, size) = (descriptors.head_index(), self.queue.size());
-        // Linux builds indirect chains that are longer than a shortened queue: the device's size is the bound.
+        // In a queue that the driver made shorter, Linux builds indirect chains longer than the queue: the limit is the
+        // device's size.
         let loaded = chain.load(descriptors, self.queue.max_size());
         Ok(Some(if head < size {
             loaded
@@ -91,7 +92,7 @@ impl ServedQueue {
     }
 
     /// Puts a chain into the used ring with the number of bytes that the device wrote. A head that is no index
-    /// of the queue is dropped.
+    /// of the queue is ignored.
     ///
     /// # Errors
     /// [`QueueFailure`], once.
@@ -111,8 +112,8 @@ impl ServedQueue {
         Ok(())
     }
 
-    /// Ends a pass: interrupts the driver if it wants that, asks for notifications again, and comes back by itself
-    /// when there is more to do.
+    /// Ends a pass: interrupts the driver if it wants that, and enables notifications again. If there are more chains
+    /// already, it notifies itself.
     ///
     /// # Errors
     /// [`QueueFailure`], once.

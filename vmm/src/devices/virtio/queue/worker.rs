@@ -17,7 +17,7 @@ pub struct StopSignal {
 }
 
 impl StopSignal {
-    /// Whether to stop. Cheap: for the inner loops of a worker.
+    /// Returns true if the worker has to stop. Cheap enough for inner loops.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
@@ -32,17 +32,17 @@ impl StopSignal {
 
 /// What a device does on its thread.
 pub trait Work: Send + 'static {
-    /// Watches everything that may wake the worker. Called before the thread starts.
+    /// Registers everything that wakes the worker. Called before the thread starts.
     ///
     /// # Errors
     /// The error of [`Poller::watch`].
     fn watch(&self, poller: &Poller) -> io::Result<()>;
 
-    /// Works until [`Poller::wait`] says that it is time to stop.
+    /// Works until [`Poller::wait`] returns false.
     fn run(self, poller: &Poller);
 }
 
-/// A named thread that is stopped and joined when this goes away.
+/// A named thread. Dropping this stops and joins it.
 pub struct Worker {
     stop: Arc<StopSignal>,
     thread: Option<JoinHandle<()>>,
@@ -88,7 +88,7 @@ pub struct Poller {
     stop: Arc<StopSignal>,
 }
 
-/// The stop signal's mark among the tokens.
+/// The token of the stop signal.
 const STOP: u64 = u64::MAX;
 
 impl Poller {
@@ -124,10 +124,10 @@ impl Poller {
     }
 
     /// Waits for at most `timeout` (`None`: for ever) and calls `ready` with the token of each readable source.
-    /// Returns `false` when it is time to stop.
+    /// Returns false if the worker has to stop.
     pub fn wait(&self, timeout: Option<Duration>, mut ready: impl FnMut(u32)) -> bool {
         let mut events = [EpollEvent::default(); 8];
-        // Rounded up, so that a short rest does not become a busy loop.
+        // Rounded up, so that a short timeout does not become a busy loop.
         let timeout = timeout.map_or(-1, |timeout| {
             i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
         });
