@@ -1,4 +1,4 @@
-//! The kernel, its modules and the images that tests boot; made by `cargo xtask setup`.
+//! Paths of the kernel, its modules and the images that tests boot. `cargo xtask setup` makes them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,18 +7,18 @@ use crate::bzimage::unxz;
 use crate::error::{Context, Result};
 use crate::modules::{Index, module_name};
 
-/// Paths of everything that boots.
+/// Paths of everything that tests boot.
 #[derive(Clone, Debug)]
 pub struct Assets {
     /// The kernel as the distribution ships it, a bzImage.
     pub vmlinuz: PathBuf,
-    /// The ELF kernel that was inside it.
+    /// The ELF kernel inside the bzImage.
     pub vmlinux: PathBuf,
     /// The kernel's configuration.
     pub config: PathBuf,
-    /// The emulator, with the options that say where its data lie.
+    /// QEMU's command line up to the options for its data folders.
     pub qemu: Vec<String>,
-    /// What `uname -r` says under this kernel.
+    /// The kernel's release, as in `uname -r`.
     pub release: String,
     /// The folder with modules.dep.
     pub modules: PathBuf,
@@ -26,9 +26,9 @@ pub struct Assets {
     pub busybox: PathBuf,
     /// An ext4 image with a small Debian.
     pub root_disk: PathBuf,
-    /// An ext4 image of a Debian that boots by itself, with `ebb-guest` installed.
+    /// An ext4 image of a complete Debian, with `ebb-guest` installed.
     pub system_disk: PathBuf,
-    /// That Debian's own initramfs.
+    /// The initramfs of that Debian.
     pub system_initramfs: PathBuf,
     /// The static agent of the nested machine.
     pub nested_agent: PathBuf,
@@ -38,13 +38,12 @@ pub struct Assets {
     pub guest_initramfs: PathBuf,
 }
 
-/// Where `cargo xtask setup` unpacks an emulator that is newer than the distribution's.
+/// Folder where `cargo xtask setup` unpacks a QEMU that is newer than the distribution's.
 pub fn emulator_folder(cache: &Path) -> PathBuf {
     cache.join("emulator")
 }
 
-/// The first words of the command line of an emulator that was unpacked in `folder` with its libraries, the dynamic
-/// loader included.
+/// The first words of QEMU's command line, if it was unpacked in `folder` with its libraries and dynamic loader.
 pub fn emulator(folder: &Path) -> Vec<String> {
     let below = |path: &str| folder.join(path).to_string_lossy().into_owned();
     vec![
@@ -68,7 +67,7 @@ fn qemu(cache: &Path) -> Vec<String> {
     }
 }
 
-/// A kernel module, ready to load.
+/// A kernel module.
 #[derive(Clone, Debug)]
 pub struct Module {
     /// Its name, with `_` for `-`.
@@ -78,7 +77,7 @@ pub struct Module {
 }
 
 impl Assets {
-    /// Where everything lies for the repository `root` and this kernel release.
+    /// The paths in the repository `root` for this kernel release.
     pub fn locate(root: &Path, release: &str) -> Self {
         let kernel = root.join(".cache/kernel").join(release);
         let agents = root.join("target/static/x86_64-unknown-linux-gnu/release");
@@ -99,10 +98,10 @@ impl Assets {
         }
     }
 
-    /// The modules `names` and all they need, in load order.
+    /// The modules `names` and their dependencies, in load order.
     ///
     /// # Errors
-    /// When a module is unknown, or a file cannot be read or unpacked.
+    /// If a module is unknown, or a file cannot be read or unpacked.
     pub fn load_modules(&self, names: &[&str]) -> Result<Vec<Module>> {
         let read = |file: &str| {
             let path = self.modules.join(file);

@@ -1,4 +1,4 @@
-//! Takes the ELF kernel out of a bzImage (Documentation/arch/x86/boot.rst, protocol 2.08).
+//! Extracts the ELF kernel from a bzImage (Documentation/arch/x86/boot.rst, protocol 2.08).
 
 use crate::error::{Context, Error, Result};
 
@@ -8,7 +8,7 @@ const PROTOCOL: usize = 0x206;
 const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
 
-/// Largest kernel that is unpacked, in bytes.
+/// Maximum size of an unpacked kernel, in bytes.
 const MAX_KERNEL: usize = 1 << 30;
 
 const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
@@ -17,11 +17,11 @@ const XZ: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
 /// The ELF image inside `bzimage`, decompressed.
 ///
 /// # Errors
-/// When the file is no bzImage, too old, truncated, or compressed in a way other than zstd or xz.
+/// If the file is not a bzImage, too old, truncated, or compressed by other means than zstd or xz.
 pub fn unpack(bzimage: &[u8]) -> Result<Vec<u8>> {
     let payload = payload(bzimage)?;
     let elf = if payload.starts_with(ZSTD) {
-        // The build appends the unpacked length to the frame.
+        // The kernel's build appends the unpacked size to the frame.
         let length = payload.len() - 4;
         let size = u32_at(payload, length)? as usize;
         if size > MAX_KERNEL {
@@ -45,10 +45,10 @@ pub fn unpack(bzimage: &[u8]) -> Result<Vec<u8>> {
     Ok(elf)
 }
 
-/// Decompresses xz data; what follows the stream is ignored.
+/// Decompresses xz data. Bytes after the stream are ignored.
 ///
 /// # Errors
-/// When the data is damaged or truncated.
+/// If the data is damaged or truncated.
 pub fn unxz(data: &[u8]) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     std::io::Read::read_to_end(&mut liblzma::read::XzDecoder::new(data), &mut out)
@@ -66,7 +66,7 @@ fn payload(bzimage: &[u8]) -> Result<&[u8]> {
         return Err(Error::new(text));
     }
     let sectors = match bzimage[SETUP_SECTS] {
-        0 => 4, // boot.rst: 0 means 4
+        0 => 4, // According to boot.rst.
         sectors => usize::from(sectors),
     };
     let start = (sectors + 1) * 512 + u32_at(bzimage, PAYLOAD_OFFSET)? as usize;

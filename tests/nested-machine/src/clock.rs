@@ -1,21 +1,21 @@
-//! The rate of the host's time stamp counter, which is also the emulated one's.
+//! The rate of the host's time stamp counter. QEMU passes the counter on to the nested machine.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// How long one measurement takes; reading two clocks takes less than a millionth of that.
-const SPAN: Duration = Duration::from_millis(20);
+/// Length of one measurement.
+const MEASUREMENT: Duration = Duration::from_millis(20);
 
-/// Measurements; a median is not moved by those between whose readings the host did something else.
+/// Number of measurements. Their median ignores those that the host interrupted.
 const RUNS: usize = 5;
 
-/// Ticks of the time stamp counter in a millisecond.
+/// Ticks of the time stamp counter per millisecond.
 #[must_use]
 pub fn tsc_khz() -> u64 {
     let mut rates = [0; RUNS];
     for rate in &mut rates {
         let (start, ticks) = (Instant::now(), ticks());
-        sleep(SPAN);
+        sleep(MEASUREMENT);
         let ticks = self::ticks().wrapping_sub(ticks);
         *rate = u64::try_from(u128::from(ticks) * 1_000_000 / start.elapsed().as_nanos())
             .unwrap_or(u64::MAX);

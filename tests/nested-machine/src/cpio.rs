@@ -8,7 +8,7 @@ pub struct Archive {
     inodes: u32,
 }
 
-/// The fields of one entry that are not always the same.
+/// The fields of an entry that vary.
 struct Entry<'a> {
     path: &'a str,
     mode: u32,
@@ -22,7 +22,7 @@ impl Archive {
         Self::default()
     }
 
-    /// Adds a folder with mode 0755; parents must have been added before.
+    /// Adds a folder with mode 0755. Its parents must have been added before.
     pub fn dir(&mut self, path: &str) -> &mut Self {
         self.entry(&Entry {
             path,
@@ -83,7 +83,7 @@ impl Archive {
             0, // uid
             0, // gid
             1, // links
-            0, // time: the same content gives the same bytes
+            0, // time, so that equal content gives equal archives
             u32::try_from(entry.data.len()).expect("a file under 4 GiB"),
             0,
             0,
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_parses_back() {
+    fn entries_read_back() {
         let mut archive = Archive::new();
         archive
             .dir("/dev")

@@ -1,8 +1,8 @@
-//! The one error type of this crate: which operation failed, on what, and the cause.
+//! The error type of this crate.
 
 use std::fmt;
 
-/// What went wrong: a sentence that names the operation and its values, and the cause, if any.
+/// A message that names the failed operation and its values, and the cause if there is one.
 #[derive(Debug)]
 pub struct Error {
     message: String,
@@ -13,7 +13,7 @@ pub struct Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error that has no deeper cause.
+    /// An error without a cause.
     pub fn new(message: impl Into<String>) -> Self {
         Self {
             message: message.into(),
@@ -34,12 +34,12 @@ impl std::error::Error for Error {
     }
 }
 
-/// Adds the operation to an error that only knows its cause.
+/// Adds the failed operation to an error.
 pub trait Context<T> {
-    /// Wraps the error in one whose message is `what()`.
+    /// Wraps the error in one with the message `what()`.
     ///
     /// # Errors
-    /// The wrapped error, where there was one.
+    /// The wrapped error.
     fn context(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 

@@ -1,30 +1,29 @@
 //! The protocol between the host and the agent in the nested machine.
 //!
-//! A message is a little-endian `u32` length, then that many bytes: a `u32` session number, a `u8`
-//! kind and the kind's fields. Byte strings carry a `u32` length. Sessions are numbered by the
-//! host; several run at once over one port.
+//! A message is a little-endian `u32` length, and that many bytes: a `u32` session number, a `u8` kind and the kind's fields.
+//! Byte strings have a `u32` length. The host numbers the sessions. Several sessions share one port.
 
 use std::io::{self, Read, Write};
 
-/// Longest message body accepted, in bytes.
+/// Maximum bytes of a message after its length.
 pub const MAX_BODY: usize = 1 << 20;
 
-/// Largest piece of a stream that one message should carry, in bytes.
+/// Maximum bytes of a stream that one message should carry.
 pub const CHUNK: usize = 32 << 10;
 
 /// Name of the virtio-serial port.
 pub const PORT_NAME: &str = "ebb.agent";
 
-/// What to run.
+/// A command to run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exec {
     /// The program, found through PATH, and its arguments.
     pub argv: Vec<String>,
     /// Working directory; empty means `/`.
     pub cwd: String,
-    /// Variables added to the agent's small base environment.
+    /// Variables that are added to the agent's basic environment.
     pub env: Vec<(String, String)>,
-    /// A pseudo-terminal of (rows, columns) in place of three pipes.
+    /// Rows and columns of a pseudo-terminal, instead of three pipes.
     pub tty: Option<(u16, u16)>,
 }
 
@@ -38,12 +37,12 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// Whether it exited with code 0.
+    /// Returns true for exit code 0.
     pub fn success(self) -> bool {
         self == Self::Code(0)
     }
 
-    /// The exit code a shell would report: 128 and the number for a signal.
+    /// The exit code that a shell would report: 128 plus the number of a signal.
     pub fn code(self) -> i32 {
         match self {
             Self::Code(code) => code,
@@ -52,46 +51,46 @@ impl Exit {
     }
 }
 
-/// The fields of one message.
+/// Kind and fields of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
     /// To the agent: start a session.
     Exec(Exec),
     /// To the agent: bytes for its standard input.
     Stdin(Vec<u8>),
-    /// To the agent: no more input.
+    /// To the agent: close standard input.
     StdinEof,
     /// To the agent: send this signal to the session's process group.
     Signal(i32),
-    /// To the agent: the terminal has this many rows and columns now.
+    /// To the agent: the terminal's new number of rows and columns.
     Resize(u16, u16),
-    /// To the agent: kill the session; nobody listens any more.
+    /// To the agent: kill the session and send nothing more.
     Kill,
-    /// To the host, session 0: ready; what the machine offers, for the log.
+    /// To the host, session 0: the agent is ready. The text describes the machine, for the log.
     Hello(String),
-    /// To the host: bytes from standard output, or from the terminal.
+    /// To the host: bytes from standard output or the terminal.
     Stdout(Vec<u8>),
     /// To the host: bytes from standard error.
     Stderr(Vec<u8>),
-    /// To the host: the process ended and all its output was sent.
+    /// To the host: the process has ended, and all output was sent.
     Exited(Exit),
-    /// To the host: the process could not be started, and why.
+    /// To the host: why the process could not be started.
     Failed(String),
 }
 
-/// One message: a session and what happens to it.
+/// A message of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// Number of the session, given by the host.
+    /// Number of the session.
     pub session: u32,
-    /// What happens.
+    /// The content.
     pub frame: Frame,
 }
 
 /// Writes one message with one `write`.
 ///
 /// # Errors
-/// What the writer reports, or `InvalidInput` for a message over [`MAX_BODY`].
+/// Those of the writer, and `InvalidInput` for a message over [`MAX_BODY`].
 pub fn write_message(to: &mut impl Write, message: &Message) -> io::Result<()> {
     let mut body = Encoder(vec![0; 4]);
     body.u32(message.session);
@@ -110,8 +109,8 @@ pub fn write_message(to: &mut impl Write, message: &Message) -> io::Result<()> {
 /// Reads one message.
 ///
 /// # Errors
-/// `UnexpectedEof` at the end of the stream or inside a message; `InvalidData` for a message that is
-/// too long, of unknown kind, or whose fields do not fill it exactly.
+/// `UnexpectedEof` at the end of the stream or inside a message. `InvalidData` for a message that is too long, of unknown
+/// kind, or not exactly as long as its fields.
 pub fn read_message(from: &mut impl Read) -> io::Result<Message> {
     let mut length = [0; 4];
     from.read_exact(&mut length)?;

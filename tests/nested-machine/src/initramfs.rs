@@ -8,7 +8,7 @@ use crate::assets::{Assets, Module};
 use crate::cpio::Archive;
 use crate::error::{Context, Error, Result};
 
-/// What a guest needs beyond what its kernel has built in.
+/// Modules of a guest.
 const GUEST_MODULES: &[&str] = &[
     "virtio_mmio",
     "virtio_blk",
@@ -18,14 +18,14 @@ const GUEST_MODULES: &[&str] = &[
     "pvpanic-mmio",
 ];
 
-/// What makes `/dev/daxN.M` of an arena; loaded where there is one.
+/// Modules that create `/dev/daxN.M` for arenas. A guest loads them only if it has an arena.
 const ARENA_MODULES: &[&str] = &["device_dax", "dax_hmem"];
 
-/// What makes the nested machine a KVM host.
-const OUTER_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
+/// Modules of the nested machine: KVM.
+const NESTED_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
 
-/// Parameters of the nested machine's modules: halting vCPUs must not spin on a shared host.
-const OUTER_PARAMETERS: &[(&str, &str)] = &[("kvm", "halt_poll_ns=0")];
+/// Parameters of these modules. Halted vCPUs must not poll, because the host is shared.
+const NESTED_PARAMETERS: &[(&str, &str)] = &[("kvm", "halt_poll_ns=0")];
 
 /// The guests' init.
 const GUEST_INIT: &str = include_str!("../../../resources/guest-init.sh");
@@ -35,20 +35,20 @@ const GUEST_INIT: &str = include_str!("../../../resources/guest-init.sh");
 pub struct Share {
     /// Absolute path.
     pub path: PathBuf,
-    /// Whether the machine may write to it.
+    /// True if the machine may write to it.
     pub writable: bool,
 }
 
 /// The nested machine's initramfs.
 ///
 /// # Errors
-/// When a file cannot be read, or the path of a share cannot be passed on.
-pub fn outer(assets: &Assets, shares: &[Share]) -> Result<Vec<u8>> {
+/// If a file cannot be read, or if a share's path is not absolute or has a line end.
+pub fn nested_machine(assets: &Assets, shares: &[Share]) -> Result<Vec<u8>> {
     let mut archive = skeleton();
     archive.dir("/ebb");
     archive.file("/init", 0o755, &read(&assets.nested_agent)?);
-    let modules = assets.load_modules(OUTER_MODULES)?;
-    add_modules(&mut archive, &modules, "/ebb/modules", OUTER_PARAMETERS);
+    let modules = assets.load_modules(NESTED_MODULES)?;
+    add_modules(&mut archive, &modules, "/ebb/modules", NESTED_PARAMETERS);
     let mut lines = String::new();
     for Share { path, writable } in shares {
         let text = path
@@ -61,10 +61,10 @@ pub fn outer(assets: &Assets, shares: &[Share]) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// The guests' initramfs; `resources/guest-init.sh` tells what it does.
+/// The guests' initramfs. `resources/guest-init.sh` describes it.
 ///
 /// # Errors
-/// When a file cannot be read.
+/// If a file cannot be read.
 pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
     let mut archive = skeleton();
     for folder in [
@@ -100,10 +100,10 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// Writes the guests' initramfs to its place, unless it is there already.
+/// Writes the guests' initramfs, unless it exists with the same content.
 ///
 /// # Errors
-/// As for [`guest`], and when the file cannot be written.
+/// Those of [`guest`], and if the file cannot be written.
 pub fn write_guest(assets: &Assets) -> Result<()> {
     let path = &assets.guest_initramfs;
     let bytes = guest(assets)?;
@@ -118,7 +118,7 @@ pub fn write_guest(assets: &Assets) -> Result<()> {
     fs::rename(&part, path).context(what)
 }
 
-/// Folders, and the console that the kernel opens for init.
+/// The basic folders, and the console that the kernel opens for init.
 fn skeleton() -> Archive {
     let mut archive = Archive::new();
     for folder in ["/dev", "/proc", "/sys", "/modules"] {
@@ -128,7 +128,7 @@ fn skeleton() -> Archive {
     archive
 }
 
-/// Adds the modules and a list of them in load order: a path, then parameters.
+/// Adds the modules and a file that lists them in load order, each with its path and parameters.
 fn add_modules(archive: &mut Archive, modules: &[Module], list: &str, parameters: &[(&str, &str)]) {
     let mut lines = String::new();
     for module in modules {

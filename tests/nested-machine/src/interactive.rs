@@ -1,4 +1,4 @@
-//! Joins the terminal of this process to a session in the nested machine.
+//! Connects the terminal of this process to a session in the nested machine.
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
@@ -17,10 +17,10 @@ use crate::frame::Exit;
 use crate::machine::Machine;
 use crate::session::{Command, Event};
 
-/// How often input, the window's size and signals are looked at between events.
-const TICK: Duration = Duration::from_millis(10);
+/// How often input, the window's size and signals are checked between events.
+const CHECK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Puts the terminal into raw mode, and back on drop.
+/// Raw mode of the terminal. Dropping it restores the old mode.
 struct RawMode(Option<Termios>);
 
 impl RawMode {
@@ -45,11 +45,10 @@ impl Drop for RawMode {
     }
 }
 
-/// Runs `command` on a terminal in the machine, joined to this process's, until it ends.
+/// Runs `command` on a terminal in the machine that is connected to this process's, until it ends.
 ///
 /// # Errors
-/// When the terminal or the machine fails, or a signal asks this process to end; the terminal is
-/// restored in every case.
+/// If the terminal or the machine fails, or a signal asks this process to end. The terminal's mode is always restored.
 pub fn run(machine: &Machine, command: &Command) -> Result<Exit> {
     let ending = watch_signals()?;
     let mut size = window_size();
@@ -62,7 +61,7 @@ pub fn run(machine: &Machine, command: &Command) -> Result<Exit> {
     let stop = Arc::new(AtomicBool::new(false));
     let mut input = Some(read_input(Arc::clone(&stop)));
     let result = loop {
-        match session.next_event(TICK) {
+        match session.next_event(CHECK_INTERVAL) {
             Ok(Some(Event::Output(_, bytes))) => {
                 let mut out = io::stdout().lock();
                 let _ = out.write_all(&bytes).and_then(|()| out.flush());
@@ -93,7 +92,7 @@ pub fn run(machine: &Machine, command: &Command) -> Result<Exit> {
     result
 }
 
-/// A flag that the signals which end a process set instead.
+/// A flag that is set by signals that would otherwise end this process.
 fn watch_signals() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGHUP, SIGINT, SIGQUIT] {
@@ -118,11 +117,11 @@ fn read_input(stop: Arc<AtomicBool>) -> Receiver<Vec<u8>> {
         let mut buffer = [0; 4096];
         while !stop.load(Ordering::Relaxed) {
             let mut fds = [PollFd::new(&stdin, PollFlags::IN)];
-            let tick = Timespec {
+            let timeout = Timespec {
                 tv_sec: 0,
                 tv_nsec: 100_000_000,
             };
-            match poll(&mut fds, Some(&tick)) {
+            match poll(&mut fds, Some(&timeout)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => continue,
                 Ok(_) => {}
                 Err(_) => return,

@@ -1,9 +1,8 @@
-//! The nested machine: stock KVM, in software, on hosts that have none; and what boots in guests.
+//! The nested machine: a virtual machine that offers KVM, for tests on hosts that have none.
 //!
-//! [`Machine`](machine::Machine) boots Debian's kernel under QEMU's emulated SVM and runs commands
-//! in it; [`Runner`](runner::Runner) runs the same commands here or there, as
-//! [`Platform`](platform::Platform) finds the host; [`Assets`](assets::Assets) names the kernel, its
-//! modules and the images; [`initramfs`] builds the images that boot.
+//! [`Machine`](machine::Machine) boots Debian's kernel in QEMU, which emulates a processor with SVM, and runs commands in it.
+//! [`Runner`](runner::Runner) runs commands there or on the host, depending on [`Platform`](platform::Platform).
+//! [`Assets`](assets::Assets) are the paths of kernel, modules and images, and [`initramfs`] builds what guests boot.
 
 pub mod error;
 pub mod frame;

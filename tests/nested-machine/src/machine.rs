@@ -1,4 +1,4 @@
-//! The outer machine: QEMU with emulated SVM, a shared root, and an agent that runs commands.
+//! The nested machine: QEMU with emulated SVM, a shared root, and an agent that runs commands.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -104,7 +104,7 @@ impl Machine {
         let start = Instant::now();
         let folder = &options.log_dir;
         fs::create_dir_all(folder).context(|| format!("create {}", folder.display()))?;
-        let image = initramfs::outer(assets, &options.shares)?;
+        let image = initramfs::nested_machine(assets, &options.shares)?;
         let (listener, fs_socket) = socket_pair_by_listener()?;
         let (ours, theirs) = UnixStream::pair().context(|| "make a socket pair".into())?;
         let virtiofsd = start_virtiofsd(folder, listener)?;
@@ -122,7 +122,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Whether the machine still answers; an outer kernel that panicked does not.
+    /// Returns false if the machine has ended, for instance because its kernel has panicked.
     pub fn is_alive(&self) -> bool {
         self.link.lock().is_some()
     }
@@ -301,7 +301,7 @@ fn start_qemu(
     Helper::spawn(command, vec![image, fs_socket, agent])
 }
 
-/// The outer kernel's command line; mitigations only cost time under emulation.
+/// The command line of the machine's kernel. Mitigations only cost time under emulation.
 ///
 /// Nothing may enter a guest on CPU 0: it gets interrupts, and commands get the others. When any CPU restores its
 /// floating-point state, QEMU 11.1 clears a bit in CPU 0's `hflags2` without an atomic operation (`cpu_set_fpus`,

@@ -1,13 +1,13 @@
-//! Kernel modules: dependencies from modules.dep, in load order.
+//! Dependencies of kernel modules.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::error::{Context, Result};
 
-/// What modules.dep and modules.builtin say.
+/// The content of modules.dep and modules.builtin.
 #[derive(Debug, Default)]
 pub struct Index {
-    /// By module name: its file and those of what it needs, nearest need first.
+    /// By module name: its file and the files of its dependencies. Each dependency stands before its own dependencies.
     files: HashMap<String, (String, Vec<String>)>,
     builtin: HashSet<String>,
 }
@@ -16,9 +16,9 @@ impl Index {
     /// Parses the two files.
     pub fn parse(dep: &str, builtin: &str) -> Self {
         let files = dep.lines().filter_map(|line| {
-            let (file, needs) = line.split_once(':')?;
-            let needs = needs.split_whitespace().map(str::to_owned).collect();
-            Some((module_name(file), (file.to_owned(), needs)))
+            let (file, dependencies) = line.split_once(':')?;
+            let dependencies = dependencies.split_whitespace().map(str::to_owned).collect();
+            Some((module_name(file), (file.to_owned(), dependencies)))
         });
         let builtin = builtin.lines().map(module_name).collect();
         Self {
@@ -27,10 +27,10 @@ impl Index {
         }
     }
 
-    /// The files to load for `names`, in order, each once; nothing for built-in modules.
+    /// The files to load for `names`, each once, in load order. Built-in modules have none.
     ///
     /// # Errors
-    /// When a name is neither a module nor built in.
+    /// If a name is neither a module nor built in.
     pub fn load_order(&self, names: &[&str]) -> Result<Vec<String>> {
         let mut order: Vec<String> = Vec::new();
         for name in names {
@@ -38,12 +38,11 @@ impl Index {
             if self.builtin.contains(&name) {
                 continue;
             }
-            let (file, needs) = self
+            let (file, dependencies) = self
                 .files
                 .get(&name)
                 .context(|| format!("module {name} is neither in modules.dep nor built in"))?;
-            // modules.dep lists all needs, each before what it needs itself.
-            for file in needs.iter().rev().chain([file]) {
+            for file in dependencies.iter().rev().chain([file]) {
                 if !order.contains(file) {
                     order.push(file.clone());
                 }
@@ -53,7 +52,7 @@ impl Index {
     }
 }
 
-/// The name by which a module is known: no folder, no suffix, `_` for `-`.
+/// Name of a module: without folder and suffix, and with `_` for `-`.
 pub fn module_name(file: &str) -> String {
     let name = file.rsplit('/').next().unwrap_or(file);
     let name = name.split(".ko").next().unwrap_or(name);
@@ -78,7 +77,7 @@ kernel/drivers/block/virtio_blk.ko:
     }
 
     #[test]
-    fn needs_come_first_and_once() {
+    fn dependencies_come_first_and_once() {
         let found = order(&["kvm-amd", "virtio_blk", "kvm", "kvm_amd"]).unwrap();
         assert_eq!(found, ["irqbypass", "kvm", "kvm_amd", "virtio_blk"]);
     }

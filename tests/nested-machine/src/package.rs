@@ -1,8 +1,8 @@
-//! Chooses the kernel package among those that the distribution's index offers.
+//! Chooses the kernel package.
 
 use std::cmp::Ordering;
 
-/// The newest `linux-image-6.12.*-cloud-amd64` among package names; not unsigned, not debug symbols.
+/// The newest `linux-image-6.12.*-cloud-amd64` among package names, without unsigned kernels and debug symbols.
 pub fn newest_kernel<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let newest = names
         .into_iter()
@@ -11,7 +11,7 @@ pub fn newest_kernel<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<&'a
     newest.map(|(_, name)| name)
 }
 
-/// The kernel release a package name stands for, such as `6.12.117+deb12-cloud-amd64`.
+/// The kernel release of a package name, such as `6.12.117+deb12-cloud-amd64`.
 pub fn release(package: &str) -> Option<&str> {
     let release = package.strip_prefix("linux-image-")?;
     let version = release.strip_suffix("-cloud-amd64")?;

@@ -1,4 +1,4 @@
-//! Helper processes that never outlive this one, whatever ends it.
+//! Helper processes that end with this one.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,8 +14,7 @@ use crate::error::{Context, Result};
 
 /// A child that is killed on drop, and by the kernel when this process dies.
 ///
-/// The kernel ties the death signal to the *thread* that spawned the child, so a thread is kept
-/// alive for as long as the child.
+/// The kernel sends the death signal when the *thread* that has spawned the child ends, so that thread is kept alive.
 pub struct Helper {
     child: Child,
     name: String,
@@ -23,7 +22,7 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Spawns `command`; the child inherits `fds` under their numbers.
+    /// Spawns `command`. The child inherits `fds` with the same numbers.
     pub fn spawn(mut command: Command, fds: Vec<OwnedFd>) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         // SAFETY: between fork and exec the closure only makes system calls on descriptors that it
@@ -59,7 +58,7 @@ impl Helper {
         })
     }
 
-    /// How the child ended, if it did.
+    /// The child's exit status, if it has ended.
     pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
         self.child
             .try_wait()
@@ -69,7 +68,7 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        let _ = self.child.kill(); // It may have ended.
+        let _ = self.child.kill(); // Fails if it has ended.
         let _ = self.child.wait();
     }
 }

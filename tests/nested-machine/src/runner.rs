@@ -1,4 +1,4 @@
-//! Runs commands where a stock Linux guest can run: on this host, or in the nested machine.
+//! Runs commands where KVM is: on this host, or in the nested machine.
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -17,22 +17,22 @@ use crate::machine::{Machine, Options};
 use crate::platform::Platform;
 use crate::session::{Command, Stream};
 
-/// How long output may still come after a process ended.
+/// How long to wait for more output after a process has ended.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// One interface to both platforms.
+/// Where commands run.
 pub enum Runner {
-    /// Commands run on this host.
+    /// On this host.
     Direct,
-    /// Commands run in this machine.
+    /// In this machine.
     Nested(Box<Machine>),
 }
 
 impl Runner {
-    /// Probes the host and, where it must, boots a nested machine.
+    /// Probes the host, and boots a nested machine if it has no KVM.
     ///
     /// # Errors
-    /// As for [`Platform::probe`] and [`Machine::boot`].
+    /// Those of [`Platform::probe`] and [`Machine::boot`].
     pub fn start(assets: &Assets, options: &Options) -> Result<Self> {
         match Platform::probe()? {
             Platform::Direct => Ok(Self::Direct),
@@ -50,7 +50,7 @@ impl Runner {
         }
     }
 
-    /// Whether commands can still run; a nested machine may have broken down.
+    /// Returns false if the nested machine has ended.
     pub fn is_alive(&self) -> bool {
         match self {
             Self::Direct => true,
@@ -58,10 +58,10 @@ impl Runner {
         }
     }
 
-    /// Runs a command to its end with empty input, handing output on as it comes.
+    /// Runs a command with empty input until it ends, and passes its output to `on_output` as it comes.
     ///
     /// # Errors
-    /// When it cannot be started, runs past `timeout` (it is killed then), or the machine is gone.
+    /// If it cannot be started, runs longer than `timeout` (then it is killed), or the machine has ended.
     pub fn run(
         &self,
         command: &Command,
@@ -78,10 +78,10 @@ impl Runner {
         }
     }
 
-    /// Runs a command joined to this process's terminal.
+    /// Runs a command on this process's terminal.
     ///
     /// # Errors
-    /// When it cannot be started, or the machine is gone.
+    /// If it cannot be started, or the machine has ended.
     pub fn interactive(&self, command: &Command) -> Result<Exit> {
         match self {
             Self::Direct => {
@@ -117,7 +117,7 @@ fn exit(status: std::process::ExitStatus) -> Exit {
     }
 }
 
-/// Runs a command on this host, in a process group of its own that is killed at the end.
+/// Runs a command on this host in its own process group, which is killed at the end.
 pub fn run_here(
     command: &Command,
     timeout: Duration,
@@ -149,7 +149,7 @@ pub fn run_here(
         if ended.is_none() {
             ended = group.0.try_wait().context(|| starting(command))?;
             if ended.is_some() {
-                group.kill(); // What it left behind.
+                group.kill(); // Processes that it has left behind.
                 deadline = Instant::now() + DRAIN;
             }
         }
@@ -171,7 +171,7 @@ pub fn run_here(
     }
 }
 
-/// A child whose process group dies with this value.
+/// A child. Dropping it kills its process group.
 struct Group(Child);
 
 impl Group {
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_runs_too_long_is_killed() {
+    fn a_command_that_runs_too_long_is_killed() {
         let start = Instant::now();
         let (result, _, _) = run(&["sh", "-c", "sleep 60 & wait"], Duration::from_millis(100));
         assert!(
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_command_leaves_behind_is_killed() {
+    fn processes_that_a_command_leaves_behind_are_killed() {
         let start = Instant::now();
         let (result, _, _) = run(&["sh", "-c", "sleep 60 & exit 0"], Duration::from_secs(50));
         assert!(result.unwrap().success());

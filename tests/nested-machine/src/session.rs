@@ -1,4 +1,4 @@
-//! Commands in the nested machine, seen from the host.
+//! The host's side of commands in the nested machine.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub struct Command {
     pub cwd: Option<PathBuf>,
     /// Variables added to the environment.
     pub env: Vec<(String, String)>,
-    /// A pseudo-terminal of (rows, columns) in place of pipes; ignored when run here.
+    /// Rows and columns of a pseudo-terminal, instead of pipes. Ignored on the host.
     pub tty: Option<(u16, u16)>,
 }
 
@@ -52,7 +52,7 @@ impl Command {
     }
 }
 
-/// Which stream bytes came from; a terminal has only `Stdout`.
+/// The stream of some output. A terminal has only `Stdout`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stream {
     /// Standard output.
@@ -61,7 +61,7 @@ pub enum Stream {
     Stderr,
 }
 
-/// What a finished command left.
+/// Exit status and output of a command.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// How it ended.
@@ -72,12 +72,12 @@ pub struct Output {
     pub stderr: Vec<u8>,
 }
 
-/// Something a session reports.
+/// An event of a session.
 #[derive(Debug)]
 pub enum Event {
     /// Bytes from a stream.
     Output(Stream, Vec<u8>),
-    /// The end; nothing comes after it.
+    /// The command has ended. No event follows.
     Exited(Exit),
 }
 
@@ -105,20 +105,20 @@ impl Session {
         Ok(session)
     }
 
-    /// Hands bytes to the command's standard input.
+    /// Writes to the command's standard input.
     ///
     /// # Errors
-    /// When the machine is gone.
+    /// If the machine has ended.
     pub fn write_stdin(&self, bytes: &[u8]) -> Result<()> {
         bytes
             .chunks(CHUNK)
             .try_for_each(|chunk| self.send(Frame::Stdin(chunk.to_vec())))
     }
 
-    /// Ends the command's standard input.
+    /// Closes the command's standard input.
     ///
     /// # Errors
-    /// When the machine is gone.
+    /// If the machine has ended.
     pub fn close_stdin(&self) -> Result<()> {
         self.send(Frame::StdinEof)
     }
@@ -126,15 +126,15 @@ impl Session {
     /// Sends a signal to the command's process group.
     ///
     /// # Errors
-    /// When the machine is gone.
+    /// If the machine has ended.
     pub fn signal(&self, number: i32) -> Result<()> {
         self.send(Frame::Signal(number))
     }
 
-    /// Tells the command's terminal its new size.
+    /// Sets the size of the command's terminal.
     ///
     /// # Errors
-    /// When the machine is gone.
+    /// If the machine has ended.
     pub fn resize(&self, rows: u16, columns: u16) -> Result<()> {
         self.send(Frame::Resize(rows, columns))
     }
@@ -142,7 +142,7 @@ impl Session {
     /// The next event, or `None` when none came within `timeout`.
     ///
     /// # Errors
-    /// When the command could not be started, or the machine is gone.
+    /// If the command could not be started, or the machine has ended.
     pub fn next_event(&mut self, timeout: Duration) -> Result<Option<Event>> {
         match self.events.recv_timeout(timeout) {
             Ok(Frame::Stdout(bytes)) => Ok(Some(Event::Output(Stream::Stdout, bytes))),
@@ -163,10 +163,10 @@ impl Session {
         }
     }
 
-    /// Waits for the end, handing output on as it comes.
+    /// Waits for the end, and passes output to `on_output` as it comes.
     ///
     /// # Errors
-    /// When the command could not be started, ran past `timeout`, or the machine is gone.
+    /// If the command could not be started, ran longer than `timeout`, or the machine has ended.
     pub fn wait(
         mut self,
         timeout: Duration,
@@ -195,7 +195,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if !self.ended {
-            let _ = self.send(Frame::Kill); // A machine that is gone runs nothing.
+            let _ = self.send(Frame::Kill); // Fails if the machine has ended.
         }
         self.link.forget(self.id);
     }

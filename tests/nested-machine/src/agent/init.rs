@@ -10,9 +10,9 @@ use std::time::Duration;
 use ebb_nested_machine::error::{Context, Result};
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move, mount_remount};
 
-/// Where the host's root is mounted, writable, out of the sessions' sight.
+/// Where the host's root is mounted writable. Sessions do not see it.
 const HOST: &str = "/host";
-/// The root the sessions will see.
+/// The root of the sessions.
 const ROOT: &str = "/newroot";
 
 /// Prepares the machine, starts the agent and reaps until the agent ends.
@@ -35,7 +35,7 @@ pub fn run() -> Result<()> {
     serve()
 }
 
-/// Turns the machine off; never comes back.
+/// Turns the machine off.
 pub fn power_off() -> ! {
     rustix::fs::sync();
     loop {
@@ -103,7 +103,7 @@ fn mount_kernel_filesystems() -> Result<()> {
         ("fd/2", "stderr"),
     ];
     for (target, name) in table {
-        // Present already where devtmpfs makes them.
+        // Fails if devtmpfs has created it.
         let _ = symlink(target, format!("{ROOT}/dev/{name}"));
     }
     Ok(())
@@ -145,7 +145,7 @@ fn raise_loopback() {
     }
 }
 
-/// Runs the agent, which is this program again, and reaps whatever ends until the agent does.
+/// Runs the agent, which is this program too, and reaps processes until the agent ends.
 fn serve() -> Result<()> {
     let agent = Command::new("/proc/self/exe")
         .arg("agent")

@@ -1,10 +1,9 @@
-//! Keeps one idle VM for as long as the machine runs.
+//! Keeps one idle VM as long as the machine runs.
 //!
-//! KVM patches the scheduler's code when the first VM comes and when the last one goes
-//! (`preempt_notifier_key`), and its own when a vCPU's local APIC is enabled (`apic_sw_disabled`).
-//! Emulation by several threads in QEMU before 8.1 translates code without holding its page's lock,
-//! so a vCPU may run a stale `int3` after the patching and the kernel panics with "Oops: int3". With
-//! one VM kept, whose APIC is never enabled, the code stays as it is.
+//! KVM patches the scheduler's code when the first VM is created and the last one destroyed (`preempt_notifier_key`), and its
+//! own code when a vCPU's local APIC is enabled (`apic_sw_disabled`). QEMU before 8.1 translates code without the lock of its
+//! page, so an emulated CPU may run a stale `int3` after the patching, and the kernel panics with "Oops: int3". While one VM
+//! exists whose APIC is never enabled, nothing is patched.
 
 use ebb_nested_machine::error::{Context, Result};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};

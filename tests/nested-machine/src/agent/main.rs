@@ -1,7 +1,7 @@
 //! The agent of the nested machine.
 //!
-//! As process 1 it is the machine's init: it mounts the host's folders, loads KVM, starts itself
-//! again as the agent and reaps orphans. As the agent it serves sessions over a virtio-serial port.
+//! As process 1 it is the machine's init: it mounts the host's folders, loads KVM, starts itself as the agent and reaps
+//! orphans. As the agent it runs commands for the host, over a virtio-serial port.
 
 mod init;
 mod keep_kvm;

@@ -1,4 +1,4 @@
-//! The agent's main loop: messages in, sessions out.
+//! The agent's main loop: reads messages and passes them to their sessions.
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -16,12 +16,12 @@ use crate::session::Session;
 /// How long the port may take to appear.
 const PORT_WAIT: Duration = Duration::from_secs(30);
 
-/// The way back to the host, shared by all sessions' threads.
+/// The port to the host, shared by the threads of all sessions.
 #[derive(Clone)]
 pub struct Port(Arc<Mutex<File>>);
 
 impl Port {
-    /// Sends one message; a host that is gone is found by the reader.
+    /// Sends one message. If the host has closed the port, the main loop notices.
     pub fn send(&self, session: u32, frame: Frame) {
         let mut file = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = write_message(&mut *file, &Message { session, frame }) {
@@ -64,7 +64,7 @@ fn dispatch(port: &Port, sessions: &mut HashMap<u32, Session>, message: Message)
     }
     let Some(session) = sessions.get_mut(&id) else {
         return;
-    }; // It ended meanwhile.
+    }; // It has ended.
     match message.frame {
         Frame::Stdin(bytes) => session.input(bytes),
         Frame::StdinEof => session.end_input(),

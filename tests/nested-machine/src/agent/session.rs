@@ -1,4 +1,4 @@
-//! One session: a process group, its pipes or terminal, and the threads that move its bytes.
+//! A session: a process group, its pipes or terminal, and the threads that copy their bytes.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,10 +19,10 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::serve::Port;
 
-/// How long output may still come after the process ended and its group was killed.
+/// How long to wait for more output after the process has ended and its group was killed.
 const DRAIN: Duration = Duration::from_secs(2);
 
-/// A running session; the process group dies by [`Session::kill`] or when the process ends.
+/// A running session. [`Session::kill`] and the end of the process kill its process group.
 pub struct Session {
     group: Pid,
     ended: Arc<AtomicBool>,
@@ -30,7 +30,7 @@ pub struct Session {
     terminal: Option<File>,
 }
 
-/// Where a process's output appears, and the message that carries it.
+/// One output stream of a process, and the kind of message that carries it.
 type Outlet = (File, fn(Vec<u8>) -> Frame);
 
 /// The agent's ends of a process's streams.
@@ -41,7 +41,7 @@ struct Streams {
 }
 
 impl Session {
-    /// Starts the process and the threads that serve it.
+    /// Starts the process and its threads.
     pub fn start(port: &Port, id: u32, exec: &Exec) -> Result<Self> {
         let mut command = command(exec)?;
         let (child, streams) = match exec.tty {
@@ -74,19 +74,19 @@ impl Session {
         })
     }
 
-    /// Whether the process ended.
+    /// Returns true if the process has ended.
     pub fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Hands bytes to the process; never blocks.
+    /// Writes to the process's input. Never blocks.
     pub fn input(&mut self, bytes: Vec<u8>) {
         if let Some(input) = &self.input {
-            let _ = input.send(bytes); // It closed its input: as with a broken pipe.
+            let _ = input.send(bytes); // Fails if the process has closed its input.
         }
     }
 
-    /// Ends the process's input; on a terminal by its end-of-file character.
+    /// Closes the process's input, on a terminal by the end-of-file character.
     pub fn end_input(&mut self) {
         if self.terminal.is_some() {
             self.input(vec![4]);
@@ -105,7 +105,7 @@ impl Session {
         }
     }
 
-    /// Tells the terminal its new size.
+    /// Sets the terminal's size.
     pub fn resize(&self, rows: u16, columns: u16) {
         if let Some(terminal) = &self.terminal {
             let _ = tcsetwinsize(terminal, winsize((rows, columns)));
@@ -197,7 +197,7 @@ fn spawn_on_terminal(command: &mut Command, size: (u16, u16)) -> Result<(Child, 
         });
     }
     let child = spawn(command)?;
-    // The command keeps its copies of the terminal: replace them, or reading never ends.
+    // Drop the command's copies of the terminal, or reading from it would never end.
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -221,7 +221,7 @@ fn winsize((rows, columns): (u16, u16)) -> Winsize {
     }
 }
 
-/// Sends what the process writes until it closes its end.
+/// Sends the output of the process until it closes the stream.
 fn pump_output(mut from: File, send: &dyn Fn(Vec<u8>)) {
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -229,12 +229,12 @@ fn pump_output(mut from: File, send: &dyn Fn(Vec<u8>)) {
             Ok(0) => return,
             Ok(length) => send(buffer[..length].to_vec()),
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) => return, // EIO: the last process left the terminal.
+            Err(_) => return, // EIO: no process has the terminal open.
         }
     }
 }
 
-/// A thread that writes what it is sent, so that a process that does not read blocks nobody else.
+/// A thread that writes to the process's input, so that a process that does not read blocks no other session.
 fn pump_input(mut to: File) -> Sender<Vec<u8>> {
     let (sender, receiver) = mpsc::channel::<Vec<u8>>();
     thread::spawn(move || {
@@ -247,7 +247,7 @@ fn pump_input(mut to: File) -> Sender<Vec<u8>> {
     sender
 }
 
-/// Waits for the process, kills what it left in its group and lets its output drain.
+/// Waits for the process, kills the rest of its group and waits until all output was sent.
 fn wait(mut child: Child, group: Pid, drained: &Receiver<()>) -> Exit {
     let status = child.wait();
     let _ = kill_process_group(group, Signal::KILL);
