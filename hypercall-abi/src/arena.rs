@@ -1,5 +1,5 @@
-//! The arena: memory apart from the guest's RAM that is freed and taken back by a store in a shared table,
-//! without a call. In its head stand a [`Header`], the table of [`crate::granule::Word`]s, and room for the
+//! The arena: memory outside the guest's RAM that the guest frees and takes back by changing a word in a shared
+//! table, without a call. Its head holds a [`Header`], the table of [`crate::granule::Word`]s, and room for the
 //! guest's own bookkeeping, which the monitor never looks at:
 //!
 //! ```text
@@ -15,26 +15,26 @@ use crate::PAGE_SIZE;
 /// The first word of an arena: the text `EbbArena`.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"EbbArena");
 
-/// Version of the head: major in the upper 16 bits, minor in the lower. A guest refuses a major version that
-/// it does not know.
+/// Version of the head: major in the upper 16 bits, minor in the lower. A guest must refuse a major version that it
+/// does not know.
 pub const VERSION: u32 = 1 << 16;
 
-/// Bytes of a granule unless the operator wants others.
+/// Default bytes of a granule.
 pub const DEFAULT_GRANULE: u64 = 2 << 20;
 
-/// Granules are powers of two from 2 MiB, the size in which Linux maps the memory, to this.
+/// Maximum bytes of a granule. Granules are powers of two, from 2 MiB, the size in which Linux maps the memory.
 pub const MAX_GRANULE: u64 = 1 << 30;
 
-/// Longest name of an arena in bytes.
+/// Maximum length of an arena's name in bytes.
 pub const MAX_ID: usize = 32;
 
-/// Most granules that one descriptor of `REUSE` may meet.
+/// Maximum number of granules that one descriptor of `REUSE` may meet.
 pub const REUSE_MAX_GRANULES: u64 = 512;
 
-/// Bytes of the guest's room besides 8 for each granule.
+/// Bytes of the guest's room, in addition to 8 for each granule.
 pub const ROOM_BASE: u64 = 64 << 10;
 
-/// Where everything lies in an arena; follows from its size and that of its granules.
+/// The layout of an arena. It follows from the sizes of the arena and of its granules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     size: u64,
@@ -42,8 +42,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// `None` when `granule` is not a power of two within bounds, `size` is not a multiple of it or beyond
-    /// 2^52, or the head leaves no granule.
+    /// `None`: `granule` is not a power of two within bounds, `size` is not a multiple of it or is above 2^52, or the
+    /// head leaves no granule.
     #[must_use]
     pub const fn new(size: u64, granule: u64) -> Option<Self> {
         let bounds = granule >= DEFAULT_GRANULE && granule <= MAX_GRANULE;
@@ -70,7 +70,7 @@ impl Layout {
         self.granule
     }
 
-    /// Words in the table: one for each granule, those of the head included.
+    /// Number of words in the table: one for each granule, including those of the head.
     #[must_use]
     pub const fn granules(self) -> u64 {
         self.size / self.granule
@@ -94,15 +94,16 @@ impl Layout {
         (8 * self.granules()).next_multiple_of(PAGE_SIZE) + ROOM_BASE
     }
 
-    /// Index of the first granule behind the head, and so how many the head takes. Their words mean nothing.
+    /// Index of the first granule after the head, and so the number of granules of the head, whose words have no
+    /// meaning.
     #[must_use]
     pub const fn first(self) -> u64 {
         (self.room() + self.room_size()).div_ceil(self.granule)
     }
 }
 
-/// What stands at the beginning of an arena. The monitor writes it when the machine starts and reads it
-/// never again; only the generation changes later.
+/// The beginning of an arena. The monitor writes it when the machine starts, and never reads it. Only the generation
+/// changes later.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Header {
@@ -118,7 +119,7 @@ pub struct Header {
     pub granule: u64,
     /// Words in the table.
     pub granules: u64,
-    /// Index of the first granule behind the head.
+    /// Index of the first granule after the head.
     pub first: u64,
     /// Offset of the table in the arena.
     pub table: u64,
@@ -128,7 +129,7 @@ pub struct Header {
     pub room_size: u64,
     /// Guest-physical address of the arena.
     pub gpa: u64,
-    /// The generation with which granules are freed now; see [`GENERATION`].
+    /// The generation in which granules are freed now, see [`GENERATION`].
     pub generation: u64,
     /// The name, padded with zeroes.
     pub id: [u8; MAX_ID],
@@ -136,27 +137,27 @@ pub struct Header {
     pub reserved: u64,
 }
 
-/// Offset of [`Header::generation`]. The monitor stores it as one aligned word at any time; the guest loads
-/// it for each free.
+/// Offset of [`Header::generation`]. The monitor may store it at any time, as one aligned word; the guest loads it
+/// for each free.
 pub const GENERATION: u64 = offset_of!(Header, generation) as u64;
 
 const _: () = assert!(size_of::<Header>() == 128 && GENERATION == 80);
 const _: () = assert!(offset_of!(Header, size) == 16 && offset_of!(Header, id) == 88);
 
-/// Why a guest cannot use what it has found.
+/// Why a guest cannot use an arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeaderError {
-    /// This is no arena, or one that somebody has scribbled over.
+    /// This is not an arena, or its header was overwritten.
     Magic(u64),
-    /// A major version that is not known here.
+    /// The major version is unknown.
     Version(u32),
-    /// The numbers do not fit together, or not to the memory that is there.
+    /// The numbers contradict each other or the size of the memory.
     Sizes {
         /// Bytes of the arena.
         size: u64,
         /// Bytes of a granule.
         granule: u64,
-        /// Bytes that are there.
+        /// Bytes of the memory.
         there: u64,
     },
 }
@@ -188,7 +189,7 @@ impl fmt::Display for HeaderError {
 impl core::error::Error for HeaderError {}
 
 impl Header {
-    /// The header of arena number `index` at `gpa`. Of `id` the first [`MAX_ID`] bytes are kept.
+    /// The header of arena number `index` at `gpa`, with the first [`MAX_ID`] bytes of `id` as its name.
     #[must_use]
     pub fn new(layout: Layout, index: u32, gpa: u64, id: &str) -> Self {
         let mut name = [0; MAX_ID];
@@ -213,7 +214,7 @@ impl Header {
         }
     }
 
-    /// As it stands in memory.
+    /// The header as words in memory.
     #[must_use]
     pub fn to_words(&self) -> [u64; 16] {
         let mut words = [0; 16];
@@ -263,7 +264,7 @@ impl Header {
         }
     }
 
-    /// Checks what a guest has found in memory of which `there` bytes can be mapped.
+    /// Checks a header that a guest has found in memory of `there` bytes.
     ///
     /// # Errors
     /// [`HeaderError`].
@@ -295,7 +296,7 @@ impl Header {
         })
     }
 
-    /// The name, as far as it is text.
+    /// The name; `?` if it is not UTF-8.
     #[must_use]
     pub fn name(&self) -> &str {
         let end = self.id.iter().position(|byte| *byte == 0);
@@ -303,13 +304,13 @@ impl Header {
     }
 }
 
-/// An `ARENA_INFO` block: one page, of which this is the beginning. The guest fills in the first number.
+/// An `ARENA_INFO` block: the beginning of one page. The guest writes the first number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct ArenaInfo {
-    /// Which arena is asked about.
+    /// Number of the arena to describe.
     pub index: u64,
-    /// Arenas of the machine.
+    /// Number of arenas of the machine.
     pub count: u64,
     /// Guest-physical address.
     pub gpa: u64,
@@ -317,7 +318,7 @@ pub struct ArenaInfo {
     pub size: u64,
     /// Bytes of a granule.
     pub granule: u64,
-    /// Index of the first granule behind the head.
+    /// Index of the first granule after the head.
     pub first: u64,
     /// Offset of the table in the arena.
     pub table: u64,
@@ -328,7 +329,7 @@ pub struct ArenaInfo {
 const _: () = assert!(size_of::<ArenaInfo>() == 64 && offset_of!(ArenaInfo, table) == 48);
 
 impl ArenaInfo {
-    /// The words in the order of the fields.
+    /// The fields in their order.
     #[must_use]
     pub const fn to_words(self) -> [u64; 8] {
         [

@@ -1,26 +1,25 @@
-//! Blocks of guest memory that hold what does not fit into registers. A block starts at the address that
-//! the call names and lies in as many pages as the call says. All numbers are little-endian.
-//!
-//! The monitor reads a block once, at the beginning of the call, and writes its answer at the end.
+//! Blocks of guest memory, for what does not fit into registers. A call names the address of its block and the number
+//! of pages. All numbers are little-endian. The monitor reads a block once, at the start of the call, and writes its
+//! answer at the end.
 
 use core::mem::{offset_of, size_of};
 
 use crate::PAGE_SIZE;
 
-/// Most pages of a batch block.
+/// Maximum number of pages of a batch block.
 pub const BATCH_MAX_PAGES: u64 = 4;
 
-/// Most descriptors of a batch: as many as fit in [`BATCH_MAX_PAGES`].
+/// Maximum number of descriptors of a batch: as many as fit in [`BATCH_MAX_PAGES`].
 pub const BATCH_MAX: u32 = batch_capacity(BATCH_MAX_PAGES);
 
-/// The head of a batch block; descriptors follow at once.
+/// The head of a batch block. The descriptors follow it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct BatchHeader {
     /// Number of descriptors, at least 1.
     pub count: u32,
-    /// The monitor's answer: how many descriptors it has gone through. When the call fails with
-    /// [`crate::Error::Invalid`], this is the index of the bad one.
+    /// The monitor's answer: the number of descriptors that it has processed; with [`crate::Error::Invalid`], the
+    /// index of the bad one.
     pub done: u32,
     /// 0.
     pub reserved: u64,
@@ -30,13 +29,13 @@ pub struct BatchHeader {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Descriptor {
-    /// Its guest-physical address, a multiple of [`PAGE_SIZE`].
+    /// Guest-physical address, a multiple of [`PAGE_SIZE`].
     pub gpa: u64,
-    /// Its pages, at least 1.
+    /// Number of pages, at least 1.
     pub pages: u64,
 }
 
-/// How many descriptors fit into a batch block of `pages` pages.
+/// Number of descriptors that fit into a batch block of `pages` pages.
 #[must_use]
 pub const fn batch_capacity(pages: u64) -> u32 {
     let pages = if pages < BATCH_MAX_PAGES {
@@ -48,32 +47,31 @@ pub const fn batch_capacity(pages: u64) -> u32 {
     (room / size_of::<Descriptor>() as u64) as u32
 }
 
-/// A query block: one page, of which this is the beginning. The guest fills in the first two numbers.
+/// A query block: the beginning of one page. The guest writes the first two numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Query {
-    /// The range that is asked about.
+    /// Guest-physical address of the range to describe.
     pub gpa: u64,
-    /// Its pages; 0 asks about the machine alone.
+    /// Its number of pages; 0: describe only the machine.
     pub pages: u64,
-    /// How many of these pages the answer covers, from the first on: a very fragmented range is answered in
-    /// parts.
+    /// Number of these pages that the answer covers, from the first on: only a part of a very fragmented range.
     pub examined: u64,
-    /// Pages in that part that are lazily free and still with the guest's content.
+    /// Pages of that part that are lazily free and still have the guest's content.
     pub lazy: u64,
-    /// Those whose content the host may drop at any time.
+    /// Pages of that part whose content the host may drop at any time.
     pub unmapped: u64,
-    /// Those that the host has taken.
+    /// Pages of that part that the host has taken.
     pub discarded: u64,
-    /// All lazily free pages of the machine, as [`Query::lazy`].
+    /// [`Query::lazy`] for all memory of the machine.
     pub machine_lazy: u64,
-    /// As [`Query::unmapped`].
+    /// [`Query::unmapped`] for all memory of the machine.
     pub machine_unmapped: u64,
-    /// As [`Query::discarded`].
+    /// [`Query::discarded`] for all memory of the machine.
     pub machine_discarded: u64,
-    /// Ranges in the monitor's book.
+    /// Number of ranges in the monitor's tracker.
     pub ranges: u64,
-    /// The machine's generation: how many batches have been freed since it started.
+    /// The machine's generation.
     pub generation: u64,
     /// 0.
     pub reserved: u64,
@@ -117,7 +115,7 @@ impl Descriptor {
 }
 
 impl Query {
-    /// The words in the order of the fields.
+    /// The fields in their order.
     #[must_use]
     pub const fn to_words(self) -> [u64; 12] {
         [

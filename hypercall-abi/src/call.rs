@@ -1,18 +1,18 @@
-//! Operations, and how they are told to the monitor.
+//! The operations, and how a call names them.
 //!
 //! Stock KVM passes one hypercall to user space, `KVM_HC_MAP_GPA_RANGE` (Linux,
-//! `Documentation/virt/kvm/x86/hypercalls.rst`): a page-aligned address, a number of pages that is not 0
-//! and does not wrap, and attributes, of which all bits arrive. So an operation of ours is an attribute of
-//! a range, and one that has no range names page 0.
+//! `Documentation/virt/kvm/x86/hypercalls.rst`): a page-aligned address, a number of pages that is not 0 and does not
+//! wrap, and attributes, whose bits all arrive. So the attributes name Ebb's operation; one that takes no range names
+//! page 0.
 
 use crate::PAGE_SIZE;
 use crate::status::Error;
 
-/// The hypercall that carries all of ours.
+/// The number of the hypercall that carries all calls to Ebb.
 pub const KVM_HC_MAP_GPA_RANGE: u64 = 12;
 
-/// Bits 63..20 of the attributes of a call to Ebb. KVM's own attributes use bits 4..0 alone, and there ours
-/// are 0; so neither is ever taken for the other.
+/// Bits 63..20 of the attributes of a call to Ebb. KVM's own attributes use only bits 4..0, which are 0 in a call to
+/// Ebb, so the two cannot be confused.
 pub const MAGIC: u64 = 0xebb;
 
 const MAGIC_SHIFT: u32 = 20;
@@ -20,26 +20,25 @@ const FLAGS_SHIFT: u32 = 16;
 const OPERATION_SHIFT: u32 = 8;
 const RESERVED: u64 = (1 << OPERATION_SHIFT) - 1;
 
-/// What is asked for.
+/// An operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Operation {
-    /// Which features the monitor has: the same bits as in CPUID. No range.
+    /// Returns the features of the monitor, as in CPUID. No range.
     Features = 1,
     /// The guest promises not to touch the range before it reuses it.
     LazyFree = 2,
-    /// The guest wants the range back.
+    /// The guest takes the range back.
     Reuse = 3,
     /// `LAZY_FREE` for the ranges in a batch block.
     LazyFreeBatch = 4,
     /// `REUSE` for the ranges in a batch block.
     ReuseBatch = 5,
-    /// Tells about a range, and about the machine, in a query block.
+    /// Describes a range, and the machine, in a query block.
     Query = 6,
-    /// Everything is in use again, for instance before another kernel takes over. No range.
+    /// Makes everything in use, for instance before another kernel takes over. No range.
     Reset = 7,
-    /// Tells where an arena is, in an arena block; [`Error::NoSuchCall`] where [`crate::Features::ARENA`] is
-    /// off.
+    /// Describes an arena, in an arena block; [`Error::NoSuchCall`] without [`crate::Features::ARENA`].
     ArenaInfo = 8,
 }
 
@@ -56,7 +55,7 @@ impl Operation {
         Self::ArenaInfo,
     ];
 
-    /// Which flags it takes.
+    /// The flags that it takes.
     #[must_use]
     pub const fn flags(self) -> Flags {
         match self {
@@ -66,34 +65,33 @@ impl Operation {
     }
 }
 
-/// Modifies an operation; four bits.
+/// Flags of an operation; four bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Flags(u8);
 
 impl Flags {
-    /// As it is.
+    /// No flag.
     pub const NONE: Self = Self(0);
-    /// Have the host put pages behind the range before the call returns, at most
-    /// [`PREFAULT_MAX_PAGES`] a call. Best effort: a failure is none of the call's.
+    /// Populate the range before the call returns, at most [`PREFAULT_MAX_PAGES`] in each call. A failure of this is
+    /// no failure of the call.
     pub const PREFAULT: Self = Self(1);
 
-    /// Whether all of `other` is here.
+    /// Returns true if all of `other` is in this set.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 }
 
-/// Most pages that one call populates for [`Flags::PREFAULT`], so that no call takes long.
+/// Maximum number of pages that a call populates for [`Flags::PREFAULT`], so that no call takes long.
 pub const PREFAULT_MAX_PAGES: u64 = 8192;
 
-/// The attributes of a call: magic, flags and operation in one word of 32 bits, which 32-bit guests can say
-/// too.
+/// The attributes of a call: magic, flags and operation. They fit in 32 bits, for 32-bit guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Attributes {
-    /// What is asked for.
+    /// The operation.
     pub operation: Operation,
-    /// How.
+    /// Its flags.
     pub flags: Flags,
 }
 
@@ -113,7 +111,7 @@ impl Attributes {
         Self { flags, ..self }
     }
 
-    /// As they stand in a register.
+    /// The attributes as a number in a register.
     #[must_use]
     pub const fn encode(self) -> u64 {
         MAGIC << MAGIC_SHIFT
@@ -121,11 +119,11 @@ impl Attributes {
             | (self.operation as u64) << OPERATION_SHIFT
     }
 
-    /// From a register.
+    /// The attributes from a number in a register.
     ///
     /// # Errors
-    /// [`Error::NoSuchCall`] for what is not ours and for operations that are not known;
-    /// [`Error::Invalid`] for bits that must be 0 and flags that the operation does not take.
+    /// [`Error::NoSuchCall`] if it is not a call to Ebb, or the operation is unknown; [`Error::Invalid`] if a bit is
+    /// set that must be 0, or a flag that the operation does not take.
     pub fn decode(register: u64) -> Result<Self, Error> {
         if register >> MAGIC_SHIFT != MAGIC {
             return Err(Error::NoSuchCall);
@@ -144,8 +142,7 @@ impl Attributes {
 /// First address and first address after a range of `pages` pages at `gpa`.
 ///
 /// # Errors
-/// [`Error::Invalid`] when it is not aligned, empty, or wraps. The same that KVM checks, and the length in
-/// bytes, which KVM does not.
+/// [`Error::Invalid`] if it is not aligned, is empty, or wraps. KVM checks the same, except the length in bytes.
 pub const fn range(gpa: u64, pages: u64) -> Result<(u64, u64), Error> {
     if !gpa.is_multiple_of(PAGE_SIZE) || pages == 0 {
         return Err(Error::Invalid);

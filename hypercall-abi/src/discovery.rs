@@ -1,4 +1,4 @@
-//! How a guest learns that it runs under Ebb, and what the monitor offers.
+//! How a guest finds out that it runs under Ebb, and what the monitor offers.
 
 /// First CPUID leaf at which the monitor may put its signature. KVM's own leaves start at
 /// 0x4000_0000; hypervisor leaves are 0x100 apart (Linux, `arch/x86/include/asm/processor.h`,
@@ -15,7 +15,7 @@ pub const CPUID_STEP: u32 = 0x100;
 pub const CPUID_SIGNATURE: [u8; 12] = *b"EbbLazyMem\0\0";
 
 /// Offset from the signature's leaf of the one that holds the version (EAX), the feature bits (EBX), the
-/// port of the second transport (ECX) and the most descriptors of a batch (EDX).
+/// port of the second transport (ECX) and the maximum number of descriptors of a batch (EDX).
 pub const CPUID_VERSION_OFFSET: u32 = 1;
 
 /// Version of the interface: major in the upper 16 bits, minor in the lower. A guest refuses a major
@@ -25,7 +25,7 @@ pub const VERSION: u32 = 1 << 16 | 1;
 /// The I/O port of the second transport, as the monitor sets it. Guests read it from CPUID.
 pub const PORT: u16 = 0x0eb0;
 
-/// The signature as the three registers EBX, ECX, EDX.
+/// The signature as the registers EBX, ECX, EDX.
 #[must_use]
 pub const fn signature_registers() -> [u32; 3] {
     let s = CPUID_SIGNATURE;
@@ -36,14 +36,14 @@ pub const fn signature_registers() -> [u32; 3] {
     ]
 }
 
-/// What the monitor offers, one bit each. Bit 31 stays 0, so that the bits are never taken for an error.
+/// What the monitor offers, one bit for each. Bit 31 is always 0, so that the bits never look like an error.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features(u32);
 
 impl Features {
     /// The first transport works, with the instruction VMCALL.
     pub const VMCALL: Self = Self(1 << 0);
-    /// The first transport works, with the instruction VMMCALL. At most one of the two bits is set.
+    /// The first transport works, with the instruction VMMCALL. Never set together with [`Features::VMCALL`].
     pub const VMMCALL: Self = Self(1 << 1);
     /// The second transport works, at the port in ECX.
     pub const PORT: Self = Self(1 << 2);
@@ -55,7 +55,7 @@ impl Features {
     pub const PREFAULT: Self = Self(1 << 5);
     /// `QUERY`.
     pub const QUERY: Self = Self(1 << 6);
-    /// `ARENA_INFO`: the machine has an arena, or several.
+    /// `ARENA_INFO`: the machine has one arena or more.
     pub const ARENA: Self = Self(1 << 7);
 
     /// These bits.
@@ -64,7 +64,7 @@ impl Features {
         Self(bits & (u32::MAX >> 1))
     }
 
-    /// As they stand in EBX.
+    /// The bits as in EBX.
     #[must_use]
     pub const fn bits(self) -> u32 {
         self.0
@@ -76,7 +76,7 @@ impl Features {
         Self(self.0 | other.0)
     }
 
-    /// Whether all of `other` is here.
+    /// Returns true if all of `other` is in this set.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
@@ -88,11 +88,11 @@ impl Features {
 pub struct Interface {
     /// [`VERSION`] of the monitor.
     pub version: u32,
-    /// What it offers.
+    /// The features.
     pub features: Features,
     /// Port of the second transport.
     pub port: u16,
-    /// Most descriptors of a batch.
+    /// Maximum number of descriptors of a batch.
     pub batch_max: u32,
 }
 
@@ -109,8 +109,8 @@ impl Interface {
         [version, features.bits(), port as u32, batch_max]
     }
 
-    /// Looks for the interface. `cpuid` returns EAX to EDX of a leaf. `None` when there is no Ebb, or one
-    /// of another major version.
+    /// Looks for the interface. `cpuid` returns EAX to EDX of a leaf. `None`: there is none, or one of another major
+    /// version.
     pub fn discover(cpuid: impl Fn(u32) -> [u32; 4]) -> Option<Self> {
         let mut base = CPUID_BASE;
         while base < CPUID_END {

@@ -1,5 +1,4 @@
-//! The word of a granule in the arena's table: state and generation in 64 bits, changed by
-//! compare-and-swap alone.
+//! The word of a granule in an arena's table: state and generation in 64 bits, changed only by compare-and-swap.
 //!
 //! ```text
 //!             guest: free               monitor: take              monitor: discarded
@@ -9,10 +8,10 @@
 //!     └──────────────────────────────── guest: reuse ─────────────────────────────────────┘
 //! ```
 //!
-//! Every function here is pure: from the word that was loaded to the one to swap in. The swap needs release
-//! order when a granule is given away and acquire order when it is taken; `AcqRel` does for all.
+//! Every function here is pure: from the word that was loaded to the word to swap in. [`crate::shared_word`] does the
+//! swap.
 
-/// What a granule is.
+/// The state of a granule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum State {
@@ -22,18 +21,17 @@ pub enum State {
     Lazy = 1,
     /// The monitor is discarding it.
     Reclaiming = 2,
-    /// It is discarded: the next touch reads zeroes.
+    /// The monitor has discarded it: the next touch reads zeroes.
     Discarded = 3,
 }
 
-/// The word: the state in bits 7..0, the generation in bits 63..8. 0 is in use, so that a fresh table is
-/// valid.
+/// The word: the state in bits 7..0, the generation in bits 63..8. 0 is in use, so that a new table is valid.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct Word(u64);
 
-/// Generations are kept modulo 2^56: a batch each nanosecond takes two years to wrap, and what a wrap costs
-/// is a wrong guess at a granule's age.
+/// Generations are kept modulo 2^56. A batch each nanosecond wraps them after two years; then the age of some
+/// granules is guessed wrong.
 pub const GENERATION_BITS: u32 = 56;
 
 const STATE_BITS: u32 = 8;
@@ -41,14 +39,14 @@ const _: () = assert!(STATE_BITS + GENERATION_BITS == u64::BITS);
 const _: () = assert!(size_of::<Word>() == 8 && align_of::<Word>() == 8);
 const _: () = assert!(matches!(Word(0).state(), Some(State::InUse)));
 
-/// What a guest has to do to get a granule back.
+/// What a guest must do to take a granule back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reuse {
     /// Nothing: it is in use.
     InUse,
-    /// Swap this word in. The content is what it was, or zero.
+    /// Swap in this word. The content is what it was, or zero.
     Swap(Word),
-    /// Load again; after some turns make the call `REUSE`, which waits.
+    /// Load the word again; if it does not change soon, make the call `REUSE`, which waits.
     Busy,
 }
 
@@ -59,20 +57,20 @@ impl Word {
         Self(generation << STATE_BITS | state as u64)
     }
 
-    /// As it was loaded. Any value may come from the other side.
+    /// The word from memory, which may hold any value.
     #[must_use]
     pub const fn from_raw(raw: u64) -> Self {
         Self(raw)
     }
 
-    /// As it is stored.
+    /// The word as it is in memory.
     #[must_use]
     pub const fn raw(self) -> u64 {
         self.0
     }
 
-    /// The state; `None` for bits that mean nothing. The monitor leaves such a granule alone, as if it were
-    /// in use; a guest sees it only when it has broken its table itself.
+    /// The state; `None` if the bits name none, because the guest has overwritten the table. The monitor leaves such
+    /// a granule alone, as if it were in use.
     #[must_use]
     pub const fn state(self) -> Option<State> {
         match self.0 & ((1 << STATE_BITS) - 1) {
@@ -84,7 +82,7 @@ impl Word {
         }
     }
 
-    /// The generation in which it was freed last.
+    /// The generation in which it was last freed.
     #[must_use]
     pub const fn generation(self) -> u64 {
         self.0 >> STATE_BITS
@@ -94,7 +92,7 @@ impl Word {
         Self::new(state, self.generation())
     }
 
-    /// Guest: frees the granule in `generation`. `None` when it is not in use: then it is free already.
+    /// Guest: frees the granule in `generation`. `None`: it is not in use.
     #[must_use]
     pub const fn free(self, generation: u64) -> Option<Self> {
         match self.state() {
@@ -103,7 +101,7 @@ impl Word {
         }
     }
 
-    /// Guest: wants the granule back.
+    /// Guest: takes the granule back.
     #[must_use]
     pub const fn reuse(self) -> Reuse {
         match self.state() {
@@ -113,7 +111,7 @@ impl Word {
         }
     }
 
-    /// Monitor: takes the granule to discard it. `None` when it is not lazy.
+    /// Monitor: takes the granule to discard it. `None`: it is not lazy.
     #[must_use]
     pub const fn take(self) -> Option<Self> {
         match self.state() {
@@ -122,8 +120,8 @@ impl Word {
         }
     }
 
-    /// Monitor: ends what [`Word::take`] began; lazy again when the host would not take the pages. `None`
-    /// when the guest has scribbled over the word meanwhile: then it stays as the guest wants it.
+    /// Monitor: ends what [`Word::take`] began. Without `discarded` the granule is lazy again, as the host has not
+    /// taken the pages. `None`: the guest has overwritten the word, which then stays as it is.
     #[must_use]
     pub const fn finish(self, discarded: bool) -> Option<Self> {
         match self.state() {

@@ -1,10 +1,9 @@
-//! What an Ebb guest and the Ebb monitor agree on. `SPECIFICATION.md` beside this crate says the same for
-//! people who write guests in other languages; where the two differ, that is a mistake.
+//! What an Ebb guest and the Ebb monitor agree on. `SPECIFICATION.md` in this folder says the same for guests in
+//! other languages; a difference between the two is an error.
 //!
-//! A guest finds the interface by CPUID ([`discovery`]), makes calls ([`call`]) by one of two transports,
-//! and reads a [`status`]. What does not fit into registers stands in blocks of guest memory ([`block`]).
-//! [`granule`] is the word of the table in the head of an [`arena`], which needs no call at all, and
-//! [`shared_word`] changes it in memory.
+//! A guest finds the interface by CPUID ([`discovery`]), makes calls ([`call`]) by one of two transports, and reads a
+//! [`status`]. What does not fit into registers is in blocks of guest memory ([`block`]). An [`arena`] needs no
+//! calls: its head has a table of words, one for each [`granule`], which both sides change ([`shared_word`]).
 #![no_std]
 
 pub mod arena;
@@ -21,7 +20,7 @@ pub use call::{Attributes, Flags, Operation};
 pub use discovery::{Features, Interface};
 pub use status::{Error, Success};
 
-/// Size in bytes of the page in which ranges are counted.
+/// Size in bytes of a page, the unit of ranges.
 pub const PAGE_SIZE: u64 = 4096;
 
 #[cfg(test)]

@@ -1,22 +1,22 @@
-//! What a call returns: a signed number, negative for errors. The numbers are those that KVM itself
-//! returns for the calls that it does not let through (Linux, `include/uapi/linux/kvm_para.h`).
+//! What a call returns: a signed number, negative for errors. KVM itself returns the same numbers for calls that it
+//! does not pass on (Linux, `include/uapi/linux/kvm_para.h`).
 
 /// Why a call failed. Unless the text says otherwise, nothing has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub enum Error {
-    /// VMCALL or VMMCALL was executed outside privilege level 0. KVM says this, the monitor never sees
-    /// the call.
+    /// VMCALL or VMMCALL was executed outside privilege level 0. This comes from KVM; the monitor never sees the
+    /// call.
     Permission = -1,
-    /// A block does not lie in the guest's RAM.
+    /// A block is not in the guest's RAM.
     Fault = -14,
-    /// A range or a block is not aligned to pages, empty, wraps, or is not wholly RAM; a count is 0 or too
-    /// large; a bit that must be 0 is not. A batch has done the descriptors before the bad one.
+    /// A range or a block is not aligned to pages, is empty, wraps, or is not wholly RAM; a count is 0 or too large;
+    /// a bit is set that must be 0. A batch has processed the descriptors before the bad one.
     Invalid = -22,
-    /// The monitor's book of lazy ranges is full: part of the memory, or all of it, stays in use. A batch
-    /// has gone through all its descriptors.
+    /// The monitor's tracker is full: some of the memory, or all, stays in use. A batch has processed all its
+    /// descriptors.
     NoSpace = -28,
-    /// There is no such operation. Also what KVM says when no monitor listens.
+    /// There is no such operation; or, from KVM, the monitor does not offer the interface.
     NoSuchCall = -1000,
 }
 
@@ -30,15 +30,15 @@ impl Error {
         Self::NoSuchCall,
     ];
 
-    /// As a guest sees it.
+    /// The status that the guest gets.
     #[must_use]
     pub const fn code(self) -> i64 {
         self as i64
     }
 }
 
-/// The status of `REUSE`, `REUSE_BATCH` and `RESET` that tells that no lazy range is left in the machine:
-/// the counterpart of `ENOMEM` from `MADV_REUSE`, which is no failure either.
+/// The status of `REUSE`, `REUSE_BATCH` and `RESET` if no lazy range is left in the machine, like `ENOMEM` of
+/// `MADV_REUSE`. It is not an error.
 pub const LAST_RANGE: i64 = 12;
 
 /// A call succeeded.
@@ -53,7 +53,7 @@ pub enum Success {
 }
 
 impl Success {
-    /// As a guest sees it.
+    /// The status that the guest gets.
     #[must_use]
     pub const fn code(self) -> i64 {
         match self {
@@ -64,7 +64,7 @@ impl Success {
     }
 }
 
-/// What a guest sees of `result`.
+/// The status for `result`.
 #[must_use]
 pub const fn encode(result: Result<Success, Error>) -> i64 {
     match result {
@@ -73,11 +73,11 @@ pub const fn encode(result: Result<Success, Error>) -> i64 {
     }
 }
 
-/// What `status` means. A negative number that is not known here is taken for [`Error::NoSuchCall`]: later
-/// versions add none to operations that are there today.
+/// The meaning of `status`. An unknown negative number means [`Error::NoSuchCall`]: later versions add no errors to
+/// the present operations.
 ///
 /// # Errors
-/// Those of the call.
+/// The error of the call.
 pub fn decode(status: i64) -> Result<Success, Error> {
     match status {
         0 => Ok(Success::Done),

@@ -1,7 +1,6 @@
 //! The guest's side of the transports, for 64-bit guests.
 //!
-//! The functions are naked: a few instructions that know no address, so that they may be copied to where a
-//! guest wants them.
+//! The functions are naked: a few instructions without addresses, so that a guest may copy them anywhere.
 
 use core::arch::{naked_asm, x86_64::__cpuid};
 
@@ -9,11 +8,11 @@ use crate::call::{Attributes, KVM_HC_MAP_GPA_RANGE};
 use crate::discovery::{Features, Interface};
 use crate::status::{self, Error, Success};
 
-/// Calls by VMCALL, as processors of Intel want it.
+/// Makes a call by VMCALL, for processors of Intel.
 ///
 /// # Safety
-/// Privilege level 0 in a machine that has [`Features::VMCALL`], and the caller answers for what the
-/// operation does to its memory.
+/// Only at privilege level 0, in a machine with [`Features::VMCALL`]. The caller must not touch memory that the
+/// operation frees.
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn vmcall(gpa: u64, pages: u64, attributes: u64) -> i64 {
     naked_asm!(
@@ -28,7 +27,7 @@ pub unsafe extern "sysv64" fn vmcall(gpa: u64, pages: u64, attributes: u64) -> i
     )
 }
 
-/// Calls by VMMCALL, as processors of AMD want it.
+/// Makes a call by VMMCALL, for processors of AMD.
 ///
 /// # Safety
 /// As for [`vmcall`], with [`Features::VMMCALL`].
@@ -46,11 +45,11 @@ pub unsafe extern "sysv64" fn vmmcall(gpa: u64, pages: u64, attributes: u64) -> 
     )
 }
 
-/// Calls by reading `port`.
+/// Makes a call by reading `port`.
 ///
 /// # Safety
-/// The caller may read the port, which is Ebb's ([`Features::PORT`]), and answers for what the operation
-/// does to its memory.
+/// The port is Ebb's ([`Features::PORT`]) and the caller may read it. The caller must not touch memory that the
+/// operation frees.
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn port(gpa: u64, pages: u64, attributes: u64, port: u64) -> i64 {
     naked_asm!(
@@ -106,11 +105,11 @@ impl Transport {
     /// Makes a call.
     ///
     /// # Errors
-    /// The monitor's.
+    /// The error that the monitor returns.
     ///
     /// # Safety
-    /// The transport is one that [`Transport::choose`] has chosen for the privilege level at hand; nobody
-    /// touches memory that the call frees, until it is reused.
+    /// The transport is from [`Transport::choose`] for the present privilege level. Memory that the call frees is not
+    /// touched until it is reused.
     pub unsafe fn call(self, gpa: u64, pages: u64, what: Attributes) -> Result<Success, Error> {
         let attributes = what.encode();
         // SAFETY: the caller's promise.

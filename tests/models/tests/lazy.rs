@@ -363,8 +363,8 @@ fn whole_way() {
     check(3, the_whole_way, &["a reuse does not wait for the chunk"]);
 }
 
-/// A slice is offered; one vCPU may run it on its way in, while another one goes in and out. Whoever runs it, the other
-/// is not inside meanwhile; and it is run once.
+/// A slice is offered; one vCPU may run it on its way in, while another one goes in and out. Whoever runs it, the
+/// other is not inside meanwhile; and it is run once.
 fn an_offer_disturbs_nobody_inside() {
     let world = machine(2, 1);
     world.lazy.free(&[page(0)]);

@@ -1,8 +1,8 @@
 //! Metrics: what a part of the monitor counts and measures, declared once by the part that owns it.
 //!
-//! One declaration with [`metrics!`](crate::metrics!) makes a snapshot, which serde reads and writes under the fields'
-//! names; the counters that threads share, if the owner wants them; and a list of descriptions ([`Metric`]) for
-//! documents and exporters. There is no registry and no global: a reader asks the owner for a snapshot.
+//! One declaration with [`metrics!`](crate::metrics!) makes a snapshot, which serde reads and writes under the
+//! fields' names; the counters that threads share, if the owner wants them; and a list of descriptions ([`Metric`])
+//! for documents and exporters. There is no registry and no global: a reader asks the owner for a snapshot.
 //!
 //! Names follow Prometheus: a counter ends in `_total`, and the unit is a part of the name.
 

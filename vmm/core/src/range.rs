@@ -3,8 +3,8 @@
 /// Size in bytes of a page, the smallest unit that a guest can free.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Size in bytes of a block, which the host can map as one huge page. Reclaim takes whole blocks first, so that no huge
-/// page is split.
+/// Size in bytes of a block, which the host can map as one huge page. Reclaim takes whole blocks first, so that no
+/// huge page is split.
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
 /// A half-open range of guest-physical addresses, never empty, aligned to [`PAGE_SIZE`] at both ends.

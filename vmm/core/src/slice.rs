@@ -1,9 +1,9 @@
 //! A slice releases many small ranges while every vCPU is out of the guest.
 //!
-//! Each madvise call interrupts every vCPU that runs: once for KVM's flush of the second-level table, and once for the
-//! flush of the monitor's own address space, even where KVM has nothing to flush. For fragments these interrupts cost
-//! more than the work. While the vCPUs are out there are none, and the next entry of each flushes once for the whole
-//! slice.
+//! Each madvise call interrupts every vCPU that runs: once for KVM's flush of the second-level table, and once for
+//! the flush of the monitor's own address space, even where KVM has nothing to flush. For fragments these interrupts
+//! cost more than the work. While the vCPUs are out there are none, and the next entry of each flushes once for the
+//! whole slice.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -221,8 +221,8 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// Memory that notes what it is asked to release. A call takes `takes` at least, and until a vCPU waits at `gate`;
-    /// `refused` is released by half.
+    /// Memory that notes what it is asked to release. A call takes `takes` at least, and until a vCPU waits at
+    /// `gate`; `refused` is released by half.
     struct Memory {
         takes: Duration,
         gate: Option<Arc<Gate>>,

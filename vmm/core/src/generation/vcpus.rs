@@ -32,8 +32,8 @@ impl VcpuWords {
         self.0.len()
     }
 
-    /// The vCPU `index` enters, and has seen `generation`. The caller must have loaded the generation before, and must
-    /// put a fence between this and its look at the gate.
+    /// The vCPU `index` enters, and has seen `generation`. The caller must have loaded the generation before, and
+    /// must put a fence between this and its look at the gate.
     pub(super) fn publish_in(&self, index: usize, generation: u64) {
         self.0[index]
             .0

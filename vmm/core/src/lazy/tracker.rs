@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use super::Sweep;
 use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
-/// Default maximum number of ranges. An entry takes 24 bytes, in nodes of 11 entries that are at least 5/11 full: less
-/// than 1 MiB, whatever a hostile guest does.
+/// Default maximum number of ranges. An entry takes 24 bytes, in nodes of 11 entries that are at least 5/11 full:
+/// less than 1 MiB, whatever a hostile guest does.
 pub const DEFAULT_MAX_RANGES: usize = 12 << 10;
 
 /// Maximum number of ranges that one step of a sweep looks at, so that the caller can release its lock in between.
@@ -37,8 +37,8 @@ pub enum Fate {
     Discarded,
 }
 
-/// A range without its start, which is its key. The state is in the low bits of the end, which is a multiple of the page
-/// size: this saves a third of the tracker's memory.
+/// A range without its start, which is its key. The state is in the low bits of the end, which is a multiple of the
+/// page size: this saves a third of the tracker's memory.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     end_and_state: u64,
@@ -182,8 +182,8 @@ pub(super) struct Candidate {
 /// Adjacent ranges in one state are one range with the later generation; chunks are never merged. An operation that
 /// meets k of n ranges takes O((k + 1) log n).
 ///
-/// The number of ranges has a maximum. Frees may use 7/8 of it; the rest is for the splits that reuses and chunks make.
-/// A tracker without room, in this order:
+/// The number of ranges has a maximum. Frees may use 7/8 of it; the rest is for the splits that reuses and chunks
+/// make. A tracker without room, in this order:
 /// 1. forgets discarded ranges, small ones first: for the guest they are like memory that was never touched;
 /// 2. joins unmapped ranges with their lazy neighbours;
 /// 3. refuses frees, and gives up the smaller part of a split. That memory is in use then, which is always legal: the
@@ -236,7 +236,8 @@ impl Tracker {
         })
     }
 
-    /// Adds up the states in `range`, from its start on. Looks at a limited number of ranges and says where it stopped.
+    /// Adds up the states in `range`, from its start on. Looks at a limited number of ranges and says where it
+    /// stopped.
     #[must_use]
     pub fn survey(&self, range: GpaRange) -> Surveyed {
         let mut found = Self::new(1);
@@ -507,8 +508,8 @@ impl Tracker {
         self.spans.insert(start, Span::new(end, generation, state));
     }
 
-    /// Takes `part` out of the range that begins at `start`. Keeps what is left on both sides, the bigger one first, if
-    /// there is room for it and for `extra` ranges that the caller will add.
+    /// Takes `part` out of the range that begins at `start`. Keeps what is left on both sides, the bigger one first,
+    /// if there is room for it and for `extra` ranges that the caller will add.
     fn cut(&mut self, start: u64, part: GpaRange, extra: usize) {
         let Some(span) = self.remove(start) else {
             return;
