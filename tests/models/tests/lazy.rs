@@ -1,4 +1,4 @@
-//! Models of vCPUs, gate, tracker and reclaimers, and the faults that they must catch.
+//! vCPUs, gate, tracker, reclaimers and the offer slot.
 #![cfg(loom)]
 
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl Page {
         })
     }
 
-    /// The guest, inside, uses it if it finds it mapped.
+    /// A vCPU inside the guest uses the page if it is mapped.
     fn touch(&self) {
         if self.mapped.load(Ordering::Relaxed) {
             self.content.with_mut(|_| ());
@@ -48,7 +48,7 @@ fn gate(vcpus: usize) -> (Arc<VmGeneration>, Arc<Gate>) {
     (generation, Arc::new(gate))
 }
 
-/// What is freed once its generation is quiescent is used by no vCPU any more.
+/// Once the generation of an invalidation is quiescent, no vCPU uses the page any more.
 fn quiescence_is_real() {
     let ((generation, gate), page) = (gate(2), Page::new());
     let vcpu = {
@@ -64,7 +64,7 @@ fn quiescence_is_real() {
     page.mapped.store(false, Ordering::Relaxed);
     let invalidated = generation.advance();
     if gate.quiescent(invalidated) {
-        // Somebody else's from here on.
+        // The host may give it to somebody else.
         page.content.with_mut(|_| ());
     }
     vcpu.join().unwrap();
@@ -76,7 +76,7 @@ fn quiescence() {
     check(5, quiescence_is_real, &faults);
 }
 
-/// A closer that waits for those who are behind gets what it waits for.
+/// A thread that waits for the vCPUs that are behind is woken when they have caught up.
 fn catching_up_ends() {
     let ((generation, gate), page) = (gate(2), Page::new());
     let vcpu = {
@@ -105,7 +105,7 @@ fn catching_up() {
     );
 }
 
-/// While the gate is held no vCPU is inside, and everybody gets on afterwards.
+/// While the gate is held no vCPU is inside, and afterwards every vCPU gets in.
 fn a_hold_excludes_vcpus() {
     let ((_, gate), page) = (gate(2), Page::new());
     let vcpus = [0, 1].map(|index| {
@@ -126,12 +126,12 @@ fn a_hold_excludes_vcpus() {
 
 #[test]
 fn holding() {
-    // A relaxed word makes no difference here: the fences on both sides order what it leaves open.
+    // A relaxed word is no fault here: the fences on both sides give the order.
     let faults = ["no fence on entry", "opening wakes nobody"];
     check(2, a_hold_excludes_vcpus, &faults);
 }
 
-/// Whatever a closer and a vCPU are at, stopping ends it.
+/// Stopping ends every wait of a closer and of a vCPU.
 fn stopping_ends_every_wait() {
     let (_, gate) = gate(1);
     let vcpu = {
@@ -264,7 +264,7 @@ impl World {
         }
     }
 
-    /// Bytes are in one state each, and none is lost or made up.
+    /// Every freed byte is in one state, or was taken back or given up.
     fn check_books(&self) {
         let stats = self.lazy.snapshot();
         let tracked = stats.lazy_bytes + stats.unmapped_bytes + stats.discarded_bytes;
@@ -275,7 +275,7 @@ impl World {
     }
 }
 
-/// A vCPU frees, reuses in an exit, and uses what is its own; two reclaimers run beside it.
+/// A vCPU frees a page, takes it back and uses it, while two reclaimers run.
 fn owned_data_is_never_discarded() {
     let world = world(2);
     world.lazy.free(&[page(0)]);
@@ -307,7 +307,7 @@ fn owned_data() {
     check(3, owned_data_is_never_discarded, &faults);
 }
 
-/// Two reclaimers at one range: never both.
+/// Two reclaimers never release the same page at the same time.
 fn one_reclaimer_a_range() {
     let world = world(2);
     world.lazy.free(&[page(0), page(1)]);
@@ -333,8 +333,8 @@ fn one_reclaimer() {
     );
 }
 
-/// The whole way: free, invalidate at the gate, discard what is quiescent, while the vCPU goes in and out
-/// and takes half of it back. Nothing is stuck, nothing is lost.
+/// Free, invalidate with the gate held, discard what is quiescent, while the vCPU goes in and out and takes half of
+/// the memory back. No thread is stuck, and no page is lost.
 fn the_whole_way() {
     let world = world(2);
     world.lazy.free(&[page(0), page(1)]);
@@ -363,8 +363,8 @@ fn whole_way() {
     check(3, the_whole_way, &["a reuse does not wait for the chunk"]);
 }
 
-/// A slice is offered; one vCPU may run it on its way in, while another one goes in and out. Whoever runs it, the
-/// other is not inside meanwhile; and it is run once.
+/// A slice is offered. One vCPU thread may run it before it enters, while another one goes in and out: no vCPU is
+/// inside while the slice runs, and it runs once.
 fn an_offer_disturbs_nobody_inside() {
     let world = machine(2, 1);
     world.lazy.free(&[page(0)]);
@@ -375,7 +375,7 @@ fn an_offer_disturbs_nobody_inside() {
                 world.run_offered_slice();
             }
             let inside = world.gate.enter(usize::from(helps));
-            // What it has in its translations.
+            // It uses its translation.
             world.cells.0[0].with(|_| ());
             drop(inside);
         })
@@ -403,7 +403,7 @@ fn offering() {
     );
 }
 
-/// Whoever waits for an offer to be taken up gets to know when it was.
+/// A thread that waits for an offered slice is woken when it was run.
 fn an_offer_is_awaited() {
     let world = machine(1, 1);
     world.lazy.free(&[page(0)]);

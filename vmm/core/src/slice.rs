@@ -361,6 +361,7 @@ mod tests {
         request.limits.bytes = 3 * PAGE_SIZE;
         let outcome = world.slicer().held(&mut request);
         assert_eq!((outcome.bytes, outcome.done), (3 * PAGE_SIZE, false));
+        assert_eq!(world.slicer().held(&mut request).ranges, 1, "the last one");
     }
 
     #[test]
