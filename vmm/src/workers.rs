@@ -1,49 +1,55 @@
-//! Threads that share one job: work is drawn from a common stock, so whoever is through with a piece takes the
-//! next one. After `max_active` of "mm: support parallel free of memory" (Aaron Lu, 2017), but with threads of
-//! the process that the work is for, so in its cgroup and at its expense.
+//! Threads that share one job. Each takes a piece of work, and the next one when it has done that, until none is left.
+//! After `max_active` of "mm: support parallel free of memory" (Aaron Lu, 2017), but with threads of the process that the
+//! work is for: so they are in its cgroup, and it is charged for them.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::RwLock;
 use std::thread::{self, Builder};
 
-/// How much less important than their process further threads are (nice(2)). The caller is not less: so work
-/// shared on a busy host is never slower than work done alone.
-pub const NICENESS: i32 = crate::sys::heir::NICENESS;
+/// Nice increment of extra threads. The calling thread keeps its priority, so that on a busy host shared work is never
+/// slower than work done alone.
+pub const NICE_INCREMENT: i32 = 5;
 
-/// How a job went.
+/// Lowers the priority of the calling thread by [`NICE_INCREMENT`]. Where that is not allowed, it keeps its priority.
+pub fn lower_priority() {
+    let _ = rustix::process::nice(NICE_INCREMENT);
+}
+
+/// How a shared job went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shared<T> {
-    /// Threads that took part, the caller among them.
+pub struct SharedWork<T> {
+    /// Threads that took part, the calling one among them.
     pub workers: usize,
-    /// Of these, how many panicked: the piece that each was at is not done, the others are.
+    /// How many of these panicked. The piece that each of them was working on is not done; all others are.
     pub panicked: usize,
-    /// What the caller's own share came to.
+    /// What the calling thread's run of the job returned.
     pub own: T,
 }
 
-/// Runs `job` on up to `workers` threads, the caller among them, until all have returned. The further ones are
-/// called `ebb-NAME1` and so on and run beside `beside`, which the caller does first; they begin when all are there, for
-/// to start one the address space is changed, which waits for whatever madvise is at work (Linux before 6.17). Threads that
-/// cannot be started are done without. When one panics, the caller runs `job` once more for what is left.
+/// Runs `job` on up to `workers` threads, the calling one among them, and returns when all have returned. The extra threads
+/// are called `ebb-NAME1` and so on.
+///
+/// The extra threads begin only when all of them exist: starting a thread changes the address space, which has to wait for
+/// every madvise(2) that is running (Linux before 6.17). Meanwhile the calling thread runs `first`, and `job` after
+/// that. If a thread cannot be started, there are fewer. If one panics, the calling thread runs `job` again for what is left.
 pub fn share<T>(
     workers: usize,
     name: &str,
-    beside: impl FnOnce(),
+    first: impl FnOnce(),
     job: impl Fn() -> T + Sync,
-) -> Shared<T> {
-    let started = RwLock::new(());
+) -> SharedWork<T> {
+    let all_started = RwLock::new(());
     thread::scope(|scope| {
-        let starting = started.write();
+        let starting = all_started.write();
         let mut threads = Vec::new();
         for index in 1..workers {
-            let help = || {
-                // Where it may not be less important it helps all the same.
-                let _ = rustix::process::nice(NICENESS);
-                drop(started.read());
+            let run = || {
+                lower_priority();
+                drop(all_started.read());
                 job();
             };
             let thread = Builder::new().name(format!("ebb-{name}{index}"));
-            match thread.spawn_scoped(scope, help) {
+            match thread.spawn_scoped(scope, run) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
                     tracing::warn!(%error, started = index, wanted = workers, "fewer workers");
@@ -52,7 +58,7 @@ pub fn share<T>(
             }
         }
         drop(starting);
-        beside();
+        first();
         let own = catch_unwind(AssertUnwindSafe(&job));
         let workers = threads.len() + 1;
         let ends = threads.into_iter().map(thread::ScopedJoinHandle::join);
@@ -68,7 +74,7 @@ pub fn share<T>(
         if panicked > 0 {
             tracing::error!(panicked, "workers have panicked");
         }
-        Shared {
+        SharedWork {
             workers,
             panicked,
             own,
@@ -82,8 +88,8 @@ mod tests {
 
     use super::*;
 
-    /// Draws 0..100; `bad` is asked whether to panic at a number.
-    fn draw(workers: usize, bad: impl Fn(usize) -> bool + Sync) -> (Shared<()>, usize) {
+    /// Counts the numbers from 0 to 99, each drawn by one worker. Panics at those that are `bad`.
+    fn draw(workers: usize, bad: impl Fn(usize) -> bool + Sync) -> (SharedWork<()>, usize) {
         let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let shared = share(
             workers,
@@ -127,10 +133,10 @@ mod tests {
         let begun = std::sync::Barrier::new(WORKERS);
         let job = || {
             least.fetch_min(there(), Ordering::Relaxed);
-            // Nobody ends before the others have looked.
+            // No thread ends before the others have counted.
             begun.wait();
         };
-        // A thread has its parent's name until it gives itself its own.
+        // A thread has its parent's name until it sets its own.
         let caller = Builder::new().name("ebb-gate0".to_owned());
         thread::scope(|scope| {
             let all = || share(WORKERS, "gate", || {}, job);
@@ -148,11 +154,30 @@ mod tests {
     }
 
     #[test]
-    fn the_caller_does_what_is_beside_first() {
+    fn only_extra_threads_are_less_important() {
+        let priority = || rustix::process::getpriority_process(None).unwrap();
+        let before = priority();
+        let seen = std::sync::Mutex::new(Vec::new());
+        let begun = std::sync::Barrier::new(3);
+        let note = || {
+            seen.lock().unwrap().push(priority());
+            // Each thread notes once.
+            begun.wait();
+        };
+        share(3, "test", || {}, note);
+        let mut seen = seen.into_inner().unwrap();
+        seen.sort_unstable();
+        let extra = (before + NICE_INCREMENT).min(19);
+        assert_eq!(seen, [before, extra, extra]);
+        assert_eq!(priority(), before);
+    }
+
+    #[test]
+    fn the_caller_has_something_to_do_first() {
         let order = std::sync::Mutex::new(Vec::new());
         let note = |what| order.lock().unwrap().push(what);
-        share(1, "test", || note("beside"), || note("job"));
-        assert_eq!(*order.lock().unwrap(), ["beside", "job"]);
+        share(1, "test", || note("first"), || note("job"));
+        assert_eq!(*order.lock().unwrap(), ["first", "job"]);
     }
 
     #[test]

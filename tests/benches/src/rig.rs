@@ -13,10 +13,9 @@ use ebb_vmm::arch::registers::Entry;
 use ebb_vmm::bus::Bus;
 use ebb_vmm::guest_memory::{LazyOps, Survey};
 use ebb_vmm::hypercall::{Hypercalls, offer};
-use ebb_vmm::kvm::{Hypervisor, KickTable, Machine, prepare_kicks};
+use ebb_vmm::kvm::{Hypervisor, KickTable, Machine, RunPages, prepare_kicks};
 use ebb_vmm::memory::{Backing, GuestRam};
 use ebb_vmm::reclaim::{EntryHook, ReclaimTuning, Reclaimer};
-use ebb_vmm::sys::Pins;
 use ebb_vmm::vcpu::{Shared, Vcpus};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
@@ -158,7 +157,7 @@ impl Rig {
             gate: Arc::clone(&gate),
             entry_hook: Arc::new(NothingToDo),
             kicks,
-            pins: Arc::new(Pins::new(0, 4096)),
+            run_pages: Arc::new(RunPages::new(0, 4096)),
             hypercalls: Arc::new(Hypercalls::new(
                 offer(None, false),
                 memory,

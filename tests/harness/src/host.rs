@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Context, Error, Result};
 
 /// The name of the process that frees a monitor's memory.
-pub const REAPER: &str = "ebb-heir";
+pub const REAPER: &str = "ebb-reaper";
 
 /// Where KVM keeps its counters.
 const DEBUGFS: &str = "/sys/kernel/debug/kvm";

@@ -11,7 +11,7 @@ use ebb_harness::idle::{Idle, Place, Relative, signal_to};
 use ebb_harness::wait::{LONG, until, until_often};
 use rustix::process::Signal;
 
-/// Two batches, so that the heir frees them.
+/// Two batches, so that the reaper frees them.
 const MEMORY: &str = "size=512M,thp=off,prefault=on";
 
 /// How long something may be left of a killed machine; what is emulated is more than ten times as slow.
@@ -41,7 +41,7 @@ fn a_stop_is_visible_before_memory_is_free() -> Result<()> {
     let mut idle = place.running("size=1G,thp=off,prefault=on", "on")?;
     assert_eq!(
         names(&place.relatives()?),
-        ["ebb", "ebb-guardian", "ebb-heir"]
+        ["ebb", "ebb-guardian", "ebb-reaper"]
     );
     let rss = ebb_harness::host::rss(find(&place, "ebb-guardian")?)?;
     assert!(rss <= 1 << 20, "the guardian takes {rss} bytes");
@@ -178,9 +178,9 @@ fn without_a_guardian_the_monitor_frees_its_memory_itself() -> Result<()> {
 #[test]
 fn a_machine_survives_its_helpers() -> Result<()> {
     let place = Place::new()?;
-    // Without its heir the monitor frees its memory itself.
+    // Without its reaper the monitor frees its memory itself.
     let mut idle = place.running(MEMORY, "on")?;
-    signal_to(find(&place, "ebb-heir")?, Signal::KILL);
+    signal_to(find(&place, "ebb-reaper")?, Signal::KILL);
     sleep(Duration::from_millis(200));
     assert!(place.ctl(&["status"])?.status.success());
     idle.signal(Signal::TERM);
@@ -201,7 +201,7 @@ fn a_machine_survives_its_helpers() -> Result<()> {
 fn a_hundred_signals_are_one_teardown() -> Result<()> {
     let place = Place::new()?;
     let mut idle = place.running(MEMORY, "on")?;
-    let helpers = [find(&place, "ebb-heir")?, find(&place, "ebb-guardian")?];
+    let helpers = [find(&place, "ebb-reaper")?, find(&place, "ebb-guardian")?];
     for _ in 0..100 {
         idle.signal(Signal::TERM);
         helpers.iter().for_each(|pid| signal_to(*pid, Signal::TERM));
@@ -248,7 +248,7 @@ fn the_machine_in_kvm_goes_before_its_memory() -> Result<()> {
         Ok((!there(pid)).then_some(()))
     })?;
     let left = place.relatives()?;
-    assert!(names(&left).contains(&"ebb-heir"), "{left:?}");
+    assert!(names(&left).contains(&"ebb-reaper"), "{left:?}");
     assert_eq!(idle.wait()?, None);
     place.vanished(soon()?)
 }
@@ -263,10 +263,10 @@ fn random(most: u64) -> u64 {
 }
 
 /// Kills at 200 points: half of them while it starts or runs, half from the request to stop on; every fourth
-/// time the heir, too, wherever it is by then.
+/// time the reaper, too, wherever it is by then.
 #[test]
 fn nothing_is_left_whenever_the_monitor_is_killed() -> Result<()> {
-    // Small, so that 200 machines do not take all day; in three batches the heir frees it after a stop, too.
+    // Small, so that 200 machines do not take all day; in three batches the reaper frees it after a stop, too.
     const MEMORY: &str = "size=96M,thp=off,prefault=on";
     let (place, limit) = (Place::new()?, soon()?);
     let running = || -> Result<Idle> {
@@ -295,15 +295,15 @@ fn nothing_is_left_whenever_the_monitor_is_killed() -> Result<()> {
             sleep(Duration::from_micros(random(micros(whole))));
             idle
         };
-        let heir = place
+        let reaper = place
             .relatives()?
             .into_iter()
-            .find(|it| it.name == "ebb-heir");
+            .find(|it| it.name == "ebb-reaper");
         idle.signal(Signal::KILL);
         let killed = Instant::now();
-        if let Some(heir) = heir.filter(|_| point % 4 == 3) {
+        if let Some(reaper) = reaper.filter(|_| point % 4 == 3) {
             sleep(Duration::from_micros(random(micros(whole) / 2)));
-            signal_to(heir.pid, Signal::KILL);
+            signal_to(reaper.pid, Signal::KILL);
         }
         idle.wait()?;
         place

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules that may hold `unsafe`, as ARCHITECTURE.md says.
-const UNSAFE_ALLOWED: [&str; 4] = ["doctor", "kvm", "memory", "sys"];
+const UNSAFE_ALLOWED: [&str; 5] = ["doctor", "kvm", "memory", "sys", "teardown/reaper"];
 /// Longest source file in lines, tests included.
 const LONGEST_FILE: usize = 800;
 
@@ -157,15 +157,18 @@ fn dependencies_point_down() {
 
 #[test]
 fn unsafe_stands_only_where_it_may() {
-    for (name, files) in modules() {
+    let src = root().join("vmm/src");
+    for files in modules().into_values() {
         for file in files {
             let text = read(&file);
             let found = text.lines().any(|line| {
                 let code = line.split("//").next().unwrap_or_default();
                 code.contains("unsafe ") && !code.contains("unsafe_")
             });
+            let module = file.with_extension("");
+            let allowed = UNSAFE_ALLOWED.map(|allowed| src.join(allowed));
             assert!(
-                !found || UNSAFE_ALLOWED.contains(&name.as_str()),
+                !found || allowed.iter().any(|allowed| module.starts_with(allowed)),
                 "{}: unsafe outside {UNSAFE_ALLOWED:?}",
                 file.display()
             );

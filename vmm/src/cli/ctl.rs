@@ -180,7 +180,7 @@ fn set_teardown(socket: &Path, settings: &[TeardownSpec]) -> Result<String, Clie
     match (asked, body["workers"].as_u64()) {
         // The monitor has ended. The process that frees its memory holds the lock and takes a new number of workers.
         (Err(ClientError::Connect { .. }), Some(workers))
-            if matches!(lock::ask_for_workers(socket, workers), Ok(true)) =>
+            if matches!(lock::request_workers(socket, workers), Ok(true)) =>
         {
             Ok(
                 "the machine has ended; its memory is freed with so many workers from now on"

@@ -1,5 +1,8 @@
-//! The lock that is held for as long as a machine's memory is not free: a file beside the API's socket,
-//! locked by flock(2), which the kernel releases whoever dies how. It also holds how far freeing has come.
+//! The lock that is held as long as a machine's memory is not free: the file `SOCKET.memory` next to the API's socket,
+//! locked by flock(2), which the kernel releases however the holder ends.
+//!
+//! The file also says how much is freed. And it takes a request from the operator, for a machine whose API has ended while its
+//! memory is still being freed: with how many workers to go on.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -11,19 +14,20 @@ use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 
-/// How often a waiter looks.
+/// Time between two looks of a process that waits.
 const PERIOD: Duration = Duration::from_millis(20);
 
-/// Bytes through with and bytes in all, each in 20 digits with what separates them.
-const PROGRESS: usize = 42;
+/// The file's first line: bytes done, and bytes in all. Each is a number in 20 characters and a separator.
+const PROGRESS_LEN: usize = 42;
 
-/// Behind that: the number of workers that somebody asks for, in as many digits, and the end of the line.
-const WISH: usize = 21;
-const NO_WISH: [u8; WISH] = [b' '; WISH];
-/// How often somebody who asks looks whether it was heard.
-const LOOKS: u32 = 25;
+/// The second line: the number of workers that is asked for, in as many characters, or blanks.
+const REQUEST_LEN: usize = 21;
+const NO_REQUEST: [u8; REQUEST_LEN] = [b' '; REQUEST_LEN];
 
-/// A shared lock; several machines in a row may hold it.
+/// How often a request is looked at before it is given up.
+const ATTEMPTS: u32 = 25;
+
+/// A shared lock. Several machines that run one after the other may hold it at the same time.
 #[derive(Debug)]
 pub struct MemoryLock {
     path: PathBuf,
@@ -40,71 +44,71 @@ fn path_of(socket: &Path) -> PathBuf {
 }
 
 impl MemoryLock {
-    /// Takes the lock that belongs to the API's `socket`; its file is there while somebody holds it.
+    /// Takes the lock that belongs to the API's `socket`, and makes its file if there is none.
     ///
     /// # Errors
-    /// open(2)'s and flock(2)'s.
-    pub fn hold(socket: &Path) -> io::Result<Self> {
+    /// open(2)'s, flock(2)'s and write(2)'s.
+    pub fn acquire(socket: &Path) -> io::Result<Self> {
         let mut path = path_of(socket);
         loop {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
+            let file = options()
                 .create(true)
                 .truncate(false)
                 .mode(0o600)
-                .custom_flags(libc::O_NOFOLLOW)
                 .open(&path)?;
             flock(&file, FlockOperation::LockShared)?;
             let lock = Self { path, file };
-            // It may have been removed between the two calls.
-            if lock.is_there() {
-                // What was asked for was for a machine before this one.
-                lock.file.write_all_at(&NO_WISH, PROGRESS as u64)?;
+            // Another process may have removed the file between the two calls.
+            if lock.is_current() {
+                // A request that is there was for the machine before this one.
+                lock.clear_request()?;
                 return Ok(lock);
             }
             path = lock.path;
         }
     }
 
-    /// Takes it, too, where another has made it or does hold it.
+    /// Takes the lock together with a process that holds it; `None` if there is no such file.
     #[must_use]
-    pub fn join(socket: &Path) -> Option<Self> {
+    pub fn share(socket: &Path) -> Option<Self> {
         let path = path_of(socket);
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        let file = options.custom_flags(libc::O_NOFOLLOW).open(&path).ok()?;
+        let file = options().open(&path).ok()?;
         flock(&file, FlockOperation::LockShared).ok()?;
         Some(Self { path, file })
     }
 
-    fn is_there(&self) -> bool {
+    /// Returns true if the path still leads to this file.
+    fn is_current(&self) -> bool {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let there = fs::symlink_metadata(&self.path).map(identity);
         let ours = self.file.metadata().map(identity);
         matches!((there, ours), (Ok(there), Ok(ours)) if there == ours)
     }
 
-    /// Writes down how many bytes are done with, of how many.
-    pub fn note(&self, done: u64, total: u64) {
-        // Who cannot be told has to wait without knowing how long.
-        let _ = self
-            .file
-            .write_all_at(format!("{done:>20} {total:>20}\n").as_bytes(), 0);
+    /// Writes down how many bytes are done, and how many there are in all, for those who [`wait`].
+    pub fn write_progress(&self, (done, total): (u64, u64)) {
+        // Should it fail, they wait without knowing for how long.
+        let line = format!("{done:>20} {total:>20}\n");
+        let _ = self.file.write_all_at(line.as_bytes(), 0);
     }
 
-    /// How many workers somebody has asked for by [`ask_for_workers`], who is told so that it was heard.
+    /// The number of workers that [`request_workers`] asks for, if it does. This removes the request, which is the answer.
     #[must_use]
-    pub fn hear(&self) -> Option<u64> {
-        let workers = read_wish(&self.file)?;
-        // Who cannot be told believes that nobody has heard.
-        let _ = self.file.write_all_at(&NO_WISH, PROGRESS as u64);
+    pub fn take_request(&self) -> Option<usize> {
+        let workers = read_request(&self.file)?;
+        // Should it fail, the other side takes the request for unanswered.
+        let _ = self.clear_request();
         Some(workers)
     }
 
-    /// Gives it back, and removes the file unless another holds it.
+    fn clear_request(&self) -> io::Result<()> {
+        self.file.write_all_at(&NO_REQUEST, PROGRESS_LEN as u64)
+    }
+
+    /// Removes the file, unless another process holds the lock.
     pub fn remove_if_last(&self) {
-        if flock(&self.file, FlockOperation::NonBlockingLockExclusive).is_ok() && self.is_there() {
+        let alone = flock(&self.file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if alone && self.is_current() {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -116,18 +120,24 @@ impl AsFd for MemoryLock {
     }
 }
 
-/// Asks whoever is freeing the memory of the machine with its API at `socket` to do it with so many workers from now on.
-/// `false`: nobody is, or has heard.
-///
-/// # Errors
-/// open(2)'s, flock(2)'s and write(2)'s.
-pub fn ask_for_workers(socket: &Path, workers: u64) -> io::Result<bool> {
+/// How the file is opened.
+fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
     options
         .read(true)
         .write(true)
         .custom_flags(libc::O_NOFOLLOW);
-    let file = match options.open(path_of(socket)) {
+    options
+}
+
+/// Asks the guardian of the machine that had its API at `socket` to go on freeing its memory with so many workers. Returns
+/// false if no memory is being freed, or no guardian has answered within half a second.
+///
+/// # Errors
+/// open(2)'s, flock(2)'s and write(2)'s.
+pub fn request_workers(socket: &Path, workers: u64) -> io::Result<bool> {
+    let path = path_of(socket);
+    let file = match options().open(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error),
@@ -135,30 +145,32 @@ pub fn ask_for_workers(socket: &Path, workers: u64) -> io::Result<bool> {
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
         return Ok(false);
     }
-    let wish = format!("{workers:>20}\n");
-    file.write_all_at(wish.as_bytes(), PROGRESS as u64)?;
-    for _ in 0..LOOKS {
+    let lock = MemoryLock { path, file };
+    let request = format!("{workers:>20}\n");
+    lock.file
+        .write_all_at(request.as_bytes(), PROGRESS_LEN as u64)?;
+    for _ in 0..ATTEMPTS {
         sleep(PERIOD);
-        if read_wish(&file).is_none() {
+        if read_request(&lock.file).is_none() {
             return Ok(true);
         }
     }
-    file.write_all_at(&NO_WISH, PROGRESS as u64)?;
+    lock.clear_request()?;
     Ok(false)
 }
 
-fn read_wish(file: &File) -> Option<u64> {
-    let mut bytes = [0; WISH];
-    file.read_exact_at(&mut bytes, PROGRESS as u64).ok()?;
+fn read_request(file: &File) -> Option<usize> {
+    let mut bytes = [0; REQUEST_LEN];
+    file.read_exact_at(&mut bytes, PROGRESS_LEN as u64).ok()?;
     let text = std::str::from_utf8(&bytes).ok()?;
     text.trim().parse().ok().filter(|workers| *workers > 0)
 }
 
-/// Waits until nobody holds the lock of `socket`, telling `progress` now and then how many bytes are done
-/// with, of how many; 0 of 0 before freeing has begun.
+/// Waits until no process holds the lock of `socket`. Meanwhile calls `progress` with the bytes that are done and those that
+/// there are in all, which are 0 before freeing has begun.
 ///
 /// # Errors
-/// open(2)'s and flock(2)'s; no file is no error: there is nothing to wait for.
+/// open(2)'s and flock(2)'s. It is no error if there is no file: then there is nothing to wait for.
 pub fn wait(socket: &Path, mut progress: impl FnMut(u64, u64)) -> io::Result<()> {
     let path = path_of(socket);
     loop {
@@ -182,7 +194,7 @@ pub fn wait(socket: &Path, mut progress: impl FnMut(u64, u64)) -> io::Result<()>
 }
 
 fn read_progress(file: &File) -> Option<(u64, u64)> {
-    let mut bytes = [0; PROGRESS];
+    let mut bytes = [0; PROGRESS_LEN];
     file.read_exact_at(&mut bytes, 0).ok()?;
     let text = std::str::from_utf8(&bytes).ok()?;
     let (done, total) = text.trim().rsplit_once(' ')?;
@@ -193,14 +205,19 @@ fn read_progress(file: &File) -> Option<(u64, u64)> {
 mod tests {
     use super::*;
 
+    fn is_held(socket: &Path) -> bool {
+        let file = File::open(path_of(socket)).unwrap();
+        flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+    }
+
     #[test]
     fn a_waiter_sees_the_progress_and_the_last_holder_go() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("api");
-        wait(&socket, |_, _| panic!("nobody holds it")).unwrap();
-        let first = MemoryLock::hold(&socket).unwrap();
-        let second = MemoryLock::hold(&socket).unwrap();
-        first.note(3, 9);
+        wait(&socket, |_, _| panic!("there is no lock")).unwrap();
+        let first = MemoryLock::acquire(&socket).unwrap();
+        let second = MemoryLock::acquire(&socket).unwrap();
+        first.write_progress((3, 9));
         first.remove_if_last();
         let path = path_of(&socket);
         assert!(path.exists(), "the second holds it");
@@ -213,34 +230,48 @@ mod tests {
         .unwrap();
         assert_eq!(seen, [(3, 9)]);
         assert!(!path.exists(), "what a killed holder leaves is removed");
-        assert!(MemoryLock::join(&socket).is_none(), "nobody has made it");
-        assert!(
-            !ask_for_workers(&socket, 3).unwrap(),
-            "nobody frees anything"
-        );
-        let third = MemoryLock::hold(&socket).unwrap();
-        assert_eq!(third.hear(), None);
-        assert!(!ask_for_workers(&socket, 3).unwrap(), "nobody listens");
+    }
+
+    #[test]
+    fn a_file_is_removed_by_its_last_holder_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api");
+        let path = path_of(&socket);
+        assert!(MemoryLock::share(&socket).is_none(), "there is no file");
+        let first = MemoryLock::acquire(&socket).unwrap();
+        let shared = MemoryLock::share(&socket).unwrap();
+        drop(first);
+        assert!(is_held(&socket));
+        fs::remove_file(&path).unwrap();
+        let next = MemoryLock::acquire(&socket).unwrap();
+        shared.remove_if_last();
+        assert!(path.exists(), "it is another machine's by now");
+        next.remove_if_last();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_request_is_heard_while_the_lock_is_held() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api");
+        let ask = || request_workers(&socket, 3).unwrap();
+        assert!(!ask(), "no file");
+        let lock = MemoryLock::acquire(&socket).unwrap();
+        assert_eq!(lock.take_request(), None);
+        assert!(!ask(), "no answer");
+        assert_eq!(lock.take_request(), None, "it was withdrawn");
         std::thread::scope(|scope| {
-            let asked = scope.spawn(|| ask_for_workers(&socket, 3).unwrap());
-            let heard = std::iter::repeat_with(|| third.hear()).find_map(|heard| heard);
+            let asked = scope.spawn(ask);
+            let heard = std::iter::repeat_with(|| lock.take_request()).find_map(|heard| heard);
             assert_eq!((heard, asked.join().unwrap()), (Some(3), true));
         });
-        let joined = MemoryLock::join(&socket).unwrap();
-        drop(third);
-        assert!(
-            flock(
-                File::open(&path).unwrap(),
-                FlockOperation::NonBlockingLockExclusive
-            )
-            .is_err()
-        );
-        let third = joined;
-        fs::remove_file(&path).unwrap();
-        let fourth = MemoryLock::hold(&socket).unwrap();
-        third.remove_if_last();
-        assert!(path.exists(), "it is another's file by now");
-        fourth.remove_if_last();
-        assert!(!path.exists());
+        // A request that nobody has answered is not for the next machine.
+        let request = format!("{:>20}\n", 5);
+        let stale = request.as_bytes();
+        lock.file.write_all_at(stale, PROGRESS_LEN as u64).unwrap();
+        let next = MemoryLock::acquire(&socket).unwrap();
+        assert_eq!(next.take_request(), None);
+        drop((lock, next));
+        assert!(!ask(), "the file is left, but nobody holds it");
     }
 }

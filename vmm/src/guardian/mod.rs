@@ -1,9 +1,10 @@
-//! Who looks after a machine when its monitor is gone.
+//! The processes that look after a machine when its monitor has ended.
 //!
-//! Two helpers are made before anything else. The *heir* shares the monitor's memory and frees it, with
-//! several threads, once the monitor is dead: so the end is visible at once, and memory follows. The
-//! *guardian* is a copy of the monitor made while it is small: it reports a violent end, removes what would be
-//! left behind, helps the kernel with a dying heir, and says when memory is free. Neither kills anything.
+//! The monitor makes two of them before it does anything else. The *reaper* ([`Reaper`]) shares the monitor's memory and
+//! frees it, with several threads, once the monitor is dead: so the end is visible at once, and memory is freed after
+//! it. The *guardian* is a copy of the monitor, made while that is small. It reports a violent end, removes the API's socket,
+//! helps the kernel if the reaper is killed too, passes on how many workers the operator wants, and lets go of the lock
+//! that says that memory is not free yet. Neither of them kills anything.
 
 pub mod lock;
 mod watch;
@@ -13,137 +14,117 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use rustix::process::getpid;
 
-use crate::sys::{self, Board, Heir, Legacy};
+use crate::sys;
+use crate::teardown::{Reaper, StatusPage};
 use lock::MemoryLock;
 use watch::Watch;
 
 /// Where the log goes: a file, or standard error.
 pub type Log = Option<Arc<File>>;
 
-/// The monitor's side of heir and guardian. It is never dropped: the heir has the same descriptors.
+/// The monitor's side of the reaper and the guardian. It is never dropped, because the reaper has the same descriptors.
 #[derive(Debug)]
 pub struct Guardian {
-    helpers: Option<Helpers>,
+    status: &'static StatusPage,
+    /// There is a guardian, too, if there is a reaper.
+    reaper: Option<Reaper>,
     lock: Option<MemoryLock>,
 }
 
-#[derive(Debug)]
-struct Helpers {
-    board: &'static Board,
-    heir: Heir,
-}
-
 impl Guardian {
-    /// Starts both helpers for the machine `id` with its API at `socket`, or neither when not `wanted`. Where
-    /// that fails a warning is logged, and the machine does without: then memory is free when the monitor has
-    /// ended, and not before.
+    /// Starts both processes for the machine `id` with its API at `socket`, unless `wanted` is false. Should that fail, a
+    /// warning is logged, and there are none: then the monitor frees the memory before it ends.
     ///
     /// Must be called while the process has one thread.
-    #[must_use]
-    pub fn start(wanted: bool, id: &str, socket: Option<&Path>, log: &Log) -> &'static Self {
-        // Process 1 of a namespace takes all others with it.
-        let helpers = (wanted && !getpid().is_init()).then(|| start(id, socket, log));
-        let helpers = helpers.transpose().unwrap_or_else(|error| {
+    ///
+    /// # Errors
+    /// mmap(2)'s: there is no memory for the status page.
+    pub fn start(
+        wanted: bool,
+        id: &str,
+        socket: Option<&Path>,
+        log: &Log,
+    ) -> io::Result<&'static Self> {
+        let status = StatusPage::new()?;
+        // The end of process 1 of a namespace ends all others in it.
+        let reaper = (wanted && !getpid().is_init()).then(|| start(status, id, socket, log));
+        let reaper = reaper.transpose().unwrap_or_else(|error| {
             tracing::warn!(%error, "no guardian");
             None
         });
-        // Only now: from here on there is somebody to remove its file.
-        let held = socket.map(MemoryLock::hold).transpose();
-        let lock = held.unwrap_or_else(|error| {
+        // Only now is there a process that will remove the lock's file.
+        let lock = socket.map(MemoryLock::acquire).transpose();
+        let lock = lock.unwrap_or_else(|error| {
             tracing::warn!(%error, "`ebb ctl wait` will not know when the memory is free");
             None
         });
-        let this: &'static Self = Box::leak(Box::new(Self { helpers, lock }));
-        if let (Some(helpers), Some(lock)) = (&this.helpers, &this.lock) {
-            helpers.heir.keep(lock.as_fd());
+        let guardian: &'static Self = Box::leak(Box::new(Self {
+            status,
+            reaper,
+            lock,
+        }));
+        if let (Some(reaper), Some(lock)) = (&guardian.reaper, &guardian.lock) {
+            reaper.keep_open(lock.as_fd());
         }
-        this
+        Ok(guardian)
     }
 
-    /// The socket that is to be removed after a violent end, by device and inode.
-    pub fn watch_socket(&self, (device, inode): (u64, u64)) {
-        if let Some(helpers) = &self.helpers {
-            helpers.board.socket_device.store(device, Ordering::Relaxed);
-            helpers.board.socket_inode.store(inode, Ordering::Release);
-        }
-    }
-
-    /// What is to be freed when the monitor is dead.
-    pub fn entrust(&self, legacy: Legacy) {
-        if let Some(helpers) = &self.helpers {
-            helpers.heir.entrust(legacy);
-        }
-    }
-
-    /// Whether somebody frees what was entrusted. If not, nothing is entrusted any more.
+    /// The page that monitor, reaper and guardian share. It is there even if they are not.
     #[must_use]
-    pub fn frees(&self) -> bool {
-        let alive = self.helpers.as_ref().is_some_and(|it| it.heir.is_alive());
-        if !alive {
-            self.disinherit();
-        }
-        alive
+    pub const fn status(&self) -> &'static StatusPage {
+        self.status
     }
 
-    /// Nothing is left to be freed.
-    pub fn disinherit(&self) {
-        if let Some(helpers) = &self.helpers {
-            helpers.heir.disinherit();
-        }
-    }
-
-    /// Whether there are helpers.
+    /// The reaper, if there is one.
     #[must_use]
-    pub const fn is_there(&self) -> bool {
-        self.helpers.is_some()
+    pub const fn reaper(&self) -> Option<&Reaper> {
+        self.reaper.as_ref()
     }
 
-    /// The monitor ends by itself, having stopped everything; whatever is entrusted is freed behind it.
-    pub fn farewell(&self) {
-        let entrusted = match &self.helpers {
-            Some(helpers) => {
-                helpers.board.clean.store(1, Ordering::Release);
-                helpers.board.total.load(Ordering::Relaxed) > 0
-            }
-            None => false,
-        };
-        // Otherwise the heir holds it to its end.
+    /// The monitor has stopped everything and ends now. If the reaper has a job, it does it after that.
+    pub fn finish(&self) {
+        self.status.set_finished();
+        let (_, left_to_reaper) = self.status.progress();
+        // The reaper holds the lock until it has ended.
         if let Some(lock) = &self.lock
-            && !entrusted
+            && left_to_reaper == 0
         {
             lock.remove_if_last();
         }
     }
 }
 
-fn start(id: &str, socket: Option<&Path>, log: &Log) -> io::Result<Helpers> {
-    let board = Board::new()?;
-    let monitor = pidfd_open(getpid(), PidfdFlags::empty())?;
-    let heir = Heir::new(board)?;
+/// Starts the reaper and the guardian.
+fn start(
+    status: &'static StatusPage,
+    id: &str,
+    socket: Option<&Path>,
+    log: &Log,
+) -> io::Result<Reaper> {
+    let monitor = sys::own_process()?;
+    let reaper = Reaper::new(status)?;
     let watch = Watch {
-        board,
+        status,
         monitor: monitor.as_fd(),
         pid: getpid(),
-        heir: heir.as_fd(),
+        reaper: reaper.as_fd(),
         id,
         socket: socket.map(absolute),
         log,
     };
-    let kept = [
-        Some(monitor.as_fd()),
-        Some(heir.as_fd()),
-        log.as_ref().map(|file| file.as_fd()),
-    ];
-    let kept: Vec<_> = kept.into_iter().flatten().collect();
+    let log = log.as_ref().map(|file| file.as_fd());
+    let kept: Vec<_> = [monitor.as_fd(), reaper.as_fd()]
+        .into_iter()
+        .chain(log)
+        .collect();
     sys::process::fork(&kept, || watch.run())?;
-    Ok(Helpers { board, heir })
+    Ok(reaper)
 }
 
-/// The guardian's folder is not the monitor's for ever.
+/// The monitor's working directory may change, so relative paths are not kept.
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }

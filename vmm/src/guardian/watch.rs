@@ -1,11 +1,10 @@
-//! The guardian's life. It is a process of its own, with one thread, made before the monitor had a second.
+//! What the guardian does. It is a process with one thread, made before the monitor had a second one.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,55 +13,61 @@ use rustix::process::Pid;
 use super::Log;
 use super::lock::MemoryLock;
 use crate::config::{SocketPath, check_socket};
-use crate::sys::{self, Board};
-use crate::teardown::Report;
+use crate::sys;
+use crate::teardown::StatusPage;
 
-/// How often a dying heir is looked for.
+/// Time between two looks at the reaper.
 const PERIOD: Duration = Duration::from_millis(2);
 
 /// Everything that the guardian knows.
 pub(super) struct Watch<'a> {
-    pub board: &'static Board,
+    pub status: &'static StatusPage,
+    /// Pidfd of the monitor.
     pub monitor: BorrowedFd<'a>,
+    /// Process id of the monitor.
     pub pid: Pid,
-    pub heir: BorrowedFd<'a>,
+    /// Pidfd of the reaper.
+    pub reaper: BorrowedFd<'a>,
+    /// Name of the machine.
     pub id: &'a str,
+    /// Path of the API's socket.
     pub socket: Option<PathBuf>,
     pub log: &'a Log,
 }
 
 impl Watch<'_> {
-    /// Watches until memory is free; the exit status.
+    /// Runs until memory is free, and returns the exit status.
     pub fn run(&self) -> u8 {
         sys::process::block_all_signals();
-        // Signals for the monitor's terminal or process group are not for us.
+        // Signals for the monitor's terminal or process group do not concern the guardian.
         let _ = rustix::process::setsid();
         let _ = rustix::thread::set_name(c"ebb-guardian");
-        let nothing = File::options().read(true).write(true).open("/dev/null");
-        if let Ok(nothing) = &nothing {
-            let _ = rustix::stdio::dup2_stdin(nothing);
-            let _ = rustix::stdio::dup2_stdout(nothing);
+        let null = File::options().read(true).write(true).open("/dev/null");
+        if let Ok(null) = &null {
+            let _ = rustix::stdio::dup2_stdin(null);
+            let _ = rustix::stdio::dup2_stdout(null);
         }
         sys::process::shrink();
-        wait(self.monitor, None);
-        // While the heir holds it, too: so nobody sees it free before the rest is done.
-        let lock = self.socket.as_deref().and_then(MemoryLock::join);
-        let clean = self.board.clean.load(Ordering::Acquire) == 1;
-        if !clean {
-            self.report();
+        wait_for_exit(self.monitor, None);
+        // Taken while the reaper still holds it: so it is not free before the guardian has done the rest, too.
+        let lock = self.socket.as_deref().and_then(MemoryLock::share);
+        let was_killed = !self.status.is_finished();
+        if was_killed {
+            self.report_violent_end();
             self.remove_socket();
         }
-        if let Ok(nothing) = &nothing
-            && somebody_reads(io::stderr().as_fd())
+        if let Ok(null) = &null
+            && is_pipe_or_socket(io::stderr().as_fd())
         {
-            let _ = rustix::stdio::dup2_stderr(nothing);
+            // Another process may be waiting for its end.
+            let _ = rustix::stdio::dup2_stderr(null);
         }
-        self.attend(lock.as_ref());
-        if !clean {
-            // The heir had it open: only now can one be told from a served one that the monitor had just made.
+        self.wait_for_reaper(lock.as_ref());
+        if was_killed {
+            // Again: a socket that the monitor had just made looked like one in use while the reaper had it open.
             self.remove_socket();
         }
-        self.sum_up();
+        self.log_teardown();
         if let Some(lock) = lock {
             lock.remove_if_last();
         }
@@ -70,7 +75,7 @@ impl Watch<'_> {
     }
 
     /// Says what the monitor could not say.
-    fn report(&self) {
+    fn report_violent_end(&self) {
         let cause = match signal_of(self.pid) {
             Some(signal) => format!("killed by signal {signal}"),
             None => "killed".to_owned(),
@@ -90,76 +95,65 @@ impl Watch<'_> {
         let Some(path) = &self.socket else {
             return;
         };
-        let device = self.board.socket_device.load(Ordering::Relaxed);
-        let inode = self.board.socket_inode.load(Ordering::Acquire);
-        let ours = if inode > 0 {
-            path.symlink_metadata()
-                .is_ok_and(|it| (it.dev(), it.ino()) == (device, inode))
-        } else {
-            // It died between making it and telling us.
-            matches!(check_socket(path), Ok(SocketPath::Stale))
+        let is_ours = match self.status.socket() {
+            Some(identity) => path
+                .symlink_metadata()
+                .is_ok_and(|it| (it.dev(), it.ino()) == identity),
+            // The monitor may have died between making the socket and telling us.
+            None => matches!(check_socket(path), Ok(SocketPath::Stale)),
         };
-        if ours && let Err(error) = std::fs::remove_file(path) {
+        if is_ours && let Err(error) = std::fs::remove_file(path) {
             tracing::warn!("{}: not removed: {error}", path.display());
         }
     }
 
-    /// Stays with the heir to its end, and helps the kernel when it is killed, too.
-    fn attend(&self, lock: Option<&MemoryLock>) {
-        let mut noted = u64::MAX;
-        while !wait(self.heir, Some(PERIOD)) {
-            // EINVAL while it lives and works; everything else is as good as it gets.
-            let _ = sys::process::release_memory_of(self.heir);
-            if let Some(workers) = lock.and_then(MemoryLock::hear) {
-                self.board.wanted.store(workers, Ordering::Relaxed);
+    /// Waits until the reaper has ended. Meanwhile passes on what the operator asks for, writes down the progress, and
+    /// helps the kernel should the reaper be killed.
+    fn wait_for_reaper(&self, lock: Option<&MemoryLock>) {
+        let mut written = None;
+        while !wait_for_exit(self.reaper, Some(PERIOD)) {
+            // The kernel refuses while the reaper is alive (EINVAL); there is nothing to do about any other error.
+            let _ = sys::process::release_memory_of(self.reaper);
+            let Some(lock) = lock else {
+                continue;
+            };
+            if let Some(workers) = lock.take_request() {
+                self.status.set_workers(workers);
             }
-            let done = self.board.done.load(Ordering::Relaxed);
-            if let Some(lock) = lock
-                && noted != done
-            {
-                lock.note(done, self.board.total.load(Ordering::Relaxed));
-                noted = done;
+            let progress = self.status.progress();
+            if written != Some(progress.0) {
+                lock.write_progress(progress);
+                written = Some(progress.0);
             }
         }
     }
 
-    /// Logs what was freed.
-    fn sum_up(&self) {
-        let get = |value: &AtomicU64| value.load(Ordering::Acquire);
-        let [began, ended] = [&self.board.times[0], &self.board.times[1]].map(get);
-        if ended > 0 {
-            let [before, after] = [&self.board.resident[0], &self.board.resident[1]].map(get);
-            let report = Report {
-                bytes: before.saturating_sub(after),
-                duration: Duration::from_nanos(ended.saturating_sub(began)),
-                workers: usize::try_from(get(&self.board.workers)).unwrap_or(usize::MAX),
-                failures: get(&self.board.failures),
-            };
+    /// Logs what the reaper did.
+    fn log_teardown(&self) {
+        if let Some(report) = self.status.report() {
             report.log();
-        } else if began > 0 {
-            tracing::warn!(
-                "teardown: whoever freed the memory was killed; the kernel did the rest"
-            );
+        } else if self.status.has_begun() {
+            tracing::warn!("teardown: the reaper was killed; the kernel freed the rest");
         }
     }
 }
 
-/// Waits for a process to end; whether it has.
-fn wait(process: BorrowedFd<'_>, limit: Option<Duration>) -> bool {
-    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+/// Waits for a process to end, at most for `timeout`. Returns true if it has ended.
+fn wait_for_exit(process: BorrowedFd<'_>, timeout: Option<Duration>) -> bool {
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
     let mut fds = [PollFd::from_borrowed_fd(process, PollFlags::IN)];
     loop {
-        match poll(&mut fds, limit.as_ref()) {
+        match poll(&mut fds, timeout.as_ref()) {
             Ok(count) => return count > 0,
             Err(rustix::io::Errno::INTR | rustix::io::Errno::NOMEM) => {}
-            // Nothing else is documented; whoever cannot watch must not stay.
+            // poll(2) documents no other error here. A guardian that cannot watch must not stay for ever.
             Err(_) => return true,
         }
     }
 }
 
-/// Whether the other end of a pipe or a socket may wait for this one to be closed.
-fn somebody_reads(output: BorrowedFd<'_>) -> bool {
+/// Returns true if `output` is a pipe or a socket.
+fn is_pipe_or_socket(output: BorrowedFd<'_>) -> bool {
     let kind = output
         .try_clone_to_owned()
         .map(File::from)
@@ -167,10 +161,68 @@ fn somebody_reads(output: BorrowedFd<'_>) -> bool {
     kind.is_ok_and(|kind| kind.file_type().is_fifo() || kind.file_type().is_socket())
 }
 
-/// The signal that ended a process, for as long as nobody has waited for it: the last field of
-/// /proc/PID/stat is its wait status (proc_pid_stat(5)).
+/// The signal that ended a process; `None` if its parent has waited for it already. The last field of /proc/PID/stat is
+/// the wait status (proc_pid_stat(5)).
 fn signal_of(pid: Pid) -> Option<i32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let status: i32 = stat.split_ascii_whitespace().next_back()?.parse().ok()?;
     Some(status & 0x7f).filter(|signal| *signal > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+    use std::time::Instant;
+
+    use rustix::process::{PidfdFlags, Signal, kill_process, pidfd_open};
+
+    use super::*;
+    use crate::sys::process::{StoppedExit, fork_for_test};
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn watch<'a>(process: BorrowedFd<'a>, log: &'a Log) -> Watch<'a> {
+        Watch {
+            status: StatusPage::new().unwrap(),
+            monitor: process,
+            pid: rustix::process::getpid(),
+            reaper: process,
+            id: "test",
+            socket: None,
+            log,
+        }
+    }
+
+    fn until(what: &str, mut holds: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !holds() {
+            assert!(start.elapsed() < LIMIT, "{what}");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The killed process is stopped before it frees anything, so it cannot be the one that does.
+    #[test]
+    fn memory_of_a_killed_reaper_is_freed_by_the_guardian() {
+        const LEN: u64 = 32 << 20;
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let child = fork_for_test(|| {
+            let memory = std::hint::black_box(vec![1u8; LEN as usize]);
+            let _ = rustix::io::write(&writer, &memory[..1]);
+            loop {
+                thread::sleep(LIMIT);
+            }
+        });
+        assert_eq!(rustix::io::read(&reader, &mut [0; 1]), Ok(1));
+        let pidfd = pidfd_open(child, PidfdFlags::empty()).unwrap();
+        let stopped = StoppedExit::of(child, || {
+            kill_process(child, Signal::KILL).unwrap();
+        });
+        assert!(stopped.resident_bytes() >= LEN);
+        thread::scope(|scope| {
+            scope.spawn(|| watch(pidfd.as_fd(), &None).wait_for_reaper(None));
+            until("memory is freed", || stopped.resident_bytes() < LEN / 2);
+            drop(stopped);
+        });
+    }
 }

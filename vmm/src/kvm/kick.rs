@@ -1,8 +1,8 @@
 //! Bringing a vCPU out of guest mode from another thread.
 //!
-//! A signal alone can arrive just before the vCPU thread enters `KVM_RUN`, and be lost. So the handler,
-//! which runs on the vCPU's own thread, also sets `immediate_exit` in the vCPU's shared page, and
-//! `KVM_RUN` returns at once (Linux, `Documentation/virt/kvm/api.rst`, 5. The kvm_run structure).
+//! A signal alone can arrive just before the vCPU's thread calls `KVM_RUN`, and then it has no effect. So the signal
+//! handler, which runs on that thread, also sets `immediate_exit` in the vCPU's shared page, and `KVM_RUN` returns at
+//! once (Linux, `Documentation/virt/kvm/api.rst`, 5. The kvm_run structure).
 
 use std::cell::Cell;
 use std::io;
@@ -17,10 +17,10 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use crate::sys::{Pin, Pins};
+use super::run_pages::{RegisteredPage, RunPages};
 
 thread_local! {
-    /// `immediate_exit` of the vCPU that this thread runs.
+    /// Address of `immediate_exit` of the vCPU that this thread runs; null if it runs none.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
@@ -35,34 +35,36 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 
 /// A vCPU that this thread runs and that [`kick`] can bring out.
 pub struct KickTarget {
-    /// Goes before the page does.
-    _pin: Pin,
+    /// Dropped before `fd`, which unmaps the page.
+    _registered: RegisteredPage,
     pub(super) fd: VcpuFd,
-    /// The page that KVM shares with us, mapped for as long as `fd` lives.
+    /// The page that KVM shares with this thread, mapped as long as `fd` lives.
     page: *const kvm_run,
 }
 
 impl KickTarget {
-    /// Makes `fd` the vCPU of the calling thread, which must be the one that runs it. Its page, of
-    /// [`Hypervisor::vcpu_mapping`](super::Hypervisor::vcpu_mapping) bytes, is number `index` of `pins`.
+    /// Makes `fd`, the vCPU `index`, the one that the calling thread runs; no other thread may run it. Registers its page
+    /// in `pages`, whose mappings must have the length that [`Hypervisor::vcpu_mapping`](super::Hypervisor::vcpu_mapping)
+    /// tells.
     #[must_use]
-    pub fn new(mut fd: VcpuFd, pins: &Arc<Pins>, index: usize) -> Self {
+    pub fn new(mut fd: VcpuFd, pages: &Arc<RunPages>, index: usize) -> Self {
         let page = &raw mut *fd.get_kvm_run();
-        // SAFETY: the page is mapped for as long as `fd` lives; the place is only named here.
+        // SAFETY: the page is mapped as long as `fd` lives, and nothing is read or written here.
         IMMEDIATE_EXIT.set(unsafe { &raw mut (*page).immediate_exit });
-        // SAFETY: `fd` has mapped it and unmaps it when it is dropped, after the pin; a dead process runs no vCPU.
-        let pin = unsafe { pins.hold(index, page.expose_provenance()) };
+        // SAFETY: `fd` has mapped the page and unmaps it when it is dropped, which is after the entry is removed. A dead
+        // process runs no vCPU.
+        let registered = unsafe { pages.register(index, page.expose_provenance()) };
         Self {
-            _pin: pin,
+            _registered: registered,
             fd,
             page,
         }
     }
 
-    /// Enters the guest until its next exit.
+    /// Runs the guest until its next exit.
     ///
-    /// Returns the exit, and for port I/O the size in bytes of one access, 1, 2 or 4: a string
-    /// instruction makes many accesses to one port, and KVM hands them over together.
+    /// Returns the exit, and for port I/O the size of one access in bytes: 1, 2 or 4. A string instruction makes many
+    /// accesses to one port, and KVM reports them together.
     ///
     /// # Errors
     /// `EINTR` after a kick; else `KVM_RUN` failed.
@@ -70,15 +72,15 @@ impl KickTarget {
         let page = self.page;
         let exit = self.fd.run()?;
         let size = match exit {
-            // SAFETY: the page is mapped, KVM writes to it only during the call above, and after such an
-            // exit this is the union's member that is set. The exit's data lies elsewhere, behind it.
+            // SAFETY: the page is mapped, KVM writes to it only during the call above, and after such an exit this
+            // member of the union is set. The exit's data lies elsewhere, after it.
             VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => unsafe { (*page).__bindgen_anon_1.io.size },
             _ => 1,
         };
         Ok((exit, usize::from(size.max(1))))
     }
 
-    /// Forgets the kicks so far. Call it before looking at what they were for, so that none is lost.
+    /// Forgets earlier kicks. Call this before you look for the reason of a kick, so that no kick is lost.
     pub fn clear_kick(&mut self) {
         self.fd.set_kvm_immediate_exit(0);
     }
@@ -90,8 +92,8 @@ impl Drop for KickTarget {
     }
 }
 
-/// Installs the signal handler. Must have been called before any thread is kicked: the signal's default
-/// is to end the process.
+/// Installs the signal handler. Must be called before any thread is kicked, because without a handler the signal ends the
+/// process.
 ///
 /// # Errors
 /// The error of the system call.
@@ -99,35 +101,38 @@ pub fn prepare_kicks() -> io::Result<()> {
     register_signal_handler(SIGRTMIN(), on_kick).map_err(io::Error::from)
 }
 
-/// Brings the vCPU that `thread` runs out of guest mode. Does nothing when the thread has ended.
+/// Brings the vCPU that `thread` runs out of guest mode. Does nothing if the thread has ended.
 pub fn kick<T>(thread: &JoinHandle<T>) {
     if !thread.is_finished() {
-        // SAFETY: the handle is not joined yet, so its pthread id stays valid even when the thread has
-        // just ended; `prepare_kicks` has given the signal a handler.
+        // SAFETY: the thread is not joined yet, so its pthread id is valid even if it has just ended. `prepare_kicks` has
+        // installed a handler.
         unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
     }
 }
 
-/// The threads of a machine's vCPUs, as far as they run, so that others can bring the vCPUs out. A clone
-/// of its handle stays valid when the threads have ended: kicks do nothing then.
+/// Which thread runs which vCPU of a machine, so that other threads can kick the vCPUs. It may outlive the threads;
+/// kicks do nothing then.
 #[derive(Debug)]
-pub struct KickTable(Box<[AtomicI32]>);
+pub struct KickTable(
+    /// Number of each vCPU's thread; 0 if there is none.
+    Box<[AtomicI32]>,
+);
 
 impl KickTable {
-    /// A table for `vcpus` vCPUs, none of which runs yet.
+    /// A table for `vcpus` vCPUs that have no threads yet.
     #[must_use]
     pub fn new(vcpus: usize) -> Self {
         Self((0..vcpus).map(|_| AtomicI32::new(0)).collect())
     }
 
-    /// The vCPU that the thread with the number `thread` runs.
+    /// Index of the vCPU that the thread with the number `thread` runs; `None` if it runs none.
     #[must_use]
     pub fn vcpu_of(&self, thread: i32) -> Option<usize> {
         let mut threads = self.0.iter();
         threads.position(|runs| thread != 0 && runs.load(Ordering::Acquire) == thread)
     }
 
-    /// The calling thread runs the vCPU `index` until the returned value is dropped.
+    /// Notes that the calling thread runs the vCPU `index`, until the returned value is dropped.
     pub fn register(&self, index: usize) -> Registration<'_> {
         let thread = rustix::thread::gettid().as_raw_nonzero().get();
         self.0[index].store(thread, Ordering::Release);
@@ -136,7 +141,7 @@ impl KickTable {
 }
 
 /// A thread's entry in a [`KickTable`].
-#[must_use = "the entry is taken out when this is dropped"]
+#[must_use = "the entry is removed when this is dropped"]
 pub struct Registration<'a>(&'a AtomicI32);
 
 impl Drop for Registration<'_> {
@@ -150,8 +155,8 @@ impl Kick for KickTable {
         let thread = self.0[index].load(Ordering::Acquire);
         if thread != 0 {
             let process = rustix::process::getpid().as_raw_nonzero().get();
-            // SAFETY: tgkill takes numbers only. Should the thread have just ended and its number belong
-            // to another thread of ours, then the handler finds no vCPU there and does nothing.
+            // SAFETY: tgkill takes numbers only. If the thread has just ended and another thread of ours has got its
+            // number, the handler finds no vCPU there and does nothing.
             unsafe { libc::syscall(libc::SYS_tgkill, process, thread, SIGRTMIN()) };
         }
     }

@@ -3,6 +3,7 @@
 mod hypercall;
 mod irqfd;
 mod kick;
+mod run_pages;
 mod synchronous;
 
 use std::io;
@@ -17,36 +18,37 @@ use crate::memory::GuestRam;
 
 pub use irqfd::IrqFd;
 pub use kick::{KickTable, KickTarget, Registration, kick, prepare_kicks};
+pub use run_pages::{RegisteredPage, RunPages};
 
-/// KVM cannot do what was asked.
+/// What KVM refuses, or cannot do on this host.
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
-    /// There is no KVM.
+    /// There is no `/dev/kvm`.
     #[error(
         "/dev/kvm does not exist; load kvm_intel or kvm_amd, or enable nested virtualization for this \
          machine; `ebb doctor` tells more"
     )]
     Missing,
-    /// This user may not use it.
+    /// This user may not open `/dev/kvm`.
     #[error(
         "/dev/kvm: permission denied; add your user to its group (`ls -l /dev/kvm`) or run as root"
     )]
     Permission,
-    /// It cannot be opened for another reason.
+    /// `/dev/kvm` cannot be opened for another reason.
     #[error("/dev/kvm cannot be opened; `ebb doctor` tells more")]
     Open(#[source] io::Error),
-    /// It is too old or too small.
+    /// KVM lacks something that is needed.
     #[error("this host's KVM lacks {0}; `ebb doctor` tells what is missing")]
     Lacks(&'static str),
-    /// More vCPUs than KVM can do.
-    #[error("{asked} vCPUs were asked for, but KVM allows {most} here; lower --cpus boot=")]
+    /// There are more vCPUs than KVM allows.
+    #[error("{asked} vCPUs were asked for, but KVM allows {max} here; lower --cpus boot=")]
     TooManyVcpus {
-        /// What was asked for.
+        /// How many were asked for.
         asked: u32,
-        /// What KVM allows.
-        most: u32,
+        /// How many KVM allows.
+        max: u32,
     },
-    /// More memory than guests can address.
+    /// There is more memory than guests can address.
     #[error(
         "the guest's memory would end at {end:#x}, but guests can address {bits} bits here; lower --memory size= \
          or --arena size="
@@ -54,7 +56,7 @@ pub enum KvmError {
     AddressWidth {
         /// First address after the memory.
         end: u64,
-        /// Width of guest-physical addresses.
+        /// Width of guest-physical addresses in bits.
         bits: u32,
     },
     /// A system call failed.
@@ -67,10 +69,10 @@ pub enum KvmError {
     },
 }
 
-/// Most bytes of a memory slot: KVM takes less than 2^31 pages (Linux, `KVM_MEM_MAX_NR_PAGES`).
+/// Maximum size of a memory slot in bytes. KVM takes less than 2^31 pages (Linux, `KVM_MEM_MAX_NR_PAGES`).
 const MAX_SLOT: u64 = 4 << 40;
 
-/// Turns the error of a KVM call into ours.
+/// Makes a [`KvmError::Call`] of an error of `operation`.
 pub(crate) fn call(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |error| KvmError::Call {
         operation,
@@ -78,7 +80,7 @@ pub(crate) fn call(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> Kvm
     }
 }
 
-/// `/dev/kvm`, checked for what we need.
+/// `/dev/kvm`, with everything that a machine needs.
 pub struct Hypervisor {
     kvm: Kvm,
     cpuid: CpuId,
@@ -126,19 +128,19 @@ impl Hypervisor {
         Ok(Self { kvm, cpuid })
     }
 
-    /// The CPUID that KVM can give a guest.
+    /// The CPUID leaves that KVM can offer to a guest.
     #[must_use]
     pub const fn cpuid(&self) -> &CpuId {
         &self.cpuid
     }
 
-    /// Whether KVM's local APIC timer has the TSC-deadline mode.
+    /// Returns true if the timer of KVM's local APIC has the TSC-deadline mode.
     #[must_use]
     pub fn tsc_deadline(&self) -> bool {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
-    /// Bytes that KVM shares with the thread of a vCPU.
+    /// Size in bytes of the mapping that KVM shares with the thread of a vCPU.
     ///
     /// # Errors
     /// [`KvmError::Call`].
@@ -147,14 +149,14 @@ impl Hypervisor {
         size.map_err(call("KVM_GET_VCPU_MMAP_SIZE"))
     }
 
-    /// Refuses what this host's KVM cannot do, before anything is built.
+    /// Checks that this host's KVM allows so many `vcpus` and memory up to `memory_end`.
     ///
     /// # Errors
     /// [`KvmError::TooManyVcpus`], [`KvmError::AddressWidth`].
     pub fn check_limits(&self, vcpus: u32, memory_end: u64) -> Result<(), KvmError> {
-        let most = u32::try_from(self.kvm.get_max_vcpus()).unwrap_or(u32::MAX);
-        if vcpus > most {
-            return Err(KvmError::TooManyVcpus { asked: vcpus, most });
+        let max = u32::try_from(self.kvm.get_max_vcpus()).unwrap_or(u32::MAX);
+        if vcpus > max {
+            return Err(KvmError::TooManyVcpus { asked: vcpus, max });
         }
         let bits = self.address_bits();
         if memory_end.checked_shr(bits).unwrap_or(0) > 0 {
@@ -177,7 +179,7 @@ impl Hypervisor {
         leaf.map_or(36, |entry| entry.eax & 0xff)
     }
 
-    /// Creates a machine with an in-kernel interrupt controller and timer, without memory or vCPUs.
+    /// Creates a machine with KVM's own interrupt controller and timer, and without memory or vCPUs.
     ///
     /// # Errors
     /// [`KvmError::Call`].
@@ -188,7 +190,7 @@ impl Hypervisor {
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
-        // The speaker port is emulated in the kernel too: Linux times its TSC by it.
+        // KVM emulates the speaker port, too, by which Linux measures the frequency of its TSC.
         let pit = kvm_pit_config {
             flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
@@ -201,16 +203,16 @@ impl Hypervisor {
     }
 }
 
-/// A machine in KVM. It and its second-level tables live until the last descriptor is closed: this one,
-/// the vCPUs', and the interrupts'.
+/// A machine in KVM. It and its second-level page tables exist until the last descriptor is closed (this one and those of
+/// the vCPUs and interrupts) and the last of the [`RunPages`] is unmapped.
 pub struct Machine {
     fd: Arc<VmFd>,
-    /// Keeps the memory behind the slots mapped for as long as the guest can reach it.
+    /// Keeps the memory behind the slots mapped as long as the guest can reach it.
     _ram: Option<Arc<GuestRam>>,
 }
 
 impl Machine {
-    /// Makes all of `ram` the guest's memory, one slot a region, or several for a region that is too big for one.
+    /// Makes all of `ram` the guest's memory: one slot for each region, or several if the region is too big for one.
     ///
     /// # Errors
     /// [`KvmError::Call`].
@@ -227,8 +229,7 @@ impl Machine {
                 memory_size: (region.gpa.len() - offset).min(MAX_SLOT),
                 userspace_addr: region.host as u64 + offset,
             };
-            // SAFETY: the region is a mapping that `ram` owns, and we hold `ram` for as long as the
-            // machine can be entered: vCPUs borrow nothing, but are dropped before their machine.
+            // SAFETY: the region is a mapping that `ram` owns. This value keeps `ram`, and vCPUs are dropped before it.
             unsafe { self.fd.set_user_memory_region(region) }
                 .map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
         }
@@ -236,7 +237,7 @@ impl Machine {
         Ok(())
     }
 
-    /// An interrupt that raises `gsi`, edge-triggered.
+    /// An edge-triggered interrupt with the number `gsi`.
     ///
     /// # Errors
     /// [`KvmError::Call`].
@@ -253,8 +254,8 @@ impl Machine {
         Ok(IrqFd::new(event))
     }
 
-    /// Makes a 32-bit write of `value` to guest-physical `addr` signal `event` without an exit to user
-    /// space.
+    /// Has KVM signal `event` when the guest writes `value`, 32 bits wide, to the guest-physical address `addr`, without an
+    /// exit to user space.
     ///
     /// # Errors
     /// [`KvmError::Call`].

@@ -326,7 +326,7 @@ impl MappingKind {
 
 /// The advice that discards pages of files or of anonymous memory: for files `MADV_DONTNEED` would drop the
 /// translations and keep the pages.
-pub(super) const fn drop_advice(shared: bool) -> Advice {
+pub(crate) const fn drop_advice(shared: bool) -> Advice {
     if shared {
         Advice::LinuxRemove
     } else {

@@ -1,11 +1,9 @@
 //! The host kernel's interfaces that Ebb needs and no crate offers safely. Nothing here knows of guests.
 
 pub mod cgroup;
-pub mod heir;
 mod kept;
 pub mod mapping;
 pub mod nodes;
-mod pins;
 pub mod pressure;
 pub mod process;
 mod signals;
@@ -13,10 +11,8 @@ mod usage;
 mod userfault;
 
 pub use cgroup::{Cgroup, MemoryLimit};
-pub use heir::{Board, Heir, Legacy, Part};
 pub use kept::KeptFile;
 pub use mapping::{Mapping, MappingKind};
-pub use pins::{Pin, Pins};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;
 pub use usage::{own_process, resident_bytes, thread_name};

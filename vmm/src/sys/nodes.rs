@@ -4,7 +4,7 @@ use std::fs;
 use std::ptr;
 use std::sync::OnceLock;
 
-/// How many nodes have memory; 1 where the kernel does not tell.
+/// How many nodes have memory; 1 if the kernel does not say.
 #[must_use]
 pub fn count() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
@@ -24,13 +24,13 @@ fn parse(list: &str) -> usize {
     list.trim().split(',').filter_map(span).sum()
 }
 
-/// The node of the page at `address` of this process; `None` when there is no page (move_pages(2)).
+/// The node that holds the page at `address` of this process (move_pages(2)); `None` if there is no page.
 #[must_use]
 pub fn node_at(address: usize) -> Option<u32> {
     let page = ptr::without_provenance::<libc::c_void>(address);
     let mut status: libc::c_int = -1;
-    // SAFETY: without a list of nodes the call moves nothing; it reads one address, which it looks up and does
-    // not touch, and writes one status.
+    // SAFETY: without a list of nodes the call moves nothing. It reads one address, which it looks up without touching
+    // what lies there, and writes one status.
     let rc = unsafe {
         let nodes = ptr::null::<libc::c_int>();
         libc::syscall(

@@ -1,17 +1,18 @@
-//! Processes: making one, and helping the kernel with the memory of a dying one.
+//! Processes: making one, ending one, and freeing the memory of a dying one.
 
+use std::ffi::{c_int, c_void};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use rustix::process::Pid;
 
-/// Makes a process that runs `child` and ends with the status that it returns, running nothing else of this
-/// one. It gets copies of memory, of the standard streams, and of the descriptors in `keep`; it must not use
-/// others.
+/// Makes a process that runs only `child` and exits with the status that `child` returns. The process has a copy of
+/// this one's memory, of the standard streams and of the descriptors in `keep`. All other descriptors are closed in it.
 ///
 /// # Errors
-/// fork(2)'s; `Unsupported` when this process has other threads: what they have locked would stay locked.
+/// fork(2)'s; `Unsupported` if this process has other threads, because a lock that one of them holds would stay
+/// locked in the copy.
 pub fn fork(keep: &[BorrowedFd<'_>], child: impl FnOnce() -> u8) -> io::Result<Pid> {
     if fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(io::ErrorKind::Unsupported.into());
@@ -27,25 +28,82 @@ pub fn fork(keep: &[BorrowedFd<'_>], child: impl FnOnce() -> u8) -> io::Result<P
     })
 }
 
-/// Closes all descriptors above those of standard error but `kept`, which is ascending.
+/// Closes all descriptors but the standard streams and `kept`, which is in ascending order.
 fn close_all_but(kept: &[u32]) {
     let mut first = 3;
     for &fd in kept.iter().chain([&u32::MAX]) {
         if fd > first {
-            // SAFETY: a process that has just been made uses none of these: what it runs was given the others.
-            unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
+            // SAFETY: the process has just been made and runs only the function that was given the kept descriptors.
+            unsafe { close_range(first, fd - 1) };
         }
         first = first.max(fd.saturating_add(1));
     }
 }
 
-/// [`fork`] whatever threads there are; for tests, whose program has some that idle.
-pub(super) fn fork_unchecked(child: impl FnOnce() -> u8) -> io::Result<Pid> {
-    // SAFETY: the child has the calling thread only; `fork` has seen to it that there was no other.
+/// Closes the descriptors from `first` to `last` (close_range(2)). Changes nothing else but errno.
+///
+/// # Safety
+/// Nothing that is still running uses one of them.
+pub unsafe fn close_range(first: u32, last: u32) {
+    // SAFETY: the call takes numbers only and touches no memory; the caller answers for the descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+}
+
+/// What [`clone_task`] makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskKind {
+    /// A process that shares this one's memory and open files. A SIGKILL for one of the two does not reach the other.
+    Process,
+    /// A thread of the calling process.
+    Thread,
+}
+
+/// Starts a task in this address space. It runs `main(argument)` on its own stack and inherits the signal mask.
+///
+/// # Errors
+/// clone(2)'s.
+///
+/// # Safety
+/// - `stack_top` is the end of a mapped area that is large enough for `main` and used by nothing else while the task runs.
+/// - libc does not know the task, and it shares heap, locks and thread-local storage with the threads of this process.
+///   So `main` makes system calls and uses atomics only: it allocates nothing, takes no lock, and cannot panic.
+/// - `main` takes its argument for a `&'static T`.
+pub unsafe fn clone_task<T: Sync>(
+    kind: TaskKind,
+    stack_top: usize,
+    main: extern "C" fn(*mut c_void) -> c_int,
+    argument: &'static T,
+) -> io::Result<Pid> {
+    let shared = libc::CLONE_VM | libc::CLONE_FILES;
+    let flags = match kind {
+        TaskKind::Process => shared | libc::SIGCHLD,
+        TaskKind::Thread => shared | libc::CLONE_FS | libc::CLONE_SIGHAND | libc::CLONE_THREAD,
+    };
+    let stack = std::ptr::with_exposed_provenance_mut(stack_top);
+    let argument = std::ptr::from_ref(argument).cast_mut().cast();
+    // SAFETY: the caller answers for the stack and for `main`.
+    let pid = unsafe { libc::clone(main, stack, flags, argument) };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Pid::from_raw(pid).ok_or_else(|| io::ErrorKind::Other.into())
+}
+
+/// Ends this process and all its threads at once with status 0. Runs no exit handlers.
+pub fn exit_now() -> ! {
+    // SAFETY: it ends the process and returns to nobody.
+    unsafe { libc::_exit(0) }
+}
+
+/// [`fork`] without the check for other threads. Tests use it, because the test runner has idle threads.
+fn fork_unchecked(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    // SAFETY: the child has the calling thread only; `fork` has checked that there is no other.
     let pid = unsafe { libc::fork() };
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
     match Pid::from_raw(pid) {
         Some(pid) => Ok(pid),
-        None if pid < 0 => Err(io::Error::last_os_error()),
         None => {
             let child = std::panic::AssertUnwindSafe(child);
             let status = std::panic::catch_unwind(child).unwrap_or(101);
@@ -55,12 +113,11 @@ pub(super) fn fork_unchecked(child: impl FnOnce() -> u8) -> io::Result<Pid> {
     }
 }
 
-/// Frees memory of the process behind `pidfd` beside the kernel, where that process is dying
-/// (process_mrelease(2), Linux 5.15).
+/// Frees memory of the dying process behind `pidfd` while the kernel does the same (process_mrelease(2), Linux 5.15).
 ///
 /// # Errors
-/// `EINVAL` while the process, or one that shares its memory, is alive; `ESRCH` when its memory is free or
-/// beyond help; `EAGAIN` to be tried again.
+/// `EINVAL` while the process, or one that shares its memory, is not dying; `ESRCH` if there is no memory left that
+/// could be freed this way; `EAGAIN` if the call should be tried again.
 pub fn release_memory_of(pidfd: impl AsFd) -> io::Result<()> {
     let pidfd = pidfd.as_fd().as_raw_fd();
     // SAFETY: the call takes numbers only and touches no memory of this process.
@@ -72,33 +129,45 @@ pub fn release_memory_of(pidfd: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Blocks every signal in the calling thread.
-pub fn block_all_signals() {
-    // SAFETY: the set is filled before it is used.
+/// Blocks every signal in the calling thread, and returns the mask that it had before.
+pub fn block_all_signals() -> libc::sigset_t {
+    // SAFETY: a signal set of zeroes is a value, and both sets are filled before they are used.
     unsafe {
         let mut all = std::mem::zeroed();
+        let mut before = std::mem::zeroed();
         libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+        before
     }
 }
 
-/// Gives back what this process has of its parent's memory and does not need to sleep: the allocator's free
-/// memory, and the program's code and constants, which are in the page cache and come back page by page.
+/// Runs `action` with every signal blocked in the calling thread. Tasks that it starts inherit that.
+pub fn with_signals_blocked<T>(action: impl FnOnce() -> T) -> T {
+    let before = block_all_signals();
+    let result = action();
+    // SAFETY: the set is a mask that this thread had.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    result
+}
+
+/// Returns memory to the kernel that a copy of a process does not need while it sleeps: the allocator's free memory, and
+/// the program's code and constants, which the kernel reads again from the page cache when they are touched.
 pub fn shrink() {
-    // SAFETY: it concerns only memory that is free.
+    // SAFETY: the call concerns only memory that is free.
     unsafe { libc::malloc_trim(0) };
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     for (start, len) in maps.lines().filter_map(code) {
         let start = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: nobody has written there: what is dropped is read again from its file when it is touched.
+        // SAFETY: nothing was ever written there, so pages that are dropped are read again from their file.
         let _ = unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxDontNeed) };
     }
 }
 
-/// Address and length of a mapping of a file's code or constants, from a line of /proc/PID/maps.
+/// Address and length in bytes of the mapping that `line` of /proc/PID/maps describes, if it holds a file's code or
+/// constants.
 fn code(line: &str) -> Option<(usize, usize)> {
     let (range, rest) = line.split_once(' ')?;
-    // Code, or what stands before it in the file; what the linker has written to lies behind it.
+    // Code, or the constants before it in the file. The linker writes only to what lies after the code.
     let unwritten = rest.starts_with("r-xp ") || rest.starts_with("r--p 00000000 ");
     (unwritten && rest.contains(" /")).then_some(())?;
     let (start, end) = range.split_once('-')?;
@@ -107,14 +176,14 @@ fn code(line: &str) -> Option<(usize, usize)> {
     Some((start, address(end)?.checked_sub(start)?))
 }
 
-/// [`fork`] whatever threads there are.
+/// [`fork`] without the check for other threads.
 #[cfg(test)]
 pub(crate) fn fork_for_test(child: impl FnOnce() -> u8) -> Pid {
     fork_unchecked(child).unwrap()
 }
 
-/// Lets this process start no further thread: its user may have one task. The superuser is not bound by that, so
-/// it becomes somebody else.
+/// Forbids this process to start threads: its user may have only one task. That limit does not bind the superuser, so
+/// the process changes its user first.
 #[cfg(test)]
 pub(crate) fn forbid_threads() {
     let limit = rustix::process::Rlimit {
@@ -126,6 +195,49 @@ pub(crate) fn forbid_threads() {
         const NOBODY: libc::uid_t = 65_534;
         // SAFETY: the call takes numbers only.
         assert_eq!(unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) }, 0);
+    }
+}
+
+/// A killed process that is stopped before it frees its memory, so that a test can see who else does (ptrace(2)).
+#[cfg(test)]
+pub(crate) struct StoppedExit(Pid);
+
+#[cfg(test)]
+impl StoppedExit {
+    /// Stops `child` at its end, which `kill` brings about. It ends when the returned value is dropped, by the same thread.
+    pub fn of(child: Pid, kill: impl FnOnce()) -> Self {
+        let (pid, options) = (child.as_raw_nonzero().get(), libc::PTRACE_O_TRACEEXIT);
+        // SAFETY: the calls concern the child only, and `status` outlives the second.
+        unsafe {
+            let traced = libc::ptrace(libc::PTRACE_SEIZE, pid, 0, options);
+            assert_eq!(traced, 0, "{}", io::Error::last_os_error());
+            kill();
+            let mut status = 0;
+            assert_eq!(libc::waitpid(pid, &raw mut status, libc::__WALL), pid);
+            let at_exit = libc::SIGTRAP | libc::PTRACE_EVENT_EXIT << 8;
+            assert_eq!(status >> 8, at_exit, "{status:#x}");
+        }
+        Self(child)
+    }
+
+    /// Resident memory of the process in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let statm = fs::read_to_string(format!("/proc/{}/statm", self.0)).unwrap();
+        let pages = statm.split(' ').nth(1).unwrap();
+        pages.parse::<u64>().unwrap() * 4096
+    }
+}
+
+#[cfg(test)]
+impl Drop for StoppedExit {
+    /// Lets the process end.
+    fn drop(&mut self) {
+        let pid = self.0.as_raw_nonzero().get();
+        // SAFETY: the calls concern the child only.
+        unsafe {
+            libc::ptrace(libc::PTRACE_CONT, pid, 0, 0);
+            libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL);
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! Frees the guest's memory with threads of this process.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ebb_core::range::GpaRange;
 use ebb_core::release::Release;
 
 use super::Plan;
+use super::queue::BatchQueue;
 use crate::memory::{GuestRam, MemoryError};
 use crate::workers::share;
 
@@ -15,11 +16,11 @@ use crate::workers::share;
 pub struct Report {
     /// Bytes returned to the host.
     pub bytes: u64,
-    /// Threads that took part, the caller among them.
+    /// Threads that took part.
     pub workers: usize,
-    /// Batches that the kernel would not free; they go with the mapping.
+    /// Batches that the kernel refused to free. Their memory is freed with the address space.
     pub failures: u64,
-    /// Time until memory was free and `beside` had returned.
+    /// Time until memory was free and everything else was released.
     pub duration: Duration,
 }
 
@@ -42,26 +43,24 @@ impl Report {
     }
 }
 
-/// Frees all batches of `plan` and runs `beside` at the same time on the calling thread: the release of
-/// what else the machine holds. Closing KVM's descriptors takes long by itself, and is cheaper beside the
-/// workers than before or after them.
+/// Frees all batches of `plan` with up to `workers` threads, the calling one among them, which runs `meanwhile` first:
+/// the release of what else the machine holds. Closing KVM's descriptors takes long by itself, and takes less
+/// time while the others free memory than before or after that.
 ///
-/// Nobody may need the memory any more: the vCPUs are stopped. Each batch is freed once. Workers that
-/// cannot be started are done without. The mapping itself goes when `ram` is dropped.
-pub fn execute(plan: &Plan, ram: &GuestRam, beside: impl FnOnce()) -> Report {
+/// Nobody may need the memory any more: the vCPUs are stopped. `ram` stays mapped.
+pub fn execute(plan: &Plan, workers: usize, ram: &GuestRam, meanwhile: impl FnOnce()) -> Report {
     let start = Instant::now();
-    let freeing = Freeing::new(plan.batches(), |range| {
-        ram.release_range(range, Release::Discard)
-    });
-    let mut report = freeing.run(plan.workers(), beside);
+    let workers = workers.min(plan.max_workers());
+    let free = |range| ram.release_range(range, Release::Discard);
+    let mut report = Freeing::new(plan.batches(), free).run(workers, meanwhile);
     report.duration = start.elapsed();
     report
 }
 
-/// Batches that are being freed. A batch belongs to whoever has drawn its index.
+/// Batches that are being freed by `free`.
 struct Freeing<'a, F> {
     batches: &'a [GpaRange],
-    next: AtomicUsize,
+    queue: BatchQueue,
     bytes: AtomicU64,
     failures: AtomicU64,
     free: F,
@@ -71,16 +70,17 @@ impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError> + Sync> Freeing<'a, F> {
     fn new(batches: &'a [GpaRange], free: F) -> Self {
         Self {
             batches,
-            next: AtomicUsize::new(0),
+            queue: BatchQueue::default(),
             bytes: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             free,
         }
     }
 
-    fn run(&self, workers: usize, beside: impl FnOnce()) -> Report {
-        let shared = share(workers, "free", beside, || self.work());
-        // The batch that a panicking worker was at goes with the mapping.
+    fn run(&self, workers: usize, meanwhile: impl FnOnce()) -> Report {
+        let work = || self.queue.work(self.batches, || true, |it| self.free(*it));
+        let shared = share(workers, "free", meanwhile, work);
+        // The batch of a worker that panicked is freed with the mapping.
         let failures = self.failures.load(Ordering::Relaxed) + shared.panicked as u64;
         Report {
             bytes: self.bytes.load(Ordering::Relaxed),
@@ -90,17 +90,14 @@ impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError> + Sync> Freeing<'a, F> {
         }
     }
 
-    /// Frees batches until none is left.
-    fn work(&self) {
-        while let Some(&batch) = self.batches.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            match (self.free)(batch) {
-                Ok(bytes) => {
-                    self.bytes.fetch_add(bytes, Ordering::Relaxed);
-                }
-                Err(error) => {
-                    self.failures.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(%error, "a batch is freed by unmapping only");
-                }
+    fn free(&self, batch: GpaRange) {
+        match (self.free)(batch) {
+            Ok(bytes) => {
+                self.bytes.fetch_add(bytes, Ordering::Relaxed);
+            }
+            Err(error) => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%error, "a batch is freed by unmapping only");
             }
         }
     }
@@ -114,7 +111,7 @@ mod tests {
 
     use super::*;
     use crate::memory::Backing;
-    use crate::teardown::{Pages, Region, Tuning, plan};
+    use crate::teardown::{PageSize, Region, plan};
 
     const MIB: u64 = 1 << 20;
 
@@ -130,21 +127,18 @@ mod tests {
         GuestRam::allocate(backing, layout).unwrap()
     }
 
-    fn planned(ram: &GuestRam, workers: usize, batch: u64) -> Plan {
-        let tuning = Tuning {
-            workers,
-            batch: Some(batch * MIB),
-        };
+    /// Batches of 16 MiB, or of a file.
+    fn planned(ram: &GuestRam) -> Plan {
         let regions = ram.regions().iter().map(|region| Region {
             range: region.gpa,
-            pages: Pages::Small,
+            page_size: PageSize::Small,
             unit: region.file.unwrap_or(2 * MIB),
         });
-        plan(regions, tuning, |_| 0)
+        plan(regions, Some(16 * MIB), |_| 0)
     }
 
     #[test]
-    fn workers_free_everything_beside_the_caller() {
+    fn workers_free_everything_while_the_caller_does_something_else() {
         for (thp, shared, end) in [
             (false, false, 112),
             (true, false, 112),
@@ -160,8 +154,8 @@ mod tests {
             let bytes = (end - 16) * MIB;
             assert_eq!(ram.resident(), bytes);
             let mut name = None;
-            let plan = planned(&ram, 2, 16);
-            let report = execute(&plan, &ram, || name = thread::current().id().into());
+            let plan = planned(&ram);
+            let report = execute(&plan, 2, &ram, || name = thread::current().id().into());
             assert_eq!(name, Some(thread::current().id()));
             let found = (report.bytes, report.workers, report.failures);
             assert_eq!(found, (bytes, 2, 0));
@@ -172,7 +166,7 @@ mod tests {
     #[test]
     fn a_small_machine_is_freed_by_the_caller() {
         let ram = touched(&[range(0, 16)], Backing::default());
-        let report = execute(&planned(&ram, 8, 16), &ram, || {});
+        let report = execute(&planned(&ram), 8, &ram, || {});
         assert_eq!((report.bytes, report.workers), (16 * MIB, 1));
         assert_eq!(ram.resident(), 0);
     }
@@ -203,8 +197,8 @@ mod tests {
             Ok(range.len())
         });
         // The worker has its batch before the caller begins.
-        let drawn = || while freeing.next.load(Ordering::Relaxed) == 0 {};
-        let report = freeing.run(2, drawn);
+        let taken = || while freeing.queue.taken() == 0 {};
+        let report = freeing.run(2, taken);
         assert_eq!((report.failures, report.bytes), (1, 49 * MIB));
     }
 }

@@ -15,10 +15,9 @@ use ebb_hypercall_abi::discovery::PORT;
 
 use crate::bus::{Action, Bus, ExitReason};
 use crate::hypercall::{Arguments, Hypercalls};
-use crate::kvm::{KickTable, KickTarget, KvmError, kick};
+use crate::kvm::{KickTable, KickTarget, KvmError, RunPages, kick};
 use crate::reclaim::EntryHook;
 use crate::strict::Strict;
-use crate::sys::Pins;
 
 use ebb_core::generation::Gate;
 pub use setup::{VcpuSetup, configure};
@@ -35,8 +34,8 @@ pub struct Shared {
     pub entry_hook: Arc<dyn EntryHook>,
     /// The same as the gate kicks.
     pub kicks: Arc<KickTable>,
-    /// Where it is known what each vCPU has mapped.
-    pub pins: Arc<Pins>,
+    /// Where the threads register the pages that they share with KVM.
+    pub run_pages: Arc<RunPages>,
     /// Carries out the guest's calls.
     pub hypercalls: Arc<Hypercalls>,
     /// Strict mode, where it is on.
@@ -113,7 +112,7 @@ fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) 
 
 /// Runs the guest until it ends the machine (then says why) or the machine stops.
 fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Option<ExitReason> {
-    let mut target = KickTarget::new(fd, &shared.pins, index);
+    let mut target = KickTarget::new(fd, &shared.run_pages, index);
     let _registration = shared.kicks.register(index);
     loop {
         shared.entry_hook.before_entry();

@@ -6,7 +6,6 @@ use std::time::Instant;
 use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
 
-use super::ending::Ending;
 use super::events::ExitSlot;
 use crate::arena::Arena;
 use crate::bus::ExitReason;
@@ -18,6 +17,7 @@ use crate::control::{
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
 use crate::hypercall::Hypercalls;
+use crate::teardown::{MAX_WORKERS, Teardown, TuneError};
 
 const MIB: u64 = 1 << 20;
 
@@ -36,11 +36,22 @@ pub struct Control {
     /// The guest's calls.
     pub hypercalls: Arc<Hypercalls>,
     /// Frees the guest's memory at the end.
-    pub ending: Arc<Ending>,
+    pub teardown: Arc<Teardown>,
 }
 
 fn failed(error: impl std::error::Error) -> CommandError {
     CommandError::Failed(error.to_string())
+}
+
+fn out_of_bounds(error: TuneError) -> CommandError {
+    let (what, value, bound) = match error {
+        TuneError::Workers(workers) => {
+            let bound = format!("there can be 1 to {MAX_WORKERS}");
+            ("workers", workers as u64, bound)
+        }
+        TuneError::Batch => ("the batch", 0, "it must be 2 MiB or more".to_owned()),
+    };
+    CommandError::OutOfBounds { what, value, bound }
 }
 
 impl Controller for Control {
@@ -139,11 +150,16 @@ impl Controller for Control {
     }
 
     fn teardown(&self) -> TeardownState {
-        self.ending.state()
+        let tuning = self.teardown.tuning();
+        TeardownState {
+            workers: tuning.workers,
+            batch_bytes: tuning.batch,
+            guardian: self.teardown.has_reaper(),
+        }
     }
 
     fn set_teardown(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError> {
-        self.ending.tune(workers, batch)
+        self.teardown.tune(workers, batch).map_err(out_of_bounds)
     }
 
     fn stop(&self) {

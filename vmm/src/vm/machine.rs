@@ -11,7 +11,6 @@ use vm_memory::GuestMemoryMmap;
 use super::LaunchError;
 use super::attach::{Console, Devices};
 use super::control::Control;
-use super::ending::Ending;
 use super::events::{self, ExitSlot};
 use super::memory;
 use crate::api;
@@ -25,10 +24,11 @@ use crate::devices::virtio::blk::Disk;
 use crate::guardian::Guardian;
 use crate::guest_memory::{GuestMemory, Setup};
 use crate::hypercall::{self, Hypercalls};
-use crate::kvm::{self, Hypervisor, KickTable};
+use crate::kvm::{self, Hypervisor, KickTable, RunPages};
 use crate::reclaim::ReclaimThread;
 use crate::strict::StrictThread;
-use crate::sys::{Pins, TerminationSignals};
+use crate::sys::TerminationSignals;
+use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
 /// A running machine. The fields stand in the order in which [`Vm::shut_down`] lets them go: first those
@@ -41,7 +41,7 @@ pub struct Vm {
     reclaim: Option<ReclaimThread>,
     strict: Option<StrictThread>,
     kvm: kvm::Machine,
-    ending: Arc<Ending>,
+    teardown: Arc<Teardown>,
     exit: Arc<ExitSlot>,
     /// Restores the terminal, however we leave.
     _raw_mode: Option<RawMode>,
@@ -76,8 +76,7 @@ impl Vm {
         let kicks = Arc::new(KickTable::new(vcpus));
         let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
         let ram = memory.ram().memory();
-        let pins = Arc::new(Pins::new(vcpus, host.vcpu_mapping()?));
-        let ending = Ending::new(guardian, Arc::clone(&memory), pins, &config.memory);
+        let teardown = teardown(&config, guardian, &memory, &host)?;
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(memory.ram()))?;
@@ -116,7 +115,7 @@ impl Vm {
             balloon,
             hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
             memory,
-            ending: Arc::new(ending),
+            teardown: Arc::new(teardown),
             config,
         };
         Self::start(machine, kicks, devices, console, vcpus, control)
@@ -138,7 +137,7 @@ impl Vm {
         } = devices;
         let exit = Arc::clone(&control.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
-        let ending = Arc::clone(&control.ending);
+        let teardown = Arc::clone(&control.teardown);
         let memory = Arc::clone(&control.memory);
         let reclaim = memory.start_reclaim()?;
         let strict = memory.start_strict()?;
@@ -147,7 +146,7 @@ impl Vm {
             .map(|path| api::serve(&path, Arc::new(control)))
             .transpose()?;
         if let Some(api) = &api {
-            ending.watch_socket(api.identity());
+            teardown.status().set_socket(api.identity());
         }
         let on_exit = {
             let exit = Arc::clone(&exit);
@@ -159,7 +158,7 @@ impl Vm {
             gate: Arc::clone(memory.gate()),
             entry_hook: Arc::clone(memory.reclaimer()) as _,
             kicks,
-            pins: ending.pins(),
+            run_pages: Arc::clone(teardown.run_pages()),
             hypercalls,
             strict: memory.strict().cloned(),
             on_exit,
@@ -174,7 +173,7 @@ impl Vm {
             reclaim,
             strict,
             kvm,
-            ending,
+            teardown,
             exit,
             _raw_mode: raw_mode,
         })
@@ -190,7 +189,7 @@ impl Vm {
         Ok(reason)
     }
 
-    /// Stops everything and frees the guest's memory, or leaves that to the heir: see [`Ending::free`].
+    /// Stops everything and frees the guest's memory, or leaves that to the reaper: see [`Teardown::free`].
     pub fn shut_down(mut self) {
         drop(self.api.take());
         self.vcpus.stop();
@@ -201,12 +200,34 @@ impl Vm {
             vcpus,
             devices,
             kvm,
-            ending,
+            teardown,
             ..
         } = self;
         drop((vcpus, devices));
-        ending.free((kvm, pressure));
+        teardown.free((kvm, pressure));
     }
+}
+
+/// From here on the guest's memory is freed fast, also if the monitor is killed.
+fn teardown(
+    config: &MachineConfig,
+    guardian: &'static Guardian,
+    memory: &GuestMemory,
+    host: &Hypervisor,
+) -> Result<Teardown, LaunchError> {
+    let run_pages = RunPages::new(config.vcpus as usize, host.vcpu_mapping()?);
+    let page_size = if config.memory.hugepages {
+        PageSize::Huge
+    } else {
+        PageSize::Small
+    };
+    Ok(Teardown::new(
+        guardian.status(),
+        guardian.reaper(),
+        Arc::clone(memory.ram()),
+        page_size,
+        Arc::new(run_pages),
+    ))
 }
 
 fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {

@@ -2,7 +2,6 @@
 
 mod attach;
 mod control;
-mod ending;
 mod events;
 mod machine;
 mod memory;
@@ -24,6 +23,7 @@ use crate::kvm::{self, KvmError};
 use crate::reclaim;
 use crate::strict;
 use crate::sys::TerminationSignals;
+use crate::teardown::Reaper;
 use machine::Vm;
 
 /// The machine could not be started.
@@ -95,8 +95,8 @@ impl LaunchError {
     }
 }
 
-/// Builds the machine, runs it until it ends, and frees all that it took, or has that done by its heir when
-/// this process ends. `log` is where the log goes. The process must have one thread.
+/// Builds the machine, runs it until it ends, and frees everything that it used, or leaves its memory to the reaper, which
+/// frees it when this process has ended. `log` is where the log goes. The process must have one thread.
 ///
 /// # Errors
 /// [`LaunchError`]; nothing is left behind.
@@ -105,8 +105,9 @@ pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> 
     kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
     let socket = config.api_socket.as_deref();
     let guardian = Guardian::start(config.guardian, &config.id, socket, log);
+    let guardian = guardian.map_err(LaunchError::system("mmap"))?;
     let reason = build_and_run(config, guardian, signals);
-    guardian.farewell();
+    guardian.finish();
     reason
 }
 
@@ -115,7 +116,9 @@ fn build_and_run(
     guardian: &'static Guardian,
     signals: TerminationSignals,
 ) -> Result<ExitReason, LaunchError> {
-    let mut vm = Vm::build(config, guardian).inspect_err(|_| guardian.disinherit())?;
+    let built = Vm::build(config, guardian);
+    let mut vm =
+        built.inspect_err(|_| guardian.reaper().into_iter().for_each(Reaper::clear_job))?;
     let reason = vm.run(signals);
     vm.shut_down();
     reason

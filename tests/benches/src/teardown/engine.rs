@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use ebb_vmm::memory::{Backing, GuestRam};
-use ebb_vmm::teardown::{Pages, Region, Tuning, execute, plan};
+use ebb_vmm::teardown::{PageSize, Region, execute, plan};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Arguments, GIB, Results, SECONDS};
@@ -42,15 +42,10 @@ pub(super) fn shared(ram: GuestRam, workers: usize) -> f64 {
 pub(super) fn free(ram: &GuestRam, workers: usize) {
     let regions = ram.regions().iter().map(|region| Region {
         range: region.gpa,
-        pages: Pages::Small,
+        page_size: PageSize::Small,
         unit: region.file.unwrap_or(BLOCK_SIZE),
     });
-    let tuning = Tuning {
-        workers,
-        batch: None,
-    };
-    let plan = plan(regions, tuning, |_| 0);
-    execute(&plan, ram, || {});
+    execute(&plan(regions, None, |_| 0), workers, ram, || {});
 }
 
 /// Touched memory in pages of 4 KiB, or transparent huge pages.

@@ -1,0 +1,180 @@
+//! How one machine's memory is freed at its end, and by whom.
+
+use std::mem;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::available_parallelism;
+
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
+
+use super::plan::{MAX_WORKERS, default_workers};
+use super::reaper::Batch;
+use super::{Job, PageSize, Plan, Reaper, Region, StatusPage, execute, plan};
+use crate::kvm::RunPages;
+use crate::memory::GuestRam;
+use crate::sys::{self, nodes};
+
+/// How a machine's memory is freed at its end. While the machine runs, the reaper has a [`Job`] that is always up to
+/// date, so that memory is freed fast even if the monitor is killed.
+pub struct Teardown {
+    /// Holds the number of workers, which may still change while memory is being freed.
+    status: &'static StatusPage,
+    /// Frees the memory after the monitor's end; without it the monitor does so before its end.
+    reaper: Option<&'static Reaper>,
+    ram: Arc<GuestRam>,
+    page_size: PageSize,
+    run_pages: Arc<RunPages>,
+    /// Bytes that a worker takes at a time; `None`: the default for the page size.
+    batch: Mutex<Option<u64>>,
+}
+
+/// A setting that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TuneError {
+    /// That many workers cannot be.
+    #[error("workers is {0}, but there can be 1 to {MAX_WORKERS}")]
+    Workers(usize),
+    /// A batch of no bytes.
+    #[error("the batch is 0, but it must be 2 MiB or more")]
+    Batch,
+}
+
+/// How memory will be freed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TeardownTuning {
+    /// Threads that free memory at the same time.
+    pub workers: usize,
+    /// Bytes that one takes at a time.
+    pub batch: u64,
+}
+
+impl Teardown {
+    /// From now on `ram` is freed fast even if the monitor is killed. `run_pages` is where the threads of the vCPUs
+    /// register what they have mapped.
+    pub fn new(
+        status: &'static StatusPage,
+        reaper: Option<&'static Reaper>,
+        ram: Arc<GuestRam>,
+        page_size: PageSize,
+        run_pages: Arc<RunPages>,
+    ) -> Self {
+        let cores = available_parallelism().map_or(1, std::num::NonZero::get);
+        status.set_workers(default_workers(cores, nodes::count()));
+        let teardown = Self {
+            status,
+            reaper,
+            ram,
+            page_size,
+            run_pages,
+            batch: Mutex::new(None),
+        };
+        teardown.set_job(&teardown.plan(None));
+        teardown
+    }
+
+    /// Where the threads of the vCPUs register their pages.
+    pub const fn run_pages(&self) -> &Arc<RunPages> {
+        &self.run_pages
+    }
+
+    /// The page that is shared with the reaper and the guardian.
+    pub const fn status(&self) -> &'static StatusPage {
+        self.status
+    }
+
+    /// Returns true if memory is freed after the monitor's end, also if that is violent.
+    pub const fn has_reaper(&self) -> bool {
+        self.reaper.is_some()
+    }
+
+    /// The settings in force.
+    pub fn tuning(&self) -> TeardownTuning {
+        TeardownTuning {
+            workers: self.status.workers(),
+            batch: self.batch().unwrap_or(self.page_size.default_batch()),
+        }
+    }
+
+    /// Changes the settings that are given. The workers obey at once, even while memory is being freed.
+    ///
+    /// # Errors
+    /// [`TuneError`]; nothing has changed then.
+    pub fn tune(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), TuneError> {
+        if let Some(workers) = workers.filter(|it| !(1..=MAX_WORKERS).contains(it)) {
+            return Err(TuneError::Workers(workers));
+        }
+        if batch == Some(0) {
+            return Err(TuneError::Batch);
+        }
+        if let Some(workers) = workers {
+            self.status.set_workers(workers);
+        }
+        if batch.is_some() {
+            // Locked until the reaper has the job, so that the later of two requests wins as a whole.
+            let mut current = self.batch();
+            *current = batch;
+            self.set_job(&self.plan(batch));
+        }
+        Ok(())
+    }
+
+    /// Frees the memory, or leaves that to the reaper, and then returns at once. `others` is what the machine still holds and
+    /// what takes long to close, so it is closed while memory is being freed: KVM releases its own page tables serially,
+    /// and the kernel waits before it removes a trigger of memory pressure.
+    ///
+    /// No thread may need the memory or KVM any more.
+    pub fn free<T>(&self, others: T) {
+        let plan = self.final_plan();
+        let workers = self.status.workers().min(plan.max_workers());
+        if workers > 1 && self.reaper.is_some_and(Reaper::is_alive) {
+            self.set_job(&plan);
+            // The reaper shares the descriptors, and closes them when the monitor is dead.
+            mem::forget(others);
+            return;
+        }
+        if let Some(reaper) = self.reaper {
+            reaper.clear_job();
+        }
+        let before = sys::resident_bytes();
+        let mut report = execute(&plan, workers, &self.ram, move || drop(others));
+        let freed = before.zip(sys::resident_bytes());
+        report.bytes = freed.map_or(report.bytes, |(a, b)| a.saturating_sub(b));
+        report.log();
+    }
+
+    fn batch(&self) -> MutexGuard<'_, Option<u64>> {
+        self.batch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_job(&self, plan: &Plan) {
+        if let Some(reaper) = self.reaper {
+            let (ram, run_pages) = (Arc::clone(&self.ram), Arc::clone(&self.run_pages));
+            reaper.set_job(Job::new(plan, ram, run_pages));
+        }
+    }
+
+    /// A plan for any moment. It knows nothing of memory nodes.
+    fn plan(&self, batch: Option<u64>) -> Plan {
+        plan(self.regions(), batch, |_| 0)
+    }
+
+    /// A plan for now, when the memory is where it will be freed.
+    fn final_plan(&self) -> Plan {
+        let batch = *self.batch();
+        if nodes::count() == 1 {
+            return self.plan(batch);
+        }
+        let node_of = |range: GpaRange| {
+            let batch = Batch::new(&self.ram, range);
+            batch.and_then(|batch| nodes::node_at(batch.address))
+        };
+        plan(self.regions(), batch, |range| node_of(range).unwrap_or(0))
+    }
+
+    fn regions(&self) -> impl Iterator<Item = Region> {
+        self.ram.regions().iter().map(|region| Region {
+            range: region.gpa,
+            page_size: self.page_size,
+            unit: region.file.unwrap_or(BLOCK_SIZE),
+        })
+    }
+}

@@ -1,0 +1,208 @@
+//! The page that monitor, reaper and guardian share.
+
+use std::io;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rustix::mm::{MapFlags, ProtFlags};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::sys;
+use crate::teardown::{MAX_WORKERS, Report};
+
+/// What monitor, reaper and guardian tell each other. The page stays shared across fork(2). It is also the one place
+/// where the number of teardown workers is kept: the API's controller and the guardian write it, and all workers read it.
+#[derive(Debug, Default)]
+pub struct StatusPage {
+    /// The monitor has stopped everything by itself.
+    finished: AtomicBool,
+    /// Device and inode of the API's socket; the inode is 0 if there is none.
+    socket: [AtomicU64; 2],
+    /// How many threads shall free memory at the same time.
+    workers: AtomicUsize,
+    /// Bytes that the reaper has to free; 0 if it has no job.
+    total_bytes: AtomicU64,
+    /// Bytes that it has handled.
+    done_bytes: AtomicU64,
+    /// Batches that the kernel refused to free.
+    failures: AtomicU64,
+    /// Maximum number of threads that took part at the same time.
+    max_workers: AtomicUsize,
+    begin: Moment,
+    end: Moment,
+}
+
+/// When freeing began or ended, and what was resident then.
+#[derive(Debug, Default)]
+struct Moment {
+    /// Nanoseconds of `CLOCK_MONOTONIC`; 0 until it comes.
+    time: AtomicU64,
+    /// Resident bytes.
+    resident: AtomicU64,
+}
+
+impl StatusPage {
+    /// A page that this process shares with all processes that it makes from now on. It is never unmapped.
+    ///
+    /// # Errors
+    /// mmap(2)'s.
+    pub fn new() -> io::Result<&'static Self> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: without MAP_FIXED the kernel picks an unused place. It is never unmapped, aligned to a page and large
+        // enough. All fields are atomics, for which all zeroes are a value.
+        let status = unsafe {
+            let (anywhere, len) = (ptr::null_mut(), size_of::<Self>());
+            let page = rustix::mm::mmap_anonymous(anywhere, len, prot, MapFlags::SHARED)?;
+            &*page.cast::<Self>()
+        };
+        // The first use of the clock may initialize something in libc, which must not happen in the reaper.
+        let _ = now();
+        Ok(status)
+    }
+
+    /// Sets how many threads shall free memory at the same time. Workers obey between two batches.
+    pub fn set_workers(&self, workers: usize) {
+        self.workers.store(workers, Ordering::Relaxed);
+    }
+
+    /// How many threads shall free memory at the same time: 1 to [`MAX_WORKERS`].
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        self.workers.load(Ordering::Relaxed).clamp(1, MAX_WORKERS)
+    }
+
+    /// The monitor has made the API's socket, a file with this device and inode.
+    pub fn set_socket(&self, (device, inode): (u64, u64)) {
+        self.socket[0].store(device, Ordering::Relaxed);
+        self.socket[1].store(inode, Ordering::Release);
+    }
+
+    /// Device and inode of the API's socket, if the monitor has made one.
+    #[must_use]
+    pub fn socket(&self) -> Option<(u64, u64)> {
+        let inode = self.socket[1].load(Ordering::Acquire);
+        (inode > 0).then(|| (self.socket[0].load(Ordering::Relaxed), inode))
+    }
+
+    /// The monitor has stopped everything by itself and exits now.
+    pub fn set_finished(&self) {
+        self.finished.store(true, Ordering::Release);
+    }
+
+    /// Returns true if the monitor has stopped everything by itself, false if it was killed.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.finished.load(Ordering::Acquire)
+    }
+
+    /// Bytes that the reaper has handled, and bytes that it has to free.
+    #[must_use]
+    pub fn progress(&self) -> (u64, u64) {
+        let [done, total] = [&self.done_bytes, &self.total_bytes].map(load);
+        (done, total)
+    }
+
+    pub(super) fn set_total(&self, bytes: u64) {
+        self.total_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Freeing begins. Like all that follows, it is called in the reaper: no allocation, no lock.
+    pub(super) fn set_begin(&self) {
+        self.begin.set();
+    }
+
+    pub(super) fn set_end(&self) {
+        self.end.set();
+    }
+
+    pub(super) fn add_batch(&self, bytes: u64, is_freed: bool) {
+        self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if !is_freed {
+            self.failures.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn note_workers(&self, workers: usize) {
+        self.max_workers.fetch_max(workers, Ordering::Relaxed);
+    }
+
+    /// Returns true if the reaper has begun to free memory.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        load(&self.begin.time) > 0
+    }
+
+    /// What the reaper did; `None` if it has not ended its work.
+    #[must_use]
+    pub fn report(&self) -> Option<Report> {
+        let [began, ended] = [&self.begin, &self.end].map(|moment| load(&moment.time));
+        let [before, after] = [&self.begin, &self.end].map(|moment| load(&moment.resident));
+        (ended > 0).then(|| Report {
+            bytes: before.saturating_sub(after),
+            duration: Duration::from_nanos(ended.saturating_sub(began)),
+            workers: self.max_workers.load(Ordering::Relaxed),
+            failures: load(&self.failures),
+        })
+    }
+}
+
+impl Moment {
+    /// It is now.
+    fn set(&self) {
+        let resident = sys::resident_bytes().unwrap_or(0);
+        self.resident.store(resident, Ordering::Relaxed);
+        self.time.store(now(), Ordering::Release);
+    }
+}
+
+fn load(value: &AtomicU64) -> u64 {
+    value.load(Ordering::Acquire)
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`.
+fn now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_there_once_the_work_has_ended() {
+        let status = StatusPage::new().unwrap();
+        assert_eq!((status.report(), status.has_begun()), (None, false));
+        assert_eq!((status.socket(), status.is_finished()), (None, false));
+        status.set_begin();
+        status.note_workers(3);
+        status.note_workers(2);
+        status.set_total(12);
+        status.add_batch(4, true);
+        status.add_batch(5, false);
+        assert_eq!((status.report(), status.has_begun()), (None, true));
+        assert_eq!(status.progress(), (9, 12));
+        std::thread::sleep(Duration::from_millis(2));
+        status.set_end();
+        let report = status.report().unwrap();
+        assert_eq!((report.workers, report.failures), (3, 1));
+        let expected = Duration::from_millis(2)..Duration::from_secs(60);
+        assert!(expected.contains(&report.duration), "{report:?}");
+        status.set_socket((0, 7));
+        status.set_finished();
+        assert_eq!(
+            (status.socket(), status.is_finished()),
+            (Some((0, 7)), true)
+        );
+    }
+
+    #[test]
+    fn the_number_of_workers_is_bounded_whoever_sets_it() {
+        let status = StatusPage::default();
+        for (set, workers) in [(0, 1), (3, 3), (usize::MAX, MAX_WORKERS)] {
+            status.set_workers(set);
+            assert_eq!(status.workers(), workers);
+        }
+    }
+}
