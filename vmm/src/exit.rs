@@ -1,21 +1,21 @@
-//! Exit statuses of `ebb run`, as crosvm's users know them.
+//! Exit statuses of `ebb run`, the same as crosvm's.
 
 use crate::bus::ExitReason;
 
 /// The guest powered off, or the operator stopped the machine.
 pub const STOP: u8 = 0;
-/// A command was understood, but could not be carried out.
+/// A valid command could not be carried out.
 pub const FAILED: u8 = 1;
 /// The guest asked for a reset.
 pub const RESET: u8 = 32;
-/// The guest could not go on.
+/// The guest crashed: a triple fault, or something that KVM cannot do.
 pub const CRASH: u8 = 33;
 /// The guest's kernel panicked.
 pub const PANIC: u8 = 34;
-/// The arguments, or what they name on this host, are of no use.
+/// The arguments are invalid, or the host lacks what they name.
 pub const BAD_ARGUMENTS: u8 = 35;
 
-/// The exit status that tells `reason`.
+/// The exit status for `reason`.
 #[must_use]
 pub const fn status(reason: ExitReason) -> u8 {
     match reason {

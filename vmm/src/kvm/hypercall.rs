@@ -1,4 +1,4 @@
-//! What KVM has to be told for the guest's calls to reach us.
+//! How the guest's hypercalls reach this process.
 
 use std::ptr;
 
@@ -10,8 +10,8 @@ use kvm_ioctls::{Cap, SyncReg, VcpuFd};
 use super::{Hypervisor, KickTarget, KvmError, Machine, call};
 
 impl Hypervisor {
-    /// The instruction that makes a hypercall on this host's processors without a detour through KVM's
-    /// emulator, which would patch the guest's code.
+    /// The instruction by which guests make hypercalls on this host's processors. If they used the other one, KVM's
+    /// emulator would have to replace it in the guest's code.
     fn hypercall_instruction(&self) -> Features {
         const AMD: &[u8] = b"AuthenticAMD";
         const HYGON: &[u8] = b"HygonGenuine";
@@ -23,8 +23,8 @@ impl Hypervisor {
         }
     }
 
-    /// Has KVM hand the hypercalls of `machine` to us; by which instruction they come, or `None` where KVM
-    /// cannot (before Linux 5.14).
+    /// Has KVM pass the hypercalls of `machine` on to this process. Returns the instruction by which guests make them, or
+    /// `None` if KVM cannot do that (before Linux 5.14).
     ///
     /// # Errors
     /// [`KvmError::Call`].
@@ -46,8 +46,8 @@ impl Hypervisor {
         Ok(Some(self.hypercall_instruction()))
     }
 
-    /// Has KVM leave the registers of `vcpu` in the shared page at each exit, where it can. That copies 18
-    /// words an exit; without it, each call by port costs one more system call.
+    /// Has KVM copy the registers of `vcpu` to the shared page at each exit, if it can. That is 18 words per exit; without
+    /// them each hypercall by port needs one more system call.
     pub fn share_registers(&self, vcpu: &mut VcpuFd) {
         let offered = self.kvm.check_extension_int(Cap::SyncRegs);
         if offered.cast_unsigned() & KVM_SYNC_X86_REGS != 0 {
@@ -69,22 +69,22 @@ impl KickTarget {
         self.fd.get_regs().map_err(call("KVM_GET_REGS"))
     }
 
-    /// Gives the guest `value` as what it reads from the port of the last exit. Does nothing when that was
-    /// no read of one 32-bit value.
+    /// Makes `value` the result of the port read that caused the last exit. Does nothing unless the last exit was a read
+    /// of one 32-bit value.
     pub fn answer_input(&mut self, value: u32) {
         let run = self.fd.get_kvm_run();
         if run.exit_reason != kvm_bindings::KVM_EXIT_IO {
             return;
         }
-        // SAFETY: KVM has filled in `io`, as the reason of the exit says.
+        // SAFETY: after an exit for this reason KVM has set `io`.
         let io = unsafe { run.__bindgen_anon_1.io };
         let is_input = u32::from(io.direction) == kvm_bindings::KVM_EXIT_IO_IN;
         if !is_input || io.size != 4 || io.count != 1 {
             return;
         }
         let run = ptr::from_mut(run).cast::<u8>();
-        // SAFETY: KVM's `data_offset` leads to the bytes of the value, inside the vCPU's mapped pages, which
-        // live as long as the descriptor that we borrow; nobody else holds a reference to them.
+        // SAFETY: `data_offset` is where KVM expects the value, in the vCPU's mapped pages. These exist as long as the
+        // descriptor, which is borrowed here, and there is no other reference to them.
         unsafe {
             let data = run.add(io.data_offset as usize);
             data.cast::<u32>().write_unaligned(value);

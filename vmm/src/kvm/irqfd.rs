@@ -6,11 +6,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::Interrupt;
 
-/// An interrupt that KVM raises when this eventfd is written.
+/// An interrupt that KVM raises when this eventfd is signalled.
 pub struct IrqFd(EventFd);
 
 impl IrqFd {
-    /// An eventfd that is registered with KVM.
+    /// Wraps `event`, which is registered with KVM.
     pub(super) const fn new(event: EventFd) -> Self {
         Self(event)
     }

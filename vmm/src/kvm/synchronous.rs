@@ -1,16 +1,16 @@
-//! Page faults that a vCPU's own thread waits for, not a worker of the kernel.
+//! How page faults of a vCPU are handled by its own thread and never by a kernel worker.
 
 use kvm_bindings::{KVM_CAP_X86_DISABLE_EXITS, KVM_X86_DISABLE_EXITS_HLT, kvm_enable_cap};
 
 use super::{Hypervisor, KvmError, Machine, call};
 
-/// The CPUID leaf of KVM's features.
+/// The CPUID leaf that lists KVM's features.
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// In its EAX: asynchronous page faults, their delivery as exits, and as interrupts.
+/// Bits of its EAX: asynchronous page faults, and their delivery by nested exit and by interrupt.
 const ASYNC_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 impl Hypervisor {
-    /// Does not offer guests to be told of page faults that the host works on.
+    /// Does not offer asynchronous page faults to guests.
     pub fn hide_async_faults(&mut self) {
         let leaf = |e: &&mut kvm_bindings::kvm_cpuid_entry2| e.function == KVM_FEATURES;
         if let Some(entry) = self.cpuid.as_mut_slice().iter_mut().find(leaf) {
@@ -20,11 +20,11 @@ impl Hypervisor {
 }
 
 impl Machine {
-    /// Has each vCPU wait in `KVM_RUN` for the pages that it touches. To be called before there are vCPUs.
+    /// Makes each vCPU wait in `KVM_RUN` for the pages that it touches. Must be called before vCPUs are created.
     ///
-    /// KVM otherwise hands a fault that takes long to a worker and halts the vCPU meanwhile, or lets the guest do something
-    /// else (`kvm_can_do_async_pf` in arch/x86/kvm/x86.c). It does neither for a machine that halts in the guest, and whose
-    /// guest has not asked for it. The price: a halted vCPU keeps its processor busy.
+    /// Otherwise KVM passes a fault that takes long to a kernel worker, and meanwhile halts the vCPU or lets the guest do
+    /// something else (`kvm_can_do_async_pf` in arch/x86/kvm/x86.c). It does neither if halts stay in the guest and the guest
+    /// has not asked for asynchronous faults. The price is that a halted vCPU keeps its processor busy.
     ///
     /// # Errors
     /// [`KvmError::Lacks`], [`KvmError::Call`].

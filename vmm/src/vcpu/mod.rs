@@ -2,24 +2,25 @@
 
 mod setup;
 
+use std::fmt::Display;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use ebb_core::generation::Gate;
+use kvm_ioctls::{HypercallExit, VcpuExit, VcpuFd};
 
 use ebb_hypercall_abi::call::KVM_HC_MAP_GPA_RANGE;
 use ebb_hypercall_abi::discovery::PORT;
 
 use crate::bus::{Action, Bus, ExitReason};
 use crate::hypercall::{Arguments, Hypercalls};
-use crate::kvm::{KickTable, KickTarget, KvmError, RunPages, kick};
+use crate::kvm::{KickTable, KickTarget, RunPages, kick};
 use crate::reclaim::EntryHook;
 use crate::strict::Strict;
 
-use ebb_core::generation::Gate;
 pub use setup::{VcpuSetup, configure};
 
 /// What the vCPUs of a machine share.
@@ -28,11 +29,11 @@ pub struct Shared {
     pub ports: Bus,
     /// Memory-mapped devices.
     pub mmio: Bus,
-    /// Every vCPU enters the guest through it.
+    /// The gate through which every vCPU enters the guest.
     pub gate: Arc<Gate>,
     /// Called before the gate.
     pub entry_hook: Arc<dyn EntryHook>,
-    /// The same as the gate kicks.
+    /// The table by which the gate kicks vCPUs. Their threads register in it.
     pub kicks: Arc<KickTable>,
     /// Where the threads register the pages that they share with KVM.
     pub run_pages: Arc<RunPages>,
@@ -40,7 +41,7 @@ pub struct Shared {
     pub hypercalls: Arc<Hypercalls>,
     /// Strict mode, where it is on.
     pub strict: Option<Arc<Strict>>,
-    /// Called once a vCPU learns that the machine must end; the first reason counts.
+    /// Called when an exit of a vCPU ends the machine. Several vCPUs may call it; the first reason counts.
     pub on_exit: Box<dyn Fn(ExitReason) + Send + Sync>,
 }
 
@@ -52,10 +53,10 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; they enter the guest at once.
+    /// Starts a thread for each vCPU. The threads enter the guest at once.
     ///
     /// # Errors
-    /// A thread could not be started; those that were are stopped again.
+    /// A thread could not be started. Those that were started are stopped again.
     pub fn start(vcpus: Vec<VcpuFd>, shared: &Arc<Shared>) -> io::Result<Self> {
         let mut started = Self {
             stopping: Arc::default(),
@@ -78,14 +79,14 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Brings every vCPU out of the guest for good and waits for its thread to end.
+    /// Brings every vCPU out of the guest for good, and waits until all threads have ended.
     pub fn stop(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
-        // Those who wait at the gate get no kick.
+        // Wakes the threads that wait at the gate, which a kick does not do.
         self.gate.stop();
         self.threads.iter().for_each(kick);
         for thread in self.threads.drain(..) {
-            // A panic was already reported as a crash by the thread itself.
+            // The thread itself has reported a panic, as a crash.
             let _ = thread.join();
         }
     }
@@ -97,7 +98,7 @@ impl Drop for Vcpus {
     }
 }
 
-/// The whole life of a vCPU thread. A panic in a device ends the machine, not just the thread.
+/// What a vCPU thread runs. A panic in a device ends the machine, not just the thread.
 fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) {
     let run = AssertUnwindSafe(|| run(index, fd, shared, stopping));
     match catch_unwind(run) {
@@ -110,112 +111,116 @@ fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) 
     }
 }
 
-/// Runs the guest until it ends the machine (then says why) or the machine stops.
+/// Runs the guest until it ends the machine, and returns why; `None` if the machine is stopped.
 fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Option<ExitReason> {
-    let mut target = KickTarget::new(fd, &shared.run_pages, index);
+    let mut vcpu = KickTarget::new(fd, &shared.run_pages, index);
     let _registration = shared.kicks.register(index);
     loop {
         shared.entry_hook.before_entry();
-        // First forget old kicks, then look at what they are for: a kick that comes in between makes
-        // KVM_RUN return at once.
-        target.clear_kick();
+        // First forget earlier kicks, then look for their reasons: a kick that comes later makes KVM_RUN return at once.
+        vcpu.clear_kick();
         if stopping.load(Ordering::SeqCst) {
             return None;
         }
-        if let Some(strict) = shared
-            .strict
-            .as_deref()
-            .filter(|strict| strict.is_caught(index))
-        {
-            // Where it cannot be told, it is 0.
-            strict.tell(
-                index,
-                target.registers().map_or(0, |registers| registers.rip),
-            );
-        }
-        // The only place where a vCPU enters the guest. While it handles the exit it is out.
+        report_caught_access(index, &mut vcpu, shared);
         let exit = {
+            // The only place where a vCPU enters the guest. While an exit is handled, the vCPU counts as out.
             let _inside = shared.gate.enter(index)?;
             let _in_guest = shared.strict.as_ref().map(|strict| strict.in_guest(index));
-            target.run()
+            vcpu.run()
         };
-        match exit {
+        let action = match exit {
             Ok((VcpuExit::IoIn(PORT, data), 4)) if data.len() == 4 => {
-                if let Err(error) = call_by_port(&mut target, shared) {
-                    tracing::error!("vCPU {index}: {error}");
-                    return Some(ExitReason::Crash);
-                }
+                hypercall_by_port(index, &mut vcpu, shared)
             }
-            Ok((exit, io_size)) => {
-                if let Action::Exit(reason) = handle(index, exit, io_size, shared) {
-                    return Some(reason);
-                }
+            Ok((VcpuExit::Hypercall(call), _)) if call.nr == KVM_HC_MAP_GPA_RANGE => {
+                hypercall(call, shared)
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Err(error) => {
-                tracing::error!("vCPU {index}: KVM_RUN failed: {error}");
-                return Some(ExitReason::Crash);
-            }
+            Ok((VcpuExit::IoIn(port, data), size)) => read_port(&shared.ports, port, data, size),
+            Ok((VcpuExit::IoOut(port, data), size)) => write_port(&shared.ports, port, data, size),
+            Ok((VcpuExit::MmioRead(addr, data), _)) => read_mmio(&shared.mmio, addr, data),
+            Ok((VcpuExit::MmioWrite(addr, data), _)) => shared.mmio.write(addr, data),
+            Ok((VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen, _)) => Action::Continue,
+            Ok((VcpuExit::SystemEvent(event, _), _)) => Action::Exit(reason_of(event)),
+            Ok((VcpuExit::Shutdown, _)) => crash(index, "triple fault"),
+            Ok((other, _)) => crash(index, format_args!("KVM cannot go on: {other:?}")),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Action::Continue,
+            Err(error) => crash(index, format_args!("KVM_RUN failed: {error}")),
+        };
+        if let Action::Exit(reason) = action {
+            return Some(reason);
         }
     }
 }
 
-/// A call whose arguments are in registers, and whose answer is what the guest reads from the port.
-fn call_by_port(target: &mut KickTarget, shared: &Shared) -> Result<(), KvmError> {
-    let registers = target.registers()?;
+/// Has strict mode report an access that the vCPU was caught at, together with its instruction pointer, or 0 if that
+/// cannot be read.
+fn report_caught_access(index: usize, vcpu: &mut KickTarget, shared: &Shared) {
+    if let Some(strict) = &shared.strict
+        && strict.is_caught(index)
+    {
+        let rip = vcpu.registers().map_or(0, |registers| registers.rip);
+        strict.tell(index, rip);
+    }
+}
+
+/// A hypercall by port: the arguments are in registers, and the status is what the guest reads from the port.
+fn hypercall_by_port(index: usize, vcpu: &mut KickTarget, shared: &Shared) -> Action {
+    let registers = match vcpu.registers() {
+        Ok(registers) => registers,
+        Err(error) => return crash(index, error),
+    };
     let status = shared.hypercalls.call(Arguments {
         gpa: registers.rbx,
         pages: registers.rcx,
         attributes: registers.rsi,
     });
-    // All statuses fit into 32 bits; the guest extends the sign.
-    target.answer_input(status as u32);
-    Ok(())
+    // Every status fits into 32 bits; the guest extends the sign.
+    vcpu.answer_input(status as u32);
+    Action::Continue
 }
 
-/// Handles one exit. Port I/O comes as one or more accesses of `io_size` bytes.
-fn handle(index: usize, exit: VcpuExit<'_>, io_size: usize, shared: &Shared) -> Action {
-    match exit {
-        VcpuExit::IoOut(port, data) => write_port(&shared.ports, port, data, io_size),
-        VcpuExit::IoIn(port, data) => {
-            for element in data.chunks_mut(io_size) {
-                shared.ports.read(u64::from(port), element);
-            }
-            Action::Continue
-        }
-        VcpuExit::Hypercall(call) if call.nr == KVM_HC_MAP_GPA_RANGE => {
-            let [gpa, pages, attributes, ..] = call.args;
-            let status = shared.hypercalls.call(Arguments {
-                gpa,
-                pages,
-                attributes,
-            });
-            *call.ret = status.cast_unsigned();
-            Action::Continue
-        }
-        VcpuExit::MmioRead(addr, data) => {
-            shared.mmio.read(addr, data);
-            Action::Continue
-        }
-        VcpuExit::MmioWrite(addr, data) => shared.mmio.write(addr, data),
-        VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => Action::Continue,
-        VcpuExit::SystemEvent(kind, _) => Action::Exit(match kind {
-            kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => ExitReason::Stop,
-            kvm_bindings::KVM_SYSTEM_EVENT_RESET => ExitReason::Reset,
-            _ => ExitReason::Crash,
-        }),
-        VcpuExit::Shutdown => {
-            tracing::error!("vCPU {index}: triple fault");
-            Action::Exit(ExitReason::Crash)
-        }
-        other => {
-            tracing::error!("vCPU {index}: KVM cannot go on: {other:?}");
-            Action::Exit(ExitReason::Crash)
-        }
+/// A hypercall by instruction, which KVM has passed on.
+fn hypercall(call: HypercallExit<'_>, shared: &Shared) -> Action {
+    let [gpa, pages, attributes, ..] = call.args;
+    let status = shared.hypercalls.call(Arguments {
+        gpa,
+        pages,
+        attributes,
+    });
+    *call.ret = status.cast_unsigned();
+    Action::Continue
+}
+
+/// Logs why the vCPU cannot go on.
+fn crash(index: usize, why: impl Display) -> Action {
+    tracing::error!("vCPU {index}: {why}");
+    Action::Exit(ExitReason::Crash)
+}
+
+/// Why the machine ends at KVM's system event of this kind.
+const fn reason_of(event: u32) -> ExitReason {
+    match event {
+        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => ExitReason::Stop,
+        kvm_bindings::KVM_SYSTEM_EVENT_RESET => ExitReason::Reset,
+        _ => ExitReason::Crash,
     }
 }
 
-/// Writes to a port element by element, until one ends the machine.
+fn read_mmio(mmio: &Bus, addr: u64, data: &mut [u8]) -> Action {
+    mmio.read(addr, data);
+    Action::Continue
+}
+
+/// Reads from a port, `size` bytes at a time.
+fn read_port(ports: &Bus, port: u16, data: &mut [u8], size: usize) -> Action {
+    for element in data.chunks_mut(size) {
+        ports.read(u64::from(port), element);
+    }
+    Action::Continue
+}
+
+/// Writes to a port, `size` bytes at a time, until one of the writes ends the machine.
 fn write_port(ports: &Bus, port: u16, data: &[u8], size: usize) -> Action {
     data.chunks(size)
         .map(|element| ports.write(u64::from(port), element))
@@ -230,15 +235,21 @@ mod tests {
     use super::*;
     use crate::bus::BusDevice;
 
-    /// Keeps what is written, and stops the machine at a zero.
+    /// Keeps what is written, answers reads with 1, 2, 3 and so on, and stops the machine when a zero is written.
     #[derive(Default)]
-    struct Tape(Vec<Vec<u8>>);
+    struct Tape {
+        written: Vec<Vec<u8>>,
+        reads: u8,
+    }
 
     impl BusDevice for Tape {
-        fn read(&mut self, _offset: u64, _data: &mut [u8]) {}
+        fn read(&mut self, _offset: u64, data: &mut [u8]) {
+            self.reads += 1;
+            data.fill(self.reads);
+        }
 
         fn write(&mut self, _offset: u64, data: &[u8]) -> Action {
-            self.0.push(data.to_vec());
+            self.written.push(data.to_vec());
             match data {
                 [0, ..] => Action::Exit(ExitReason::Stop),
                 _ => Action::Continue,
@@ -258,6 +269,9 @@ mod tests {
             Action::Exit(ExitReason::Stop)
         );
         let want: [&[u8]; 7] = [b"a", b"b", b"c", b"de", b"de", b"f", b"\0"];
-        assert_eq!(tape.lock().unwrap().0, want);
+        assert_eq!(tape.lock().unwrap().written, want);
+        let mut data = [0; 6];
+        assert_eq!(read_port(&ports, 0x3f8, &mut data, 2), Action::Continue);
+        assert_eq!(data, [1, 1, 2, 2, 3, 3]);
     }
 }

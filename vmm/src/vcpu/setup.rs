@@ -7,20 +7,20 @@ use crate::arch::cpuid::{self, Topology};
 use crate::arch::registers::{self, Entry};
 use crate::kvm::{Hypervisor, KvmError, call};
 
-/// What a vCPU starts as.
+/// How a vCPU starts.
 #[derive(Clone, Copy)]
 pub struct VcpuSetup {
-    /// Index of the vCPU; 0 boots, the others wait for it to start them.
+    /// Index of the vCPU. Number 0 boots; the others wait until it starts them.
     pub index: u32,
     /// Number of vCPUs.
     pub vcpus: u32,
-    /// Where vCPU 0 enters.
+    /// Where vCPU 0 starts.
     pub entry: Entry,
-    /// What its guest is offered.
+    /// The hypercalls that the guest is offered.
     pub interface: Interface,
 }
 
-/// Gives a new vCPU its CPUID, registers and interrupt wiring.
+/// Sets the CPUID, registers and interrupt wiring of a new vCPU.
 ///
 /// # Errors
 /// [`KvmError`].
