@@ -1,27 +1,26 @@
-//! `ebb-guest stress`: processes that share an arena, check every block they hold, and are killed at random.
+//! `ebb-guest stress`: shares an arena among processes that check their granules and are killed at random.
 
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use ebb_guest_agent::arena::{Arena, Granule};
+use ebb_guest_agent::memory::PAGE_SIZE;
 
-/// Bytes between two stamps.
-const PAGE: usize = 4096;
-/// A thread holds at most so many granules.
+/// Maximum number of granules that a thread holds.
 const MAX_HELD: usize = 6;
-/// Exit code of a process that has found a block with something else in it than it should hold.
+/// Exit code of a process that has found a granule with wrong content.
 const CORRUPT: i32 = 3;
 
-/// What is asked for.
-struct Plan<'a> {
+/// The command's arguments.
+struct Options<'a> {
     device: &'a Path,
     processes: usize,
     threads: usize,
     time: Duration,
 }
 
-impl<'a> Plan<'a> {
+impl<'a> Options<'a> {
     fn parse(words: &[&'a str]) -> Option<Self> {
         let &[device, processes, threads, seconds] = words else {
             return None;
@@ -53,13 +52,15 @@ impl Random {
     }
 }
 
-/// Runs the processes, kills some, and looks whether a granule was lost.
+/// Runs the processes, kills some, and checks that no granule is lost.
 pub fn main(words: &[&str]) -> ExitCode {
-    let Some(plan) = Plan::parse(words) else {
-        eprintln!("stress takes a device, processes and threads (1 to 64 each), and seconds");
+    let Some(options) = Options::parse(words) else {
+        eprintln!(
+            "usage: ebb-guest stress DEVICE PROCESSES THREADS SECONDS, with 1 to 64 PROCESSES and THREADS"
+        );
         return ExitCode::from(2);
     };
-    match run(&plan) {
+    match run(&options) {
         Ok(line) => {
             println!("{line}");
             ExitCode::SUCCESS
@@ -71,17 +72,17 @@ pub fn main(words: &[&str]) -> ExitCode {
     }
 }
 
-fn run(plan: &Plan<'_>) -> Result<String, String> {
-    let arena = Arena::open(plan.device).map_err(|error| error.to_string())?;
+fn run(options: &Options<'_>) -> Result<String, String> {
+    let arena = Arena::open(options.device).map_err(|error| error.to_string())?;
     let (start, mut random) = (Instant::now(), Random(u64::from(std::process::id()) + 1));
-    let left = || plan.time.saturating_sub(start.elapsed());
+    let left = || options.time.saturating_sub(start.elapsed());
     let recover = || {
         let recovered = arena.recover();
         recovered.map_err(|error| format!("recover: {error}"))
     };
     let mut children = Vec::new();
-    for _ in 0..plan.processes {
-        children.push(spawn(plan, left())?);
+    for _ in 0..options.processes {
+        children.push(spawn(options, left())?);
     }
     let (mut kills, mut recovered, mut tally) = (0, 0, Tally::default());
     while left() > Duration::from_secs(1) {
@@ -94,7 +95,7 @@ fn run(plan: &Plan<'_>) -> Result<String, String> {
         if kills % 2 == 0 {
             recovered += recover()?;
         }
-        children.push(spawn(plan, left())?);
+        children.push(spawn(options, left())?);
     }
     for child in children {
         tally.add(child)?;
@@ -111,23 +112,22 @@ fn run(plan: &Plan<'_>) -> Result<String, String> {
     Ok(format!("stress: {found}"))
 }
 
-/// What the processes have found.
+/// Sums over the processes.
 #[derive(Default)]
 struct Tally {
-    /// Blocks that were checked by the processes that were not killed.
+    /// Checks of granules in the processes that were not killed.
     checks: u64,
-    /// Processes that have found a corrupt block, which is the last thing they do.
+    /// Processes that have found wrong content, which ends them.
     corrupt: u64,
 }
 
 impl Tally {
-    /// Waits for the end of a process and adds what it has found.
+    /// Waits for the end of a process and adds its result.
     fn add(&mut self, child: Child) -> Result<(), String> {
         let output = child.wait_with_output();
         let output = output.map_err(|error| format!("wait: {error}"))?;
         match output.status.code() {
-            // Killed.
-            None => {}
+            None => {} // Killed.
             Some(CORRUPT) => self.corrupt += 1,
             Some(0) => {
                 let text = String::from_utf8_lossy(&output.stdout);
@@ -143,14 +143,14 @@ impl Tally {
     }
 }
 
-fn spawn(plan: &Plan<'_>, time: Duration) -> Result<Child, String> {
+fn spawn(options: &Options<'_>, time: Duration) -> Result<Child, String> {
     let program = std::env::current_exe().map_err(|error| format!("current_exe: {error}"))?;
     let child = Command::new(program)
         .arg("stress-worker")
-        .arg(plan.device)
+        .arg(options.device)
         .args([
             "1".to_owned(),
-            plan.threads.to_string(),
+            options.threads.to_string(),
             time.as_secs_f64().to_string(),
         ])
         .stdout(Stdio::piped())
@@ -158,30 +158,30 @@ fn spawn(plan: &Plan<'_>, time: Duration) -> Result<Child, String> {
     child.map_err(|error| format!("start a process: {error}"))
 }
 
-/// One of the processes; prints how many blocks it has checked.
+/// One of the processes. Prints its number of checks.
 pub fn worker(words: &[&str]) -> ExitCode {
-    let Some(plan) = Plan::parse(words) else {
+    let Some(options) = Options::parse(words) else {
         return ExitCode::from(2);
     };
-    let arena = match Arena::open(plan.device) {
+    let arena = match Arena::open(options.device) {
         Ok(arena) => arena,
         Err(error) => {
             eprintln!("ebb-guest stress: {error}");
             return ExitCode::FAILURE;
         }
     };
-    let end = Instant::now() + plan.time;
+    let end = Instant::now() + options.time;
     let checks: Option<u64> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..plan.threads)
+        let threads: Vec<_> = (0..options.threads)
             .map(|number| {
                 let seed = (u64::from(std::process::id()) << 20) + number as u64 + 1;
                 let arena = &arena;
-                scope.spawn(move || churn(arena, seed, end))
+                scope.spawn(move || use_granules(arena, seed, end))
             })
             .collect();
         threads.into_iter().map(|it| it.join().ok()).sum()
     });
-    // Nothing when a thread has panicked.
+    // `None` if a thread has panicked.
     let Some(checks) = checks else {
         return ExitCode::FAILURE;
     };
@@ -189,8 +189,8 @@ pub fn worker(words: &[&str]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Claims, checks, frees, reuses and releases at random. Returns how many blocks it has checked.
-fn churn(arena: &Arena, seed: u64, end: Instant) -> u64 {
+/// Claims, checks, frees, reuses and releases granules at random. Returns the number of checks.
+fn use_granules(arena: &Arena, seed: u64, end: Instant) -> u64 {
     let (mut random, mut checks) = (Random(seed), 0);
     let mut held: Vec<(Granule<'_>, u64)> = Vec::new();
     let mut stamp = seed << 24;
@@ -230,28 +230,28 @@ fn churn(arena: &Arena, seed: u64, end: Instant) -> u64 {
 }
 
 fn write(bytes: &mut [u8], stamp: u64) {
-    for page in bytes.chunks_exact_mut(PAGE) {
+    for page in bytes.chunks_exact_mut(PAGE_SIZE) {
         page[..8].copy_from_slice(&stamp.to_le_bytes());
     }
 }
 
-/// Looks at the stamp of each page. A bad one ends the process at once, before it can be killed.
+/// Checks the stamp of each page. A wrong one ends the process at once, before it can be killed.
 fn check(bytes: &[u8], good: impl Fn(u64) -> bool) {
-    if let Some((page, found)) = first_bad(bytes, good) {
+    if let Some((page, found)) = first_wrong(bytes, good) {
         eprintln!(
-            "ebb-guest stress: page {page} of a block holds {found:#x}: it was lost or overwritten"
+            "ebb-guest stress: page {page} of a granule holds {found:#x}: it was lost or overwritten"
         );
         std::process::exit(CORRUPT);
     }
 }
 
-/// The first page whose stamp is not good: its number and its stamp.
-fn first_bad(bytes: &[u8], good: impl Fn(u64) -> bool) -> Option<(usize, u64)> {
+/// Number and stamp of the first page with a wrong stamp.
+fn first_wrong(bytes: &[u8], good: impl Fn(u64) -> bool) -> Option<(usize, u64)> {
     let stamp = |page: &[u8]| {
         page.first_chunk()
             .map_or(0, |bytes| u64::from_le_bytes(*bytes))
     };
-    let stamps = bytes.chunks_exact(PAGE).map(stamp);
+    let stamps = bytes.chunks_exact(PAGE_SIZE).map(stamp);
     stamps.enumerate().find(|(_, found)| !good(*found))
 }
 
@@ -261,11 +261,11 @@ mod tests {
 
     #[test]
     fn one_bad_page_is_found() {
-        let mut block = vec![0; 4 * PAGE];
-        write(&mut block, 7);
-        assert_eq!(first_bad(&block, |found| found == 7), None);
-        block[3 * PAGE] = 8;
-        assert_eq!(first_bad(&block, |found| found == 7), Some((3, 8)));
+        let mut granule = vec![0; 4 * PAGE_SIZE];
+        write(&mut granule, 7);
+        assert_eq!(first_wrong(&granule, |found| found == 7), None);
+        granule[3 * PAGE_SIZE] = 8;
+        assert_eq!(first_wrong(&granule, |found| found == 7), Some((3, 8)));
     }
 
     #[test]
