@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::BenchError;
 use super::results::{Metric, Results, median};
-use ebb_harness::api::Reporting;
+use ebb_harness::api::Metrics;
 use ebb_harness::host::{KvmCounters, kvm_counters, kvm_pages, lazy_free, minor_faults, rss};
 use ebb_harness::wait::settled;
 use ebb_harness::{Guest, Launch, Monitor, Result};
@@ -98,7 +98,7 @@ const RATE: Metric = ("rate", "pages/ms");
 
 /// What is counted at one moment.
 struct Moment {
-    reporting: Reporting,
+    reporting: Metrics,
     kvm: KvmCounters,
     faults: u64,
 }
@@ -129,14 +129,16 @@ impl Scene {
     /// Waits until nothing is reported any more.
     fn settle(&self) -> Result<()> {
         let api = self.monitor.api();
-        let settled = settled("reports", QUIET, || Ok(api.lazy()?.reporting.bytes_total));
+        let settled = settled("reports", QUIET, || {
+            Ok(api.lazy()?["reporting.bytes_total"])
+        });
         settled.map(drop)
     }
 
     fn moment(&self) -> Result<Moment> {
         let pid = self.monitor.pid();
         Ok(Moment {
-            reporting: self.monitor.api().lazy()?.reporting,
+            reporting: self.monitor.api().lazy()?.part("reporting"),
             kvm: kvm_counters(pid)?,
             faults: minor_faults(pid)?,
         })
@@ -173,12 +175,12 @@ impl Scene {
         let (from, to) = (&before.reporting, &churned.reporting);
         add(
             ("reported", "bytes"),
-            (to.bytes_total - from.bytes_total) as f64,
+            (to["bytes_total"] - from["bytes_total"]) as f64,
         );
-        let calls = to.calls_total - from.calls_total;
+        let calls = to["calls_total"] - from["calls_total"];
         add(("madvise", ""), calls as f64);
         if calls > 0 {
-            let ranges = to.ranges_total - from.ranges_total;
+            let ranges = to["ranges_total"] - from["ranges_total"];
             add(("merged", "ranges/call"), ranges as f64 / calls as f64);
         }
         let (from, to) = (before.kvm, churned.kvm);

@@ -1,6 +1,8 @@
 //! The monitor's REST API, over its unix socket.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
+use std::ops::Index;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,68 +30,54 @@ pub struct Answer {
     pub body: Value,
 }
 
-/// What lazy memory is doing; the fields that tests need.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-#[serde(default)]
-pub struct LazyMemory {
-    /// The VM's generation.
-    pub generation: u64,
-    /// Bytes freed by the guest, still with the guest's pages.
-    pub lazy_bytes: u64,
-    /// Bytes freed by the guest whose host pages are returned.
-    pub discarded_bytes: u64,
-    /// Bytes ever freed lazily.
-    pub freed_bytes_total: u64,
-    /// Bytes ever taken back by the guest.
-    pub reused_bytes_total: u64,
-    /// Reclaims started by host memory pressure.
-    pub pressure_events_total: u64,
-    /// Bytes ever returned to the host by reclaim.
-    pub reclaimed_bytes_total: u64,
-    /// Bytes ever discarded at once.
-    pub eager_bytes_total: u64,
-    /// `madvise` calls made to discard lazy memory.
-    pub discard_calls_total: u64,
-    /// Discard calls that failed.
-    pub discard_failures_total: u64,
-    /// Free page reporting.
-    pub reporting: Reporting,
-    /// Strict mode, where it is on.
-    pub strict: Option<Strict>,
+/// Metrics by name, as `docs/api.md` lists them. `metrics["gate.kicks_total"]` panics if there is none of that name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metrics(BTreeMap<String, u64>);
+
+impl Metrics {
+    /// Takes all numbers out of an answer.
+    pub fn of(answer: &Value) -> Self {
+        let mut metrics = BTreeMap::new();
+        collect(answer, "", &mut metrics);
+        Self(metrics)
+    }
+
+    /// The metrics of one object in the answer, named without it.
+    #[must_use]
+    pub fn part(&self, object: &str) -> Self {
+        let inner = |name: &str| Some(name.strip_prefix(object)?.strip_prefix('.')?.to_owned());
+        let metrics = self.0.iter();
+        Self(
+            metrics
+                .filter_map(|(name, value)| Some((inner(name)?, *value)))
+                .collect(),
+        )
+    }
+
+    /// Returns true if nothing has been counted.
+    #[must_use]
+    pub fn are_zero(&self) -> bool {
+        !self.0.is_empty() && self.0.values().all(|value| *value == 0)
+    }
 }
 
-/// Strict mode, a part of [`LazyMemory`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-#[serde(default)]
-pub struct Strict {
-    /// Missing pages that were made.
-    pub faults_total: u64,
-    /// Lazily free pages that vCPUs touched.
-    pub vcpu_violations_total: u64,
-    /// Lazily free pages that threads of the monitor touched.
-    pub device_violations_total: u64,
+impl Index<&str> for Metrics {
+    type Output = u64;
+
+    fn index(&self, name: &str) -> &u64 {
+        let found = self.0.get(name);
+        found.unwrap_or_else(|| panic!("there is no metric {name} in {self:?}"))
+    }
 }
 
-/// Free page reporting, a part of [`LazyMemory`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-#[serde(default)]
-pub struct Reporting {
-    /// Messages.
-    pub messages_total: u64,
-    /// Ranges in them.
-    pub ranges_total: u64,
-    /// Bytes in those.
-    pub bytes_total: u64,
-    /// Bytes that were left alone for the guest's poison.
-    pub poisoned_bytes_total: u64,
-    /// `madvise` calls made for them.
-    pub calls_total: u64,
-    /// Calls that failed.
-    pub failures_total: u64,
-    /// Bytes returned to the host at once.
-    pub discarded_bytes_total: u64,
-    /// Bytes that the host may take.
-    pub marked_bytes_total: u64,
+fn collect(value: &Value, path: &str, into: &mut BTreeMap<String, u64>) {
+    if let Some(number) = value.as_u64() {
+        into.insert(path.to_owned(), number);
+    }
+    for (name, value) in value.as_object().into_iter().flatten() {
+        let dot = if path.is_empty() { "" } else { "." };
+        collect(value, &format!("{path}{dot}{name}"), into);
+    }
 }
 
 /// The balloon, sizes in MiB.
@@ -182,12 +170,12 @@ impl Api {
         self.must("GET", path, &Value::Null)
     }
 
-    /// The state of lazy memory.
+    /// The metrics of lazy memory.
     ///
     /// # Errors
     /// As for [`Api::must`].
-    pub fn lazy(&self) -> Result<LazyMemory> {
-        serde_json::from_value(self.get("/lazy-memory")?).context("GET /lazy-memory")
+    pub fn lazy(&self) -> Result<Metrics> {
+        Ok(Metrics::of(&self.get("/lazy-memory")?))
     }
 
     /// The balloon.
@@ -247,6 +235,22 @@ fn parse(raw: &[u8]) -> Result<Answer> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metrics_are_found_by_name() {
+        let answer = json!({ "a": 1, "gate": { "kicks": 2, "pauses": [3] }, "mode": "off" });
+        let metrics = Metrics::of(&answer);
+        assert_eq!((metrics["a"], metrics["gate.kicks"]), (1, 2));
+        assert_eq!(metrics.part("gate"), Metrics::of(&json!({ "kicks": 2 })));
+        assert!(!metrics.are_zero() && !metrics.part("none").are_zero());
+        assert!(Metrics::of(&json!({ "a": 0, "b": { "c": 0 } })).are_zero());
+    }
+
+    #[test]
+    #[should_panic(expected = "there is no metric none")]
+    fn a_metric_that_is_not_there() {
+        let _ = Metrics::of(&json!({ "a": 1 }))["none"];
+    }
 
     #[test]
     fn answers_with_and_without_a_body() {

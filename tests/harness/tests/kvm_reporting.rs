@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ebb_harness::api::Reporting;
+use ebb_harness::api::Metrics;
 use ebb_harness::cgroup::Cgroup;
 use ebb_harness::error::Result;
 use ebb_harness::host::{lazy_free, rss};
@@ -46,19 +46,19 @@ impl Scene {
         })
     }
 
-    fn reporting(&self) -> Result<Reporting> {
-        Ok(self.api.lazy()?.reporting)
+    fn reporting(&self) -> Result<Metrics> {
+        Ok(self.api.lazy()?.part("reporting"))
     }
 
     /// The guest takes memory and lets it go; waits until the driver has reported it.
-    fn free(&mut self) -> Result<(u64, Reporting)> {
+    fn free(&mut self) -> Result<(u64, Metrics)> {
         let before = self.reporting()?;
         self.guest.ask(&format!("fill {}M", FREED / MIB))?;
         let full = rss(self.monitor.pid())?;
         self.guest.ask("drop")?;
         let reported = until("reports", LONG, || {
             let now = self.reporting()?;
-            Ok((now.bytes_total >= before.bytes_total + FREED / 2).then_some(()))
+            Ok((now["bytes_total"] >= before["bytes_total"] + FREED / 2).then_some(()))
         });
         reported.map_err(|error| self.monitor.explain(error))?;
         let now = settled("reports", QUIET, || self.reporting())?;
@@ -105,13 +105,17 @@ fn eager_reports_are_gone_when_they_are_acknowledged() -> Result<()> {
         full.saturating_sub(rest) >= FREED / 10 * 9,
         "RSS {full} -> {rest}"
     );
-    assert_eq!(reporting.discarded_bytes_total, reporting.bytes_total);
+    assert_eq!(reporting["discarded_bytes_total"], reporting["bytes_total"]);
     assert_eq!(
-        (reporting.marked_bytes_total, reporting.failures_total),
+        (reporting["marked_bytes_total"], reporting["failures_total"]),
         (0, 0)
     );
-    assert!(reporting.calls_total <= reporting.ranges_total);
-    assert_eq!(scene.api.lazy()?.lazy_bytes, 0, "reports are not tracked");
+    assert!(reporting["calls_total"] <= reporting["ranges_total"]);
+    assert_eq!(
+        scene.api.lazy()?["lazy_bytes"],
+        0,
+        "reports are not tracked"
+    );
     scene.verify()?;
     scene.churn()?;
     scene.rebind()?;
@@ -139,9 +143,12 @@ fn lazy_reports_are_there_for_a_host_that_needs_memory() -> Result<()> {
         Size(kept),
         Size(free)
     );
-    assert_eq!(reporting.marked_bytes_total, reporting.bytes_total);
+    assert_eq!(reporting["marked_bytes_total"], reporting["bytes_total"]);
     assert_eq!(
-        (reporting.discarded_bytes_total, reporting.failures_total),
+        (
+            reporting["discarded_bytes_total"],
+            reporting["failures_total"]
+        ),
         (0, 0)
     );
     assert!(free >= FREED / 10 * 8, "LazyFree {free}");
@@ -208,7 +215,7 @@ fn memory_cleared_on_free_is_reported_and_stays_clear() -> Result<()> {
         );
         let (_, reporting) = scene.free()?;
         println!("{mode}: {reporting:?}");
-        assert_eq!(reporting.poisoned_bytes_total, 0);
+        assert_eq!(reporting["poisoned_bytes_total"], 0);
         // Fresh memory that is not zero fails this.
         scene.churn()?;
         scene.finish()?;
@@ -222,7 +229,7 @@ fn without_the_option_nothing_is_reported() -> Result<()> {
     scene.guest.ask("fill 200M")?;
     scene.guest.ask("drop")?;
     std::thread::sleep(QUIET);
-    assert_eq!(scene.reporting()?, Reporting::default());
+    assert!(scene.reporting()?.are_zero());
     assert!(!scene.api.balloon()?.free_page_reporting);
     scene.finish()
 }

@@ -57,7 +57,7 @@ impl Stage {
         narrator.say("Ebb", format_args!("{text}; 1 vCPU, {memory} MiB"));
         let mut monitor = launch.start()?;
         let lazy_api = monitor.api();
-        let lazy = move || Some(lazy_api.lazy().ok()?.lazy_bytes);
+        let lazy = move || Some(lazy_api.lazy().ok()?["lazy_bytes"]);
         let folder = monitor.folder().to_owned();
         let rss = move || host::machine_rss(&folder);
         let sampler = Sampler::start(narrator.start(), rss, lazy);
@@ -101,7 +101,10 @@ impl Stage {
     /// Writes down where memory stands, and lets the picture show it.
     fn note(&mut self, title: &'static str, key: &'static str) -> Result<Moment> {
         self.sampler.dwell()?;
-        let (rss, lazy) = (host::rss(self.monitor.pid())?, self.api.lazy()?.lazy_bytes);
+        let (rss, lazy) = (
+            host::rss(self.monitor.pid())?,
+            self.api.lazy()?["lazy_bytes"],
+        );
         let moment = Moment {
             title,
             key,
@@ -152,7 +155,7 @@ impl Stage {
     fn inflate(&mut self, bytes: u64) -> Result<()> {
         self.mark("the guest hands free memory over, lazily");
         let before = self.outcome.rss("touched");
-        let calls = self.api.lazy()?.discard_calls_total;
+        let calls = self.api.lazy()?["discard_calls_total"];
         self.balloon(bytes)?;
         let quiet = Duration::from_millis(500);
         let state = settled("lazy memory", quiet, || self.api.lazy())?;
@@ -162,7 +165,7 @@ impl Stage {
         );
         let after = self.note("guest handed it over, lazily", "lazily_freed")?;
         self.outcome.lazy = after.lazy;
-        let calls = state.discard_calls_total - calls;
+        let calls = state["discard_calls_total"] - calls;
         self.narrator.more(format_args!(
             "Ebb only wrote it down: {calls} madvise calls"
         ));
@@ -212,7 +215,7 @@ impl Stage {
 
     fn take_rest(&mut self) -> Result<()> {
         self.mark("the host takes all of it");
-        let rest = self.api.lazy()?.lazy_bytes;
+        let rest = self.api.lazy()?["lazy_bytes"];
         self.take(rest)?;
         let after = self.note("host took all of it", "reclaimed")?;
         let fell = self.outcome.rss("lazily_freed").saturating_sub(after.rss);
