@@ -3,6 +3,7 @@
 mod hypercall;
 mod irqfd;
 mod kick;
+mod limits;
 mod run_pages;
 mod synchronous;
 
@@ -15,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout;
 use crate::memory::GuestRam;
+use limits::Limits;
 
 pub use irqfd::IrqFd;
 pub use kick::{KickTable, KickTarget, Registration, kick, prepare_kicks};
@@ -154,18 +156,11 @@ impl Hypervisor {
     /// # Errors
     /// [`KvmError::TooManyVcpus`], [`KvmError::AddressWidth`].
     pub fn check_limits(&self, vcpus: u32, memory_end: u64) -> Result<(), KvmError> {
-        let max = u32::try_from(self.kvm.get_max_vcpus()).unwrap_or(u32::MAX);
-        if vcpus > max {
-            return Err(KvmError::TooManyVcpus { asked: vcpus, max });
-        }
-        let bits = self.address_bits();
-        if memory_end.checked_shr(bits).unwrap_or(0) > 0 {
-            return Err(KvmError::AddressWidth {
-                end: memory_end,
-                bits,
-            });
-        }
-        Ok(())
+        let limits = Limits {
+            vcpus: u32::try_from(self.kvm.get_max_vcpus()).unwrap_or(u32::MAX),
+            address_bits: self.address_bits(),
+        };
+        limits.check(vcpus, memory_end)
     }
 
     /// Width of guest-physical addresses (CPUID leaf 0x8000_0008, EAX bits 7..0).
