@@ -257,12 +257,12 @@ fn compare(
     for (name, _) in transports {
         let [case, idle] = cases(name);
         // Exact: nothing else makes KVM flush.
-        let most = results.of("ebb", &case, REQUESTS.0);
-        requests = most.iter().copied().fold(requests, f64::max);
+        let rounds = results.of("ebb", &case, REQUESTS.0);
+        requests = rounds.iter().copied().fold(requests, f64::max);
         let above = results.median("ebb", &case, ABOVE_IDLE.0);
         disturbed = disturbed.max(above.context(missing)?);
-        let rounds = results.row("ebb", &idle, DISTURBED.0).context(missing)?;
-        noise = noise.max(rounds.max - rounds.min);
+        let nothing = results.row("ebb", &idle, DISTURBED.0).context(missing)?;
+        noise = noise.max(nothing.max - nothing.min);
         let ours = results.median("ebb", &case, TIME.0).context(missing)?;
         let bare = results.median("bare", &idle, TIME.0).context(missing)?;
         times.push((format!("hypercall_us_{name}"), ours / bare));

@@ -27,7 +27,7 @@ struct Arguments {
 enum Story {
     /// A guest hands memory back lazily
     Lazy(lazy::Arguments),
-    /// Redis with its heap in an arena, beside a plain Redis with free page reporting
+    /// Redis with its heap in an arena, compared with a plain Redis and free page reporting
     Malloc(malloc::Arguments),
     /// Who wants the host's memory in the second story
     #[command(hide = true)]

@@ -70,7 +70,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Memory comes and goes for a while, beside the reports.
+    /// Memory comes and goes for a while, and so do reports.
     fn churn(&mut self) -> Result<()> {
         self.guest.ask("churn 200M 8")?;
         self.guest.ask("fill 200M")?;
@@ -170,8 +170,8 @@ fn lazy_reports_are_there_for_a_host_that_needs_memory() -> Result<()> {
 
 /// What the guest writes after a report is kept, however short of memory the host is.
 #[test]
-fn data_in_use_survives_pressure_beside_lazy_reports() -> Result<()> {
-    let cgroup = Cgroup::new("beside")?;
+fn data_in_use_survives_pressure_with_lazy_reports() -> Result<()> {
+    let cgroup = Cgroup::new("pressed")?;
     let launch = Launch::new()?.within(&cgroup);
     let mut scene = Scene::launch(launch, "free_page_reporting=on,reporting=lazy")?;
     let start = Instant::now();

@@ -19,17 +19,17 @@ enum Bench {
     Arena(arena::Arguments),
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
-    /// Guests verify their memory while it is reclaimed flat out: 10 million operations unless told otherwise
+    /// Guests verify their memory while it is reclaimed without a break: 10 million operations by default
     Integrity(integrity::Arguments),
-    /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time beside an empty exit
+    /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time compared with an empty exit
     Lazy(lazy::Arguments),
-    /// What a heap in an arena costs, beside the same jemalloc on normal memory
+    /// What a heap in an arena costs, compared with the same jemalloc on normal memory and with Debian's Redis
     Malloc(malloc::Arguments),
-    /// What reclaim costs: interrupts, pauses, throughput beside plain madvise, work of a busy guest
+    /// What reclaim costs: interrupts, pauses, throughput compared with plain madvise, work of a busy guest
     Reclaim(reclaim::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
     Reporting(reporting::Arguments),
-    /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, beside QEMU
+    /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, compared with QEMU
     Teardown(teardown::Arguments),
 }
 

@@ -15,7 +15,7 @@ use ebb_harness::error::{Context, Error, Result};
 /// One of the four CPUs of the nested machine is left to the reclaimer.
 const VCPUS: usize = 3;
 
-/// The settings of `ebb run` unless told otherwise.
+/// The settings of `ebb run` by default.
 const DEFAULT: &str = "default";
 
 /// Memory is invalidated, and discarded later.
@@ -95,9 +95,9 @@ pub(crate) fn quiescent(discards: u64, results: &mut Results) -> Result<()> {
 /// The curve over slices, the default settings, and one call each under running vCPUs.
 pub fn measure(arguments: &Arguments, results: &mut Results) -> Result<()> {
     for &slice in &arguments.slices {
-        // What a small slice costs hardly depends on their number, and on an emulated machine it is much.
-        let most = arguments.ranges;
-        let count = (slice as u64 * 16).clamp(64.min(most), most);
+        // Small slices take long on an emulated machine, and what each costs hardly depends on their number.
+        let max = arguments.ranges;
+        let count = (slice as u64 * 16).clamp(64.min(max), max);
         let name = format!("slice-{slice:03}");
         rounds(&name, (count, tuning(slice)), arguments.runs, results)?;
     }

@@ -31,7 +31,7 @@ pub fn measure(arguments: &Arguments, results: &mut Results) -> Result<()> {
     for (case, thp, mib) in cases {
         let bytes = mib << 20;
         for run in 0..arguments.runs {
-            // Who is first changes.
+            // Another one is first each time.
             if run % 2 == 0 {
                 results.add(("plain", case), RATE, plain(bytes, thp)?);
             }

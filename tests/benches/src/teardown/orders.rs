@@ -19,7 +19,7 @@ enum Order {
     Exit,
     FreeThenClose,
     CloseThenFree,
-    Beside,
+    Together,
 }
 
 impl Order {
@@ -27,7 +27,7 @@ impl Order {
         Self::Exit,
         Self::FreeThenClose,
         Self::CloseThenFree,
-        Self::Beside,
+        Self::Together,
     ];
 
     const fn name(self) -> &'static str {
@@ -35,7 +35,7 @@ impl Order {
             Self::Exit => "1w, close",
             Self::FreeThenClose => "2w, close",
             Self::CloseThenFree => "close, 2w",
-            Self::Beside => "close + 2w",
+            Self::Together => "close + 2w",
         }
     }
 }
@@ -93,7 +93,7 @@ fn end(order: Order) -> Result<(f64, f64)> {
             engine::free(&ram, WORKERS);
             closed
         }
-        Order::Beside => thread::scope(|scope| {
+        Order::Together => thread::scope(|scope| {
             let closing = scope.spawn(close);
             engine::free(&ram, WORKERS);
             closing.join().unwrap_or(f64::NAN)

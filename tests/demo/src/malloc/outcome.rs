@@ -32,7 +32,7 @@ pub struct Run {
     pub wanted_at: f64,
     pub had_at: f64,
     pub again_at: f64,
-    /// What the neighbour wanted, and what it got before its patience ended.
+    /// What the neighbour wanted, and what it got before it gave up.
     pub neighbour_wanted: u64,
     pub neighbour_got: u64,
     pub first: Fill,
@@ -46,7 +46,7 @@ impl Run {
         self.neighbour_got >= self.neighbour_wanted
     }
 
-    /// Seconds from the host's need to its end, or to that of the neighbour's patience.
+    /// Seconds from the host's need to its end, or until the neighbour gave up.
     pub fn waited(&self) -> f64 {
         self.had_at - self.wanted_at
     }
@@ -114,7 +114,7 @@ impl Outcome {
         );
         claims.add(taken >= 85.0, text);
         let text = format!(
-            "the neighbour had {}; beside a plain Redis {}",
+            "the neighbour got {}; with a plain Redis {}",
             arena.served(),
             plain.served()
         );

@@ -20,7 +20,7 @@ const HEADROOM: u64 = 320 * MIB;
 const BEYOND: u64 = 96 * MIB;
 
 /// How long the neighbour waits, in seconds.
-const PATIENCE: f64 = 30.0;
+const TIMEOUT: f64 = 30.0;
 
 /// Where Redis has its heap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,7 +191,7 @@ impl<'a> Stage<'a> {
         let mut neighbour = Neighbour::within(&self.cgroup)?;
         self.run.wanted_at = self.seconds();
         self.run.neighbour_wanted = wanted;
-        while self.run.neighbour_got < wanted && self.seconds() < self.run.wanted_at + PATIENCE {
+        while self.run.neighbour_got < wanted && self.seconds() < self.run.wanted_at + TIMEOUT {
             let left = limit.saturating_sub(self.cgroup.number("memory.current")?);
             if left >= PIECE {
                 neighbour.grow()?;
@@ -201,7 +201,7 @@ impl<'a> Stage<'a> {
             }
         }
         self.run.had_at = self.seconds();
-        // Whoever has answered the need may still be at it.
+        // Reclaim may still be under way.
         std::thread::sleep(Duration::from_secs(1));
         self.run.rss_pressed = self.rss()?;
         self.tell_need();
