@@ -16,7 +16,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// Arguments of `demo`.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// `lazy`: a guest hands memory back; `malloc`: Redis with its heap in an arena, beside a plain Redis
+    /// `lazy`: a guest hands memory back; `malloc`: Redis with its heap in an arena, compared with a plain Redis
     #[arg(default_value = "lazy", value_parser = ["lazy", "malloc"])]
     story: String,
     /// Passed on to ebb-demo

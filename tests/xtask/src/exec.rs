@@ -1,4 +1,4 @@
-//! `cargo xtask exec -- COMMAND…`: runs one command where KVM is, for looking around.
+//! `cargo xtask exec -- COMMAND…`: runs one command where KVM is, by hand.
 
 use std::time::Duration;
 

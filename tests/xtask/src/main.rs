@@ -33,7 +33,7 @@ enum Task {
     Setup(setup::Arguments),
     /// Show lazy memory, or Redis in an arena, end to end; a picture and the numbers go to target/demo
     Demo(demo::Arguments),
-    /// Check the source and run every test, those that need KVM in the nested machine if need be
+    /// Check the source and run every test; tests that need KVM run in the nested machine where the host has none
     Test(test::Arguments),
     /// Open a shell in a guest
     Guest(guest::Arguments),
@@ -43,7 +43,7 @@ enum Task {
     Selftest(selftest::Arguments),
     /// Run a benchmark
     Bench(bench::Arguments),
-    /// Compute what cannot be measured here, with its error
+    /// Compute what cannot be measured on this host, and print the error of the model
     Model(model::Arguments),
     /// Run the unit tests of the pure parts under Miri (needs a nightly toolchain)
     Miri(miri::Arguments),

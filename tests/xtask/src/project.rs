@@ -1,4 +1,4 @@
-//! Where things lie in the repository, and the environment that test programs get.
+//! Paths in the repository, and the environment that test programs get.
 
 use std::path::{Path, PathBuf};
 
@@ -32,7 +32,7 @@ pub fn output_folder(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// What tests, demo and benchmarks find in their environment.
+/// The environment variables of tests, demo and benchmarks.
 pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(String, String)> {
     let path = |path: &Path| path.to_string_lossy().into_owned();
     let mut variables = vec![
@@ -57,7 +57,7 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
         .collect()
 }
 
-/// Starts the runner that fits the host, and says which.
+/// Starts the runner that fits the host, and prints which one.
 pub fn start_runner(assets: &Assets) -> Result<Runner> {
     let options = Options::for_repository(&root());
     if Platform::probe()? == Platform::Nested {

@@ -38,7 +38,7 @@ const CHECKS: &[(&str, Check)] = &[
 #[derive(clap::Args)]
 pub struct Arguments {}
 
-/// Runs the subcommand: on the nested machine, whatever the host could do.
+/// Runs the subcommand: on the nested machine, even where the host could run guests itself.
 pub fn run(_: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
     let machine = Machine::boot(&assets, &Options::for_repository(&root()))?;
@@ -49,7 +49,7 @@ pub fn run(_: &Arguments) -> Result<u8> {
     Ok(u8::from(!check_all(&machine)))
 }
 
-/// Runs the checks on a runner that must be nested; whether all passed.
+/// Runs the checks on a runner that must be nested. Returns true if all passed.
 pub fn check(runner: &Runner) -> Result<bool> {
     match runner {
         Runner::Nested(machine) => Ok(check_all(machine)),
@@ -159,7 +159,7 @@ fn shares(machine: &Machine) -> Result<()> {
     let output = shell(machine, &script)?;
     expect(output.status.success(), text(&output))?;
     let content = std::fs::read(&file).unwrap_or_default();
-    let _ = std::fs::remove_file(&file); // It told what it had to.
+    let _ = std::fs::remove_file(&file); // It has been read.
     expect(content == b"here\n", content)
 }
 

@@ -1,4 +1,4 @@
-//! Runs the host's programs, and says what goes on.
+//! Runs programs on the host, and prints progress.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -14,7 +14,7 @@ pub fn progress(text: impl fmt::Display) {
     println!("==> {text}");
 }
 
-/// A length in a unit that people read: `12.3 MiB`.
+/// A number of bytes, printed as `12.3 MiB`.
 pub struct Size(pub u64);
 
 impl fmt::Display for Size {
@@ -26,7 +26,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// A duration in seconds: `1.2 s`.
+/// A duration, printed as `1.2 s`.
 pub struct Seconds(pub Duration);
 
 impl fmt::Display for Seconds {
@@ -35,14 +35,14 @@ impl fmt::Display for Seconds {
     }
 }
 
-/// A command from its words.
+/// A command from its program and arguments, without input.
 pub fn command<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(program);
     command.args(words).stdin(Stdio::null());
     command
 }
 
-/// Runs a command that must succeed; shows what it said only when it fails.
+/// Runs a command that must succeed, and returns its standard output. Its output is shown only if it fails.
 pub fn quietly(mut command: Command) -> Result<String> {
     let what = format!("run {command:?}");
     let output = command.output().context(|| what.clone())?;
@@ -56,7 +56,7 @@ pub fn quietly(mut command: Command) -> Result<String> {
     Err(Error::new(format!("{what}: {}\n  {last}", output.status)))
 }
 
-/// Runs a command whose output the user sees; whether it succeeded.
+/// Runs a command whose output the user sees. Returns true if it succeeded.
 pub fn visibly(mut command: Command) -> Result<bool> {
     let status = command.status().context(|| format!("run {command:?}"))?;
     Ok(status.success())
@@ -78,9 +78,9 @@ pub fn recorded(mut command: Command, printed: &mut Vec<u8>) -> Result<bool> {
     Ok(child.wait().context(what)?.success())
 }
 
-/// Hands a command's output on as it is.
+/// Writes a command's output to the same stream of this process.
 pub fn show(stream: Stream, bytes: &[u8]) {
-    // A closed standard output ends nothing here.
+    // A closed standard output is no reason to stop.
     let _ = match stream {
         Stream::Stdout => write_out(std::io::stdout().lock(), bytes),
         Stream::Stderr => write_out(std::io::stderr().lock(), bytes),

@@ -1,4 +1,4 @@
-//! Debian packages: what is installed, and installing the rest.
+//! Debian packages: finds what is installed, and installs the rest.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,7 +10,7 @@ use crate::shell::{Seconds, command, progress, quietly};
 /// The keys of Debian's archive, from the package debian-archive-keyring, which every Debian has.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Brings the keys up to date: an image made before a release was signed lacks its key.
+/// Installs the newest archive keys: an image that is older than a release lacks the key that signed it.
 pub fn renew_keys() -> Result<()> {
     let words = ["install", "-y", "--only-upgrade", "debian-archive-keyring"];
     let mut install = command("apt-get", words);
@@ -61,7 +61,7 @@ fn missing(packages: &[&str]) -> Result<Vec<String>> {
          mmdebstrap and kmod by hand"
             .to_owned()
     })?;
-    // It fails when a package is unknown, and still lists the others.
+    // It fails if a package is unknown, but lists the others.
     let installed = String::from_utf8_lossy(&output.stdout).into_owned();
     let has = |name: &str| {
         installed
@@ -75,8 +75,8 @@ fn missing(packages: &[&str]) -> Result<Vec<String>> {
         .collect())
 }
 
-/// The packages of another release of Debian and its backports, with an index and a state of their own: what the
-/// machine itself has and knows of stays as it is.
+/// The packages of another release of Debian and its backports. Their index and state are kept apart from the
+/// host's, which do not change.
 pub struct Release {
     folder: PathBuf,
     codename: &'static str,
@@ -107,7 +107,7 @@ impl Release {
             std::fs::write(&path, text).context(|| format!("write {}", path.display()))
         };
         write("sources.list", &sources(mirror, codename))?;
-        // Nothing is installed there, so that every library comes along.
+        // No package counts as installed, so that every library is downloaded too.
         write("status", "")?;
         let release = Self {
             folder: folder.to_path_buf(),
@@ -120,7 +120,7 @@ impl Release {
         Ok(release)
     }
 
-    /// Downloads a package and all that it depends on; where the files are.
+    /// Downloads a package and all that it depends on. Returns the folder of the files.
     pub fn download(&self, package: &str) -> Result<PathBuf> {
         progress(format_args!("downloading {package} ({})", self.codename));
         let mut download = self.apt_get();

@@ -50,7 +50,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
-/// Sets up what is missing and says where it is; every other subcommand calls it first.
+/// Sets up what is missing and returns where everything is. Every other subcommand calls it first.
 pub fn ensure() -> Result<Assets> {
     prepare(false)
 }
@@ -78,14 +78,14 @@ fn prepare(refresh: bool) -> Result<Assets> {
     Ok(assets)
 }
 
-/// Has `ebb-guest` installed in a Debian that boots by itself, for tests.
+/// Makes the image of a Debian with `ebb-guest` installed, for tests.
 pub fn installed(assets: &Assets) -> Result<()> {
     let root = root();
     let _lock = lock(&root.join(".cache"))?;
     system_disk::ensure(&root, assets)
 }
 
-/// Keeps two setups of one repository from getting in each other's way.
+/// Locks the cache, so that two setups of one repository do not run at once.
 fn lock(cache: &std::path::Path) -> Result<std::fs::File> {
     let path = cache.join("lock");
     let what = || format!("lock {}", path.display());

@@ -1,9 +1,9 @@
 //! The emulator of the nested machine: a newer QEMU than Debian 12 has, unpacked with its libraries.
 //!
-//! Older ones kill guests and the nested machine's own kernel. Before 8.1 the multi-threaded translator could cache
+//! Older versions crash guests and the nested machine's own kernel. Before 8.1 the multi-threaded translator could cache
 //! an instruction that another processor was just patching (fixed by QEMU's commit deba78709ae8, "Always lock pages
 //! before translation"). Before 10.2 pending interrupts were noted without atomic operations, and one could be lost at
-//! an exit from SVM. The next Debian's backports have one that does neither.
+//! an exit from SVM. The backports of the next Debian release have a version with neither fault.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use ebb_nested_machine::error::{Context, Error, Result};
 use super::apt;
 use crate::shell::{Seconds, command, progress, quietly};
 
-/// Where it comes from.
+/// The Debian release that it comes from.
 const RELEASE: &str = "trixie";
 
 /// The first version without the faults that are known.

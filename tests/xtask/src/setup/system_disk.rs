@@ -1,4 +1,4 @@
-//! A Debian that boots by itself, on which `ebb-guest install` has been: an image and its initramfs.
+//! A Debian that boots by itself, with `ebb-guest` installed: an image and its initramfs.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,7 +12,7 @@ use crate::shell::{Seconds, command, progress, quietly};
 
 /// What the Debian is made of.
 const RECIPE: &str = "resources/systemdisk.txt";
-/// The unit that says what it finds.
+/// The systemd unit that reports the state of the arena on the console.
 const UNIT: &str = "resources/systemdisk.service";
 
 /// Makes the image and the initramfs unless they are there, made by the same recipe, kernel and `ebb-guest`.
