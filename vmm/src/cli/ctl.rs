@@ -21,12 +21,12 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit for a reclaim.
 const RECLAIM_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Ask a running machine, or tell it what to do
+/// Control a running machine
 ///
 /// Exit status: 0 done, 1 refused or failed, 35 bad arguments.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The socket that the machine was given as --api-socket
+    /// Path of the socket, as given to `ebb run --api-socket`
     #[arg(long, value_name = "PATH", alias = "api-sock")]
     api_socket: SocketSpec,
     #[command(subcommand)]
@@ -35,13 +35,13 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Say how the machine, its balloon and its lazy memory fare
+    /// Show the state of the machine, its balloon and its lazily free memory
     Status {
         /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
-    /// Set the size of the balloon: what the guest should hand back, in whole MiB
+    /// Set the size of the balloon: how much the guest should hand back, in whole MiB
     Balloon {
         /// For instance 512M
         #[arg(value_parser = parse_size)]
@@ -53,7 +53,7 @@ enum Command {
         #[arg(value_parser = parse_size)]
         size: u64,
     },
-    /// Say how memory will be freed at the end, or change it: workers=N, batch=SIZE
+    /// Show how memory will be freed at the end, or change it: workers=N, batch=SIZE
     Teardown {
         /// For instance workers=4 or batch=1G
         #[arg(value_name = "KEY=VALUE", value_parser = parse_keys::<TeardownSpec>)]
@@ -63,7 +63,7 @@ enum Command {
     Stop,
     /// Wait until the machine has ended
     Wait {
-        /// And until its memory is free, too; also for one that has ended already
+        /// Wait until its memory is free, too; works also for a machine that has ended already
         #[arg(long, required = true)]
         memory_free: bool,
     },
