@@ -140,8 +140,9 @@ fn inflating_costs_no_flush(scene: &Scene) -> Result<()> {
     );
     // A flush for each page, or even for each message of 256 pages, would be hundreds.
     assert!(caused <= noise + 4, "{caused} flushes, {noise} while idle");
+    // It may rise, as the guest touches new pages; what is taken would make it fall.
     assert!(
-        rss_after.abs_diff(rss_before) <= NOISE,
+        rss_before.saturating_sub(rss_after) <= NOISE,
         "{rss_before} {rss_after}"
     );
     assert_eq!(state["lazy_bytes"], 256 * MIB);
@@ -313,6 +314,6 @@ fn a_small_machine_costs_little_and_errors_are_told() -> Result<()> {
     assert_eq!(status["info"]["state"], "Running", "{status}");
     assert_eq!(status["lazy_memory"]["lazy_bytes"], 0, "{status}");
     let config = scene.api.get("/vm/config")?;
-    assert!(config.to_string().contains("134217728") || config.to_string().contains("128"));
+    assert_eq!(config["machine-config"]["mem_size_mib"], 128, "{config}");
     scene.finish()
 }

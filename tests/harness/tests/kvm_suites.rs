@@ -78,5 +78,6 @@ fn postgresql_forks_for_each_connection() -> Result<()> {
     let (said, asked) = debian.under_reclaim(|debian| debian.run_within(run, LIMIT))?;
     println!("{said}; {asked} reclaims");
     assert_eq!(said, "sums: equal, 40 transactions");
+    assert!(asked > 3, "{asked}");
     debian.end()
 }
