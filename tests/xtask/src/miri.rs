@@ -33,7 +33,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     // proptest writes down failures beside the source; files are out of Miri's reach.
     miri.current_dir(root())
         .env("CARGO_TARGET_DIR", root().join("target/miri"))
-        .env("PROPTEST_CASES", "16")
+        .env("PROPTEST_CASES", "4")
         .env("PROPTEST_DISABLE_FAILURE_PERSISTENCE", "true")
         .env("MIRIFLAGS", "-Zmiri-disable-isolation");
     Ok(u8::from(!visibly(miri)?))
