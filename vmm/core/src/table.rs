@@ -1,7 +1,7 @@
 //! The table of an arena's granules, as the monitor uses it: takes lazy granules, gives them back, waits for them.
 //!
 //! The guest may write anything to the words at any time. So each change is a compare-and-swap from a word that
-//! was loaded once, the monitor tries at most [`MAX_ATTEMPTS`] times, and what it must be sure of (which granules
+//! was loaded once, the monitor tries a limited number of times, and what it must be sure of (which granules
 //! it is discarding, and which it has discarded) is in bitmaps of its own.
 
 use std::ops::{ControlFlow, Range};
@@ -16,7 +16,7 @@ const WINDOW: usize = 512;
 
 /// How often the monitor tries to change a word that a hostile guest keeps changing. An honest guest changes it
 /// at most twice.
-pub const MAX_ATTEMPTS: usize = 16;
+const MAX_ATTEMPTS: usize = 16;
 
 /// The words of a table, in memory that the guest shares.
 pub trait Words: Send + Sync {

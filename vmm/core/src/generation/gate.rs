@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use super::{VcpuWords, VmGeneration};
+use super::VmGeneration;
+use super::vcpus::VcpuWords;
 use crate::fault::fault_point;
 use crate::metrics::Source;
 use crate::sync::{
@@ -280,7 +281,7 @@ impl Gate {
         self.words.quiescent_generation(current)
     }
 
-    /// Returns true if `generation` is quiescent, see [`VcpuWords::quiescent`].
+    /// Returns true if `generation` is quiescent: every vCPU is out of the guest or has seen it.
     #[must_use]
     pub fn quiescent(&self, generation: u64) -> bool {
         fence(Ordering::SeqCst);

@@ -26,12 +26,6 @@ impl VcpuWords {
         Self((0..vcpus).map(|_| Padded(AtomicU64::new(0))).collect())
     }
 
-    /// Number of vCPUs.
-    #[must_use]
-    pub const fn count(&self) -> usize {
-        self.0.len()
-    }
-
     /// The vCPU `index` enters, and has seen `generation`. The caller must have loaded the generation before, and
     /// must put a fence between this and its look at the gate.
     pub(super) fn publish_in(&self, index: usize, generation: u64) {

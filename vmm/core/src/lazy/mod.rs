@@ -9,6 +9,4 @@ mod tracker;
 
 pub use shared::{Chunk, LazyMemory, LazyStats, ReuseOutcome};
 pub use sweep::{Pieces, Sweep};
-pub use tracker::{
-    DEFAULT_MAX_RANGES, Fate, Freed, RangeState, Reused, Squeezed, Step, Surveyed, Totals, Tracker,
-};
+pub use tracker::{DEFAULT_MAX_RANGES, Freed, Surveyed, Totals};

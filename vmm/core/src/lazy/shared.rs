@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Fate, Freed, Reused, Step, Surveyed, Sweep, Tracker};
+use super::Sweep;
+use super::tracker::{Fate, Freed, Reused, Step, Surveyed, Tracker};
 use crate::fault::fault_point;
 use crate::generation::VmGeneration;
 use crate::range::GpaRange;
@@ -135,7 +136,7 @@ impl LazyMemory {
         all
     }
 
-    /// The states in `range`, see [`Tracker::survey`].
+    /// Adds up the states in `range`, from its start on. Looks at a limited number of ranges and says where it stopped.
     #[must_use]
     pub fn survey(&self, range: GpaRange) -> Surveyed {
         self.lock().tracker.survey(range)
@@ -182,9 +183,9 @@ impl LazyMemory {
             // The lock is free between two steps, so that reuses need not wait for all of them.
             let mut state = self.lock();
             let candidate = match state.tracker.find(sweep, limit) {
-                Ok(candidate) => candidate,
-                Err(Step::Done) => return None,
-                Err(_) => continue,
+                Step::Found(candidate) => candidate,
+                Step::More => continue,
+                Step::Done => return None,
             };
             if fault_point!("the lock is released before the claim") {
                 drop(state);
@@ -213,9 +214,9 @@ impl LazyMemory {
             let state = self.lock();
             let mut ahead = sweep.clone();
             match state.tracker.find(&mut ahead, limit) {
-                Ok(_) => return true,
-                Err(Step::Done) => return false,
-                Err(_) => *sweep = ahead,
+                Step::Found(_) => return true,
+                Step::More => *sweep = ahead,
+                Step::Done => return false,
             }
         }
     }

@@ -1,6 +1,6 @@
 //! One pass over the tracked ranges, in ascending order of addresses.
 
-use super::RangeState;
+use super::tracker::RangeState;
 use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
 /// Which parts of a range a sweep takes.

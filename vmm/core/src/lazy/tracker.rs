@@ -96,13 +96,13 @@ impl Span {
 /// Bytes by state, and the number of ranges.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Bytes in [`RangeState::Lazy`].
+    /// Bytes in `RangeState::Lazy`.
     pub lazy: u64,
-    /// Bytes in [`RangeState::Unmapped`].
+    /// Bytes in `RangeState::Unmapped`.
     pub unmapped: u64,
-    /// Bytes in [`RangeState::Reclaiming`].
+    /// Bytes in `RangeState::Reclaiming`.
     pub reclaiming: u64,
-    /// Bytes in [`RangeState::Discarded`].
+    /// Bytes in `RangeState::Discarded`.
     pub discarded: u64,
     /// Ranges in any state.
     pub ranges: usize,
@@ -158,14 +158,14 @@ pub struct Surveyed {
     pub end: u64,
 }
 
-/// One step of a [`Sweep`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// This chunk is [`RangeState::Reclaiming`] now, until [`Tracker::finish`].
-    Chunk(GpaRange),
+/// What one step of a [`Sweep`] has found.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step {
+    /// A chunk, for [`Tracker::claim`].
+    Found(Candidate),
     /// Nothing yet, after as many ranges as one step may look at.
     More,
-    /// The sweep is at its end.
+    /// The end of the sweep.
     Done,
 }
 
@@ -226,14 +226,6 @@ impl Tracker {
     #[must_use]
     pub const fn squeezed(&self) -> Squeezed {
         self.squeezed
-    }
-
-    /// The tracked ranges in ascending order, with generation and state.
-    pub fn iter(&self) -> impl Iterator<Item = (GpaRange, u64, RangeState)> {
-        self.spans.iter().filter_map(|(&start, span)| {
-            let range = GpaRange::new(start, span.end())?;
-            Some((range, span.generation, span.state()))
-        })
     }
 
     /// Adds up the states in `range`, from its start on. Looks at a limited number of ranges and says where it
@@ -312,22 +304,14 @@ impl Tracker {
         reused
     }
 
-    /// Takes the next chunk of at most `limit` bytes for `sweep`.
-    pub fn take(&mut self, sweep: &mut Sweep, limit: u64) -> Step {
-        match self.find(sweep, limit) {
-            Ok(candidate) => Step::Chunk(self.claim(candidate)),
-            Err(step) => step,
-        }
-    }
-
-    /// Looks for the next chunk; `Err`: there is none, with the step to report instead.
-    pub(super) fn find(&self, sweep: &mut Sweep, limit: u64) -> Result<Candidate, Step> {
+    /// Looks for the next chunk of at most `limit` bytes for `sweep`.
+    pub(super) fn find(&self, sweep: &mut Sweep, limit: u64) -> Step {
         for _ in 0..SCAN_LIMIT {
             let Some((start, span)) = self.first_from(sweep.at) else {
-                return Err(Step::Done);
+                return Step::Done;
             };
             if start >= sweep.end {
-                return Err(Step::Done);
+                return Step::Done;
             }
             let ahead = GpaRange::new(start.max(sweep.at), span.end().min(sweep.end));
             sweep.at = span.end();
@@ -336,10 +320,10 @@ impl Tracker {
             }
             if let Some(chunk) = ahead.and_then(|ahead| sweep.pieces.pick(ahead, limit)) {
                 sweep.at = chunk.end();
-                return Ok(Candidate { start, span, chunk });
+                return Step::Found(Candidate { start, span, chunk });
             }
         }
-        Err(Step::More)
+        Step::More
     }
 
     /// Takes the chunk that was found. Nothing may have changed since.
@@ -351,7 +335,7 @@ impl Tracker {
         chunk
     }
 
-    /// Ends the work on a chunk that [`Tracker::take`] has returned.
+    /// Ends the work on a chunk that [`Tracker::claim`] has returned.
     pub fn finish(&mut self, chunk: GpaRange, fate: Fate) {
         let span = self.spans.get(&chunk.start()).copied();
         debug_assert!(

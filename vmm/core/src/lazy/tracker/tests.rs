@@ -9,6 +9,33 @@ use crate::range::{BLOCK_SIZE, PAGE_SIZE};
 /// Pages in the model: three blocks.
 const PAGES: u64 = 3 * BLOCK_SIZE / PAGE_SIZE;
 
+/// What [`Tracker::take`] has taken.
+#[derive(Debug, PartialEq, Eq)]
+enum Took {
+    Chunk(GpaRange),
+    More,
+    Done,
+}
+
+impl Tracker {
+    /// Finds and claims the next chunk.
+    fn take(&mut self, sweep: &mut Sweep, limit: u64) -> Took {
+        match self.find(sweep, limit) {
+            Step::Found(candidate) => Took::Chunk(self.claim(candidate)),
+            Step::More => Took::More,
+            Step::Done => Took::Done,
+        }
+    }
+
+    /// The tracked ranges in ascending order, with generation and state.
+    fn iter(&self) -> impl Iterator<Item = (GpaRange, u64, RangeState)> {
+        self.spans.iter().filter_map(|(&start, span)| {
+            let range = GpaRange::new(start, span.end())?;
+            Some((range, span.generation, span.state()))
+        })
+    }
+}
+
 /// State of a page, `None` for in use, and the latest generation that may be on it.
 type Page = Option<RangeState>;
 
@@ -149,7 +176,7 @@ impl Pair {
                 let mut sweep = Sweep::new(pieces, u64::MAX);
                 sweep.from = from;
                 sweep.at = at * PAGE_SIZE;
-                if let Step::Chunk(chunk) = self.tracker.take(&mut sweep, limit * PAGE_SIZE) {
+                if let Took::Chunk(chunk) = self.tracker.take(&mut sweep, limit * PAGE_SIZE) {
                     assert!(chunk.len() <= limit * PAGE_SIZE && chunk.start() >= at * PAGE_SIZE);
                     let part = &mut self.model[index(chunk)];
                     assert!(part.iter().all(|page| *page == Some(from)));
@@ -258,9 +285,9 @@ fn a_sweep_leaves_younger_ranges() {
     tracker.free(pages(2, 3), 5);
     tracker.free(pages(4, 5), 3);
     let mut sweep = Sweep::new(Pieces::Any, 3);
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Step::Chunk(pages(0, 1)));
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Step::Chunk(pages(4, 5)));
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Step::Done);
+    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Chunk(pages(0, 1)));
+    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Chunk(pages(4, 5)));
+    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Done);
 }
 
 #[test]
@@ -270,10 +297,10 @@ fn a_failed_chunk_is_not_met_again_by_its_sweep() {
     let mut sweep = Sweep::new(Pieces::Any, 1);
     for start in [0, 4] {
         let chunk = pages(start, start + 4);
-        assert_eq!(tracker.take(&mut sweep, 4 * PAGE_SIZE), Step::Chunk(chunk));
+        assert_eq!(tracker.take(&mut sweep, 4 * PAGE_SIZE), Took::Chunk(chunk));
         tracker.finish(chunk, Fate::Kept);
     }
-    assert_eq!(tracker.take(&mut sweep, 4 * PAGE_SIZE), Step::Done);
+    assert_eq!(tracker.take(&mut sweep, 4 * PAGE_SIZE), Took::Done);
     assert_eq!(tracker.totals().lazy, 8 * PAGE_SIZE);
 }
 
@@ -285,8 +312,8 @@ fn a_step_looks_at_a_bounded_number_of_ranges() {
         tracker.free(pages(2 * page, 2 * page + 1), 1);
     }
     let mut sweep = Sweep::new(Pieces::Blocks, 1);
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Step::More);
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Step::Done);
+    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::More);
+    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Done);
 }
 
 #[test]
@@ -312,7 +339,7 @@ fn discard_every_other(tracker: &mut Tracker, count: u64) {
     }
     let mut sweep = Sweep::new(Pieces::Any, 1);
     let mut turn = 0;
-    while let Step::Chunk(chunk) = tracker.take(&mut sweep, u64::MAX) {
+    while let Took::Chunk(chunk) = tracker.take(&mut sweep, u64::MAX) {
         turn += 1;
         let fate = [Fate::Kept, Fate::Discarded][turn % 2];
         tracker.finish(chunk, fate);
@@ -340,7 +367,7 @@ fn then_unmapped_ranges_become_one_with_their_neighbours() {
     let mut sweep = Sweep::new(Pieces::Any, 1);
     for page in 0..28 {
         let first = tracker.take(&mut sweep, PAGE_SIZE);
-        assert_eq!(first, Step::Chunk(pages(4 * page, 4 * page + 1)));
+        assert_eq!(first, Took::Chunk(pages(4 * page, 4 * page + 1)));
         tracker.take(&mut sweep, PAGE_SIZE);
         tracker.finish(pages(4 * page, 4 * page + 1), Fate::Unmapped(2));
         tracker.finish(pages(4 * page + 1, 4 * page + 2), Fate::Kept);
@@ -359,16 +386,16 @@ fn a_failed_chunk_is_what_it_was_and_keeps_its_generation() {
     let mut tracker = Tracker::new(64);
     tracker.free(pages(0, 4), 1);
     let take = |tracker: &mut Tracker, sweep: Sweep| tracker.take(&mut { sweep }, u64::MAX);
-    let chunk = Step::Chunk(pages(0, 4));
+    let chunk = Took::Chunk(pages(0, 4));
     assert_eq!(take(&mut tracker, Sweep::new(Pieces::Any, 1)), chunk);
     tracker.finish(pages(0, 4), Fate::Unmapped(5));
     let unmapped = |newest| Sweep::unmapped(Pieces::Any, newest);
-    assert_eq!(take(&mut tracker, unmapped(4)), Step::Done);
+    assert_eq!(take(&mut tracker, unmapped(4)), Took::Done);
     assert_eq!(take(&mut tracker, unmapped(5)), chunk);
     tracker.finish(pages(0, 4), Fate::Kept);
     let found = tracker.iter().next();
     assert_eq!(found, Some((pages(0, 4), 5, RangeState::Unmapped)));
-    assert_eq!(take(&mut tracker, Sweep::new(Pieces::Any, 9)), Step::Done);
+    assert_eq!(take(&mut tracker, Sweep::new(Pieces::Any, 9)), Took::Done);
 }
 
 /// An entry's size and the least fill of a node of std's B-tree (5 of 11) bound the bookkeeping.
@@ -385,7 +412,7 @@ fn the_default_bound_is_less_than_a_mebibyte() {
 fn a_survey_counts_what_lies_in_the_range_and_ends_in_bounded_time() {
     let mut tracker = Tracker::new(1 << 16);
     tracker.free(pages(2, 6), 1);
-    let Step::Chunk(chunk) = tracker.take(&mut Sweep::new(Pieces::Any, 1), 2 * PAGE_SIZE) else {
+    let Took::Chunk(chunk) = tracker.take(&mut Sweep::new(Pieces::Any, 1), 2 * PAGE_SIZE) else {
         panic!("there is a chunk");
     };
     tracker.finish(chunk, Fate::Discarded);
