@@ -171,12 +171,14 @@ fn signal_of(pid: Pid) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
     use std::thread;
     use std::time::Instant;
 
-    use rustix::process::{PidfdFlags, Signal, kill_process, pidfd_open};
+    use rustix::process::{PidfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_open};
 
     use super::*;
+    use crate::guardian::lock::request_workers;
     use crate::sys::process::{StoppedExit, fork_for_test};
 
     const LIMIT: Duration = Duration::from_secs(10);
@@ -185,7 +187,7 @@ mod tests {
         Watch {
             status: StatusPage::new().unwrap(),
             monitor: process,
-            pid: rustix::process::getpid(),
+            pid: getpid(),
             reaper: process,
             id: "test",
             socket: None,
@@ -199,6 +201,83 @@ mod tests {
             assert!(start.elapsed() < LIMIT, "{what}");
             thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    #[test]
+    fn only_the_monitors_own_socket_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+        let mut watch = watch(own.as_fd(), &None);
+        watch.socket = Some(path.clone());
+        // Made, and then served by nobody, before the monitor could tell which file it is.
+        drop(UnixListener::bind(&path).unwrap());
+        watch.remove_socket();
+        assert!(!path.exists());
+        let served = UnixListener::bind(&path).unwrap();
+        watch.remove_socket();
+        assert!(path.exists(), "another process serves it");
+        let file = path.metadata().unwrap();
+        watch.status.set_socket((file.dev(), file.ino() + 1));
+        watch.remove_socket();
+        assert!(path.exists(), "another machine has made it");
+        watch.status.set_socket((file.dev(), file.ino()));
+        watch.remove_socket();
+        assert!(!path.exists());
+        drop(served);
+    }
+
+    #[test]
+    fn the_signal_of_a_dead_process_is_known_until_it_is_waited_for() {
+        let killed = fork_for_test(|| {
+            let _ = kill_process(getpid(), Signal::KILL);
+            0
+        });
+        let pidfd = pidfd_open(killed, PidfdFlags::empty()).unwrap();
+        assert!(wait_for_exit(pidfd.as_fd(), Some(LIMIT)));
+        assert_eq!(signal_of(killed), Some(9));
+        rustix::process::waitpid(Some(killed), WaitOptions::empty()).unwrap();
+        assert_eq!(signal_of(killed), None);
+        let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+        assert!(!wait_for_exit(own.as_fd(), Some(PERIOD)));
+    }
+
+    #[test]
+    fn a_pipe_is_told_from_a_file() {
+        let (_, writer) = rustix::pipe::pipe().unwrap();
+        assert!(is_pipe_or_socket(writer.as_fd()));
+        let (socket, _) = UnixStream::pair().unwrap();
+        assert!(is_pipe_or_socket(socket.as_fd()));
+        assert!(!is_pipe_or_socket(tempfile::tempfile().unwrap().as_fd()));
+    }
+
+    /// Until the reaper ends, requests are passed on and the progress is written down.
+    #[test]
+    fn the_guardian_passes_on_what_the_operator_wants() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api");
+        let lock = MemoryLock::acquire(&socket).unwrap();
+        let child = fork_for_test(|| {
+            loop {
+                thread::sleep(LIMIT);
+            }
+        });
+        let pidfd = pidfd_open(child, PidfdFlags::empty()).unwrap();
+        let none = None;
+        let watch = watch(pidfd.as_fd(), &none);
+        thread::scope(|scope| {
+            scope.spawn(|| watch.wait_for_reaper(Some(&lock)));
+            let heard = request_workers(&socket, 7);
+            kill_process(child, Signal::KILL).unwrap();
+            assert!(heard.unwrap());
+        });
+        rustix::process::waitpid(Some(child), WaitOptions::empty()).unwrap();
+        assert_eq!(watch.status.workers(), 7);
+        let text = std::fs::read_to_string(folder.path().join("api.memory")).unwrap();
+        assert!(
+            text.starts_with(&format!("{0:>20} {0:>20}\n", 0)),
+            "{text:?}"
+        );
     }
 
     /// The killed process is stopped before it frees anything, so it cannot be the one that does.

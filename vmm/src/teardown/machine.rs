@@ -178,3 +178,126 @@ impl Teardown {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::memory::Backing;
+    use crate::teardown::reaper::tests::after;
+
+    const MIB: u64 = 1 << 20;
+
+    /// 32 MiB, all of it touched.
+    fn touched() -> Arc<GuestRam> {
+        let backing = Backing {
+            prefault: true,
+            ..Backing::default()
+        };
+        let range = GpaRange::new(0, 32 * MIB).unwrap();
+        Arc::new(GuestRam::allocate(backing, &[range]).unwrap())
+    }
+
+    fn teardown(
+        status: &'static StatusPage,
+        reaper: Option<&'static Reaper>,
+        ram: &Arc<GuestRam>,
+    ) -> Teardown {
+        let pages = Arc::new(RunPages::new(0, 4096));
+        Teardown::new(status, reaper, Arc::clone(ram), PageSize::Small, pages)
+    }
+
+    fn status() -> &'static StatusPage {
+        Box::leak(Box::default())
+    }
+
+    /// Sets a cell when it is dropped.
+    struct Closed<'a>(&'a Cell<bool>);
+
+    impl Drop for Closed<'_> {
+        fn drop(&mut self) {
+            self.0.set(true);
+        }
+    }
+
+    #[test]
+    fn settings_are_changed_one_by_one_or_not_at_all() {
+        let teardown = teardown(status(), None, &touched());
+        assert!(!teardown.has_reaper());
+        let cores = available_parallelism().unwrap().get();
+        let mut expected = TeardownTuning {
+            workers: default_workers(cores, nodes::count()),
+            batch: 256 * MIB,
+        };
+        assert_eq!(teardown.tuning(), expected);
+        for (workers, error) in [(0, TuneError::Workers(0)), (65, TuneError::Workers(65))] {
+            assert_eq!(teardown.tune(Some(workers), Some(MIB)), Err(error));
+        }
+        assert_eq!(teardown.tune(Some(3), Some(0)), Err(TuneError::Batch));
+        assert_eq!(teardown.tuning(), expected);
+        for workers in [1, 64, 3] {
+            teardown.tune(Some(workers), None).unwrap();
+            expected.workers = workers;
+            assert_eq!(teardown.tuning(), expected);
+        }
+        teardown.tune(None, Some(4 * MIB)).unwrap();
+        expected.batch = 4 * MIB;
+        assert_eq!(teardown.tuning(), expected);
+        teardown.tune(None, None).unwrap();
+        assert_eq!(teardown.tuning(), expected);
+        assert_eq!(teardown.final_plan().batches().len(), 8);
+    }
+
+    #[test]
+    fn without_a_reaper_the_monitor_frees_the_memory() {
+        let (ram, closed) = (touched(), Cell::new(false));
+        teardown(status(), None, &ram).free(Closed(&closed));
+        assert_eq!((ram.resident(), closed.get()), (0, true));
+    }
+
+    #[test]
+    fn little_memory_is_not_left_to_the_reaper() {
+        let status = after(|reaper, status| {
+            let (ram, closed) = (touched(), Cell::new(false));
+            let teardown = teardown(status, Some(reaper), &ram);
+            assert_eq!(status.progress().1, 32 * MIB, "in case of a kill");
+            teardown.free(Closed(&closed));
+            assert_eq!((ram.resident(), closed.get()), (0, true));
+            status.set_finished();
+        });
+        assert!(status.is_finished() && !status.has_begun());
+    }
+
+    #[test]
+    fn the_reaper_has_the_job_and_the_descriptors() {
+        let status = after(|reaper, status| {
+            let (ram, closed) = (touched(), Cell::new(false));
+            let teardown = teardown(status, Some(reaper), &ram);
+            assert!(teardown.has_reaper());
+            teardown.tune(Some(3), Some(4 * MIB)).unwrap();
+            teardown.free(Closed(&closed));
+            assert_eq!((ram.resident(), closed.get()), (32 * MIB, false));
+            status.set_finished();
+        });
+        let report = status.report().unwrap();
+        assert!(
+            status.is_finished() && report.bytes >= 28 * MIB,
+            "{report:?}"
+        );
+        assert_eq!((report.workers, report.failures), (3, 0));
+        assert_eq!(status.progress(), (32 * MIB, 32 * MIB));
+    }
+
+    /// The memory is freed in the batches of the last request even if the monitor is killed.
+    #[test]
+    fn the_job_of_a_killed_monitor_is_up_to_date() {
+        let status = after(|reaper, status| {
+            let teardown = teardown(status, Some(reaper), &touched());
+            teardown.tune(Some(64), Some(2 * MIB)).unwrap();
+            teardown.tune(Some(5), None).unwrap();
+            mem::forget(teardown);
+        });
+        assert_eq!(status.report().unwrap().workers, 5);
+    }
+}

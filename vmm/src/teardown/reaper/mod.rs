@@ -151,4 +151,4 @@ impl AsFd for Reaper {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

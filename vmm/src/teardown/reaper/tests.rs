@@ -11,14 +11,16 @@ const BATCHES: usize = 16;
 
 /// Runs `life` in a child process with a reaper of its own, and returns the status page once both are dead.
 /// The child is a copy of one thread of the test program, so it must not touch what other threads may have locked.
-fn after(life: fn(&Reaper, &StatusPage)) -> &'static StatusPage {
+pub(in crate::teardown) fn after(
+    life: fn(&'static Reaper, &'static StatusPage),
+) -> &'static StatusPage {
     let status = StatusPage::new().unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     let child = fork_for_test(|| {
-        let reaper = Reaper::new(status).unwrap();
+        let reaper: &'static Reaper = Box::leak(Box::new(Reaper::new(status).unwrap()));
         let writer: &'static OwnedFd = Box::leak(Box::new(writer.try_clone().unwrap()));
         reaper.keep_open(writer.as_fd());
-        life(&reaper, status);
+        life(reaper, status);
         0
     });
     drop(writer);
