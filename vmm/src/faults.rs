@@ -100,6 +100,15 @@ mod tests {
     }
 
     #[test]
+    fn every_fault_is_counted() {
+        let faults = GuestFaults::new("device");
+        for _ in 0..2 * BURST {
+            faults.report("a fault");
+        }
+        assert_eq!(faults.count(), u64::from(2 * BURST));
+    }
+
+    #[test]
     fn what_was_left_out_is_told() {
         let mut lines = Lines::default();
         let start = Instant::now();
