@@ -29,7 +29,7 @@ struct Model {
 }
 
 /// The model, shared with the test.
-struct Shared(Arc<Model>);
+struct SharedModel(Arc<Model>);
 
 fn pages(range: GpaRange) -> impl Iterator<Item = u64> {
     range.start() / PAGE..range.end() / PAGE
@@ -38,7 +38,7 @@ fn pages(range: GpaRange) -> impl Iterator<Item = u64> {
 /// Where [`ARENAS`] are, in pages; the first eight of each are its head.
 const ARENAS: [(u64, u64); 2] = [(128, 160), (192, 256)];
 
-impl LazyOps for Shared {
+impl LazyOps for SharedModel {
     fn is_granules(&self, range: GpaRange) -> bool {
         let (start, end) = (range.start() / PAGE, range.end() / PAGE);
         let inside = |(from, to): &(u64, u64)| from + 8 <= start && end <= *to;
@@ -120,13 +120,13 @@ impl LazyOps for Shared {
     }
 }
 
-struct Bench {
+struct Fixture {
     model: Arc<Model>,
     memory: Arc<GuestMemoryMmap>,
     calls: Hypercalls,
 }
 
-impl Bench {
+impl Fixture {
     fn new(model: Model) -> Self {
         let regions = REGIONS.map(|(from, to)| {
             (
@@ -136,7 +136,7 @@ impl Bench {
         });
         let model = Arc::new(model);
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
-        let ops = Arc::new(Shared(Arc::clone(&model)));
+        let ops = Arc::new(SharedModel(Arc::clone(&model)));
         let interface = offer(Some(Features::VMMCALL), model.arenas);
         Self {
             calls: Hypercalls::new(interface, Arc::clone(&memory), ops),
@@ -184,27 +184,27 @@ fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-fn bench() -> Bench {
-    Bench::new(Model::default())
+fn fixture() -> Fixture {
+    Fixture::new(Model::default())
 }
 
 #[test]
 fn free_and_reuse_and_the_last_range() {
-    let bench = bench();
+    let fixture = fixture();
     assert_eq!(
-        bench.call(Operation::LazyFree, 8 * PAGE, 4),
+        fixture.call(Operation::LazyFree, 8 * PAGE, 4),
         Ok(Success::Done)
     );
     assert_eq!(
-        bench.call(Operation::LazyFree, 8 * PAGE, 2),
+        fixture.call(Operation::LazyFree, 8 * PAGE, 2),
         Ok(Success::Done)
     );
-    assert_eq!(bench.lazy(), [8, 9, 10, 11]);
-    let reuse = |gpa, pages| bench.call(Operation::Reuse, gpa, pages);
+    assert_eq!(fixture.lazy(), [8, 9, 10, 11]);
+    let reuse = |gpa, pages| fixture.call(Operation::Reuse, gpa, pages);
     assert_eq!(reuse(9 * PAGE, 3), Ok(Success::Done));
     assert_eq!(reuse(0, 9), Ok(Success::LastRange));
     assert_eq!(reuse(0, 1), Ok(Success::LastRange), "never freed");
-    let stats = bench.calls.stats();
+    let stats = fixture.calls.stats();
     assert_eq!(
         (stats.lazy_free_total, stats.failed_total),
         (2, 0),
@@ -214,35 +214,40 @@ fn free_and_reuse_and_the_last_range() {
 
 #[test]
 fn features_are_those_of_cpuid() {
-    let bench = bench();
+    let fixture = fixture();
     let bits = offer(Some(Features::VMMCALL), false).features.bits();
-    let features = bench.call(Operation::Features, 0, 1);
+    let features = fixture.call(Operation::Features, 0, 1);
     assert_eq!(features, Ok(Success::Value(bits)));
     assert!(!offer(None, false).features.contains(Features::VMMCALL));
     assert!(!offer(None, false).features.contains(Features::VMCALL));
     assert!(!offer(None, false).features.contains(Features::ARENA));
-    let arena = bench.call(Operation::ArenaInfo, 0, 1);
+    let arena = fixture.call(Operation::ArenaInfo, 0, 1);
     assert_eq!(arena, Err(Error::NoSuchCall));
 }
 
 #[test]
 fn arenas_are_told_and_their_granules_reused() {
-    let bench = Bench::new(Model {
+    let fixture = Fixture::new(Model {
         arenas: true,
         ..Model::default()
     });
-    let Ok(Success::Value(bits)) = bench.call(Operation::Features, 0, 1) else {
+    let Ok(Success::Value(bits)) = fixture.call(Operation::Features, 0, 1) else {
         panic!("features are bits")
     };
     assert!(Features::from_bits(bits).contains(Features::ARENA));
     let ask = |index: u64| {
         let block = [index, 99, 99, 99, 99, 99, 99, 99];
-        bench
+        fixture
             .memory
             .write_slice(&words(&block), GuestAddress(BLOCK))
             .unwrap();
-        let status = bench.call(Operation::ArenaInfo, BLOCK, 1);
-        let word = |n| bench.memory.read_obj(GuestAddress(BLOCK + n * 8)).unwrap();
+        let status = fixture.call(Operation::ArenaInfo, BLOCK, 1);
+        let word = |n| {
+            fixture
+                .memory
+                .read_obj(GuestAddress(BLOCK + n * 8))
+                .unwrap()
+        };
         (status, std::array::from_fn(|n| word(n as u64)))
     };
     let second: [u64; 8] = [1, 2, 192 * PAGE, 64 * PAGE, 4 * PAGE, 2, PAGE, 0];
@@ -253,7 +258,7 @@ fn arenas_are_told_and_their_granules_reused() {
             (Err(Error::Invalid), [index, 2, 99, 99, 99, 99, 99, 99])
         );
     }
-    let info = |gpa, pages| bench.call(Operation::ArenaInfo, gpa, pages);
+    let info = |gpa, pages| fixture.call(Operation::ArenaInfo, gpa, pages);
     assert_eq!(info(BLOCK, 2), Err(Error::Invalid));
     assert_eq!(
         info(130 * PAGE, 1),
@@ -261,17 +266,17 @@ fn arenas_are_told_and_their_granules_reused() {
         "an arena is not RAM"
     );
 
-    let call = |operation, page, pages| bench.call(operation, page * PAGE, pages);
+    let call = |operation, page, pages| fixture.call(operation, page * PAGE, pages);
     assert_eq!(call(Operation::Reuse, 140, 4), Ok(Success::LastRange));
-    bench.write_batch(3, &[(150 * PAGE, 4), (8 * PAGE, 1), (130 * PAGE, 1)]);
+    fixture.write_batch(3, &[(150 * PAGE, 4), (8 * PAGE, 1), (130 * PAGE, 1)]);
     assert_eq!(
-        bench.call(Operation::ReuseBatch, BLOCK, 1),
+        fixture.call(Operation::ReuseBatch, BLOCK, 1),
         Err(Error::Invalid)
     );
-    assert_eq!(bench.done(), 2, "the last one is in the head");
+    assert_eq!(fixture.done(), 2, "the last one is in the head");
     let granules = |page: u64| GpaRange::new(page * PAGE, (page + 4) * PAGE).unwrap();
     assert_eq!(
-        *bench.model.reused_granules.lock().unwrap(),
+        *fixture.model.reused_granules.lock().unwrap(),
         [granules(140), granules(150)]
     );
     for operation in [Operation::LazyFree, Operation::Query] {
@@ -291,7 +296,7 @@ fn arenas_are_told_and_their_granules_reused() {
 
 #[test]
 fn hostile_ranges_change_nothing() {
-    let bench = bench();
+    let fixture = fixture();
     for (gpa, pages) in [
         (96 * PAGE, 1),             // out of range
         (64 * PAGE, 1),             // in the hole
@@ -307,7 +312,7 @@ fn hostile_ranges_change_nothing() {
         (8 * PAGE - 1, 1),          // not aligned
     ] {
         for operation in [Operation::LazyFree, Operation::Reuse] {
-            let result = bench.call(operation, gpa, pages);
+            let result = fixture.call(operation, gpa, pages);
             assert_eq!(
                 result,
                 Err(Error::Invalid),
@@ -320,37 +325,37 @@ fn hostile_ranges_change_nothing() {
             Operation::ReuseBatch,
             Operation::Query,
         ] {
-            let result = bench.call(operation, gpa, pages);
+            let result = fixture.call(operation, gpa, pages);
             assert!(
                 matches!(result, Err(Error::Invalid | Error::Fault)),
                 "{operation:?} {gpa:#x} {pages:#x}: {result:?}"
             );
         }
     }
-    assert!(bench.lazy().is_empty());
-    let stats = bench.calls.stats();
+    assert!(fixture.lazy().is_empty());
+    let stats = fixture.calls.stats();
     assert_eq!(stats.failed_total, 12 * 5);
 }
 
 #[test]
 fn unknown_operations_and_flags() {
-    let bench = bench();
+    let fixture = fixture();
     for attributes in [0, 0x10, 0xebb0_0000, 0xebb0_0900, u64::MAX] {
-        assert_eq!(bench.raw(PAGE, 1, attributes), Err(Error::NoSuchCall));
+        assert_eq!(fixture.raw(PAGE, 1, attributes), Err(Error::NoSuchCall));
     }
     for attributes in [0xebb1_0200, 0xebb8_0300, 0xebb0_0301] {
-        assert_eq!(bench.raw(PAGE, 1, attributes), Err(Error::Invalid));
+        assert_eq!(fixture.raw(PAGE, 1, attributes), Err(Error::Invalid));
     }
     for operation in [Operation::Features, Operation::Reset] {
         for (gpa, pages) in [(PAGE, 1), (0, 2)] {
-            assert_eq!(bench.call(operation, gpa, pages), Err(Error::Invalid));
+            assert_eq!(fixture.call(operation, gpa, pages), Err(Error::Invalid));
         }
     }
 }
 
 #[test]
 fn a_batch_goes_up_to_its_first_bad_descriptor() {
-    let bench = bench();
+    let fixture = fixture();
     let ranges = [
         (8 * PAGE, 2),
         (9 * PAGE, 2),
@@ -358,77 +363,77 @@ fn a_batch_goes_up_to_its_first_bad_descriptor() {
         (63 * PAGE, 2),
         (20 * PAGE, 1),
     ];
-    bench.write_batch(3, &ranges);
-    let free = || bench.call(Operation::LazyFreeBatch, BLOCK, 1);
-    assert_eq!((free(), bench.done()), (Ok(Success::Done), 3));
-    assert_eq!(bench.lazy(), [8, 9, 10]);
-    bench.model.lazy.lock().unwrap().clear();
-    bench.write_batch(5, &ranges);
-    assert_eq!((free(), bench.done()), (Err(Error::Invalid), 3));
-    assert_eq!(bench.lazy(), [8, 9, 10]);
-    let reuse = bench.call(Operation::ReuseBatch, BLOCK, 1);
-    assert_eq!((reuse, bench.done()), (Err(Error::Invalid), 3));
-    assert!(bench.lazy().is_empty());
-    bench.write_batch(1, &ranges);
-    let reuse = bench.call(Operation::ReuseBatch, BLOCK, 1);
-    assert_eq!((reuse, bench.done()), (Ok(Success::LastRange), 1));
+    fixture.write_batch(3, &ranges);
+    let free = || fixture.call(Operation::LazyFreeBatch, BLOCK, 1);
+    assert_eq!((free(), fixture.done()), (Ok(Success::Done), 3));
+    assert_eq!(fixture.lazy(), [8, 9, 10]);
+    fixture.model.lazy.lock().unwrap().clear();
+    fixture.write_batch(5, &ranges);
+    assert_eq!((free(), fixture.done()), (Err(Error::Invalid), 3));
+    assert_eq!(fixture.lazy(), [8, 9, 10]);
+    let reuse = fixture.call(Operation::ReuseBatch, BLOCK, 1);
+    assert_eq!((reuse, fixture.done()), (Err(Error::Invalid), 3));
+    assert!(fixture.lazy().is_empty());
+    fixture.write_batch(1, &ranges);
+    let reuse = fixture.call(Operation::ReuseBatch, BLOCK, 1);
+    assert_eq!((reuse, fixture.done()), (Ok(Success::LastRange), 1));
 }
 
 #[test]
 fn a_batch_that_is_bad_from_the_start_does_nothing() {
-    let bench = bench();
-    bench.write_batch(2, &[(1, 1), (8 * PAGE, 1)]);
-    let free = |pages| bench.call(Operation::LazyFreeBatch, BLOCK, pages);
-    assert_eq!((free(1), bench.done()), (Err(Error::Invalid), 0));
+    let fixture = fixture();
+    fixture.write_batch(2, &[(1, 1), (8 * PAGE, 1)]);
+    let free = |pages| fixture.call(Operation::LazyFreeBatch, BLOCK, pages);
+    assert_eq!((free(1), fixture.done()), (Err(Error::Invalid), 0));
     for count in [0, 256, BATCH_MAX + 1, u32::MAX] {
-        bench.write_batch(count, &[(8 * PAGE, 1)]);
+        fixture.write_batch(count, &[(8 * PAGE, 1)]);
         assert_eq!(free(1), Err(Error::Invalid), "{count}");
-        assert_eq!(bench.done(), 0xdead, "{count}: not written");
+        assert_eq!(fixture.done(), 0xdead, "{count}: not written");
     }
-    bench.write_batch(1, &[(8 * PAGE, 1)]);
+    fixture.write_batch(1, &[(8 * PAGE, 1)]);
     assert_eq!(free(5), Err(Error::Invalid), "a block of 5 pages");
     let reserved = GuestAddress(BLOCK + 8);
-    bench.memory.write_obj(1u64, reserved).unwrap();
+    fixture.memory.write_obj(1u64, reserved).unwrap();
     assert_eq!(free(1), Err(Error::Invalid), "a reserved word");
-    let fault = bench.call(Operation::LazyFreeBatch, 62 * PAGE, 4);
+    let fault = fixture.call(Operation::LazyFreeBatch, 62 * PAGE, 4);
     assert_eq!(fault, Err(Error::Fault));
-    assert!(bench.lazy().is_empty());
+    assert!(fixture.lazy().is_empty());
 }
 
 #[test]
 fn the_largest_batch_fits_into_the_largest_block() {
-    let bench = bench();
+    let fixture = fixture();
     let ranges: Vec<_> = (0..u64::from(BATCH_MAX))
         .map(|n| (n % 16 * PAGE, 1))
         .collect();
-    bench.write_batch(BATCH_MAX, &ranges);
-    let free = bench.call(Operation::LazyFreeBatch, BLOCK, 4);
-    assert_eq!((free, bench.done()), (Ok(Success::Done), BATCH_MAX));
-    assert!(bench.lazy().into_iter().eq(0..16));
+    fixture.write_batch(BATCH_MAX, &ranges);
+    let free = fixture.call(Operation::LazyFreeBatch, BLOCK, 4);
+    assert_eq!((free, fixture.done()), (Ok(Success::Done), BATCH_MAX));
+    assert!(fixture.lazy().into_iter().eq(0..16));
 }
 
 #[test]
-fn a_full_book_is_told() {
-    let bench = Bench::new(Model {
+fn a_full_tracker_is_told() {
+    let fixture = Fixture::new(Model {
         full: true,
         ..Model::default()
     });
-    let free = bench.call(Operation::LazyFree, 8 * PAGE, 1);
+    let free = fixture.call(Operation::LazyFree, 8 * PAGE, 1);
     assert_eq!(free, Err(Error::NoSpace));
-    bench.write_batch(2, &[(8 * PAGE, 1), (9 * PAGE, 1)]);
-    let free = bench.call(Operation::LazyFreeBatch, BLOCK, 1);
-    assert_eq!((free, bench.done()), (Err(Error::NoSpace), 2));
+    fixture.write_batch(2, &[(8 * PAGE, 1), (9 * PAGE, 1)]);
+    let free = fixture.call(Operation::LazyFreeBatch, BLOCK, 1);
+    assert_eq!((free, fixture.done()), (Err(Error::NoSpace), 2));
 }
 
 #[test]
 fn prefault_is_bounded_and_its_failure_is_none_of_the_calls() {
-    let bench = bench();
+    let fixture = fixture();
     let what = Attributes::new(Operation::ReuseBatch).with(Flags::PREFAULT);
     let ranges = [(PAGE, 60); 200];
-    bench.write_batch(200, &ranges);
-    let reuse = bench.raw(BLOCK, 1, what.encode());
+    fixture.write_batch(200, &ranges);
+    let reuse = fixture.raw(BLOCK, 1, what.encode());
     assert_eq!(reuse, Ok(Success::LastRange));
-    let prefaulted: u64 = bench
+    let prefaulted: u64 = fixture
         .model
         .prefaulted
         .lock()
@@ -439,10 +444,10 @@ fn prefault_is_bounded_and_its_failure_is_none_of_the_calls() {
     assert_eq!(prefaulted, 8192 * PAGE);
     let what = Attributes::new(Operation::Reuse).with(Flags::PREFAULT);
     assert_eq!(
-        bench.raw(0, 1, what.encode()).map(|s| s.code()),
+        fixture.raw(0, 1, what.encode()).map(|s| s.code()),
         Ok(LAST_RANGE)
     );
-    let stats = bench.calls.stats();
+    let stats = fixture.calls.stats();
     assert_eq!(
         (stats.prefaulted_bytes_total, stats.prefault_failures_total),
         (8192 * PAGE, 1)
@@ -451,19 +456,19 @@ fn prefault_is_bounded_and_its_failure_is_none_of_the_calls() {
 
 #[test]
 fn a_query_is_answered_in_its_block() {
-    let bench = bench();
-    bench.call(Operation::LazyFree, 8 * PAGE, 4).unwrap();
+    let fixture = fixture();
+    fixture.call(Operation::LazyFree, 8 * PAGE, 4).unwrap();
     let ask = |gpa: u64, pages: u64| {
         let block = words(&[gpa, pages, 77, 77, 77, 77, 77, 77, 77, 77, 77, 77, 99]);
-        bench
+        fixture
             .memory
             .write_slice(&block, GuestAddress(BLOCK))
             .unwrap();
-        let result = bench.call(Operation::Query, BLOCK, 1);
+        let result = fixture.call(Operation::Query, BLOCK, 1);
         let mut answer = [0u64; 13];
         for (index, word) in answer.iter_mut().enumerate() {
             let at = GuestAddress(BLOCK + index as u64 * 8);
-            *word = bench.memory.read_obj(at).unwrap();
+            *word = fixture.memory.read_obj(at).unwrap();
         }
         (result, answer)
     };
@@ -477,15 +482,18 @@ fn a_query_is_answered_in_its_block() {
         let (result, answer) = ask(gpa, pages);
         assert_eq!((result, answer[2]), (Err(Error::Invalid), 77));
     }
-    assert_eq!(bench.call(Operation::Query, BLOCK, 2), Err(Error::Invalid));
+    assert_eq!(
+        fixture.call(Operation::Query, BLOCK, 2),
+        Err(Error::Invalid)
+    );
 }
 
 #[test]
 fn a_reset_leaves_nothing_lazy() {
-    let bench = bench();
-    bench.call(Operation::LazyFree, 0, 64).unwrap();
-    let reset = bench.call(Operation::Reset, 0, 1);
-    assert_eq!((reset, bench.lazy()), (Ok(Success::LastRange), vec![]));
+    let fixture = fixture();
+    fixture.call(Operation::LazyFree, 0, 64).unwrap();
+    let reset = fixture.call(Operation::Reset, 0, 1);
+    assert_eq!((reset, fixture.lazy()), (Ok(Success::LastRange), vec![]));
 }
 
 /// Numbers around which bounds lie, and any others.
@@ -509,26 +517,26 @@ proptest! {
         block in prop::collection::vec(number(), 32),
         count in 0..20u32,
     ) {
-        let bench = bench();
+        let fixture = fixture();
         for (gpa, pages, operation, flags, odd) in calls {
-            bench.memory.write_slice(&words(&block), GuestAddress(BLOCK)).unwrap();
-            bench.memory.write_obj(u64::from(count), GuestAddress(BLOCK)).unwrap();
-            bench.memory.write_obj(0u64, GuestAddress(BLOCK + 8)).unwrap();
+            fixture.memory.write_slice(&words(&block), GuestAddress(BLOCK)).unwrap();
+            fixture.memory.write_obj(u64::from(count), GuestAddress(BLOCK)).unwrap();
+            fixture.memory.write_obj(0u64, GuestAddress(BLOCK + 8)).unwrap();
             let gpa = if operation == 4 && flags < 8 { BLOCK } else { gpa };
             let attributes = match flags {
                 15 => odd,
                 2.. => 0xebb0_0000 | operation << 8,
                 _ => 0xebb0_0000 | operation << 8 | flags << 16,
             };
-            let before = bench.lazy();
-            let result = bench.raw(gpa, pages, attributes);
+            let before = fixture.lazy();
+            let result = fixture.raw(gpa, pages, attributes);
             if result.is_err() && !(4..6).contains(&operation) {
-                prop_assert_eq!(before, bench.lazy());
+                prop_assert_eq!(before, fixture.lazy());
             }
             if let Ok(Attributes { operation: Operation::LazyFree, .. }) = Attributes::decode(attributes)
                 && result.is_ok()
             {
-                let lazy = bench.lazy();
+                let lazy = fixture.lazy();
                 prop_assert!((gpa / PAGE..gpa / PAGE + pages).all(|page| lazy.contains(&page)));
             }
         }

@@ -309,6 +309,13 @@ mod tests {
     }
 
     #[test]
+    fn a_single_extent_needs_no_vector() {
+        let kernel = FakeKernel::vectored(&[], &[Err(libc::EINVAL)]);
+        let released = kernel.release(1);
+        assert_eq!((released.bytes, released.calls), (vec![4096], 1));
+    }
+
+    #[test]
     fn progress_is_counted_in_whole_extents() {
         let extents: Vec<_> = (0..3).map(|index| extent(index, 0)).collect();
         for (bytes, want) in [

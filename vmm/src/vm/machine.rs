@@ -31,8 +31,8 @@ use crate::sys::TerminationSignals;
 use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
-/// A running machine. The fields stand in the order in which [`Vm::shut_down`] lets them go: first those
-/// who give orders, then those who touch guest memory, then KVM, and the memory last.
+/// A running machine. [`Vm::shut_down`] ends its parts in the order of the fields: first those that give orders, then those
+/// that touch guest memory, then KVM, and the memory last.
 pub struct Vm {
     input: Option<Box<dyn MutEventSubscriber>>,
     api: Option<api::Server>,
@@ -43,11 +43,11 @@ pub struct Vm {
     kvm: kvm::Machine,
     teardown: Arc<Teardown>,
     exit: Arc<ExitSlot>,
-    /// Restores the terminal, however we leave.
+    /// Restores the terminal when dropped.
     _raw_mode: Option<RawMode>,
 }
 
-/// What is left of the devices once the machine runs: the way to stop them.
+/// Stops the devices of a running machine.
 struct DeviceStop(Vec<Arc<std::sync::Mutex<crate::devices::virtio::mmio::MmioTransport>>>);
 
 impl DeviceStop {
@@ -107,7 +107,7 @@ impl Vm {
             interface,
         };
         let vcpus = create_vcpus(&host, &machine, vcpu)?;
-        // Late: what fails before this leaves no file behind and the terminal as it was.
+        // Last, so that an error before this leaves no file behind and the terminal unchanged.
         let console = devices.attach_serial(&machine, &config.serial, &exit)?;
         let control = Control {
             started,
@@ -237,7 +237,7 @@ fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {
         .collect()
 }
 
-/// Writes the tables, the kernel and what comes with it to guest memory.
+/// Writes the ACPI tables, the reset vector, and the kernel with its initial RAM disk to guest memory.
 fn load_guest(
     config: &MachineConfig,
     setup: &Setup,

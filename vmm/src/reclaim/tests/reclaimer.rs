@@ -1,7 +1,8 @@
 //! The reclaimer over memory that refuses some of what it is asked to release.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ebb_core::generation::{Gate, NoKick, VmGeneration};
 use ebb_core::lazy::LazyMemory;
@@ -10,7 +11,7 @@ use ebb_core::release::{Release, ReleasePages, Released};
 
 use crate::memory::{Backing, GuestRam};
 use crate::reclaim::job::MAX_MISSES;
-use crate::reclaim::{Order, Reach, ReclaimTuning, Reclaimer};
+use crate::reclaim::{EntryHook as _, Order, Reach, ReclaimTuning, Reclaimer};
 
 const MIB: u64 = 1 << 20;
 
@@ -177,6 +178,41 @@ fn a_vcpu_that_will_not_come_out_costs_interrupts_but_not_progress() {
     assert_eq!(discard(Reach::Blocks), 0, "it may still have translations");
     drop(inside);
     assert_eq!(discard(Reach::Blocks), 8 * PAGE_SIZE);
+}
+
+#[test]
+fn a_vcpu_that_exits_runs_offered_slices() {
+    let tuning = ReclaimTuning {
+        pause: Duration::from_millis(10),
+        slice: 1,
+        share: 50,
+        ..ReclaimTuning::default()
+    };
+    let reclaimer = over(Arc::new(RefusesFirstPage::default()), 1, tuning);
+    let done = AtomicBool::new(false);
+    let vcpu = || {
+        while !done.load(Ordering::Relaxed) {
+            reclaimer.before_entry();
+            let inside = reclaimer.gate.enter(0);
+            std::thread::sleep(Duration::from_micros(200));
+            drop(inside);
+        }
+    };
+    let taken = || reclaimer.snapshot().passing_slices_total;
+    std::thread::scope(|scope| {
+        scope.spawn(vcpu);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while taken() == 0 && Instant::now() < deadline {
+            let pages = (1..9).map(|i| range(i * MIB, i * MIB + PAGE_SIZE));
+            reclaimer.lazy.free(&pages.collect::<Vec<_>>());
+            assert_eq!(reclaimer.reclaim(u64::MAX).bytes, 8 * PAGE_SIZE);
+            reclaimer.lazy.reset();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let stats = reclaimer.snapshot();
+    assert!(stats.passing_slices_total > 0, "{stats:?}");
+    assert!(stats.held_slices_total >= stats.passing_slices_total);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The kernel refuses advice, for real: nothing of the guest's is lost, accounts stay right, reclaim goes on.
+//! The kernel really refuses releases: nothing that the guest uses is lost, the counts stay right, and reclaim goes on.
 
 use std::sync::Arc;
 
@@ -12,11 +12,11 @@ use crate::reclaim::{Order, Reach, ReclaimTuning, Reclaimer};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 48 * MIB;
-/// What the guest has freed.
+/// The range that the guest has freed.
 const FREED: (u64, u64) = (4 * MIB, 36 * MIB);
-/// The page that makes trouble.
+/// The page that the kernel does not release.
 const BAD: u64 = 13 * MIB + PAGE_SIZE;
-/// The block that it lies in.
+/// The block of that page.
 const BAD_BLOCK: u64 = 12 * MIB;
 
 fn range(start: u64, end: u64) -> GpaRange {
@@ -34,7 +34,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// All of the memory in use, and each page with its own address in it.
+    /// All memory is in use, and each page holds its address.
     fn new() -> Self {
         let ram = GuestRam::allocate(Backing::default(), &[range(0, RAM)]).unwrap();
         let ram = Arc::new(ram);
@@ -66,7 +66,7 @@ impl Scene {
         self.ram.memory().read_obj(GuestAddress(page)).unwrap()
     }
 
-    /// Checks that all of `range` is as it was written.
+    /// Checks that `range` is as [`Scene::write`] has left it.
     fn verify(&self, range: GpaRange) {
         for page in pages(range) {
             assert_eq!(self.read(page), page | 1, "{page:#x}");
@@ -98,7 +98,7 @@ fn pages(range: GpaRange) -> impl Iterator<Item = u64> {
     (range.start()..range.end()).step_by(PAGE_SIZE as usize)
 }
 
-/// `EINVAL`: what comes before the locked page is gone, what comes after it is not.
+/// `EINVAL`: the kernel has released what comes before the locked page, and not what comes after it.
 #[test]
 fn a_locked_page_keeps_its_block_and_no_other() {
     let scene = Scene::new();
@@ -118,7 +118,7 @@ fn a_locked_page_keeps_its_block_and_no_other() {
     let gone = pages(range(FREED.0, FREED.1)).filter(|&page| scene.read(page) == 0);
     assert!(gone.count() as u64 >= outcome.bytes / PAGE_SIZE);
 
-    // Nothing is held against the block later, nor against the guest that takes it back.
+    // Later the block is released like any other, and the guest can reuse a part of it.
     scene.lazy.reuse(&[range(BAD_BLOCK, BAD_BLOCK + MIB)]);
     scene.write(range(BAD_BLOCK, BAD_BLOCK + MIB));
     scene.ram.unlock(bad());
@@ -128,7 +128,7 @@ fn a_locked_page_keeps_its_block_and_no_other() {
     assert_eq!(scene.stats().lazy_bytes, 0);
 }
 
-/// `ENOMEM`, after both sides of the hole were discarded: as much as we know, the block is lazy still.
+/// `ENOMEM`: the kernel has released both sides of the hole. The monitor does not know that, so the block stays lazy.
 #[test]
 fn a_hole_keeps_its_block_lazy_though_both_sides_are_gone() {
     let scene = Scene::new();
@@ -185,7 +185,7 @@ fn a_locked_page_is_not_left_to_the_host_but_its_neighbours_are() {
 fn in_a_slice_only_the_fragment_that_is_refused_stays() {
     let scene = Scene::new();
     scene.ram.lock(bad());
-    // Every other one; the bad one is not among them.
+    // Every other page is in use; the locked one is not among them.
     let is_in_use = |page: u64| (page / PAGE_SIZE).is_multiple_of(2);
     let fragments: Vec<_> = pages(range(12 * MIB, 14 * MIB))
         .filter(|&page| !is_in_use(page))

@@ -1,4 +1,4 @@
-//! Threads free, reuse and verify stamped memory while reclaim runs flat out: what is in use is never lost.
+//! Threads free, reuse and verify stamped memory while reclaim runs without rest: memory in use is never lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use crate::reclaim::{Order, Reach, ReclaimTuning, Reclaimer};
 
 const RAM: u64 = 96 << 20;
 const OWNERS: u64 = 3;
-/// Operations of each owner: by number, not by time, so that a busy host tests as much as an idle one.
+/// Number of operations of each owner. Not a time, so that a busy host tests as much as an idle one.
 const OPERATIONS: u64 = 1000;
 
 /// A small generator of pseudo-random numbers (xorshift64, Marsaglia 2003).
@@ -30,7 +30,7 @@ impl Random {
     }
 }
 
-/// A stamp that fits its address and its round only.
+/// A stamp that is different for each address and round.
 fn stamp(page: u64, round: u64) -> [u64; 2] {
     [
         page ^ round,
@@ -38,7 +38,7 @@ fn stamp(page: u64, round: u64) -> [u64; 2] {
     ]
 }
 
-/// What one thread owns: a range and the round of its stamps, 0 when it is freed.
+/// A range that one thread owns, and the round of its stamps; 0 if the range is freed.
 struct Slot {
     range: GpaRange,
     round: u64,
@@ -71,8 +71,8 @@ impl Slot {
     }
 }
 
-/// Slots of 1 to 16 pages and a few of some MiB, dealt out to the owners in turn, so that neighbours have
-/// different owners and ranges merge and split across them.
+/// Slots of 1 to 16 pages, and a few of some MiB, given to the owners in turn. So neighbours have different owners, and
+/// ranges merge and split across them.
 fn slots(owner: u64) -> Vec<Slot> {
     let mut random = Random(0x1234_5678_9abc_def1);
     let (mut at, mut turn, mut slots) = (0, 0, Vec::new());
@@ -91,7 +91,7 @@ fn slots(owner: u64) -> Vec<Slot> {
     slots
 }
 
-/// A vCPU in the life of its guest: it touches memory inside, and frees and reuses it in exits.
+/// Acts as a vCPU: touches memory in the guest, and frees and reuses it in exits.
 fn own(owner: u64, (lazy, gate): (&LazyMemory, &Gate), memory: &GuestMemoryMmap) -> (u64, u64) {
     let mut random = Random(owner + 1);
     let mut slots = slots(owner);
@@ -103,7 +103,7 @@ fn own(owner: u64, (lazy, gate): (&LazyMemory, &Gate), memory: &GuestMemoryMmap)
         let count = slots.len() as u64;
         let slot = &mut slots[random.below(count) as usize];
         operations += 1;
-        // What is handed back for a moment only is what a reclaim is most likely to be busy with.
+        // Memory that is freed only for a moment is most likely to be reused while a reclaim works on it.
         for round in 0..1 + random.below(4) {
             if slot.round == 0 {
                 lazy.reuse(&[slot.range]);
@@ -136,7 +136,7 @@ fn own(owner: u64, (lazy, gate): (&LazyMemory, &Gate), memory: &GuestMemoryMmap)
 fn memory_in_use_is_never_lost() {
     let all = GpaRange::new(0, RAM).unwrap();
     let ram = Arc::new(GuestRam::allocate(Backing::default(), &[all]).unwrap());
-    // Fewer ranges than there are slots: the tracker is full now and then.
+    // The tracker has room for fewer ranges than there are slots, so it is sometimes full.
     let generation = Arc::new(VmGeneration::default());
     let owners = OWNERS as usize;
     let gate = Arc::new(Gate::new(owners, Arc::clone(&generation), Box::new(NoKick)));
