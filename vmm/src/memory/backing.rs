@@ -31,7 +31,7 @@ pub struct Backing {
 }
 
 impl Backing {
-    /// The backing of arenas beside RAM of this backing: private memory of small or transparent huge pages, populated on
+    /// The backing of arenas next to RAM of this backing: private memory of small or transparent huge pages, populated on
     /// first touch.
     pub(super) fn of_arenas(self) -> Self {
         Self {
