@@ -146,6 +146,16 @@ fn arenas_that_are_none() {
     assert!(arenas(&["size=40T", "size=40T"]).contains("choose at most 64T, all arenas together"));
     assert!(arenas(&["size=1G,id=arena1", "size=1G"]).contains("id=arena1 is given twice"));
     assert!(arenas(&["size=1G"; 17]).contains("given 17 times; at most 16"));
+    // The bounds themselves are allowed.
+    assert_eq!(arenas(&["size=1G"; 16]), "");
+    assert_eq!(arenas(&["size=40T", "size=24T"]), "");
+    let longest = format!("size=1G,id={}", "a".repeat(32));
+    assert_eq!(arenas(&[&longest]), "");
+    // Only an arena takes pci=off away.
+    let words = ["--cmdline=quiet", "--arena=size=1G"];
+    assert_eq!(folder.check(&words).unwrap().cmdline, "quiet");
+    let machine = folder.check(&[]).unwrap();
+    assert_eq!(machine.cmdline, MachineSpec::DEFAULT_CMDLINE);
 }
 
 #[test]
