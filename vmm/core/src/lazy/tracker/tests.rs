@@ -238,6 +238,7 @@ impl Pair {
 
 proptest! {
     #[test]
+    #[cfg_attr(miri, ignore = "takes minutes there")]
     fn with_room_it_equals_the_model(ops in prop::collection::vec(op(), 1..120)) {
         let mut pair = Pair::new(10_000);
         for op in &ops {
@@ -248,6 +249,7 @@ proptest! {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes minutes there")]
     fn without_room_it_falls_back_to_in_use(
         ops in prop::collection::vec(op(), 1..120),
         max_ranges in 1..20usize,
