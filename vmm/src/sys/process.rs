@@ -150,8 +150,8 @@ pub fn with_signals_blocked<T>(action: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Returns memory to the kernel that a copy of a process does not need while it sleeps: the allocator's free memory, and
-/// the program's code and constants, which the kernel reads again from the page cache when they are touched.
+/// Returns to the kernel what this process may not need again: the allocator's free memory, and the program's code and
+/// constants, which the kernel maps again from the page cache when they are touched.
 pub fn shrink() {
     // SAFETY: the call concerns only memory that is free.
     unsafe { libc::malloc_trim(0) };

@@ -22,7 +22,7 @@ use crate::guest_memory::SetupError;
 use crate::kvm::{self, KvmError};
 use crate::reclaim;
 use crate::strict;
-use crate::sys::TerminationSignals;
+use crate::sys::{self, TerminationSignals};
 use crate::teardown::Reaper;
 use machine::Vm;
 
@@ -119,6 +119,8 @@ fn build_and_run(
     let built = Vm::build(config, guardian);
     let mut vm =
         built.inspect_err(|_| guardian.reaper().into_iter().for_each(Reaper::clear_job))?;
+    // Neither the command line's parser nor the loader of the kernel is needed any more.
+    sys::process::shrink();
     let reason = vm.run(signals);
     vm.shut_down();
     reason
