@@ -77,6 +77,7 @@ pub struct Machine {
     link: Arc<Link>,
     hello: String,
     boot: Duration,
+    retries: u32,
     qemu: Helper,
     virtiofsd: Helper,
 }
@@ -88,14 +89,18 @@ impl Machine {
     /// When a helper cannot be started, or the agent does not answer in time: then the message
     /// carries the last lines of the console.
     pub fn boot(assets: &Assets, options: &Options) -> Result<Self> {
-        let mut attempt = 1;
+        let mut retries = 0;
         loop {
             match Self::boot_once(assets, options) {
-                Err(error) if attempt < BOOT_ATTEMPTS => {
-                    eprintln!("==> the nested machine did not come up, trying again: {error}");
-                    attempt += 1;
+                Ok(mut machine) => {
+                    machine.retries = retries;
+                    return Ok(machine);
                 }
-                result => return result,
+                Err(error) if retries + 1 < BOOT_ATTEMPTS => {
+                    eprintln!("==> the nested machine did not come up, trying again: {error}");
+                    retries += 1;
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -114,6 +119,7 @@ impl Machine {
             link,
             hello: String::new(),
             boot: Duration::ZERO,
+            retries: 0,
             qemu,
             virtiofsd,
         };
@@ -130,6 +136,11 @@ impl Machine {
     /// How long the boot took.
     pub fn boot_time(&self) -> Duration {
         self.boot
+    }
+
+    /// How many boots failed before this one.
+    pub fn boot_retries(&self) -> u32 {
+        self.retries
     }
 
     /// What the agent said of the machine, such as `uptime=2.9 kvm=yes`.

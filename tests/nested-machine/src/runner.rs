@@ -50,6 +50,14 @@ impl Runner {
         }
     }
 
+    /// How many boots of the nested machine failed before it came up.
+    pub fn boot_retries(&self) -> u32 {
+        match self {
+            Self::Direct => 0,
+            Self::Nested(machine) => machine.boot_retries(),
+        }
+    }
+
     /// Returns false if the nested machine has ended.
     pub fn is_alive(&self) -> bool {
         match self {

@@ -81,19 +81,19 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
             .map(Exit::success)
         });
     }
-    let mut runner = None;
+    let (mut runner, mut retried) = (None, Vec::new());
     if platform == Platform::Nested {
         report.check("nested machine", || {
-            let machine = runner.insert(start_runner(&tests.assets)?);
+            let machine = runner.insert(tests.start_runner(&mut retried)?);
             selftest::check(machine)
         });
     }
     for binary in kvm {
         report.tests(&format!("{} (KVM)", binary.name), |printed| {
-            tests.on_kvm(&binary, &mut runner, printed)
+            tests.on_kvm(&binary, &mut runner, printed, &mut retried)
         });
     }
-    let passed = report.finish(&tests.out.join("summary.json"))?;
+    let passed = report.finish(&tests.out.join("summary.json"), &retried)?;
     Ok(u8::from(!passed))
 }
 
@@ -197,16 +197,29 @@ impl Tests {
         command
     }
 
+    /// Starts what KVM tests run on. A nested machine that came up late only is noted in `retried`.
+    fn start_runner(&self, retried: &mut Vec<String>) -> Result<Runner> {
+        let runner = start_runner(&self.assets)?;
+        match runner.boot_retries() {
+            0 => {}
+            retries => retried.push(format!(
+                "boot of the nested machine: ok after {retries} retries"
+            )),
+        }
+        Ok(runner)
+    }
+
     /// Runs one binary where KVM is, and keeps what it printed and, if it failed, the nested machine's console.
     fn on_kvm(
         &self,
         binary: &Binary,
         runner: &mut Option<Runner>,
         printed: &mut Vec<u8>,
+        retried: &mut Vec<String>,
     ) -> Result<bool> {
         let running = match runner.take() {
             Some(running) => running,
-            None => start_runner(&self.assets)?,
+            None => self.start_runner(retried)?,
         };
         let command = self.command(binary, running.platform());
         let result = running.run(&command, TIME_LIMIT, &mut |stream, bytes| {

@@ -74,11 +74,11 @@ impl Report {
         });
     }
 
-    /// Prints the summary and writes it to `file`. Returns true if everything passed.
+    /// Prints the summary and writes it to `file`, with what was `retried`. Returns true if everything passed.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn finish(&self, file: &Path) -> Result<bool> {
+    pub fn finish(&self, file: &Path, retried: &[String]) -> Result<bool> {
         let failed: Vec<String> = self.steps.iter().flat_map(Step::failed).collect();
         progress("summary");
         for step in &self.steps {
@@ -92,7 +92,8 @@ impl Report {
         failed
             .iter()
             .for_each(|name| println!("    failed: {name}"));
-        let text = format!("{:#}\n", self.summary(&failed));
+        retried.iter().for_each(|what| println!("    {what}"));
+        let text = format!("{:#}\n", self.summary(&failed, retried));
         std::fs::write(file, text).context(|| format!("write {}", file.display()))?;
         let time = Seconds(self.start.elapsed());
         progress(format_args!("{time}; written to {}", file.display()));
@@ -104,7 +105,7 @@ impl Report {
         self.steps.iter().map(|step| step.tally.passed).sum()
     }
 
-    fn summary(&self, failed: &[String]) -> Value {
+    fn summary(&self, failed: &[String], retried: &[String]) -> Value {
         let steps = self.steps.iter().map(|step| {
             json!({
                 "name": step.name,
@@ -119,7 +120,7 @@ impl Report {
             "run": tests.sum::<u64>(),
             "passed": self.passed(),
             "failed": failed,
-            "retried": [],
+            "retried": retried,
             "seconds": self.start.elapsed().as_secs_f64(),
             "steps": steps,
         })
@@ -143,13 +144,14 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("ebb-report-{}", std::process::id()));
         std::fs::create_dir(&folder).unwrap();
         let file = folder.join("summary.json");
-        assert!(!report.finish(&file).unwrap());
+        let retried = ["boot: ok after 1 retries".to_owned()];
+        assert!(!report.finish(&file, &retried).unwrap());
         let summary: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
         std::fs::remove_dir_all(&folder).unwrap();
         assert_eq!(summary["run"], 3);
         assert_eq!(summary["passed"], 2);
         assert_eq!(summary["failed"], json!(["lints", "kvm_boot: a"]));
-        assert_eq!(summary["retried"], json!([]));
+        assert_eq!(summary["retried"], json!(retried));
         assert_eq!(summary["steps"][1]["result"], "FAILED");
         assert_eq!(summary["steps"][2]["tests"], 3);
     }
