@@ -43,7 +43,7 @@ pub struct Row {
     pub max: f64,
     /// Number of runs.
     pub runs: usize,
-    /// `direct` or `nested`, see [`Host::platform`].
+    /// Where it ran: `direct` or `nested`.
     pub platform: String,
 }
 

@@ -12,7 +12,7 @@ use crate::{Parameters, map, marker};
 /// Computations in one report.
 const SAMPLES: usize = 31;
 
-/// Measures the same computation forever. After [`marker::READY`], sends the median of each [`SAMPLES`] computations in cycles
+/// Measures the same computation forever. After [`marker::READY`], sends the median of each `SAMPLES` computations in cycles
 /// of the time stamp counter.
 pub fn run(mut ram: Ram) -> ! {
     send(marker::READY);
