@@ -177,9 +177,9 @@ fn unsafe_stands_only_where_it_may() {
 }
 
 #[test]
-fn every_path_that_the_papers_name_exists() {
-    for paper in ["ARCHITECTURE.md", "README.md"] {
-        let text = read(&root().join(paper));
+fn every_path_that_the_documents_name_exists() {
+    for document in ["ARCHITECTURE.md", "README.md"] {
+        let text = read(&root().join(document));
         let named = text.split('`').skip(1).step_by(2);
         for path in named.filter(|word| is_path(word)) {
             // What commands make, and what is the host's, is not in a clone.
@@ -187,7 +187,7 @@ fn every_path_that_the_papers_name_exists() {
             let elsewhere = made.iter().any(|start| path.starts_with(start));
             assert!(
                 elsewhere || root().join(path).exists(),
-                "{paper} names {path}"
+                "{document} names {path}"
             );
         }
     }
