@@ -52,7 +52,12 @@ pub fn share<T>(
             match thread.spawn_scoped(scope, run) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
-                    tracing::warn!(%error, started = index, wanted = workers, "fewer workers");
+                    tracing::warn!(
+                        %error,
+                        started = index,
+                        wanted = workers,
+                        "not all worker threads could be started"
+                    );
                     break;
                 }
             }

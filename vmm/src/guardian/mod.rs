@@ -52,7 +52,10 @@ impl Guardian {
         // The end of process 1 of a namespace ends all others in it.
         let reaper = (wanted && !getpid().is_init()).then(|| start(status, id, socket, log));
         let reaper = reaper.transpose().unwrap_or_else(|error| {
-            tracing::warn!(%error, "no guardian");
+            tracing::warn!(
+                %error,
+                "no reaper and no guardian: the monitor frees the memory before it ends"
+            );
             None
         });
         // Only now is there a process that will remove the lock's file.

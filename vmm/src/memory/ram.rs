@@ -285,7 +285,7 @@ impl Drop for GuestRam {
         for mapping in self.mappings.drain(..) {
             let discard = || mapping.release(0, mapping.len(), Release::Discard);
             if let Err(error) = retry_while_busy(discard) {
-                tracing::warn!(%error, bytes = mapping.len(), "pages are not freed");
+                tracing::warn!(%error, bytes = mapping.len(), "guest memory could not be freed");
             }
             // The views point into the mapping: it must never be unmapped.
             std::mem::forget(mapping);

@@ -38,7 +38,9 @@ impl Report {
         );
         if self.failures > 0 {
             let failures = self.failures;
-            tracing::warn!("teardown: {failures} batches went with the address space only");
+            tracing::warn!(
+                "teardown: the kernel refused {failures} batches; they were freed with the address space"
+            );
         }
     }
 }
@@ -97,7 +99,10 @@ impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError> + Sync> Freeing<'a, F> {
             }
             Err(error) => {
                 self.failures.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(%error, "a batch is freed by unmapping only");
+                tracing::warn!(
+                    %error,
+                    "the kernel refused a batch; it is freed with the address space"
+                );
             }
         }
     }
