@@ -72,6 +72,17 @@ impl Times {
     }
 }
 
+/// The metric by which two ends, each by system and case, are compared: `free`, or `gone` if the memory was not seen free
+/// each time.
+pub(super) fn compared(results: &Results, ends: [(&str, &str); 2]) -> &'static str {
+    let unseen = |(system, case)| !results.of(system, case, "free-not-seen").is_empty();
+    if ends.into_iter().any(unseen) {
+        "gone"
+    } else {
+        "free"
+    }
+}
+
 /// A machine that is about to end.
 pub(super) struct Watch {
     processes: Vec<OwnedFd>,

@@ -4,7 +4,7 @@
 use std::process::{Command, Stdio};
 
 use super::Results;
-use super::ending::{End, Times, Watch};
+use super::ending::{End, Times, Watch, compared};
 use super::machines::Killed;
 use crate::BenchError;
 use crate::guest::{Files, Guest, System};
@@ -42,11 +42,10 @@ pub(super) fn measure(results: &mut Results, runs: u32) -> Result<(), BenchError
     }
     for end in [End::Stop, End::Kill] {
         let case = case_of(end);
-        results.divide(
-            &format!("vs_qemu_kvm_{}", end.name()),
-            [System::QemuPc.name(), &case, "free"],
-            [System::Ebb.name(), &case, "free"],
-        );
+        let (qemu, ebb) = (System::QemuPc.name(), System::Ebb.name());
+        let by = compared(results, [(qemu, &case), (ebb, &case)]);
+        let name = format!("vs_qemu_kvm_{}", end.name());
+        results.divide(&name, [qemu, &case, by], [ebb, &case, by]);
     }
     Ok(())
 }

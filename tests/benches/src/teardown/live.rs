@@ -8,7 +8,7 @@ use ebb_harness::wait::{LONG, until};
 use ebb_payload::{FREE_START, Program, RESULT_SIZE};
 
 use super::Results;
-use super::ending::{End, Times};
+use super::ending::{End, Times, compared};
 use super::machines::ended;
 use crate::BenchError;
 
@@ -26,11 +26,9 @@ pub(super) fn measure(results: &mut Results, runs: u32) -> Result<(), BenchError
         cases.rotate_left(1);
         eprintln!("teardown: live, run {run} of {runs}");
     }
-    results.divide_cost(
-        "live_vm_overhead",
-        ["ebb", MAPPED, "free"],
-        ["ebb", UNMAPPED, "free"],
-    );
+    let by = compared(results, [("ebb", MAPPED), ("ebb", UNMAPPED)]);
+    let (mapped, unmapped) = (["ebb", MAPPED, by], ["ebb", UNMAPPED, by]);
+    results.divide_cost("live_vm_overhead", mapped, unmapped);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use super::ending::{End, Times, Watch};
+use super::ending::{End, Times, Watch, compared};
 use super::{Arguments, GIB, Results};
 use crate::{BenchError, system};
 use ebb_harness::error::Context;
@@ -65,14 +65,16 @@ const ENDS: [(bool, End); 4] = [
 
 fn compare(results: &mut Results) {
     let kill = case_of(End::Kill, false);
-    for (name, metric) in [("kill_speedup", "free"), ("kill_speedup_gone", "gone")] {
+    let by = compared(results, [("ebb-alone", &kill), ("ebb", &kill)]);
+    for (name, metric) in [("kill_speedup", by), ("kill_speedup_gone", "gone")] {
         results.divide(name, ["ebb-alone", &kill, metric], ["ebb", &kill, metric]);
     }
     for (thp, end) in ENDS {
         let case = case_of(end, thp);
         let suffix = if thp { "_thp" } else { "" };
         let name = format!("vs_qemu_{}{suffix}", end.name());
-        results.divide(&name, ["qemu", &case, "free"], ["ebb", &case, "free"]);
+        let by = compared(results, [("qemu", &case), ("ebb", &case)]);
+        results.divide(&name, ["qemu", &case, by], ["ebb", &case, by]);
     }
     results.smallest("vs_qemu", &["vs_qemu_stop", "vs_qemu_kill"]);
     results.smallest("vs_qemu_thp", &["vs_qemu_stop_thp", "vs_qemu_kill_thp"]);

@@ -73,8 +73,9 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
          helps: three. QEMU has one",
     );
     results.note(
-        "free: the host has 98 % of the memory again. Where that is not seen within 1 s after the last process has \
-         ended, the run is counted as free-not-seen, and in no figure",
+        "free: the host has 98 % of the memory again. A run where that is not seen within 1 s after the last process has \
+         ended is counted as free-not-seen. Where there is such a run, both sides of a ratio are timed by gone: the end of \
+         the last process that held the memory",
     );
     if arguments.live {
         live::measure(&mut results, arguments.runs)?;
