@@ -101,6 +101,8 @@ impl LaunchError {
 /// # Errors
 /// [`LaunchError`]; nothing is left behind.
 pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> {
+    // The parser of the command line is not needed any more.
+    sys::process::shrink();
     let signals = TerminationSignals::block().map_err(LaunchError::system("signalfd"))?;
     kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
     let socket = config.api_socket.as_deref();
@@ -119,8 +121,6 @@ fn build_and_run(
     let built = Vm::build(config, guardian);
     let mut vm =
         built.inspect_err(|_| guardian.reaper().into_iter().for_each(Reaper::clear_job))?;
-    // Neither the command line's parser nor the loader of the kernel is needed any more.
-    sys::process::shrink();
     let reason = vm.run(signals);
     vm.shut_down();
     reason
