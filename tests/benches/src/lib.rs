@@ -17,6 +17,7 @@ pub mod report;
 pub mod reporting;
 mod results;
 mod rig;
+pub mod scale;
 pub mod teardown;
 
 use std::path::PathBuf;

@@ -55,7 +55,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     };
     let and = |flag: &str| [more, &[flag.to_owned()]].concat();
     let exit = match name {
-        "arena" => here(name, more)?,
+        "arena" | "scale" => here(name, more)?,
         // A part of its report takes the host's address space, and no guest.
         "malloc" => match here("arena", &[])? {
             exit if exit.success() => on_kvm(name, more)?,

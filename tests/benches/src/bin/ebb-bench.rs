@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_benches::{arena, boot, integrity, lazy, malloc, reclaim, reporting, teardown};
+use ebb_benches::{arena, boot, integrity, lazy, malloc, reclaim, reporting, scale, teardown};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -29,6 +29,8 @@ enum Bench {
     Reclaim(reclaim::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
     Reporting(reporting::Arguments),
+    /// What grows with the size of guests, with their number, and with their vCPUs
+    Scale(scale::Arguments),
     /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, compared with QEMU
     Teardown(teardown::Arguments),
 }
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Bench::Malloc(arguments) => malloc::run(&arguments),
         Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
+        Bench::Scale(arguments) => scale::run(&arguments),
         Bench::Teardown(arguments) => teardown::run(&arguments),
     };
     match result {
