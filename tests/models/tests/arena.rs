@@ -212,6 +212,56 @@ fn two_guests_two_reclaimers() {
     );
 }
 
+/// A lazy granule is taken back while a reclaimer takes it twice, because the host refuses the first time: it is left
+/// alone once the guest has it. With `calls`, the guest takes it back by a call in any case; else as
+/// [`shared_word::reuse`] does, and by a call while it is being discarded.
+fn taken_twice(calls: bool) {
+    let machine = Machine::new(Guest::Real, 1);
+    machine.write_and_free(0);
+    let monitor = Arc::clone(&machine);
+    let reclaimer = thread::spawn(move || monitor.reclaim(false) + monitor.reclaim(true));
+    if calls {
+        machine.table.reuse(0);
+        machine.write(0);
+    } else {
+        machine.reuse_and_write(0);
+    }
+    reclaimer.join().unwrap();
+    assert_eq!(machine.state(0), Some(State::InUse));
+}
+
+#[test]
+fn refused_and_taken_again() {
+    let faults = [
+        "a reuse does not wait for the granule",
+        "a reuse does not wait after its swap",
+    ];
+    check(4, || taken_twice(true), &faults);
+    check(4, || taken_twice(false), &faults);
+}
+
+/// The guest's own loop waits without a call. It never swaps a word away that says reclaiming, so it needs no second
+/// look: what it takes is lazy or discarded at that moment.
+fn taken_twice_without_a_call(guest: Guest) {
+    let machine = Machine::new(guest, 1);
+    machine.write_and_free(0);
+    let monitor = Arc::clone(&machine);
+    let reclaimer = thread::spawn(move || monitor.reclaim(false) + monitor.reclaim(true));
+    machine.reuse(0, thread::yield_now);
+    machine.write(0);
+    reclaimer.join().unwrap();
+}
+
+#[test]
+fn refused_and_taken_again_without_a_call() {
+    check(4, || taken_twice_without_a_call(Guest::Real), &[]);
+    for guest in [Guest::StoresToReuse, Guest::DoesNotWait] {
+        must_fail(4, &format!("{guest:?}"), move || {
+            taken_twice_without_a_call(guest);
+        });
+    }
+}
+
 /// A lazy granule is taken back, without a call, while two reclaimers want it: at most one gets it, and neither
 /// touches it once the guest has it.
 fn reused_under_two_reclaimers(guest: Guest) {

@@ -205,6 +205,12 @@ impl<W: Words> Table<W> {
                 Reuse::Busy => Word::new(State::InUse, word.generation()),
             };
             if self.words.swap(index, word, new) {
+                // Taken, refused by the host and taken again since, it says reclaiming as before, and is being
+                // discarded. In use now, it is not taken once more.
+                let again = word.state() == Some(State::Reclaiming);
+                if again && !fault_point!("a reuse does not wait after its swap") {
+                    waited |= self.wait_for(index);
+                }
                 break;
             }
         }
