@@ -4,6 +4,10 @@
 /// further one, at most [`Backoff::MAX_SKIPPED`]. A success starts over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Backoff {
+    /// Failures after a success that cause no attempt to be skipped.
+    tolerance: u32,
+    /// How many of them are left.
+    tolerated: u32,
     /// Attempts to skip from now on.
     skip: u32,
     /// Attempts to skip after the next failure.
@@ -14,9 +18,19 @@ impl Backoff {
     /// At most this many attempts are skipped in a row.
     pub const MAX_SKIPPED: u32 = 64;
 
-    /// Nothing has failed yet.
+    /// Nothing has failed yet; each failure counts.
     pub const fn new() -> Self {
-        Self { skip: 0, next: 1 }
+        Self::tolerant(0)
+    }
+
+    /// Nothing has failed yet; after a success, `tolerance` failures do not count.
+    pub const fn tolerant(tolerance: u32) -> Self {
+        Self {
+            tolerance,
+            tolerated: tolerance,
+            skip: 0,
+            next: 1,
+        }
     }
 
     /// Returns true if the attempt that is due should be made. If not, it counts as skipped.
@@ -28,13 +42,17 @@ impl Backoff {
 
     /// The attempt was in vain.
     pub fn failed(&mut self) {
+        if self.tolerated > 0 {
+            self.tolerated -= 1;
+            return;
+        }
         self.skip = self.next;
         self.next = (self.next * 2).min(Self::MAX_SKIPPED);
     }
 
     /// The attempt was a success.
     pub const fn succeeded(&mut self) {
-        *self = Self::new();
+        *self = Self::tolerant(self.tolerance);
     }
 }
 
@@ -74,5 +92,18 @@ mod tests {
         assert_eq!((skipped(&mut backoff), skipped(&mut backoff)), (0, 0));
         backoff.failed();
         assert_eq!(skipped(&mut backoff), 1);
+    }
+
+    #[test]
+    fn only_failures_in_a_row_beyond_the_tolerated_ones_count() {
+        let mut backoff = Backoff::tolerant(2);
+        for _ in 0..2 {
+            let skipped: [u32; 5] = std::array::from_fn(|_| {
+                backoff.failed();
+                skipped(&mut backoff)
+            });
+            assert_eq!(skipped, [0, 0, 1, 2, 4]);
+            backoff.succeeded();
+        }
     }
 }

@@ -15,8 +15,8 @@ use super::{Order, Outcome, Reach};
 /// How long a reclaim waits for vCPUs that have not seen the latest generation.
 const CATCH_UP_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// After this many pauses in a row that vCPUs missed, one slice runs with the gate open. So a pause budget that is too
-/// short for this host costs interrupts, but reclaim goes on.
+/// After this many pauses in a row that vCPUs missed, slices run with the gate open, and more of them after each further
+/// miss. So a pause budget that is too short for this host costs interrupts, but reclaim goes on.
 pub(super) const MAX_MISSES: u32 = 3;
 
 /// How long a slice is offered to the vCPU threads before the vCPUs are brought out for it.
@@ -133,13 +133,18 @@ impl Job<'_> {
             },
         };
         let share = share_of_time(reclaimer.tuning.share, self.order.urgent);
-        let mut misses = 0;
-        while self.left() > 0 {
+        // What has nothing to do is no attempt.
+        while self.left() > 0 && reclaimer.lazy.peek(&mut request.sweep, self.left()) {
             request.limits.bytes = self.left();
-            let (slice, count) = if misses < MAX_MISSES {
-                let slice = self
-                    .offered(&mut request)
-                    .unwrap_or_else(|| slicer.held(&mut request));
+            let (slice, count) = if let Some(slice) = self.offered(&mut request) {
+                (slice, &reclaimer.counters.held_slices_total)
+            } else if self.round.holds.is_due() {
+                let slice = slicer.held(&mut request);
+                if slice.missed {
+                    self.round.holds.failed();
+                } else if slice.calls > 0 {
+                    self.round.holds.succeeded();
+                }
                 (slice, &reclaimer.counters.held_slices_total)
             } else {
                 let slice = slicer.open(&mut request);
@@ -148,12 +153,10 @@ impl Job<'_> {
             count.add(u64::from(slice.calls > 0));
             reclaimer.counters.slice_ranges_total.add(slice.ranges);
             self.outcome += &slice;
-            misses = if slice.missed { misses + 1 } else { 0 };
-            let more = !slice.done && self.left() > 0;
-            if !more
-                || !reclaimer.lazy.peek(&mut request.sweep, self.left())
-                || !reclaimer.rest(rest_after(&slice, share))
-            {
+            let more = !slice.done
+                && self.left() > 0
+                && reclaimer.lazy.peek(&mut request.sweep, self.left());
+            if !more || !reclaimer.rest(rest_after(&slice, share)) {
                 return;
             }
         }
@@ -166,8 +169,7 @@ impl Job<'_> {
             return None;
         }
         // If every vCPU is out there is nobody to offer it to, and nobody to interrupt.
-        let (lazy, bytes) = (&reclaimer.lazy, request.limits.bytes);
-        if reclaimer.gate.is_empty() || !lazy.peek(&mut request.sweep, bytes) {
+        if reclaimer.gate.is_empty() {
             return None;
         }
         reclaimer.offer.post(request.clone());

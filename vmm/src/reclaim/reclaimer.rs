@@ -12,7 +12,7 @@ use ebb_core::release::{Release, ReleasePages};
 use ebb_core::slice::Slicer;
 
 use super::backoff::Backoff;
-use super::job::Job;
+use super::job::{Job, MAX_MISSES};
 use super::stats::{Counters, ReclaimStats};
 use super::{Mode, Order, Outcome, Reach, ReclaimTuning, Sample};
 use crate::arena::Arenas;
@@ -34,6 +34,8 @@ pub(super) struct Round {
     old: u64,
     /// Skips offers to the vCPU threads after offers that nobody took: a guest that does not exit costs reclaim little.
     pub offers: Backoff,
+    /// Runs slices with the gate open after vCPUs have missed [`MAX_MISSES`] pauses in a row.
+    pub holds: Backoff,
 }
 
 /// Returns lazily freed memory to the host. One reclaim runs at a time, the others wait. A reuse never waits for a
@@ -77,6 +79,7 @@ impl Reclaimer {
                 chunk: FIRST_CHUNK,
                 old: 0,
                 offers: Backoff::new(),
+                holds: Backoff::tolerant(MAX_MISSES - 1),
             }),
             cost: AtomicU64::new(0),
             offer: OfferSlot::default(),

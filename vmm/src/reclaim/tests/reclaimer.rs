@@ -181,6 +181,32 @@ fn a_vcpu_that_will_not_come_out_costs_interrupts_but_not_progress() {
 }
 
 #[test]
+fn a_vcpu_that_never_comes_out_is_not_kicked_for_each_slice() {
+    let tuning = ReclaimTuning {
+        pause: Duration::from_micros(10),
+        ..ReclaimTuning::default()
+    };
+    let reclaimer = over(Arc::new(RefusesFirstPage::default()), 1, tuning);
+    let inside = reclaimer.gate.enter(0);
+    let one_slice = || {
+        reclaimer.lazy.free(&[range(MIB, MIB + PAGE_SIZE)]);
+        assert_eq!(reclaimer.reclaim(u64::MAX).bytes, PAGE_SIZE);
+        reclaimer.lazy.reset();
+        reclaimer.gate.stats().missed_total
+    };
+    // The first order misses three times, those numbered 2, 4, 8, 16, 32 and 64 once each.
+    let missed: [u64; 100] = std::array::from_fn(|_| one_slice());
+    assert_eq!((missed[0], missed[1], missed[99]), (3, 4, 9));
+    drop(inside);
+    while reclaimer.snapshot().held_slices_total == 0 {
+        one_slice();
+    }
+    let inside = reclaimer.gate.enter(0);
+    assert_eq!(one_slice(), 9 + 3, "a success starts over");
+    drop(inside);
+}
+
+#[test]
 fn a_vcpu_that_exits_runs_offered_slices() {
     let tuning = ReclaimTuning {
         pause: Duration::from_millis(10),
