@@ -8,20 +8,21 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_regs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::arch::layout;
+use crate::arch::registers::Entry;
+
 /// Size of the guest's memory in bytes.
 const MEMORY: usize = 64 << 10;
-/// Page tables: one page of each level, then code and data.
-const PML4: u64 = 0x1000;
-const PDPT: u64 = 0x2000;
-const PD: u64 = 0x3000;
+/// Code and data, where a booting guest's tables are not.
 const CODE: u64 = 0x4000;
-const DATA: u64 = 0x8000;
+const DATA: u64 = 0xd000;
+const _: () = assert!(DATA >= layout::PAGE_TABLES + 3 * 0x1000);
 /// The guest writes its marks to this port.
 const PORT: u16 = 0x10;
 /// The last mark.
@@ -54,7 +55,7 @@ pub enum GuestError {
     TimedOut,
 }
 
-fn refused(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> GuestError {
+fn refused<E: ToString>(operation: &'static str) -> impl Fn(E) -> GuestError {
     move |error| GuestError::Kvm {
         operation,
         cause: error.to_string(),
@@ -94,10 +95,7 @@ fn in_time<T: Send + 'static>(
                 let _ = done.send(work(&stop));
             }
         })
-        .map_err(|error| GuestError::Kvm {
-            operation: "be asked from a thread",
-            cause: error.to_string(),
-        })?;
+        .map_err(refused("be asked from a thread"))?;
     let outcome = match answer.recv_timeout(limit) {
         Err(RecvTimeoutError::Timeout) => {
             stop.store(true, Ordering::Release);
@@ -164,46 +162,17 @@ struct Instruction {
     /// May use the 512 zeroed bytes at RDI, and RAX..RDX, which are 0.
     code: &'static [u8],
     leaf: u32,
-    register: fn(&kvm_bindings::kvm_cpuid_entry2) -> u32,
+    register: fn(&kvm_cpuid_entry2) -> u32,
     bit: u32,
 }
 
+#[rustfmt::skip]
 const INSTRUCTIONS: &[Instruction] = &[
-    Instruction {
-        name: "cmpxchg16b",
-        code: &[0xf0, 0x48, 0x0f, 0xc7, 0x0f],
-        leaf: 1,
-        register: |entry| entry.ecx,
-        bit: 13,
-    },
-    Instruction {
-        name: "popcnt",
-        code: &[0xf3, 0x48, 0x0f, 0xb8, 0xc7],
-        leaf: 1,
-        register: |entry| entry.ecx,
-        bit: 23,
-    },
-    Instruction {
-        name: "xrstor",
-        code: &[0x0f, 0xae, 0x2f],
-        leaf: 1,
-        register: |entry| entry.ecx,
-        bit: 26,
-    },
-    Instruction {
-        name: "andn (BMI1)",
-        code: &[0xc4, 0xe2, 0x60, 0xf2, 0xc1],
-        leaf: 7,
-        register: |entry| entry.ebx,
-        bit: 3,
-    },
-    Instruction {
-        name: "shlx (BMI2)",
-        code: &[0xc4, 0xe2, 0x71, 0xf7, 0xc3],
-        leaf: 7,
-        register: |entry| entry.ebx,
-        bit: 8,
-    },
+    Instruction { name: "cmpxchg16b", code: &[0xf0, 0x48, 0x0f, 0xc7, 0x0f], leaf: 1, register: |entry| entry.ecx, bit: 13 },
+    Instruction { name: "popcnt", code: &[0xf3, 0x48, 0x0f, 0xb8, 0xc7], leaf: 1, register: |entry| entry.ecx, bit: 23 },
+    Instruction { name: "xrstor", code: &[0x0f, 0xae, 0x2f], leaf: 1, register: |entry| entry.ecx, bit: 26 },
+    Instruction { name: "andn (BMI1)", code: &[0xc4, 0xe2, 0x60, 0xf2, 0xc1], leaf: 7, register: |entry| entry.ebx, bit: 3 },
+    Instruction { name: "shlx (BMI2)", code: &[0xc4, 0xe2, 0x71, 0xf7, 0xc3], leaf: 7, register: |entry| entry.ebx, bit: 8 },
 ];
 
 impl Instruction {
@@ -247,20 +216,20 @@ fn run(
     code: &[u8],
     stop: &AtomicBool,
 ) -> Result<Vec<Instant>, GuestError> {
-    let memory = load(code).map_err(|cause| GuestError::Kvm {
-        operation: "be given memory",
-        cause,
-    })?;
+    let entry = Entry::Linux64 { rip: CODE };
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])
+        .map_err(refused("be given memory"))?;
+    entry
+        .write_tables(&memory)
+        .and_then(|()| memory.write_slice(code, GuestAddress(CODE)))
+        .map_err(refused("be given code"))?;
     let vm = kvm.create_vm().map_err(refused("create a machine"))?;
     // Intel's processors need it for guests that are not in 64-bit mode yet.
-    vm.set_tss_address(0xfffb_d000)
+    vm.set_tss_address(layout::KVM_TSS as usize)
         .map_err(refused("set the TSS address"))?;
     let host = memory
         .get_host_address(GuestAddress(0))
-        .map_err(|error| GuestError::Kvm {
-            operation: "find its memory",
-            cause: error.to_string(),
-        })?;
+        .map_err(refused("find its memory"))?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,
@@ -271,81 +240,30 @@ fn run(
     // SAFETY: `memory` maps these bytes, and is dropped after `vm` and `vcpu`, which are declared later.
     unsafe { vm.set_user_memory_region(region) }.map_err(refused("map memory"))?;
     let mut vcpu = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
-    enter_long_mode(&vcpu, cpuid)?;
+    set_registers(&vcpu, cpuid, entry)?;
     collect_marks(&mut vcpu, stop)
 }
 
-/// Memory with identity-mapping page tables and `code`.
-fn load(code: &[u8]) -> Result<GuestMemoryMmap, String> {
-    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY)])
-        .map_err(|error| error.to_string())?;
-    let present_writable = 0x3;
-    let huge = 0x80;
-    for (at, entry) in [
-        (PML4, PDPT | present_writable),
-        (PDPT, PD | present_writable),
-        (PD, huge | present_writable),
-    ] {
-        memory
-            .write_obj(entry, GuestAddress(at))
-            .map_err(|error| error.to_string())?;
-    }
-    memory
-        .write_slice(code, GuestAddress(CODE))
-        .map_err(|error| error.to_string())?;
-    Ok(memory)
-}
-
-/// 64-bit mode, privilege level 0, paging on, interrupts off.
-fn enter_long_mode(vcpu: &VcpuFd, cpuid: &CpuId) -> Result<(), GuestError> {
+/// 64-bit mode as at a kernel's entry, and what a kernel turns on before it uses [`INSTRUCTIONS`].
+fn set_registers(vcpu: &VcpuFd, cpuid: &CpuId, entry: Entry) -> Result<(), GuestError> {
+    const MONITOR_COPROCESSOR: u64 = 1 << 1;
+    const OSFXSR: u64 = 1 << 9;
+    const OSXSAVE: u64 = 1 << 18;
     vcpu.set_cpuid2(cpuid).map_err(refused("set the CPUID"))?;
-    let old = vcpu.get_sregs().map_err(refused("read registers"))?;
-    let code = kvm_segment {
-        base: 0,
-        limit: u32::MAX,
-        selector: 8,
-        type_: 11,
-        present: 1,
-        dpl: 0,
-        db: 0,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..old.cs
-    };
-    let data = kvm_segment {
-        selector: 16,
-        type_: 3,
-        db: 1,
-        l: 0,
-        ..code
-    };
-    let has_xsave = INSTRUCTIONS
-        .iter()
-        .any(|it| it.name == "xrstor" && it.promised(cpuid));
-    let sregs = kvm_sregs {
-        cs: code,
-        ds: data,
-        es: data,
-        ss: data,
-        fs: data,
-        gs: data,
-        // Protection, coprocessor monitoring, extension type, numeric errors, write protection, paging.
-        cr0: 0x8001_0033,
-        cr3: PML4,
-        // Physical address extension, FXSR, and XSAVE where it is available.
-        cr4: 0x220 | if has_xsave { 1 << 18 } else { 0 },
-        // Long mode enabled and active.
-        efer: 0x500,
-        ..old
-    };
+    let reset = vcpu.get_sregs().map_err(refused("read registers"))?;
+    let mut sregs = entry.sregs(&reset);
+    sregs.cr0 |= MONITOR_COPROCESSOR;
+    sregs.cr4 |= OSFXSR;
+    let mut instructions = INSTRUCTIONS.iter();
+    if instructions.any(|it| it.name == "xrstor" && it.promised(cpuid)) {
+        sregs.cr4 |= OSXSAVE;
+    }
     vcpu.set_sregs(&sregs).map_err(refused("set registers"))?;
     let regs = kvm_regs {
-        rip: CODE,
-        rsp: DATA,
         rdi: DATA,
-        rflags: 2,
-        ..kvm_regs::default()
+        rsi: 0,
+        rbp: 0,
+        ..entry.regs()
     };
     vcpu.set_regs(&regs).map_err(refused("set registers"))
 }
