@@ -1,6 +1,6 @@
 //! How pages go back to the host, and who makes the system calls for that.
 
-use crate::range::GpaRange;
+use crate::range::{GpaRange, PAGE_SIZE};
 
 /// How pages go back to the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,11 @@ pub struct Released {
 pub trait ReleasePages: Send + Sync {
     /// Returns true if [`Release::MarkFree`] is supported.
     fn can_mark_free(&self) -> bool;
+
+    /// Smaller pieces than this many bytes are not released: 2 MiB for hugetlb pages.
+    fn unit(&self) -> u64 {
+        PAGE_SIZE
+    }
 
     /// The maximum number of ranges that one call should be given.
     fn max_batch(&self) -> usize;

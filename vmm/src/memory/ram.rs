@@ -5,7 +5,7 @@ mod missing;
 use std::io;
 use std::sync::Arc;
 
-use ebb_core::range::{BLOCK_SIZE, GpaRange};
+use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use ebb_core::release::{Release, ReleasePages, Released};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -95,7 +95,11 @@ impl GuestRam {
             regions: regions.collect(),
             ram: ram.len(),
             mappings,
-            unit: if backing.hugepages { BLOCK_SIZE } else { 1 },
+            unit: if backing.hugepages {
+                BLOCK_SIZE
+            } else {
+                PAGE_SIZE
+            },
             can_mark_free: !backing.hugepages && !backing.shared,
             process: OwnProcess::default(),
         })
@@ -233,6 +237,10 @@ impl ReleasePages for GuestRam {
     /// The kernel has `MADV_FREE` neither for hugetlb pages nor for files.
     fn can_mark_free(&self) -> bool {
         self.can_mark_free
+    }
+
+    fn unit(&self) -> u64 {
+        self.unit
     }
 
     /// As many as there are where the kernel takes process_madvise(2) on this process (Linux 6.13), else one.

@@ -5,11 +5,13 @@ use std::thread;
 use std::time::Instant;
 
 use ebb_core::lazy::{Chunk, LazyMemory, Sweep};
-use ebb_core::range::{BLOCK_SIZE, GpaRange};
+use ebb_core::metrics::Histogram;
+use ebb_core::range::BLOCK_SIZE;
 use ebb_core::release::{Release, ReleasePages};
 
 use super::Outcome;
 use super::pace::Pace;
+use super::turns::Turn;
 use crate::workers::share;
 
 /// One worker is started for each of this many bytes: 40 ms of work in pages of 4 KiB.
@@ -23,51 +25,66 @@ pub(super) struct BlockPass<'a> {
     lazy: &'a LazyMemory,
     pages: &'a dyn ReleasePages,
     how: Release,
+    chunks: &'a Histogram,
     todo: Mutex<Todo>,
 }
 
 struct Todo {
     sweep: Sweep,
+    /// Sweeps over chunks that the kernel has refused as a whole. Their blocks go one by one: so a page that it keeps, for
+    /// example a locked one, does not keep the other blocks.
+    refused: Vec<Sweep>,
     /// Bytes that are still to be taken.
     left: u64,
+    /// All sweeps are at their end.
+    done: bool,
     outcome: Outcome,
 }
 
 impl<'a> BlockPass<'a> {
-    /// A pass over at most `bytes` bytes of `sweep`.
+    /// A pass over at most `bytes` bytes of `sweep`, which releases blocks as `how` says. Notes in `chunks` how long each
+    /// chunk takes, in microseconds.
     pub fn new(
-        lazy: &'a LazyMemory,
-        pages: &'a dyn ReleasePages,
+        (lazy, pages): (&'a LazyMemory, &'a dyn ReleasePages),
         how: Release,
         sweep: Sweep,
         bytes: u64,
+        chunks: &'a Histogram,
     ) -> Self {
         let todo = Todo {
             sweep,
+            refused: Vec::new(),
             left: bytes,
+            done: false,
             outcome: Outcome::default(),
         };
         Self {
             lazy,
             pages,
             how,
+            chunks,
             todo: Mutex::new(todo),
         }
     }
 
-    /// Runs the pass, with chunks of `chunk` bytes first. Returns the size of the first chunk of the next pass.
-    pub fn run(&self, chunk: u64) -> u64 {
+    /// Runs the pass to its end, or until `turn` does not go on. Returns whether it is at its end; if not, it may be run
+    /// again.
+    pub fn run(&self, turn: &Turn<'_>, pace: &mut Pace) -> bool {
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-        self.run_on(cores, chunk)
+        self.run_on(cores, turn, pace)
     }
 
-    fn run_on(&self, cores: u64, chunk: u64) -> u64 {
+    fn run_on(&self, cores: u64, turn: &Turn<'_>, pace: &mut Pace) -> bool {
         let stats = self.lazy.snapshot();
         let max = self.with(|todo| todo.left);
         let bytes = max.min(stats.lazy_bytes + stats.unmapped_bytes);
-        let shared = share(workers(bytes, cores), "take", || {}, || self.work(chunk));
-        self.with(|todo| todo.outcome.failures += shared.panicked as u64);
-        shared.own
+        let job = || self.work(turn, *pace);
+        let shared = share(workers(bytes, cores), "take", || {}, job);
+        *pace = shared.own;
+        self.with(|todo| {
+            todo.outcome.failures += shared.panicked as u64;
+            todo.done
+        })
     }
 
     /// What the pass did.
@@ -79,38 +96,22 @@ impl<'a> BlockPass<'a> {
         action(&mut self.todo.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes chunks until none is left. Returns the size of the next chunk.
-    fn work(&self, size: u64) -> u64 {
-        let mut pace = Pace::new(size);
-        while let Some(chunk) = self.with(|todo| todo.take(self.lazy, pace.size)) {
-            let (range, start) = (chunk.range(), Instant::now());
-            let refused = self.release(chunk);
-            pace.learn(range.len(), start.elapsed());
-            if refused && range.len() > BLOCK_SIZE {
-                self.piecemeal(range);
-            }
-        }
-        pace.size
-    }
-
-    /// Goes through `range`, which the kernel has refused as a whole, block by block: so a page that it keeps, for example
-    /// a locked one, does not keep the other blocks.
-    fn piecemeal(&self, range: GpaRange) {
-        let mut sweep = self.with(|todo| todo.sweep.clone()).within(range);
-        let next = |sweep: &mut Sweep| {
-            self.with(|todo| {
-                let chunk = self.lazy.take_chunk(sweep, BLOCK_SIZE.min(todo.left))?;
-                todo.left -= chunk.range().len();
-                Some(chunk)
-            })
-        };
-        while let Some(chunk) = next(&mut sweep) {
+    /// Takes chunks until none is left. Returns what it has learned.
+    fn work(&self, turn: &Turn<'_>, mut pace: Pace) -> Pace {
+        while turn.goes_on()
+            && let Some(chunk) = self.with(|todo| todo.take(self.lazy, pace.size()))
+        {
+            let (len, start) = (chunk.range().len(), Instant::now());
             self.release(chunk);
+            let took = start.elapsed();
+            pace.learn(len, took);
+            self.chunks
+                .record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
         }
+        pace
     }
 
-    /// Releases a chunk. Returns true if the kernel has refused a part of it.
-    fn release(&self, chunk: Chunk<'_>) -> bool {
+    fn release(&self, chunk: Chunk<'_>) {
         let range = chunk.range();
         let released = self.pages.release(&[range], self.how);
         let bytes: u64 = released.bytes.iter().sum();
@@ -126,14 +127,28 @@ impl<'a> BlockPass<'a> {
         self.with(|todo| {
             todo.left += range.len() - bytes.min(range.len());
             todo.outcome += &released;
+            if released.failures > 0 && range.len() > BLOCK_SIZE {
+                let again = todo.sweep.clone().within(range);
+                todo.refused.push(again);
+                todo.done = false;
+            }
         });
-        released.failures > 0
     }
 }
 
 impl Todo {
     fn take<'a>(&mut self, lazy: &'a LazyMemory, size: u64) -> Option<Chunk<'a>> {
-        let chunk = lazy.take_chunk(&mut self.sweep, size.min(self.left))?;
+        while let Some(sweep) = self.refused.last_mut() {
+            if let Some(chunk) = lazy.take_chunk(sweep, BLOCK_SIZE.min(self.left)) {
+                self.left -= chunk.range().len();
+                return Some(chunk);
+            }
+            self.refused.pop();
+        }
+        let Some(chunk) = lazy.take_chunk(&mut self.sweep, size.min(self.left)) else {
+            self.done = true;
+            return None;
+        };
         self.left -= chunk.range().len();
         Some(chunk)
     }
@@ -155,9 +170,11 @@ mod tests {
 
     use ebb_core::generation::VmGeneration;
     use ebb_core::lazy::Pieces;
+    use ebb_core::range::GpaRange;
     use ebb_core::release::Released;
 
     use super::*;
+    use crate::reclaim::turns::{Turns, Until, Work};
 
     const GIB: u64 = 1 << 30;
 
@@ -216,14 +233,22 @@ mod tests {
         lazy
     }
 
+    /// Runs a pass to its end on so many cores. Returns the bytes that it has released.
+    fn run(cores: u64, memory: (&LazyMemory, &dyn ReleasePages), how: Release, bytes: u64) -> u64 {
+        let (turns, chunks) = (Turns::default(), Histogram::default());
+        let ticket = turns.ticket(true, Until::default());
+        let turn = turns.take(&ticket, Work::Blocks, None).unwrap();
+        let sweep = Sweep::new(Pieces::Blocks, u64::MAX);
+        let pass = BlockPass::new(memory, how, sweep, bytes, &chunks);
+        assert!(pass.run_on(cores, &turn, &mut Pace::new()));
+        pass.outcome().bytes
+    }
+
     #[test]
     fn much_memory_is_released_by_several_threads_at_once() {
         let (lazy, pages) = (lazy(2 * GIB), Meeting::new(2));
-        let sweep = Sweep::new(Pieces::Blocks, u64::MAX);
-        let pass = BlockPass::new(&lazy, &pages, Release::Discard, sweep, u64::MAX);
-        pass.run_on(2, 8 << 20);
+        assert_eq!(run(2, (&lazy, &pages), Release::Discard, u64::MAX), 2 * GIB);
         assert_eq!(pages.threads(), 2);
-        assert_eq!(pass.outcome().bytes, 2 * GIB);
         assert_eq!(lazy.snapshot().discarded_bytes, 2 * GIB);
     }
 
@@ -231,11 +256,9 @@ mod tests {
     fn a_little_is_released_by_the_caller_alone() {
         for (free, wanted) in [(GIB - 4096, u64::MAX), (8 * GIB, GIB - 4096)] {
             let (lazy, pages) = (lazy(free), Meeting::new(1));
-            let sweep = Sweep::new(Pieces::Blocks, u64::MAX);
-            let pass = BlockPass::new(&lazy, &pages, Release::MarkFree, sweep, wanted);
-            pass.run_on(64, 256 << 20);
+            let taken = run(64, (&lazy, &pages), Release::MarkFree, wanted);
+            assert_eq!(taken, GIB - BLOCK_SIZE);
             assert_eq!(pages.threads(), 1, "{free} {wanted}");
-            assert_eq!(pass.outcome().bytes, GIB - BLOCK_SIZE);
         }
     }
 

@@ -2,10 +2,13 @@
 
 use std::time::Instant;
 
-use ebb_core::release::{Release, ReleasePages};
+use ebb_core::metrics::Histogram;
+use ebb_core::range::GpaRange;
+use ebb_core::release::{Release, ReleasePages, Released};
 
 use super::Outcome;
 use super::pace::Pace;
+use super::turns::Turn;
 use crate::arena::Arena;
 
 /// One sweep over an arena.
@@ -14,50 +17,187 @@ pub(super) struct GranulePass<'a> {
     pub pages: &'a dyn ReleasePages,
     /// Granules that were freed in a later generation are not taken.
     pub newest: u64,
-    /// Maximum number of bytes.
-    pub bytes: u64,
+    /// The first granule that was not looked at.
+    pub cursor: usize,
+    /// How long each step takes, in microseconds.
+    pub chunks: &'a Histogram,
 }
 
 impl GranulePass<'_> {
-    /// Runs the pass. `chunk` is the size of the first chunk in bytes, and then of the first chunk of the next pass.
-    pub fn run(&self, chunk: &mut u64) -> Outcome {
-        let (mut outcome, mut cursor, mut pace) = (Outcome::default(), 0, Pace::new(*chunk));
+    /// Takes at most `bytes` bytes; ends early when `turn` does not go on. Returns what it did, and whether the pass is at
+    /// its end.
+    pub fn run(&mut self, bytes: u64, turn: &Turn<'_>, pace: &mut Pace) -> (Outcome, bool) {
+        let mut outcome = Outcome::default();
         let granule = self.arena.place().layout.granule();
-        while outcome.bytes < self.bytes {
-            let max = pace.size.max(granule).min(self.bytes - outcome.bytes);
-            let Some(taken) = self.arena.take(&mut cursor, self.newest, max) else {
+        while outcome.bytes < bytes {
+            if !turn.goes_on() {
+                return (outcome, false);
+            }
+            let first = self.cursor;
+            let max = pace.size().max(granule).min(bytes - outcome.bytes);
+            let Some(taken) = self.arena.take(&mut self.cursor, self.newest, max) else {
                 break;
             };
-            let len = taken.ranges().iter().map(|range| range.len()).sum();
-            let start = Instant::now();
-            let released = self.pages.release(taken.ranges(), Release::Discard);
-            pace.learn(len, start.elapsed());
+            let (released, cut_short) = match taken.ranges() {
+                &[granule] if granule.len() > pace.size() => self.pieces(granule, turn, pace),
+                granules => (self.step(granules, pace), false),
+            };
+            // Of a granule that is not released wholly any part may be gone: it is lazy as before.
+            let whole = taken.ranges().iter().zip(&released.bytes);
+            let whole = whole.filter(|(range, bytes)| range.len() == **bytes);
+            let bytes: u64 = whole.map(|(range, _)| range.len()).sum();
             taken.finish(&released.bytes);
-            outcome += &released;
+            outcome.calls += released.calls;
+            outcome.failures += released.failures;
+            outcome.bytes += bytes;
+            if cut_short {
+                self.cursor = first;
+                return (outcome, false);
+            }
         }
-        *chunk = pace.size;
-        outcome
+        (outcome, true)
+    }
+
+    /// Releases a granule that takes several steps, as long as `turn` goes on between them. Returns true if it did not.
+    fn pieces(&self, granule: GpaRange, turn: &Turn<'_>, pace: &mut Pace) -> (Released, bool) {
+        let mut sum = Released {
+            bytes: vec![0],
+            ..Released::default()
+        };
+        let mut at = granule.start();
+        while let Some(piece) = GpaRange::new(at, granule.end().min(at + pace.size())) {
+            if at > granule.start() && !turn.goes_on() {
+                return (sum, true);
+            }
+            let released = self.step(&[piece], pace);
+            sum.bytes[0] += released.bytes.iter().sum::<u64>();
+            sum.calls += released.calls;
+            sum.failures += released.failures;
+            at = piece.end();
+        }
+        (sum, false)
+    }
+
+    fn step(&self, ranges: &[GpaRange], pace: &mut Pace) -> Released {
+        let start = Instant::now();
+        let released = self.pages.release(ranges, Release::Discard);
+        let took = start.elapsed();
+        pace.learn(ranges.iter().map(|range| range.len()).sum(), took);
+        self.chunks
+            .record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        released
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{Arc, Mutex};
 
     use ebb_core::generation::{Gate, VmGeneration};
     use ebb_core::lazy::LazyMemory;
-    use ebb_core::range::GpaRange;
     use ebb_hypercall_abi::granule::{State, Word};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
     use crate::arena::Arenas;
     use crate::memory::{Backing, GuestRam};
-    use crate::reclaim::{Mode, Order, Reach, ReclaimTuning, Reclaimer, Sample};
+    use crate::reclaim::{Mode, Order, Reach, ReclaimTuning, Reclaimer, Sample, Until};
 
     const MIB: u64 = 1 << 20;
     const GRANULE: u64 = 2 * MIB;
     const START: u64 = 4 << 30;
+
+    /// Pages of `ram` that log how much each call releases, and call `then` after each with the number of calls.
+    struct Logged {
+        ram: Arc<GuestRam>,
+        lengths: Mutex<Vec<u64>>,
+        then: Box<dyn Fn(usize) + Send + Sync>,
+    }
+
+    impl ReleasePages for Logged {
+        fn can_mark_free(&self) -> bool {
+            true
+        }
+
+        fn max_batch(&self) -> usize {
+            1
+        }
+
+        fn release(&self, ranges: &[GpaRange], how: Release) -> Released {
+            let mut lengths = self.lengths.lock().unwrap();
+            lengths.push(ranges.iter().map(|range| range.len()).sum());
+            (self.then)(lengths.len());
+            self.ram.release(ranges, how)
+        }
+    }
+
+    /// Takes a granule of 256 MiB, the first half of which is resident; the order ends in call number `end`. Returns its
+    /// outcome, the lengths of the calls, and the granule's state.
+    fn take_large_granule(end: usize) -> (Outcome, Vec<u64>, Option<State>, u64) {
+        const LARGE: u64 = 256 * MIB;
+        let range = |start, len| GpaRange::new(start, start + len).unwrap();
+        let gpa = range(START, 4 * LARGE);
+        let ram = GuestRam::with_arenas(Backing::default(), &[range(0, 8 * MIB)], &[gpa]);
+        let ram = Arc::new(ram.unwrap());
+        let arena = Arena::new(0, "a".to_owned(), gpa, LARGE, ram.memory()).unwrap();
+        let over = Arc::new(AtomicBool::new(false));
+        let ends = Arc::clone(&over);
+        let pages = Arc::new(Logged {
+            ram: Arc::clone(&ram),
+            lengths: Mutex::default(),
+            then: Box::new(move |call| ends.store(call >= end, Ordering::Relaxed)),
+        });
+        let generation = Arc::new(VmGeneration::default());
+        let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
+        let lazy = Arc::new(LazyMemory::new(1000, generation));
+        let logged = Arc::clone(&pages) as _;
+        let reclaimer = Reclaimer::new(lazy, logged, gate, ReclaimTuning::default())
+            .with_arenas(Arenas::from([Arc::new(arena)]));
+        let memory = ram.memory();
+        let word = START + 4096 + 8;
+        for page in (0..LARGE / 2).step_by(4096) {
+            memory
+                .write_obj(1u8, GuestAddress(START + LARGE + page))
+                .unwrap();
+        }
+        let lazy_word = Word::new(State::Lazy, 0).raw();
+        memory
+            .store(lazy_word, GuestAddress(word), Ordering::Release)
+            .unwrap();
+        let other = || over.load(Ordering::Relaxed);
+        let until = Until {
+            deadline: None,
+            other: Some(&other),
+        };
+        let outcome = reclaimer.reclaim_until(u64::MAX, until);
+        let raw = memory.read_obj(GuestAddress(word)).unwrap();
+        let lengths = pages.lengths.lock().unwrap().clone();
+        (
+            outcome,
+            lengths,
+            Word::from_raw(raw).state(),
+            ram.resident(),
+        )
+    }
+
+    #[test]
+    fn a_large_granule_goes_in_steps_between_which_an_order_can_end() {
+        let (outcome, lengths, state, resident) = take_large_granule(usize::MAX);
+        assert_eq!((outcome.bytes, outcome.cut_short), (256 * MIB, false));
+        assert_eq!(lengths.iter().sum::<u64>(), 256 * MIB);
+        assert!(lengths.iter().all(|len| *len <= 16 * MIB), "{lengths:?}");
+        assert_eq!((state, resident), (Some(State::Discarded), 2 * 4096));
+
+        let (outcome, lengths, state, _) = take_large_granule(3);
+        assert_eq!((outcome.bytes, outcome.cut_short), (0, true));
+        assert_eq!(lengths.len(), 3);
+        assert_eq!(
+            state,
+            Some(State::Lazy),
+            "a part of it is gone, which the guest allows"
+        );
+    }
 
     struct Machine {
         ram: Arc<GuestRam>,
@@ -93,8 +233,8 @@ mod tests {
         fn free(&self, index: u64) {
             let memory = self.ram.memory();
             let store = |at, word: u64| {
-                let order = std::sync::atomic::Ordering::Release;
-                memory.store(word, GuestAddress(START + at), order).unwrap();
+                let at = GuestAddress(START + at);
+                memory.store(word, at, Ordering::Release).unwrap();
             };
             store(index * GRANULE, 1);
             let at = GuestAddress(START + ebb_hypercall_abi::arena::GENERATION);

@@ -1,6 +1,6 @@
 //! One reclaim under way: its passes over unmapped memory, blocks, granules and fragments.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ebb_core::lazy::{Pieces, Sweep};
 use ebb_core::range::BLOCK_SIZE;
@@ -9,11 +9,15 @@ use ebb_core::slice::{Limits, SliceOutcome, SliceRequest};
 
 use super::blocks::BlockPass;
 use super::granules::GranulePass;
-use super::reclaimer::{Reclaimer, Round};
+use super::reclaimer::Reclaimer;
+use super::turns::{Ended, Ticket, Turn, Work};
 use super::{Order, Outcome, Reach};
 
-/// How long a reclaim waits for vCPUs that have not seen the latest generation.
-const CATCH_UP_TIMEOUT: Duration = Duration::from_millis(10);
+/// How long a reclaim waits for vCPUs that have not seen the latest generation, before it looks at other orders.
+const CATCH_UP_TIMEOUT: Duration = Duration::from_millis(2);
+
+/// How often it waits for them.
+const CATCH_UP_ATTEMPTS: u32 = 5;
 
 /// After this many pauses in a row that vCPUs missed, slices run with the gate open, and more of them after each further
 /// miss. So a pause budget that is too short for this host costs interrupts, but reclaim goes on.
@@ -34,7 +38,7 @@ pub(super) struct Job<'a> {
     pub reclaimer: &'a Reclaimer,
     pub order: Order,
     pub how: Release,
-    pub round: &'a mut Round,
+    pub ticket: Ticket<'a>,
     pub outcome: Outcome,
 }
 
@@ -42,29 +46,31 @@ impl Job<'_> {
     /// Discards, in this order: what is unmapped; blocks and granules that have survived the previous reclaim, whose last
     /// generation is `old`; all lazy blocks and granules; fragments; a piece of a block. `now` is the machine's
     /// generation. Each of these passes is one sweep, and a sweep finds nothing twice, so this ends whatever fails.
-    pub fn discard(&mut self, old: u64, now: u64) {
-        self.unmapped();
+    pub fn discard(&mut self, old: u64, now: u64) -> Result<(), Ended> {
+        self.unmapped()?;
         let newest = now.min(self.order.newest);
-        self.blocks(Sweep::new(Pieces::Blocks, old.min(newest)));
-        self.arenas(old.min(self.order.newest));
-        self.blocks(Sweep::new(Pieces::Blocks, newest));
-        self.arenas(self.order.newest);
+        self.blocks(Sweep::new(Pieces::Blocks, old.min(newest)))?;
+        self.arenas(old.min(self.order.newest))?;
+        self.blocks(Sweep::new(Pieces::Blocks, newest))?;
+        self.arenas(self.order.newest)?;
         if self.order.reach >= Reach::Fragments {
-            self.slices(Sweep::new(Pieces::Fragments, newest));
+            self.slices(Sweep::new(Pieces::Fragments, newest))?;
         }
         // A block is broken up only for less than a block.
         if self.order.reach >= Reach::Everything && self.left() < BLOCK_SIZE {
-            self.slices(Sweep::new(Pieces::Any, newest));
+            self.slices(Sweep::new(Pieces::Any, newest))?;
         }
+        Ok(())
     }
 
     /// Marks lazy blocks, then fragments, free. `now` is the machine's generation.
-    pub fn invalidate(&mut self, now: u64) {
+    pub fn invalidate(&mut self, now: u64) -> Result<(), Ended> {
         let newest = now.min(self.order.newest);
-        self.blocks(Sweep::new(Pieces::Blocks, newest));
+        self.blocks(Sweep::new(Pieces::Blocks, newest))?;
         if self.order.reach >= Reach::Fragments {
-            self.slices(Sweep::new(Pieces::Fragments, newest));
+            self.slices(Sweep::new(Pieces::Fragments, newest))?;
         }
+        Ok(())
     }
 
     /// Bytes that are still to be taken.
@@ -74,55 +80,100 @@ impl Job<'_> {
 
     /// Discards unmapped memory: first what is quiescent. Under hard pressure then the rest, after the vCPUs that have not
     /// seen its generation were brought out once.
-    fn unmapped(&mut self) {
-        let (lazy, gate) = (&self.reclaimer.lazy, &self.reclaimer.gate);
-        let quiescent = gate.quiescent_generation();
-        self.unmapped_up_to(quiescent);
-        let now = lazy.generation().min(self.order.newest);
+    fn unmapped(&mut self) -> Result<(), Ended> {
+        let quiescent = self.reclaimer.gate.quiescent_generation();
+        self.unmapped_up_to(quiescent)?;
+        let now = self.reclaimer.lazy.generation().min(self.order.newest);
         let worth_it = self.order.reach >= Reach::Fragments && quiescent < now;
+        let mut rest = Sweep::unmapped(Pieces::Any, now);
         if worth_it
             && self.left() > 0
-            && lazy.peek(&mut Sweep::unmapped(Pieces::Any, now), self.left())
-            && gate.catch_up(now, CATCH_UP_TIMEOUT)
+            && self.reclaimer.lazy.peek(&mut rest, self.left())
+            && self.catch_up(now)?
         {
-            self.unmapped_up_to(now);
+            self.unmapped_up_to(now)?;
         }
+        Ok(())
     }
 
-    fn unmapped_up_to(&mut self, quiescent: u64) {
+    /// Waits until `generation` is quiescent. Returns false if that takes too long.
+    fn catch_up(&self, generation: u64) -> Result<bool, Ended> {
+        for _ in 0..CATCH_UP_ATTEMPTS {
+            let _turn = self.turn(Work::Blocks)?;
+            if self.reclaimer.gate.catch_up(generation, CATCH_UP_TIMEOUT) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn unmapped_up_to(&mut self, quiescent: u64) -> Result<(), Ended> {
         let newest = quiescent.min(self.order.newest);
-        self.blocks(Sweep::unmapped(Pieces::Blocks, newest));
-        self.slices(Sweep::unmapped(Pieces::Fragments, newest));
+        self.blocks(Sweep::unmapped(Pieces::Blocks, newest))?;
+        self.slices(Sweep::unmapped(Pieces::Fragments, newest))
+    }
+
+    fn turn(&self, work: Work) -> Result<Turn<'_>, Ended> {
+        self.reclaimer.turns.take(&self.ticket, work, None)
     }
 
     /// One sweep over whole blocks, with the vCPUs running.
-    fn blocks(&mut self, sweep: Sweep) {
+    fn blocks(&mut self, sweep: Sweep) -> Result<(), Ended> {
         if self.left() < BLOCK_SIZE {
-            return;
+            return Ok(());
         }
         let Reclaimer { lazy, pages, .. } = self.reclaimer;
-        let pass = BlockPass::new(lazy, &**pages, self.how, sweep, self.left());
-        self.round.chunk = pass.run(self.round.chunk);
+        let chunks = &self.reclaimer.counters.chunks;
+        let pass = BlockPass::new((lazy, &**pages), self.how, sweep, self.left(), chunks);
+        let mut pace = self.reclaimer.round().pace;
+        let result = self.until_done(|turn| pass.run(turn, &mut pace));
+        self.reclaimer.round().pace = pace;
         self.outcome += pass.outcome();
+        result
     }
 
     /// One sweep over the granules that were freed at `newest` or before, with the vCPUs running.
-    fn arenas(&mut self, newest: u64) {
+    fn arenas(&mut self, newest: u64) -> Result<(), Ended> {
         for arena in self.reclaimer.arenas.iter() {
-            let pass = GranulePass {
+            let mut pass = GranulePass {
                 arena,
                 pages: &*self.reclaimer.pages,
                 newest,
-                bytes: self.left(),
+                cursor: 0,
+                chunks: &self.reclaimer.counters.chunks,
             };
-            self.outcome += pass.run(&mut self.round.chunk);
+            let (mut pace, mut left) = (self.reclaimer.round().pace, self.left());
+            let mut sum = Outcome::default();
+            let result = self.until_done(|turn| {
+                let (outcome, done) = pass.run(left, turn, &mut pace);
+                left -= outcome.bytes.min(left);
+                sum += outcome;
+                done
+            });
+            self.reclaimer.round().pace = pace;
+            self.outcome += sum;
+            result?;
         }
+        Ok(())
     }
 
-    /// One sweep over smaller pieces, in slices with the vCPUs out of the guest.
-    fn slices(&mut self, sweep: Sweep) {
+    /// Gives `pass` one turn after the other until it returns true: it is done.
+    fn until_done(&self, mut pass: impl FnMut(&Turn<'_>) -> bool) -> Result<(), Ended> {
+        let mut turn = self.turn(Work::Blocks)?;
+        while !pass(&turn) {
+            drop(turn);
+            turn = self.turn(Work::Blocks)?;
+            self.reclaimer.counters.interruptions_total.increment();
+        }
+        Ok(())
+    }
+
+    /// One sweep over smaller pieces, in slices with the vCPUs out of the guest. Nothing if the host keeps all pieces.
+    fn slices(&mut self, sweep: Sweep) -> Result<(), Ended> {
         let reclaimer = self.reclaimer;
-        let slicer = reclaimer.slicer();
+        if reclaimer.pages.unit() >= BLOCK_SIZE {
+            return Ok(());
+        }
         let mut request = SliceRequest {
             sweep,
             how: self.how,
@@ -132,40 +183,67 @@ impl Job<'_> {
                 pause: reclaimer.tuning.pause,
             },
         };
-        let share = share_of_time(reclaimer.tuning.share, self.order.urgent);
         // What has nothing to do is no attempt.
         while self.left() > 0 && reclaimer.lazy.peek(&mut request.sweep, self.left()) {
             request.limits.bytes = self.left();
-            let (slice, count) = if let Some(slice) = self.offered(&mut request) {
-                (slice, &reclaimer.counters.held_slices_total)
-            } else if self.round.holds.is_due() {
-                let slice = slicer.held(&mut request);
-                if slice.missed {
-                    self.round.holds.failed();
-                } else if slice.calls > 0 {
-                    self.round.holds.succeeded();
-                }
-                (slice, &reclaimer.counters.held_slices_total)
-            } else {
-                let slice = slicer.open(&mut request);
-                (slice, &reclaimer.counters.open_slices_total)
+            let slice = {
+                let _turn = self.turn_after_rest()?;
+                let slice = self.slice(&mut request);
+                reclaimer.round().last_slice = Some((Instant::now(), slice));
+                slice
             };
-            count.add(u64::from(slice.calls > 0));
-            reclaimer.counters.slice_ranges_total.add(slice.ranges);
             self.outcome += &slice;
-            let more = !slice.done
-                && self.left() > 0
-                && reclaimer.lazy.peek(&mut request.sweep, self.left());
-            if !more || !reclaimer.rest(rest_after(&slice, share)) {
-                return;
+            if slice.done {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A turn for a slice, after the rest that is due after the last one, whoever has run it.
+    fn turn_after_rest(&self) -> Result<Turn<'_>, Ended> {
+        let reclaimer = self.reclaimer;
+        let share = share_of_time(reclaimer.tuning.share, self.order.urgent);
+        let rested = || {
+            let (end, slice) = reclaimer.round().last_slice?;
+            end.checked_add(rest_after(&slice, share))
+        };
+        loop {
+            let at = rested();
+            let turn = reclaimer.turns.take(&self.ticket, Work::Fragments, at)?;
+            if rested() <= at {
+                return Ok(turn);
             }
         }
     }
 
+    /// One slice: with the vCPUs out of the guest, or with the gate open after they have missed too many pauses.
+    fn slice(&self, request: &mut SliceRequest) -> SliceOutcome {
+        let Reclaimer { counters, .. } = self.reclaimer;
+        let slicer = self.reclaimer.slicer();
+        let (slice, count) = if let Some(slice) = self.offered(request) {
+            (slice, &counters.held_slices_total)
+        } else if self.reclaimer.round().holds.is_due() {
+            let slice = slicer.held(request);
+            let holds = &mut self.reclaimer.round().holds;
+            if slice.missed {
+                holds.failed();
+            } else if slice.calls > 0 {
+                holds.succeeded();
+            }
+            (slice, &counters.held_slices_total)
+        } else {
+            (slicer.open(request), &counters.open_slices_total)
+        };
+        count.add(u64::from(slice.calls > 0));
+        counters.slice_ranges_total.add(slice.ranges);
+        slice
+    }
+
     /// Offers a slice to the vCPU threads. `None` if none of them ran it, or if no offer was made.
-    fn offered(&mut self, request: &mut SliceRequest) -> Option<SliceOutcome> {
+    fn offered(&self, request: &mut SliceRequest) -> Option<SliceOutcome> {
         let reclaimer = self.reclaimer;
-        if !self.round.offers.is_due() {
+        if !reclaimer.round().offers.is_due() {
             return None;
         }
         // If every vCPU is out there is nobody to offer it to, and nobody to interrupt.
@@ -176,11 +254,12 @@ impl Job<'_> {
         reclaimer.offer.wait(OFFER_TIMEOUT);
         let offered = reclaimer.offer.take_back()?;
         *request = offered.request;
+        let mut round = reclaimer.round();
         if offered.outcome.is_some() {
-            self.round.offers.succeeded();
+            round.offers.succeeded();
             reclaimer.counters.passing_slices_total.increment();
         } else {
-            self.round.offers.failed();
+            round.offers.failed();
         }
         offered.outcome
     }

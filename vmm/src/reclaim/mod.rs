@@ -1,8 +1,8 @@
 //! Reclaim: when the host needs memory, lazily freed ranges are invalidated and discarded.
 //!
 //! `thread` loops: `sample` watches the host, `policy` decides, and `reclaimer` carries out each decision as one `job`, in
-//! passes over `blocks`, `granules` and slices. This is the shrinker of "`MADV_LAZYFREE`" (Rik van Riel), moved into the
-//! monitor.
+//! passes over `blocks`, `granules` and slices. Jobs take `turns`, the most urgent first. This is the shrinker of
+//! "`MADV_LAZYFREE`" (Rik van Riel), moved into the monitor.
 
 mod backoff;
 mod blocks;
@@ -18,6 +18,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 pub mod thread;
+mod turns;
 
 pub use outcome::{Order, Outcome};
 pub use policy::{Ages, Decision, Mode, PolicyState, Reach, ReclaimTuning, Room, Sample, decide};
@@ -26,3 +27,4 @@ pub use reported::{ReportedMemory, ReportedStats};
 pub use sample::PressureSource;
 pub use stats::ReclaimStats;
 pub use thread::{ReclaimThread, StartError};
+pub use turns::Until;

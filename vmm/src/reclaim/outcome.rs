@@ -32,6 +32,8 @@ pub struct Outcome {
     pub failures: u64,
     /// Time it took.
     pub duration: Duration,
+    /// It has ended before it was done: because of the stop, its time-out, or other work.
+    pub cut_short: bool,
 }
 
 impl From<&Released> for Outcome {
@@ -40,7 +42,7 @@ impl From<&Released> for Outcome {
             bytes: released.bytes.iter().sum(),
             calls: released.calls,
             failures: released.failures,
-            duration: Duration::ZERO,
+            ..Self::default()
         }
     }
 }
@@ -51,7 +53,7 @@ impl From<&SliceOutcome> for Outcome {
             bytes: slice.bytes,
             calls: slice.calls,
             failures: slice.failures,
-            duration: Duration::ZERO,
+            ..Self::default()
         }
     }
 }
@@ -63,6 +65,7 @@ impl<T: Into<Self>> AddAssign<T> for Outcome {
         self.calls += other.calls;
         self.failures += other.failures;
         self.duration += other.duration;
+        self.cut_short |= other.cut_short;
     }
 }
 
@@ -91,12 +94,14 @@ mod tests {
             calls: 200,
             failures: 300,
             duration: Duration::from_secs(4),
+            cut_short: true,
         };
         let expected = Outcome {
             bytes: 113,
             calls: 223,
             failures: 334,
             duration: Duration::from_secs(4),
+            cut_short: true,
         };
         assert_eq!(sum, expected);
     }

@@ -4,52 +4,89 @@ use std::time::Duration;
 
 use ebb_core::range::BLOCK_SIZE;
 
-/// Time that a chunk should take, and so how long a reuse may have to wait for one. Longer only if a call takes that long
+/// How long a chunk may take, and so how long a reuse may have to wait for one. Longer only if a call takes that long
 /// whatever its size.
 const CHUNK_TIME: Duration = Duration::from_millis(1);
 
-/// Maximum size of a chunk in bytes.
-const MAX_CHUNK: u64 = 256 << 20;
+/// How long a chunk should take: what a busy host adds still fits in [`CHUNK_TIME`].
+const AIM: Duration = Duration::from_micros(600);
 
-/// Finds the size of chunks such that one takes about [`CHUNK_TIME`], whatever the page size and the host.
+/// Maximum size of a chunk in bytes.
+pub(super) const MAX_CHUNK: u64 = 16 << 20;
+
+/// Assumed cost of a MiB until a slower one was measured: that of pages of 4 KiB on a slow host.
+const FIRST_COST: Duration = Duration::from_micros(150);
+
+/// The cost of the slowest MiB is forgotten by this part with each chunk, by half after 89.
+const FORGET: u32 = 128;
+
+/// Finds the size of chunks such that one takes about [`AIM`], whatever the page size and the host.
 ///
-/// If smaller chunks are not faster, the call itself takes the time: it interrupts every running vCPU, which takes
-/// milliseconds on an emulated or a crowded host. Smaller chunks would then not help a reuse and slow down reclaim, so a
-/// chunk may take 4 times as long as a call takes anyway.
+/// Memory without pages, or with huge ones, is released in next to no time, and memory in pages of 4 KiB may follow at any
+/// moment. So the slowest MiB counts, at once, and is forgotten slowly.
+///
+/// If a chunk of one block takes longer than [`CHUNK_TIME`], the call itself takes the time: it interrupts every running
+/// vCPU, which takes milliseconds on an emulated or a crowded host. Small chunks would then not help a reuse and slow down
+/// reclaim, so a chunk may take 4 times as long as that.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
-    /// Size of the next chunk in bytes.
-    pub size: u64,
-    /// Size of the last chunk in bytes, and the time that it took.
-    last: (u64, Duration),
-    /// Time that a call takes whatever its size; 0 as long as that is not known.
-    call: Duration,
+    size: u64,
+    /// Time of the slowest MiB of late.
+    cost: Duration,
+    /// Time that a chunk of one block takes if nothing disturbs it; 0 as long as that is not known.
+    block: Duration,
 }
 
 impl Pace {
-    /// Begins with chunks of `size` bytes.
-    pub const fn new(size: u64) -> Self {
+    /// Begins with a chunk of one block.
+    pub const fn new() -> Self {
         Self {
-            size,
-            last: (0, Duration::ZERO),
-            call: Duration::ZERO,
+            size: BLOCK_SIZE,
+            cost: FIRST_COST,
+            block: Duration::ZERO,
         }
+    }
+
+    /// Size of the next chunk in bytes.
+    pub const fn size(&self) -> u64 {
+        self.size
     }
 
     /// A chunk of `len` bytes took `took`.
     pub fn learn(&mut self, len: u64, took: Duration) {
-        let (last_len, last_took) = self.last;
-        if len <= last_len / 2 && took >= last_took * 3 / 4 {
-            self.call = took;
+        if len == 0 {
+            return;
         }
-        self.call = self.call.min(took);
-        self.last = (len, took);
-        let aim = CHUNK_TIME.max(self.call * 4);
-        if took > aim {
-            self.size = (self.size / 2).max(BLOCK_SIZE);
-        } else if len == self.size && took < aim * 2 / 5 {
-            self.size = (self.size * 2).min(MAX_CHUNK);
+        let was_slow = self.block > CHUNK_TIME;
+        if len <= BLOCK_SIZE {
+            let before = self.block + self.block / 8;
+            self.block = if before.is_zero() {
+                took
+            } else {
+                took.min(before)
+            };
         }
+        let slow = self.block > CHUNK_TIME;
+        let (fixed, aim) = if slow {
+            (self.block, self.block * 3)
+        } else {
+            (Duration::ZERO, AIM)
+        };
+        let cost = per_mib(took.saturating_sub(fixed), len).min(per_mib(aim, BLOCK_SIZE));
+        self.cost = match (was_slow, slow) {
+            (false, true) => cost,
+            (true, false) => cost.max(FIRST_COST),
+            _ => cost.max(self.cost - self.cost / FORGET),
+        };
+        let fit = aim.as_nanos() * (1 << 20) / self.cost.as_nanos().max(1);
+        let fit = u64::try_from(fit).unwrap_or(u64::MAX) / BLOCK_SIZE * BLOCK_SIZE;
+        self.size = fit.clamp(BLOCK_SIZE, MAX_CHUNK.min(self.size * 2));
     }
+}
+
+fn per_mib(took: Duration, len: u64) -> Duration {
+    let nanos = took.as_nanos() * (1 << 20) / u128::from(len);
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
@@ -58,48 +95,72 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    #[test]
-    fn chunks_aim_at_a_millisecond() {
-        let next = |chunk, len, micros| {
-            let mut pace = Pace::new(chunk);
-            pace.learn(len, Duration::from_micros(micros));
-            pace.size
-        };
-        assert_eq!(next(8 * MIB, 8 * MIB, 20), 16 * MIB);
-        assert_eq!(
-            next(8 * MIB, 4096, 20),
-            8 * MIB,
-            "a smaller chunk says little"
-        );
-        assert_eq!(next(8 * MIB, 8 * MIB, 700), 8 * MIB);
-        assert_eq!(next(8 * MIB, 8 * MIB, 1500), 4 * MIB);
-        assert_eq!(next(2 * MIB, 2 * MIB, 90_000), 2 * MIB);
-        assert_eq!(next(MAX_CHUNK, MAX_CHUNK, 20), MAX_CHUNK);
+    /// Runs `chunks` chunks, of which each call takes `call` and each MiB `mib` microseconds. Returns the sizes in MiB, and
+    /// how many took longer than [`CHUNK_TIME`].
+    fn run(pace: &mut Pace, chunks: usize, call: u64, mib: u64) -> (Vec<u64>, usize) {
+        let mut late = 0;
+        let sizes = (0..chunks).map(|_| {
+            let size = pace.size();
+            let took = Duration::from_micros(call + size / MIB * mib);
+            late += usize::from(took > CHUNK_TIME);
+            pace.learn(size, took);
+            size / MIB
+        });
+        (sizes.collect(), late)
     }
 
-    /// The sizes of chunks where a call takes `call` and a MiB takes `mib` microseconds.
-    fn sizes(call: u64, mib: u64) -> Vec<u64> {
-        let mut pace = Pace::new(8 * MIB);
-        let mut step = || {
-            let took = call + pace.size / MIB * mib;
-            pace.learn(pace.size, Duration::from_micros(took));
-            pace.size / MIB
-        };
-        (0..12).map(|_| step()).collect()
+    #[test]
+    fn chunks_aim_at_less_than_a_millisecond() {
+        for (mib, want) in [(80, 4), (140, 4), (220, 2), (450, 2)] {
+            let (sizes, _) = run(&mut Pace::new(), 40, 4, mib);
+            assert_eq!(sizes[0], 2, "nothing is known yet");
+            assert!(
+                sizes[1..].iter().all(|size| *size == want),
+                "{mib}: {sizes:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn memory_without_pages_does_not_make_the_next_chunk_long() {
+        for untouched in [1, 50, 1000] {
+            let mut pace = Pace::new();
+            let (sizes, late) = run(&mut pace, untouched, 2, 0);
+            assert!(sizes.iter().all(|size| *size <= 16), "{sizes:?}");
+            assert_eq!(late, 0);
+            let (sizes, late) = run(&mut pace, 100, 2, 220);
+            assert!(late <= 1, "after {untouched}: {late} {sizes:?}");
+            assert!(untouched > 80 || late == 0, "{sizes:?}");
+        }
+    }
+
+    #[test]
+    fn huge_pages_make_chunks_as_large_as_they_may_be() {
+        let (sizes, late) = run(&mut Pace::new(), 300, 5, 5);
+        assert_eq!((sizes[299], late), (16, 0), "{sizes:?}");
+    }
+
+    #[test]
+    fn one_chunk_that_was_disturbed_is_forgotten() {
+        let mut pace = Pace::new();
+        run(&mut pace, 10, 4, 80);
+        pace.learn(4 * MIB, Duration::from_millis(80));
+        assert_eq!(pace.size(), 2 * MIB);
+        run(&mut pace, 100, 4, 80);
+        assert_eq!(pace.size(), 4 * MIB);
+        pace.learn(0, Duration::from_secs(1));
+        assert_eq!(pace.size(), 4 * MIB);
     }
 
     #[test]
     fn calls_that_take_long_by_themselves_do_not_make_chunks_small() {
-        // Quick calls: a millisecond, no more.
-        assert!(sizes(4, 80)[6..].iter().all(|size| *size == 8));
-        assert!(sizes(100, 400)[6..].iter().all(|size| *size == 2));
-        // Slow calls: most of the time goes to the pages.
-        assert!(sizes(15_000, 500)[6..].iter().all(|size| *size >= 16));
-        // Two calls took long for another reason, as the next ones show.
-        let mut pace = Pace::new(8 * MIB);
-        for took in [4000, 4000, 300, 300, 650, 650, 1300] {
-            pace.learn(pace.size, Duration::from_micros(took));
-        }
-        assert!(pace.size <= 16 * MIB, "{}", pace.size);
+        let mut pace = Pace::new();
+        let (sizes, _) = run(&mut pace, 20, 15_000, 500);
+        assert!(sizes[3..].iter().all(|size| *size == 16), "{sizes:?}");
+        // One slow block was disturbed, as the next ones show.
+        let mut pace = Pace::new();
+        pace.learn(BLOCK_SIZE, Duration::from_millis(9));
+        pace.learn(BLOCK_SIZE, Duration::from_micros(160));
+        assert_eq!(pace.size(), 4 * MIB);
     }
 }

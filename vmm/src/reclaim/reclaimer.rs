@@ -1,24 +1,23 @@
 //! Releases lazily freed memory: the requests to reclaim, and what one reclaim leaves to the next.
 
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use ebb_core::generation::Gate;
 use ebb_core::lazy::LazyMemory;
 use ebb_core::offer::OfferSlot;
 use ebb_core::range::GpaRange;
 use ebb_core::release::{Release, ReleasePages};
-use ebb_core::slice::Slicer;
+use ebb_core::slice::{SliceOutcome, Slicer};
 
 use super::backoff::Backoff;
 use super::job::{Job, MAX_MISSES};
+use super::pace::Pace;
 use super::stats::{Counters, ReclaimStats};
-use super::{Mode, Order, Outcome, Reach, ReclaimTuning, Sample};
+use super::turns::{Ended, Turns};
+use super::{Mode, Order, Outcome, Reach, ReclaimTuning, Sample, Until};
 use crate::arena::Arenas;
-
-/// Size of the first chunk in bytes. One core frees it in 0.65 ms at 12 GiB/s, its rate for pages of 4 KiB.
-const FIRST_CHUNK: u64 = 8 << 20;
 
 /// Work that a vCPU thread does for the machine before it enters the guest.
 pub trait EntryHook: Send + Sync {
@@ -26,10 +25,12 @@ pub trait EntryHook: Send + Sync {
     fn before_entry(&self);
 }
 
-/// What one reclaim leaves to the next.
+/// What one step leaves to the next, and one reclaim to the next.
 pub(super) struct Round {
-    /// Size of the next chunk of blocks in bytes.
-    pub chunk: u64,
+    /// The size of chunks.
+    pub pace: Pace,
+    /// The last slice, and when it ended.
+    pub last_slice: Option<(Instant, SliceOutcome)>,
     /// The machine's generation when the last reclaim began. What was freed up to then has survived it.
     old: u64,
     /// Skips offers to the vCPU threads after offers that nobody took: a guest that does not exit costs reclaim little.
@@ -38,13 +39,14 @@ pub(super) struct Round {
     pub holds: Backoff,
 }
 
-/// Returns lazily freed memory to the host. One reclaim runs at a time, the others wait. A reuse never waits for a
-/// reclaim, only for the chunk that it meets.
+/// Returns lazily freed memory to the host. Of several reclaims one works at a time, for a few steps, the most urgent one
+/// first (see [`Turns`]). A reuse never waits for a reclaim, only for the chunk that it meets.
 ///
 /// Whole blocks are discarded by calls of many megabytes with the vCPUs running: one interrupt for each call is nothing
 /// compared with the work. Smaller pieces are discarded in slices, see [`ebb_core::slice`].
 ///
-/// **Locks**, in this order: `round` (for one reclaim), the offer slot's, the gate's, the tracker's. `stop` is taken alone.
+/// **Locks**, in this order: a turn (for some steps), the offer slot's, the gate's, the tracker's. `round` and the lock of
+/// `turns` are held for moments, and no other lock is taken under them.
 pub struct Reclaimer {
     pub(super) lazy: Arc<LazyMemory>,
     pub(super) pages: Arc<dyn ReleasePages>,
@@ -55,8 +57,7 @@ pub struct Reclaimer {
     /// Cost of a range in a slice, see [`Slicer::cost`].
     cost: AtomicU64,
     pub(super) offer: OfferSlot,
-    stop: Mutex<bool>,
-    stopped: Condvar,
+    pub(super) turns: Turns,
     pub(super) counters: Counters,
 }
 
@@ -76,15 +77,15 @@ impl Reclaimer {
             arenas: Arenas::from([]),
             tuning,
             round: Mutex::new(Round {
-                chunk: FIRST_CHUNK,
+                pace: Pace::new(),
+                last_slice: None,
                 old: 0,
                 offers: Backoff::new(),
                 holds: Backoff::tolerant(MAX_MISSES - 1),
             }),
             cost: AtomicU64::new(0),
             offer: OfferSlot::default(),
-            stop: Mutex::new(false),
-            stopped: Condvar::new(),
+            turns: Turns::default(),
             counters: Counters::default(),
         }
     }
@@ -107,47 +108,77 @@ impl Reclaimer {
     /// Discards up to `bytes` for someone who waits: unmapped memory, whole blocks, fragments, and at the end less than
     /// 2 MiB of a block.
     pub fn reclaim(&self, bytes: u64) -> Outcome {
-        self.discard(Order {
+        self.reclaim_until(bytes, Until::default())
+    }
+
+    /// As [`Reclaimer::reclaim`], but not for longer than `until`: what was taken by then is the result.
+    pub fn reclaim_until(&self, bytes: u64, until: Until<'_>) -> Outcome {
+        let order = Order {
             bytes,
             reach: Reach::Everything,
             newest: u64::MAX,
             urgent: true,
-        })
+        };
+        self.discard_until(order, until)
     }
 
     /// Discards what `order` says. What the kernel refuses stays as it was and is not tried again in this call.
     pub fn discard(&self, order: Order) -> Outcome {
-        let start = Instant::now();
-        let mut round = self.round();
+        self.discard_until(order, Until::default())
+    }
+
+    /// As [`Reclaimer::discard`], but not for longer than `until`.
+    pub fn discard_until(&self, order: Order, until: Until<'_>) -> Outcome {
         let now = self.lazy.generation();
-        let old = std::mem::replace(&mut round.old, now);
+        let old = std::mem::replace(&mut self.round().old, now);
         self.next_generation();
-        let mut job = self.job(order, Release::Discard, &mut round);
-        job.discard(old, now);
-        let mut outcome = job.outcome;
+        let outcome = self.work(order, Release::Discard, until, |job| job.discard(old, now));
         self.counters.discard_calls_total.add(outcome.calls);
         self.counters.discard_failures_total.add(outcome.failures);
-        outcome.duration = start.elapsed();
         outcome
     }
 
     /// Invalidates what `order` says: it becomes unmapped, so the host may take it at any time, and to discard it later
     /// interrupts no vCPU. Does nothing for memory that cannot be marked free.
     pub fn invalidate(&self, order: Order) -> Outcome {
-        let start = Instant::now();
+        self.invalidate_until(order, Until::default())
+    }
+
+    /// As [`Reclaimer::invalidate`], but not for longer than `until`.
+    pub fn invalidate_until(&self, order: Order, until: Until<'_>) -> Outcome {
         if !self.pages.can_mark_free() {
             return Outcome::default();
         }
-        let mut round = self.round();
-        let mut job = self.job(order, Release::MarkFree, &mut round);
-        job.invalidate(self.lazy.generation());
-        let mut outcome = job.outcome;
+        let now = self.lazy.generation();
+        let outcome = self.work(order, Release::MarkFree, until, |job| job.invalidate(now));
         self.counters.invalidate_calls_total.add(outcome.calls);
         self.counters
             .invalidate_failures_total
             .add(outcome.failures);
-        outcome.duration = start.elapsed();
         outcome
+    }
+
+    fn work<'a>(
+        &'a self,
+        order: Order,
+        how: Release,
+        until: Until<'a>,
+        work: impl FnOnce(&mut Job<'a>) -> Result<(), Ended>,
+    ) -> Outcome {
+        let start = Instant::now();
+        let mut job = Job {
+            reclaimer: self,
+            order,
+            how,
+            ticket: self.turns.ticket(order.urgent, until),
+            outcome: Outcome::default(),
+        };
+        let ended = work(&mut job).is_err();
+        Outcome {
+            duration: start.elapsed(),
+            cut_short: ended,
+            ..job.outcome
+        }
     }
 
     /// Discards `ranges`, without tracking them, for a guest that will use them without a message. The caller must make
@@ -162,10 +193,9 @@ impl Reclaimer {
         outcome
     }
 
-    /// Ends the reclaim that is under way, and each later one, when it rests between two slices.
+    /// Ends all reclaims that are under way, each after the step that it is at, and each later one.
     pub fn stop(&self) {
-        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.stopped.notify_all();
+        self.turns.stop();
     }
 
     /// Begins a generation, so that what is freed in arenas from now on is younger than what is free already. For RAM the
@@ -220,27 +250,8 @@ impl Reclaimer {
         }
     }
 
-    fn round(&self) -> MutexGuard<'_, Round> {
+    pub(super) fn round(&self) -> MutexGuard<'_, Round> {
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn job<'a>(&'a self, order: Order, how: Release, round: &'a mut Round) -> Job<'a> {
-        Job {
-            reclaimer: self,
-            order,
-            how,
-            round,
-            outcome: Outcome::default(),
-        }
-    }
-
-    /// Waits for `time`. Returns false if the reclaim must end.
-    pub(super) fn rest(&self, time: Duration) -> bool {
-        let stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        let running = |stop: &mut bool| !*stop;
-        let waited = self.stopped.wait_timeout_while(stop, time, running);
-        let (stop, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        !*stop
     }
 }
 

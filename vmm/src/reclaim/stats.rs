@@ -27,6 +27,11 @@ ebb_core::metrics! {
         open_slices_total: Counter,
         /// Ranges released in slices.
         slice_ranges_total: Counter,
+        /// Discards and invalidations of blocks and granules by time, one chunk each: bucket `i` counts those shorter than 2^i
+        /// microseconds and not shorter than half of that. A reuse waits for one at most.
+        chunks: Histogram of Microseconds,
+        /// Times that a reclaim let a more urgent one go first.
+        interruptions_total: Counter,
         /// Reclaims started by memory pressure on the host.
         pressure_events_total: Counter,
     }

@@ -12,9 +12,9 @@ use crate::control::{
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
 const LAZY_MEMORY: &str = "
-    coalesced_bytes_total discard_calls_total discard_failures_total discarded_bytes
+    chunks coalesced_bytes_total discard_calls_total discard_failures_total discarded_bytes
     eager_bytes_total eager_calls_total forgotten_bytes_total freed_bytes_total generation
-    given_up_bytes_total held_slices_total invalidate_calls_total invalidate_failures_total
+    given_up_bytes_total held_slices_total interruptions_total invalidate_calls_total invalidate_failures_total
     kept_bytes_total lazy_bytes open_slices_total passing_slices_total pressure_events_total
     quiescent_generation ranges reclaimed_bytes_total reclaiming_bytes reused_bytes_total
     reused_discarded_bytes_total reused_unmapped_bytes_total reuse_waits_total
@@ -138,6 +138,9 @@ fn the_names_of_everything_else() {
         &InstanceInfo::default(),
         "app_name id pid state uptime_ms vmm_version",
     );
-    expect(&ReclaimOutcome::default(), "duration_us reclaimed_bytes");
+    expect(
+        &ReclaimOutcome::default(),
+        "cut_short duration_us reclaimed_bytes",
+    );
     expect(&TeardownState::default(), "batch_bytes guardian workers");
 }

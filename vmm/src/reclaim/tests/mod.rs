@@ -1,5 +1,6 @@
 //! Tests of reclaim as a whole.
 
+mod orders;
 mod reclaimer;
 mod refusals;
 mod stress;

@@ -242,17 +242,6 @@ fn a_vcpu_that_exits_runs_offered_slices() {
 }
 
 #[test]
-fn stopping_ends_a_rest() {
-    let reclaimer = reclaimer(4);
-    assert!(reclaimer.rest(Duration::from_millis(1)));
-    std::thread::scope(|scope| {
-        let rest = scope.spawn(|| reclaimer.rest(Duration::from_secs(3600)));
-        reclaimer.stop();
-        assert!(!rest.join().unwrap());
-    });
-}
-
-#[test]
 fn eager_discards_are_counted_and_not_tracked() {
     let reclaimer = reclaimer(4);
     let outcome = reclaimer.discard_now(&[range(0, MIB), range(3 * MIB, 5 * MIB)]);
