@@ -1,6 +1,8 @@
 //! What an operator can ask of a running machine: the trait [`Controller`] and its answers. The API calls it, the
 //! machine implements it, and neither knows more of the other.
 
+use std::time::Duration;
+
 use ebb_core::generation::GateStats;
 use ebb_core::lazy::LazyStats;
 use ebb_core::metrics::Metric;
@@ -93,8 +95,9 @@ pub trait Controller: Send + Sync {
     /// The machine's arenas. Counts each arena's table, which takes up to a millisecond per TiB.
     fn arenas(&self) -> Vec<ArenaState>;
 
-    /// Returns up to `bytes` of lazily freed memory to the host. Blocks until that is done.
-    fn reclaim(&self, bytes: u64) -> ReclaimOutcome;
+    /// Returns up to `bytes` of lazily freed memory to the host. Blocks until that is done, for `timeout` at most, or until
+    /// the machine stops.
+    fn reclaim(&self, bytes: u64, timeout: Option<Duration>) -> ReclaimOutcome;
 
     /// How the guest's memory will be freed when the machine ends.
     fn teardown(&self) -> TeardownState;
@@ -229,6 +232,9 @@ pub struct ReclaimOutcome {
     pub reclaimed_bytes: u64,
     /// Time it took in microseconds.
     pub duration_us: u64,
+    /// It ended before it was done: because of its time-out, or because the machine stops.
+    #[serde(default)]
+    pub cut_short: bool,
 }
 
 /// How the guest's memory will be freed when the machine ends.

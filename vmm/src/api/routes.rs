@@ -1,5 +1,7 @@
 //! The endpoints: a table of methods and paths, each with the function that answers it.
 
+use std::time::Duration;
+
 use hyper::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -176,6 +178,7 @@ fn put_action(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
 struct Reclaim {
     amount_mib: Option<u64>,
     amount_bytes: Option<u64>,
+    timeout_ms: Option<u64>,
 }
 
 fn put_reclaim(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
@@ -192,7 +195,8 @@ fn put_reclaim(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
     if bytes == 0 {
         return Err(Fault::bad_request("the amount is 0; give 1 or more"));
     }
-    Reply::json(&machine.reclaim(bytes))
+    let timeout = reclaim.timeout_ms.map(Duration::from_millis);
+    Reply::json(&machine.reclaim(bytes, timeout))
 }
 
 #[derive(Deserialize)]

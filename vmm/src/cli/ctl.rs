@@ -137,13 +137,20 @@ fn balloon(socket: &Path, size: u64) -> Result<String, ClientError> {
 }
 
 fn reclaim(socket: &Path, size: u64) -> Result<String, ClientError> {
-    let body = json!({ "amount_bytes": size });
+    let timeout_ms = u64::try_from(RECLAIM_TIMEOUT.as_millis()).unwrap_or(u64::MAX);
+    let body = json!({ "amount_bytes": size, "timeout_ms": timeout_ms });
     let path = "/lazy-memory/reclaim";
-    let answer = api::request(socket, Method::PUT, path, Some(&body), RECLAIM_TIMEOUT)?;
+    let limit = RECLAIM_TIMEOUT + TIMEOUT;
+    let answer = api::request(socket, Method::PUT, path, Some(&body), limit)?;
     let outcome: ReclaimOutcome = parse(answer)?;
     let time = Duration::from_micros(outcome.duration_us);
     let bytes = human(outcome.reclaimed_bytes);
-    Ok(format!("{bytes} returned to the host in {time:?}"))
+    let more = if outcome.cut_short {
+        ", then it was cut short"
+    } else {
+        ""
+    };
+    Ok(format!("{bytes} returned to the host in {time:?}{more}"))
 }
 
 fn stop(socket: &Path) -> Result<String, ClientError> {

@@ -1,7 +1,7 @@
 //! Carries out what the operator asks of a running machine.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
@@ -17,6 +17,7 @@ use crate::control::{
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
 use crate::hypercall::Hypercalls;
+use crate::reclaim::Until;
 use crate::teardown::{MAX_WORKERS, Teardown, TuneError};
 
 const MIB: u64 = 1 << 20;
@@ -141,11 +142,13 @@ impl Controller for Control {
         self.memory.arenas().iter().map(state).collect()
     }
 
-    fn reclaim(&self, bytes: u64) -> ReclaimOutcome {
-        let outcome = self.memory.reclaimer().reclaim(bytes);
+    fn reclaim(&self, bytes: u64, timeout: Option<Duration>) -> ReclaimOutcome {
+        let reclaimer = self.memory.reclaimer();
+        let outcome = reclaimer.reclaim_until(bytes, Until::after(timeout));
         ReclaimOutcome {
             reclaimed_bytes: outcome.bytes,
             duration_us: u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
+            cut_short: outcome.cut_short,
         }
     }
 

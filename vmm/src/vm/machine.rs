@@ -25,15 +25,16 @@ use crate::guardian::Guardian;
 use crate::guest_memory::{GuestMemory, Setup};
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable, RunPages};
-use crate::reclaim::ReclaimThread;
+use crate::reclaim::{ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
 use crate::sys::TerminationSignals;
 use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
-/// A running machine. [`Vm::shut_down`] ends its parts in the order of the fields: first those that give orders, then those
-/// that touch guest memory, then KVM, and the memory last.
+/// A running machine. [`Vm::shut_down`] stops reclaim, so that nobody waits for it, and ends the parts in the order of the
+/// fields: first those that give orders, then those that touch guest memory, then KVM, and the memory last.
 pub struct Vm {
+    reclaimer: Arc<Reclaimer>,
     input: Option<Box<dyn MutEventSubscriber>>,
     api: Option<api::Server>,
     vcpus: Vcpus,
@@ -166,6 +167,7 @@ impl Vm {
         let vcpus = Vcpus::start(vcpus, &shared).map_err(LaunchError::system("vCPU thread"))?;
         let (raw_mode, input) = console.map_or((None, None), |c| (c.raw_mode, Some(c.input)));
         Ok(Self {
+            reclaimer: Arc::clone(memory.reclaimer()),
             input,
             api,
             vcpus,
@@ -191,19 +193,21 @@ impl Vm {
 
     /// Stops everything and frees the guest's memory, or leaves that to the reaper: see [`Teardown::free`].
     pub fn shut_down(mut self) {
+        self.reclaimer.stop();
         drop(self.api.take());
         self.vcpus.stop();
         self.devices.stop();
         let pressure = self.reclaim.take().and_then(ReclaimThread::stop);
         drop(self.strict.take());
         let Self {
+            reclaimer,
             vcpus,
             devices,
             kvm,
             teardown,
             ..
         } = self;
-        drop((vcpus, devices));
+        drop((reclaimer, vcpus, devices));
         teardown.free((kvm, pressure));
     }
 }

@@ -107,12 +107,14 @@ impl Controller for Machine {
         }]
     }
 
-    fn reclaim(&self, bytes: u64) -> ReclaimOutcome {
-        self.note(format!("reclaim {bytes}"));
+    fn reclaim(&self, bytes: u64, timeout: Option<Duration>) -> ReclaimOutcome {
+        let within = timeout.map(|timeout| format!(" within {timeout:?}"));
+        self.note(format!("reclaim {bytes}{}", within.unwrap_or_default()));
         self.reclaim.lock().unwrap().recv().unwrap();
         ReclaimOutcome {
             reclaimed_bytes: bytes,
             duration_us: 1,
+            cut_short: timeout.is_some(),
         }
     }
 
@@ -283,7 +285,13 @@ fn what_can_be_changed() {
         bench.go.send(()).unwrap();
         let outcome = bench.ask(Method::PUT, "/lazy-memory/reclaim", Some(amount));
         assert_eq!(outcome.unwrap()["reclaimed_bytes"], 1 << 20);
+        assert_eq!(bench.last().unwrap(), "reclaim 1048576");
     }
+    bench.go.send(()).unwrap();
+    let amount = json!({ "amount_bytes": 3, "timeout_ms": 1500 });
+    let outcome = bench.ask(Method::PUT, "/lazy-memory/reclaim", Some(amount));
+    assert_eq!(outcome.unwrap()["cut_short"], true);
+    assert_eq!(bench.last().unwrap(), "reclaim 3 within 1.5s");
 }
 
 /// Method, path and body; status; and a part of the message.
