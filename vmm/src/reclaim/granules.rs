@@ -306,7 +306,15 @@ mod tests {
         };
         assert_eq!(machine.lazy_now(false), GRANULE, "and a generation begins");
         machine.free(3);
-        assert_eq!(machine.reclaimer.discard(order).bytes, GRANULE);
+        let ahead = Order {
+            newest: u64::MAX,
+            ..order
+        };
+        let invalidate = |order| machine.reclaimer.invalidate(order).bytes;
+        assert_eq!(invalidate(ahead), 0, "granules are not marked free");
+        assert_eq!(invalidate(order), GRANULE);
+        assert_eq!(machine.state(2), Some(State::Discarded));
         assert_eq!(machine.state(3), Some(State::Lazy));
+        assert_eq!(machine.reclaimer.snapshot().discard_calls_total, 1);
     }
 }

@@ -63,8 +63,16 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// Marks lazy blocks, then fragments, free. `now` is the machine's generation.
-    pub fn invalidate(&mut self, now: u64) -> Result<(), Ended> {
+    /// Discards granules that are old enough, and with `ram` blocks and fragments before: what cannot be marked free.
+    pub fn discard_aged(&mut self, ram: bool) -> Result<(), Ended> {
+        if ram {
+            self.lazy_ram(self.order.newest)?;
+        }
+        self.arenas(self.order.newest)
+    }
+
+    /// Takes lazy blocks, then fragments. `now` is the machine's generation.
+    pub fn lazy_ram(&mut self, now: u64) -> Result<(), Ended> {
         let newest = now.min(self.order.newest);
         self.blocks(Sweep::new(Pieces::Blocks, newest))?;
         if self.order.reach >= Reach::Fragments {

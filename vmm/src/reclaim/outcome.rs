@@ -15,7 +15,7 @@ pub struct Order {
     pub bytes: u64,
     /// How small the pieces may be.
     pub reach: Reach,
-    /// Ranges of later generations are not taken.
+    /// Ranges of later generations are not taken. With a bound below `u64::MAX` it is an order by age.
     pub newest: u64,
     /// Someone waits for the memory: the vCPUs may lose ten times their usual share of time.
     pub urgent: bool,

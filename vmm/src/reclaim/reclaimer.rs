@@ -133,29 +133,46 @@ impl Reclaimer {
         let old = std::mem::replace(&mut self.round().old, now);
         self.next_generation();
         let outcome = self.work(order, Release::Discard, until, |job| job.discard(old, now));
-        self.counters.discard_calls_total.add(outcome.calls);
-        self.counters.discard_failures_total.add(outcome.failures);
+        self.count_discard(&outcome);
         outcome
     }
 
     /// Invalidates what `order` says: it becomes unmapped, so the host may take it at any time, and to discard it later
-    /// interrupts no vCPU. Does nothing for memory that cannot be marked free.
+    /// interrupts no vCPU. Memory that cannot be marked free, granules among it, is left alone; but an order by age discards
+    /// it (see [`Order::newest`]).
     pub fn invalidate(&self, order: Order) -> Outcome {
         self.invalidate_until(order, Until::default())
     }
 
     /// As [`Reclaimer::invalidate`], but not for longer than `until`.
     pub fn invalidate_until(&self, order: Order, until: Until<'_>) -> Outcome {
-        if !self.pages.can_mark_free() {
-            return Outcome::default();
+        let mut outcome = Outcome::default();
+        let marks = self.pages.can_mark_free();
+        if marks {
+            let now = self.lazy.generation();
+            outcome = self.work(order, Release::MarkFree, until, |job| job.lazy_ram(now));
+            self.counters.invalidate_calls_total.add(outcome.calls);
+            self.counters
+                .invalidate_failures_total
+                .add(outcome.failures);
         }
-        let now = self.lazy.generation();
-        let outcome = self.work(order, Release::MarkFree, until, |job| job.invalidate(now));
-        self.counters.invalidate_calls_total.add(outcome.calls);
-        self.counters
-            .invalidate_failures_total
-            .add(outcome.failures);
+        if order.newest < u64::MAX && !(marks && self.arenas.is_empty()) {
+            let rest = Order {
+                bytes: order.bytes - outcome.bytes.min(order.bytes),
+                ..order
+            };
+            let aged = self.work(rest, Release::Discard, until, |job| {
+                job.discard_aged(!marks)
+            });
+            self.count_discard(&aged);
+            outcome += aged;
+        }
         outcome
+    }
+
+    fn count_discard(&self, outcome: &Outcome) {
+        self.counters.discard_calls_total.add(outcome.calls);
+        self.counters.discard_failures_total.add(outcome.failures);
     }
 
     fn work<'a>(

@@ -242,6 +242,34 @@ fn a_vcpu_that_exits_runs_offered_slices() {
 }
 
 #[test]
+fn by_age_what_cannot_be_marked_free_is_discarded() {
+    for shared in [true, false] {
+        let backing = Backing {
+            shared,
+            ..Backing::default()
+        };
+        let ram = GuestRam::allocate(backing, &[range(0, 32 * MIB)]).unwrap();
+        let reclaimer = over(Arc::new(ram), 1, ReclaimTuning::default());
+        reclaimer.lazy.free(&[range(MIB, 8 * MIB)]);
+        let aged = Order {
+            newest: reclaimer.lazy.generation(),
+            ..order(u64::MAX, Reach::Fragments)
+        };
+        reclaimer.lazy.free(&[range(16 * MIB, 20 * MIB)]);
+        assert_eq!(reclaimer.invalidate(aged).bytes, 7 * MIB);
+        let stats = reclaimer.lazy.snapshot();
+        let gone = (stats.unmapped_bytes, stats.discarded_bytes);
+        let (marked, discarded) = ((7 * MIB, 0), (0, 7 * MIB));
+        assert_eq!(gone, if shared { discarded } else { marked });
+        assert_eq!(stats.lazy_bytes, 4 * MIB, "it is too young");
+        let ahead = reclaimer
+            .invalidate(order(u64::MAX, Reach::Fragments))
+            .bytes;
+        assert_eq!(ahead, if shared { 0 } else { 4 * MIB });
+    }
+}
+
+#[test]
 fn eager_discards_are_counted_and_not_tracked() {
     let reclaimer = reclaimer(4);
     let outcome = reclaimer.discard_now(&[range(0, MIB), range(3 * MIB, 5 * MIB)]);
