@@ -201,7 +201,7 @@ pub struct LazyConfig {
     /// With mode=age: seconds after which it is taken
     #[arg(long = "age", value_parser = number::<u32>(0..=1 << 20), default_value = "60")]
     pub age_s: u32,
-    /// Microseconds for which a vCPU may be kept out of the guest at a time
+    /// Microseconds for which the vCPUs are kept out of the guest at a time; to come out they have as long before that
     #[arg(long = "pause", value_parser = number::<u32>(0..=1_000_000), default_value = "100")]
     pub pause_us: u32,
     /// Number of ranges that are taken in one such pause

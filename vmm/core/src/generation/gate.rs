@@ -1,24 +1,27 @@
 //! The entry gate keeps vCPUs out of the guest for a moment, so that invalidations interrupt none of them.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use super::VmGeneration;
+use super::seats::Seats;
 use super::vcpus::VcpuWords;
 use crate::fault::fault_point;
 use crate::metrics::Source;
 use crate::sync::{
     AtomicU32, Condvar, Deadline, Mutex, MutexGuard, Ordering, fence, lock, spin_until, try_lock,
-    wait, wait_until,
+    wait_until,
 };
 
 /// A flag of the state: vCPUs wait before they enter.
 const CLOSED: u32 = 1;
-/// A flag of the state: a thread waits for some vCPUs to leave.
-const WATCHED: u32 = 2;
+/// A flag of the state: a thread sleeps until vCPUs have left.
+const AWAITED: u32 = 2;
 /// A flag of the state: no vCPU enters any more.
 const STOPPED: u32 = 4;
+
+/// A closer does not spin for longer, whatever its budget.
+const MAX_SPIN: Duration = Duration::from_millis(1);
 
 /// How a vCPU is brought out of the guest.
 pub trait Kick: Send + Sync {
@@ -58,6 +61,11 @@ crate::metrics! {
         pause_us_total: Counter of Microseconds,
         /// The longest pause.
         longest_pause_us: Peak of Microseconds,
+        /// Times from the opening of the gate until all vCPUs that waited at it are back in the guest, in buckets as those
+        /// of the pauses. If it closes again before that, the time goes on.
+        returns: Histogram of Microseconds,
+        /// The longest such time.
+        longest_return_us: Peak of Microseconds,
     }
 }
 
@@ -75,23 +83,26 @@ crate::metrics! {
 /// closer first closes the gate and then looks at the vCPUs. With the fences in between, at least one of them sees
 /// the other.
 ///
-/// **Locks**, in this order: `turn` (one closer at a time, held for the pause, system calls included), `sleepers`
-/// (guards the two condition variables, held for moments). No other lock is taken under `sleepers`. A thread that
-/// holds the gate may take the tracker's lock; a thread that holds the tracker's lock may not close the gate.
+/// **Many vCPUs**: those that leave take a lock only if the closer sleeps, and each waits on a seat of its own, so
+/// they meet in no lock when they come out together and when they are woken together. Kicks are sent one after the
+/// other: the kernel sends signals to threads of one process under one lock, so several senders would wait for
+/// each other.
+///
+/// **Locks**, in this order: `turn` (one closer at a time, held for the pause, system calls included), `awaited` and
+/// those of the seats (held for moments, and no other lock is taken under them). A thread that holds the gate may
+/// take the tracker's lock; a thread that holds the tracker's lock may not close the gate.
 pub struct Gate {
     generation: Arc<VmGeneration>,
     words: VcpuWords,
     state: AtomicU32,
     turn: Mutex<()>,
-    sleepers: Mutex<()>,
-    /// vCPUs wait here for the gate to open.
-    opened: Condvar,
-    /// Closers wait here for vCPUs to leave.
+    /// The generation that a thread waits for, asleep, to be quiescent.
+    awaited: Mutex<Option<u64>>,
+    /// It waits here. There is at most one, as it has the turn.
     left: Condvar,
+    /// vCPUs wait here for the gate to open.
+    seats: Seats,
     kick: Box<dyn Kick>,
-    /// vCPU threads that wait at the gate, or are about to. It only limits how long a closer spins, so it is not one
-    /// of the models' atomics.
-    asleep: AtomicU64,
     counters: Counters,
 }
 
@@ -104,11 +115,10 @@ impl Gate {
             words: VcpuWords::new(vcpus),
             state: AtomicU32::new(0),
             turn: Mutex::new(()),
-            sleepers: Mutex::new(()),
-            opened: Condvar::new(),
+            awaited: Mutex::new(None),
             left: Condvar::new(),
+            seats: Seats::new(vcpus),
             kick,
-            asleep: AtomicU64::new(0),
             counters: Counters::default(),
         }
     }
@@ -125,41 +135,40 @@ impl Gate {
     /// The vCPU's own thread calls this after it has cleared old kicks and before it enters.
     #[inline]
     pub fn enter(&self, index: usize) -> Option<Inside<'_>> {
-        loop {
-            // Loaded before the word says "in": so the vCPU never claims a generation that begins later.
-            self.words.publish_in(index, self.generation.current());
-            if !fault_point!("no fence on entry") {
-                fence(Ordering::SeqCst);
-            }
-            let state = self.state.load(Ordering::Acquire);
-            if state & (CLOSED | STOPPED) == 0 {
-                return Some(Inside { gate: self, index });
-            }
-            self.words.publish_out(index);
-            if !self.wait_outside() {
-                return None;
-            }
-        }
+        (self.try_enter(index) || self.enter_later(index)).then_some(Inside { gate: self, index })
     }
 
-    /// Waits for the gate to open. Returns false if the machine is stopping.
+    #[inline]
+    fn try_enter(&self, index: usize) -> bool {
+        // Loaded before the word says "in": so the vCPU never claims a generation that begins later.
+        self.words.publish_in(index, self.generation.current());
+        if !fault_point!("no fence on entry") {
+            fence(Ordering::SeqCst);
+        }
+        let open = self.state.load(Ordering::Acquire) & (CLOSED | STOPPED) == 0;
+        if !open {
+            // A closer may have seen the word, which said "in" for a moment, and wait for it.
+            self.leave(index);
+        }
+        open
+    }
+
+    /// Enters when the gate opens. Returns false if the machine is stopping.
     #[cold]
-    fn wait_outside(&self) -> bool {
-        self.counters.waits_total.increment();
-        let mut sleepers = lock(&self.sleepers);
-        // A closer may have seen this vCPU's word, which said "in" for a moment, and wait for it.
-        self.notify_left();
+    fn enter_later(&self, index: usize) -> bool {
         loop {
-            let state = self.state.load(Ordering::Acquire);
-            if state & STOPPED != 0 {
+            self.counters.waits_total.increment();
+            let stopped = self.seats.wait(index, || {
+                let state = self.state.load(Ordering::Acquire);
+                (state & (CLOSED | STOPPED) != CLOSED).then_some(state & STOPPED != 0)
+            });
+            if stopped {
                 return false;
             }
-            if state & CLOSED == 0 {
+            if self.try_enter(index) {
+                self.count_return(self.seats.entered(index));
                 return true;
             }
-            self.asleep.fetch_add(1, Ordering::Relaxed);
-            sleepers = wait(&self.opened, sleepers);
-            self.asleep.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -167,63 +176,49 @@ impl Gate {
     fn leave(&self, index: usize) {
         self.words.publish_out(index);
         fence(Ordering::SeqCst);
-        if self.state.load(Ordering::Relaxed) != 0 {
+        if self.state.load(Ordering::Relaxed) & AWAITED != 0 {
             self.tell_left();
         }
     }
 
+    /// Wakes the thread that waits for vCPUs to leave, if this was the last of them: each wake costs an interrupt. Of
+    /// two that leave at once, the one that comes later to the lock sees both out.
     #[cold]
     fn tell_left(&self) {
-        let _sleepers = lock(&self.sleepers);
-        self.notify_left();
-    }
-
-    /// Wakes the threads that wait for vCPUs to leave. A closer waits for all of them, and is woken by the last one
-    /// only: each wake costs an interrupt. The caller holds `sleepers`, so of two vCPUs that leave at once, the later
-    /// sees both out.
-    fn notify_left(&self) {
-        let watched = self.state.load(Ordering::Acquire) & WATCHED != 0;
-        if watched || self.words.quiescent(u64::MAX) {
-            self.left.notify_all();
+        let awaited = lock(&self.awaited);
+        let last = awaited.is_some_and(|generation| self.words.quiescent(generation));
+        if last && !fault_point!("the last to leave wakes nobody") {
+            self.left.notify_one();
         }
     }
 
     /// Closes the gate, kicks the vCPUs that are in the guest (and no others), and returns when all are out. The gate
     /// opens when the returned value is dropped.
     ///
-    /// `budget` limits the whole pause, from the closing on. If a vCPU is not out by then, the gate opens again and
-    /// this returns `None`, as it does when the machine is stopping. The caller must begin nothing more once
-    /// [`Hold::expired`] is true: so a vCPU waits for `budget` and one step of the caller's work at most.
-    pub fn hold(&self, budget: Duration) -> Option<Hold<'_>> {
-        let turn = lock(&self.turn);
-        let (start, deadline) = (Instant::now(), Deadline::after(budget));
-        if self.state.fetch_or(CLOSED, Ordering::AcqRel) & STOPPED != 0 {
-            self.open();
+    /// The vCPUs have `pause` to come out, from the last kick on. If one is not out by then, the gate opens again and
+    /// this returns `None`, as it does when the machine is stopping. Once all are out the caller has `pause` for
+    /// its work, and must begin nothing more when [`Hold::expired`] is true. So a vCPU waits for the kicks, twice
+    /// `pause`, and one step of the caller's work at most.
+    pub fn hold(&self, pause: Duration) -> Option<Hold<'_>> {
+        let mut hold = self.close(lock(&self.turn))?.hold(pause);
+        hold.kicked = self.kick_behind(u64::MAX);
+        let deadline = Deadline::after(pause);
+        // A vCPU leaves within microseconds: too short to sleep and be woken by an interrupt.
+        self.spin(pause / 4, || self.words.quiescent(u64::MAX));
+        if !self.wait_until_quiescent(u64::MAX, deadline) {
+            self.counters.missed_total.increment();
             return None;
         }
-        fence(Ordering::SeqCst);
-        self.counters.closings_total.increment();
-        let kicked = self.kick_behind(u64::MAX);
-        let hold = Hold {
-            gate: self,
-            start,
-            deadline,
-            kicked,
-            _turn: turn,
-        };
-        // A vCPU leaves within microseconds: too short to sleep and be woken by an interrupt.
-        spin_until(Deadline::after(budget / 4), || {
-            self.words.quiescent(u64::MAX) || self.is_stopped()
-        });
-        if self.wait_until_quiescent(u64::MAX, deadline) {
-            // For each page that is taken, the kernel interrupts the threads that run, but not those that sleep.
-            spin_until(Deadline::after(budget / 8), || {
-                self.asleep.load(Ordering::Relaxed) >= kicked
-            });
-            return Some(hold);
-        }
-        self.counters.missed_total.increment();
-        None
+        // For each page that is taken, the kernel interrupts the threads that run, but not those that sleep.
+        self.spin(pause / 8, || self.seats.asleep() >= hold.kicked);
+        hold.deadline = Deadline::after(pause);
+        Some(hold)
+    }
+
+    /// Spins until `done` is true, or the machine stops; not for longer than `limit`.
+    fn spin(&self, limit: Duration, done: impl Fn() -> bool) {
+        let limit = Deadline::after(limit.min(MAX_SPIN));
+        spin_until(limit, || done() || self.is_stopped());
     }
 
     /// Returns true if every vCPU is out at this moment.
@@ -237,26 +232,25 @@ impl Gate {
     ///
     /// The first look at the vCPUs avoids closing the gate in vain; the second, after the fence, is the one that
     /// counts.
-    pub fn hold_if_empty(&self, budget: Duration) -> Option<Hold<'_>> {
+    pub fn hold_if_empty(&self, pause: Duration) -> Option<Hold<'_>> {
         if !self.is_empty() {
             return None;
         }
-        let turn = try_lock(&self.turn)?;
-        let (start, deadline) = (Instant::now(), Deadline::after(budget));
-        let stopped = self.state.fetch_or(CLOSED, Ordering::AcqRel) & STOPPED != 0;
-        fence(Ordering::SeqCst);
-        if stopped || !(fault_point!("no second look at the vCPUs") || self.is_empty()) {
-            self.open();
-            return None;
-        }
-        self.counters.closings_total.increment();
-        Some(Hold {
+        let closed = self.close(try_lock(&self.turn)?)?;
+        let empty = fault_point!("no second look at the vCPUs") || self.is_empty();
+        empty.then(|| closed.hold(pause))
+    }
+
+    /// Closes the gate. `None`: the machine is stopping.
+    fn close<'a>(&'a self, turn: MutexGuard<'a, ()>) -> Option<Closed<'a>> {
+        let closed = Closed {
             gate: self,
-            start,
-            deadline,
-            kicked: 0,
+            start: Instant::now(),
             _turn: turn,
-        })
+        };
+        let state = self.state.fetch_or(CLOSED, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+        (state & STOPPED == 0).then_some(closed)
     }
 
     /// Kicks the vCPUs that are in the guest and have not seen `generation`, and waits until every vCPU is out or has
@@ -264,12 +258,9 @@ impl Gate {
     /// if that takes longer than `timeout`, or the machine is stopping.
     pub fn catch_up(&self, generation: u64, timeout: Duration) -> bool {
         let _turn = lock(&self.turn);
-        self.state.fetch_or(WATCHED, Ordering::AcqRel);
         fence(Ordering::SeqCst);
         self.kick_behind(generation);
-        let quiescent = self.wait_until_quiescent(generation, Deadline::after(timeout));
-        self.state.fetch_and(!WATCHED, Ordering::AcqRel);
-        quiescent
+        self.wait_until_quiescent(generation, Deadline::after(timeout))
     }
 
     /// The latest quiescent generation: no vCPU has a translation of what was invalidated before it began.
@@ -293,9 +284,9 @@ impl Gate {
     pub fn stop(&self) {
         self.state.fetch_or(STOPPED, Ordering::AcqRel);
         fence(Ordering::SeqCst);
-        let _sleepers = lock(&self.sleepers);
-        self.opened.notify_all();
-        self.left.notify_all();
+        drop(lock(&self.awaited));
+        self.left.notify_one();
+        self.seats.wake_all();
     }
 
     /// Number of entries that had to wait so far.
@@ -325,32 +316,47 @@ impl Gate {
     }
 
     /// Waits until `generation` is quiescent. Returns false if it is not so in time, or the machine is stopping. The
-    /// caller has set its flag in `state`, and then put a fence.
+    /// caller has the turn, and has put a fence after what it did before.
     fn wait_until_quiescent(&self, generation: u64, deadline: Deadline) -> bool {
         if self.words.quiescent(generation) {
             return true;
         }
-        let mut sleepers = lock(&self.sleepers);
-        loop {
+        let mut awaited = lock(&self.awaited);
+        *awaited = Some(generation);
+        self.state.fetch_or(AWAITED, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+        let quiescent = loop {
             if self.words.quiescent(generation) {
-                return true;
+                break true;
             }
             if self.is_stopped() || deadline.passed() {
-                return false;
+                break false;
             }
-            sleepers = wait_until(&self.left, sleepers, deadline);
-        }
+            awaited = wait_until(&self.left, awaited, deadline);
+        };
+        self.state.fetch_and(!AWAITED, Ordering::AcqRel);
+        *awaited = None;
+        quiescent
     }
 
     fn open(&self) {
-        let sleepers = lock(&self.sleepers);
         self.state.fetch_and(!CLOSED, Ordering::AcqRel);
-        // The threads that are woken take this lock first.
-        drop(sleepers);
         if !fault_point!("opening wakes nobody") {
-            self.opened.notify_all();
+            self.count_return(self.seats.wake_all());
         }
     }
+
+    fn count_return(&self, time: Option<Duration>) {
+        if let Some(time) = time {
+            let micros = micros(time);
+            self.counters.returns.record(micros);
+            self.counters.longest_return_us.record(micros);
+        }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// A vCPU is in the guest, or about to be, until this is dropped.
@@ -366,24 +372,47 @@ impl Drop for Inside<'_> {
     }
 }
 
-/// The gate is closed and every vCPU is out, until this is dropped, also by a panic.
-#[must_use = "the gate opens as soon as this is dropped"]
-pub struct Hold<'a> {
+/// The gate is closed until this is dropped, also by a panic.
+struct Closed<'a> {
     gate: &'a Gate,
     start: Instant,
-    deadline: Deadline,
-    kicked: u64,
     _turn: MutexGuard<'a, ()>,
 }
 
+impl<'a> Closed<'a> {
+    /// Counts this as a closing, with `pause` for the work.
+    fn hold(self, pause: Duration) -> Hold<'a> {
+        self.gate.counters.closings_total.increment();
+        Hold {
+            deadline: Deadline::after(pause),
+            kicked: 0,
+            closed: self,
+        }
+    }
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        self.gate.open();
+    }
+}
+
+/// The gate is closed and every vCPU is out, until this is dropped.
+#[must_use = "the gate opens as soon as this is dropped"]
+pub struct Hold<'a> {
+    deadline: Deadline,
+    kicked: u64,
+    closed: Closed<'a>,
+}
+
 impl Hold<'_> {
-    /// Returns true if the budget is used up: the holder must begin nothing more.
+    /// Returns true if the time is used up or the machine is stopping: the holder must begin nothing more.
     #[must_use]
     pub fn expired(&self) -> bool {
-        self.deadline.passed()
+        self.deadline.passed() || self.closed.gate.is_stopped()
     }
 
-    /// What is left of the budget.
+    /// What is left of the time.
     #[must_use]
     pub fn left(&self) -> Duration {
         self.deadline.left()
@@ -398,9 +427,8 @@ impl Hold<'_> {
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        self.gate.open();
-        let pause = u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let counters = &self.gate.counters;
+        let pause = micros(self.closed.start.elapsed());
+        let counters = &self.closed.gate.counters;
         counters.pauses.record(pause);
         counters.pause_us_total.add(pause);
         counters.longest_pause_us.record(pause);
@@ -408,148 +436,4 @@ impl Drop for Hold<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::AtomicBool;
-    use std::thread;
-
-    use super::*;
-
-    const LONG: Duration = Duration::from_secs(20);
-
-    /// vCPUs that leave when they are kicked.
-    struct Flags(Arc<[AtomicBool]>);
-
-    impl Kick for Flags {
-        fn kick(&self, index: usize) {
-            self.0[index].store(true, Ordering::SeqCst);
-        }
-    }
-
-    fn flags(vcpus: usize) -> Arc<[AtomicBool]> {
-        (0..vcpus).map(|_| AtomicBool::new(false)).collect()
-    }
-
-    fn gate(vcpus: usize) -> (Arc<[AtomicBool]>, Gate) {
-        let flags = flags(vcpus);
-        let kick = Box::new(Flags(Arc::clone(&flags)));
-        (flags, Gate::new(vcpus, Arc::default(), kick))
-    }
-
-    /// A vCPU that spins in the guest until it is kicked, and again, until the machine stops.
-    fn spin(gate: &Gate, kicked: &AtomicBool, index: usize, inside: &AtomicBool) {
-        loop {
-            kicked.store(false, Ordering::SeqCst);
-            let Some(guard) = gate.enter(index) else {
-                return;
-            };
-            inside.store(true, Ordering::SeqCst);
-            while !kicked.load(Ordering::SeqCst) {
-                thread::yield_now();
-            }
-            inside.store(false, Ordering::SeqCst);
-            drop(guard);
-        }
-    }
-
-    #[test]
-    fn a_hold_keeps_everybody_out_and_kicks_those_inside_only() {
-        let (kicks, gate) = gate(3);
-        let inside = flags(3);
-        thread::scope(|scope| {
-            for index in 0..2 {
-                let (gate, kicks, inside) = (&gate, &kicks[index], &inside[index]);
-                scope.spawn(move || spin(gate, kicks, index, inside));
-            }
-            for _ in 0..200 {
-                let hold = gate.hold(LONG).unwrap();
-                let any = || inside.iter().any(|inside| inside.load(Ordering::SeqCst));
-                assert!(!any() && hold.kicked() <= 2 && !hold.expired());
-                thread::yield_now();
-                assert!(!any());
-            }
-            assert!(!kicks[2].load(Ordering::SeqCst), "it was never in");
-            gate.stop();
-            (0..2).for_each(|index| kicks[index].store(true, Ordering::SeqCst));
-        });
-        let stats = gate.stats();
-        assert_eq!((stats.closings_total, stats.missed_total), (200, 0));
-        assert_eq!(stats.pauses.iter().sum::<u64>(), 200);
-    }
-
-    #[test]
-    fn a_vcpu_that_stays_inside_is_not_waited_for_longer_than_the_budget() {
-        let gate = Gate::new(2, Arc::default(), Box::new(NoKick));
-        let inside = gate.enter(1).unwrap();
-        let start = Instant::now();
-        assert!(gate.hold(Duration::from_millis(20)).is_none());
-        assert!(start.elapsed() >= Duration::from_millis(20));
-        drop(gate.enter(0).expect("the gate is open again"));
-        drop(inside);
-        let hold = gate.hold(Duration::ZERO).expect("everybody is out already");
-        assert!(hold.expired());
-        drop(hold);
-        let stats = gate.stats();
-        assert_eq!(
-            (stats.kicks_total, stats.closings_total, stats.missed_total),
-            (1, 2, 1)
-        );
-    }
-
-    #[test]
-    fn stopping_ends_every_wait() {
-        let gate = Gate::new(2, Arc::default(), Box::new(NoKick));
-        let hold = gate.hold(LONG).unwrap();
-        thread::scope(|scope| {
-            let vcpu = scope.spawn(|| gate.enter(0).is_none());
-            while gate.stats().waits_total == 0 {
-                thread::yield_now();
-            }
-            gate.stop();
-            assert!(vcpu.join().unwrap(), "it must not enter");
-        });
-        drop(hold);
-        assert!(gate.enter(1).is_none());
-        assert!(gate.hold(LONG).is_none(), "there is nobody to hold");
-
-        let gate = Gate::new(1, Arc::default(), Box::new(NoKick));
-        let inside = gate.enter(0);
-        thread::scope(|scope| {
-            let closer = scope.spawn(|| gate.hold(LONG).is_none());
-            while gate.stats().kicks_total == 0 {
-                thread::yield_now();
-            }
-            gate.stop();
-            assert!(closer.join().unwrap(), "a closer does not wait for ever");
-        });
-        drop(inside);
-    }
-
-    #[test]
-    fn only_those_behind_are_kicked_to_catch_up() {
-        let (kicks, gate) = gate(2);
-        let old = gate.enter(0).unwrap();
-        let generation = gate.generation.advance();
-        let new = gate.enter(1).unwrap();
-        assert_eq!(gate.quiescent_generation(), 0);
-        assert!(!gate.catch_up(generation, Duration::from_millis(1)));
-        assert!(kicks[0].load(Ordering::SeqCst) && !kicks[1].load(Ordering::SeqCst));
-        drop(old);
-        assert!(gate.catch_up(generation, Duration::ZERO) && gate.quiescent(generation));
-        assert_eq!(gate.quiescent_generation(), generation);
-        drop(new);
-        assert_eq!(gate.stats().kicks_total, 1);
-    }
-
-    #[test]
-    fn a_panic_of_the_holder_opens_the_gate() {
-        let gate = Gate::without_vcpus(Arc::default());
-        let panicked = thread::scope(|scope| {
-            let holder = scope.spawn(|| {
-                let _hold = gate.hold(LONG);
-                panic!("on purpose");
-            });
-            holder.join().is_err()
-        });
-        assert!(panicked && gate.hold(LONG).is_some());
-    }
-}
+mod tests;

@@ -19,8 +19,8 @@ const LAZY_MEMORY: &str = "
     quiescent_generation ranges reclaimed_bytes_total reclaiming_bytes reused_bytes_total
     reused_discarded_bytes_total reused_unmapped_bytes_total reuse_waits_total
     slice_ranges_total unmapped_bytes unmapped_bytes_total untracked_bytes_total
-    gate.closings_total gate.kicks_total gate.longest_pause_us gate.missed_total gate.pauses
-    gate.pause_us_total gate.waits_total
+    gate.closings_total gate.kicks_total gate.longest_pause_us gate.longest_return_us
+    gate.missed_total gate.pauses gate.pause_us_total gate.returns gate.waits_total
     hypercalls.arena_info_total hypercalls.failed_total hypercalls.features_total
     hypercalls.lazy_free_batch_total hypercalls.lazy_free_total
     hypercalls.prefaulted_bytes_total hypercalls.prefault_failures_total
