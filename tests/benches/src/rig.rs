@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ebb_core::generation::{Gate, VmGeneration};
-use ebb_core::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
+use ebb_core::lazy::LazyMemory;
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 use ebb_payload::busy::{self, word};
 use ebb_vmm::arch::registers::Entry;
@@ -77,9 +77,7 @@ impl LazyOps for NoCalls {
         false
     }
 
-    fn lazy_free(&self, _: &[GpaRange]) -> u64 {
-        0
-    }
+    fn lazy_free(&self, _: &[GpaRange]) {}
 
     fn reuse(&self, _: &[GpaRange]) -> bool {
         true
@@ -169,7 +167,7 @@ impl Rig {
         let rig = Self {
             vcpus: Vcpus::start(fds, &Arc::new(shared)).context("vCPU threads")?,
             gate,
-            lazy: Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation)),
+            lazy: Arc::new(LazyMemory::new(generation)),
             ram,
             owner: rustix::thread::gettid()
                 .as_raw_nonzero()
@@ -240,16 +238,12 @@ impl Rig {
     /// Has the guest touch the ranges, and makes them lazily free.
     ///
     /// # Errors
-    /// As for [`Rig::touch`]; some were not taken.
+    /// As for [`Rig::touch`].
     pub fn free(&self) -> Result<()> {
         self.lazy.reset();
         self.touch()?;
-        let freed = self.lazy.free(&self.ranges.all());
-        if freed.lazy == self.ranges.bytes() {
-            Ok(())
-        } else {
-            Err(Error::new(format!("ranges were refused: {freed:?}")))
-        }
+        self.lazy.free(&self.ranges.all());
+        Ok(())
     }
 
     /// Ends the vCPUs: what the machine is in KVM, and its memory, with all that the guest has touched mapped.

@@ -133,7 +133,7 @@ mod tests {
     /// Two vCPUs and a lazy page.
     fn with_slicer(test: impl FnOnce(&OfferSlot, &Slicer<'_>)) {
         let generation = Arc::new(VmGeneration::default());
-        let lazy = LazyMemory::new(9, Arc::clone(&generation));
+        let lazy = LazyMemory::new(Arc::clone(&generation));
         lazy.free(&[GpaRange::new(0, PAGE_SIZE).unwrap()]);
         let slicer = Slicer {
             lazy: &lazy,

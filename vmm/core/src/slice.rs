@@ -274,7 +274,7 @@ mod tests {
     /// Page number `2 * index` is lazy for each of `fragments`.
     fn world(fragments: u64) -> World {
         let generation = Arc::new(VmGeneration::default());
-        let lazy = LazyMemory::new(1000, Arc::clone(&generation));
+        let lazy = LazyMemory::new(Arc::clone(&generation));
         lazy.free(&(0..fragments).map(fragment).collect::<Vec<_>>());
         World {
             lazy,

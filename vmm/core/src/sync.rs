@@ -1,46 +1,102 @@
-//! Atomics, locks and time: those of std, or those of loom under `--cfg loom`.
+//! Atomics, locks and time: those of std and `parking_lot`, or those of loom under `--cfg loom`.
 //!
 //! Counters that no decision depends on use std even then: they would only multiply the interleavings.
 
-#[cfg(loom)]
-pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-#[cfg(loom)]
-pub use loom::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(not(loom))]
-pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-#[cfg(not(loom))]
-pub use std::sync::{Condvar, Mutex, MutexGuard};
-
-use std::sync::{PoisonError, TryLockError};
 use std::time::Duration;
 
-/// Locks `mutex`, also after a thread has panicked while holding it: every step under these locks is whole.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+#[cfg(loom)]
+pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+#[cfg(not(loom))]
+pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-/// Locks `mutex` unless another thread holds it.
-pub fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    match mutex.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
+pub use locks::{Condvar, Mutex, MutexGuard, give_way, lock, try_lock, wait, wait_until};
+
+/// Locks that a thread can hand to one that waits, which those of std cannot. They know no poison: every step under these
+/// locks is whole, also when a thread panics.
+#[cfg(not(loom))]
+mod locks {
+    pub use parking_lot::{Condvar, Mutex, MutexGuard};
+
+    use super::Deadline;
+
+    /// Locks `mutex`.
+    #[inline]
+    pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock()
+    }
+
+    /// Locks `mutex` unless another thread holds it.
+    pub fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+        mutex.try_lock()
+    }
+
+    /// Hands `mutex` to the thread that has waited longest for it, if there is one, and takes it again after that.
+    #[inline]
+    pub fn give_way<'a, T>(_: &'a Mutex<T>, mut guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        MutexGuard::bump(&mut guard);
+        guard
+    }
+
+    /// Waits on `condvar`; may return without a notification.
+    pub fn wait<'a, T>(condvar: &Condvar, mut guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        condvar.wait(&mut guard);
+        guard
+    }
+
+    /// Waits on `condvar` until `deadline` at the latest; may return without a notification.
+    pub fn wait_until<'a, T>(
+        condvar: &Condvar,
+        mut guard: MutexGuard<'a, T>,
+        deadline: Deadline,
+    ) -> MutexGuard<'a, T> {
+        condvar.wait_for(&mut guard, deadline.left());
+        guard
     }
 }
 
-/// Waits on `condvar`; may return without a notification.
-pub fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
-}
+/// The same with loom's locks.
+#[cfg(loom)]
+mod locks {
+    use std::sync::{PoisonError, TryLockError};
 
-/// Waits on `condvar` until `deadline` at the latest; may return without a notification.
-pub fn wait_until<'a, T>(
-    condvar: &Condvar,
-    guard: MutexGuard<'a, T>,
-    deadline: Deadline,
-) -> MutexGuard<'a, T> {
-    let waited = condvar.wait_timeout(guard, deadline.left());
-    waited.unwrap_or_else(PoisonError::into_inner).0
+    pub use loom::sync::{Condvar, Mutex, MutexGuard};
+
+    use super::Deadline;
+
+    /// Locks `mutex`.
+    pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Locks `mutex` unless another thread holds it.
+    pub fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+        match mutex.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Lets any other thread have `mutex`, and takes it again after that.
+    pub fn give_way<'a, T>(mutex: &'a Mutex<T>, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        drop(guard);
+        lock(mutex)
+    }
+
+    /// Waits on `condvar`; may return without a notification.
+    pub fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits on `condvar`: for ever, as loom has no time.
+    pub fn wait_until<'a, T>(
+        condvar: &Condvar,
+        guard: MutexGuard<'a, T>,
+        deadline: Deadline,
+    ) -> MutexGuard<'a, T> {
+        let waited = condvar.wait_timeout(guard, deadline.left());
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
 }
 
 /// A point in time. Under loom, which has no time, it never comes.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ebb_core::generation::{Gate, VmGeneration};
-use ebb_core::lazy::{DEFAULT_MAX_RANGES, Freed, LazyMemory, Surveyed};
+use ebb_core::lazy::{LazyMemory, Surveyed};
 use ebb_core::range::GpaRange;
 use ebb_core::release::Release;
 use ebb_hypercall_abi::arena::ArenaInfo;
@@ -107,7 +107,13 @@ impl GuestMemory {
         let generation = Arc::new(VmGeneration::default());
         let kick = Box::new(Arc::clone(kicks));
         let gate = Arc::new(Gate::new(vcpus, Arc::clone(&generation), kick));
-        let lazy = Arc::new(LazyMemory::new(DEFAULT_MAX_RANGES, generation));
+        // In strict mode pages are made one by one.
+        let huge_pages = (setup.backing.thp || setup.backing.hugepages) && !setup.strict;
+        let lazy = Arc::new(if huge_pages {
+            LazyMemory::with_huge_pages(generation)
+        } else {
+            LazyMemory::new(generation)
+        });
         let (frees, entries) = (Arc::clone(&lazy), Arc::clone(&gate));
         let reclaimer = Reclaimer::new(frees, ram.clone(), entries, setup.tuning);
         let strict = setup.strict.then(|| {
@@ -190,10 +196,12 @@ impl GuestMemory {
     }
 
     /// Makes `ranges` lazily free; in strict mode they are discarded at once.
-    fn free(&self, ranges: &[GpaRange]) -> Freed {
+    fn free(&self, ranges: &[GpaRange]) {
         match &self.strict {
             Some(strict) => strict.free(ranges),
-            None => self.lazy.free(ranges),
+            None => {
+                self.lazy.free(ranges);
+            }
         }
     }
 
@@ -230,8 +238,8 @@ impl LazyOps for GuestMemory {
         })
     }
 
-    fn lazy_free(&self, ranges: &[GpaRange]) -> u64 {
-        self.free(ranges).refused
+    fn lazy_free(&self, ranges: &[GpaRange]) {
+        self.free(ranges);
     }
 
     fn reuse(&self, ranges: &[GpaRange]) -> bool {

@@ -26,7 +26,7 @@ pub struct Survey {
     pub examined: u64,
     /// The whole machine.
     pub machine: States,
-    /// Number of ranges in the tracker.
+    /// Number of ranges in the tracker: neighbouring pages in one state.
     pub ranges: u64,
     /// The machine's generation.
     pub generation: u64,
@@ -53,9 +53,8 @@ pub trait LazyOps: Send + Sync {
         None
     }
 
-    /// The guest promises not to touch `ranges` before it reuses them. Returns the number of bytes that stay in use
-    /// because the tracker is full.
-    fn lazy_free(&self, ranges: &[GpaRange]) -> u64;
+    /// The guest promises not to touch `ranges` before it reuses them.
+    fn lazy_free(&self, ranges: &[GpaRange]);
 
     /// Makes `ranges`, of RAM or granules, in use before it returns. Returns true if no lazy range of RAM is left.
     fn reuse(&self, ranges: &[GpaRange]) -> bool;

@@ -88,7 +88,7 @@ impl Hypercalls {
     fn execute(&self, request: Request) -> Result<Success, Error> {
         match request {
             Request::Features => Ok(Success::Value(self.interface.features.bits())),
-            Request::LazyFree(range) => self.free(&[self.ram(range)?]),
+            Request::LazyFree(range) => Ok(self.free(&[self.ram(range)?])),
             Request::Reuse { range, prefault } => {
                 Ok(self.reuse(&[self.reusable(range)?], prefault))
             }
@@ -96,7 +96,7 @@ impl Hypercalls {
                 self.batch(block, Self::ram, |ranges| self.free(ranges))
             }
             Request::ReuseBatch { block, prefault } => {
-                let apply = |ranges: &[GpaRange]| Ok(self.reuse(ranges, prefault));
+                let apply = |ranges: &[GpaRange]| self.reuse(ranges, prefault);
                 self.batch(block, Self::reusable, apply)
             }
             Request::Query(block) => self.query(block),
@@ -127,11 +127,9 @@ impl Hypercalls {
         self.ops.is_ram(block).then_some(block).ok_or(Error::Fault)
     }
 
-    fn free(&self, ranges: &[GpaRange]) -> Result<Success, Error> {
-        match self.ops.lazy_free(ranges) {
-            0 => Ok(Success::Done),
-            _ => Err(Error::NoSpace),
-        }
+    fn free(&self, ranges: &[GpaRange]) -> Success {
+        self.ops.lazy_free(ranges);
+        Success::Done
     }
 
     fn reuse(&self, ranges: &[GpaRange], prefault: bool) -> Success {
@@ -169,7 +167,7 @@ impl Hypercalls {
         &self,
         block: GpaRange,
         check: fn(&Self, GpaRange) -> Result<GpaRange, Error>,
-        apply: impl FnOnce(&[GpaRange]) -> Result<Success, Error>,
+        apply: impl FnOnce(&[GpaRange]) -> Success,
     ) -> Result<Success, Error> {
         let block = self.block(block)?;
         let descriptors = read_batch(&self.memory, block)?;
@@ -177,8 +175,8 @@ impl Hypercalls {
             .iter()
             .map_while(|descriptor| check(self, range(descriptor.gpa, descriptor.pages).ok()?).ok())
             .collect();
-        let result = if good.is_empty() {
-            Ok(Success::Done)
+        let success = if good.is_empty() {
+            Success::Done
         } else {
             apply(&good)
         };
@@ -186,7 +184,7 @@ impl Hypercalls {
         if good.len() < descriptors.len() {
             return Err(Error::Invalid);
         }
-        result
+        Ok(success)
     }
 
     fn arena_info(&self, block: GpaRange) -> Result<Success, Error> {

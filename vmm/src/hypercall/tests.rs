@@ -23,7 +23,6 @@ const BLOCK: u64 = 40 * PAGE;
 struct Model {
     lazy: Mutex<BTreeSet<u64>>,
     prefaulted: Mutex<Vec<GpaRange>>,
-    full: bool,
     arenas: bool,
     reused_granules: Mutex<Vec<GpaRange>>,
 }
@@ -69,14 +68,10 @@ impl LazyOps for SharedModel {
             .any(|(from, to)| *from <= start && end <= *to)
     }
 
-    fn lazy_free(&self, ranges: &[GpaRange]) -> u64 {
+    fn lazy_free(&self, ranges: &[GpaRange]) {
         assert!(!ranges.is_empty() && ranges.iter().all(|range| self.is_ram(*range)));
-        if self.0.full {
-            return ranges[0].len();
-        }
         let pages = ranges.iter().flat_map(|range| pages(*range));
         self.0.lazy.lock().unwrap().extend(pages);
-        0
     }
 
     fn reuse(&self, ranges: &[GpaRange]) -> bool {
@@ -410,19 +405,6 @@ fn the_largest_batch_fits_into_the_largest_block() {
     let free = fixture.call(Operation::LazyFreeBatch, BLOCK, 4);
     assert_eq!((free, fixture.done()), (Ok(Success::Done), BATCH_MAX));
     assert!(fixture.lazy().into_iter().eq(0..16));
-}
-
-#[test]
-fn a_full_tracker_is_told() {
-    let fixture = Fixture::new(Model {
-        full: true,
-        ..Model::default()
-    });
-    let free = fixture.call(Operation::LazyFree, 8 * PAGE, 1);
-    assert_eq!(free, Err(Error::NoSpace));
-    fixture.write_batch(2, &[(8 * PAGE, 1), (9 * PAGE, 1)]);
-    let free = fixture.call(Operation::LazyFreeBatch, BLOCK, 1);
-    assert_eq!((free, fixture.done()), (Err(Error::NoSpace), 2));
 }
 
 #[test]

@@ -228,7 +228,7 @@ mod tests {
     }
 
     fn lazy(bytes: u64) -> LazyMemory {
-        let lazy = LazyMemory::new(100, Arc::new(VmGeneration::default()));
+        let lazy = LazyMemory::new(Arc::new(VmGeneration::default()));
         lazy.free(&[GpaRange::new(0, bytes).unwrap()]);
         lazy
     }

@@ -150,7 +150,7 @@ mod tests {
         });
         let generation = Arc::new(VmGeneration::default());
         let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
-        let lazy = Arc::new(LazyMemory::new(1000, generation));
+        let lazy = Arc::new(LazyMemory::new(generation));
         let logged = Arc::clone(&pages) as _;
         let reclaimer = Reclaimer::new(lazy, logged, gate, ReclaimTuning::default())
             .with_arenas(Arenas::from([Arc::new(arena)]));
@@ -213,7 +213,7 @@ mod tests {
         let arena = Arena::new(0, "a".to_owned(), gpa, GRANULE, ram.memory()).unwrap();
         let generation = Arc::new(VmGeneration::default());
         let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
-        let lazy = Arc::new(LazyMemory::new(1000, generation));
+        let lazy = Arc::new(LazyMemory::new(generation));
         let tuning = ReclaimTuning {
             mode,
             ..ReclaimTuning::default()

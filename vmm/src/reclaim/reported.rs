@@ -102,7 +102,7 @@ mod tests {
 
     fn reported(how: Release) -> ReportedMemory {
         let ram = GuestRam::allocate(Backing::default(), &[range(0, 16)]).unwrap();
-        let lazy = LazyMemory::new(100, Arc::new(VmGeneration::default()));
+        let lazy = LazyMemory::new(Arc::new(VmGeneration::default()));
         ReportedMemory::new(Arc::new(lazy), Arc::new(ram), how)
     }
 

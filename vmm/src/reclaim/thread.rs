@@ -148,7 +148,7 @@ mod tests {
         let ram = Arc::new(GuestRam::allocate(Backing::default(), &[all]).unwrap());
         let generation = Arc::new(VmGeneration::default());
         let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
-        let lazy = Arc::new(LazyMemory::new(1000, generation));
+        let lazy = Arc::new(LazyMemory::new(generation));
         lazy.free(&[all]);
         let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram, gate, ReclaimTuning::default());
         (lazy, Arc::new(reclaimer))

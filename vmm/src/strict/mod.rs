@@ -16,7 +16,7 @@ use crate::kvm::KickTable;
 use crate::memory::{GuestRam, MissingPage};
 
 use ebb_core::generation::Kick;
-use ebb_core::lazy::{Freed, LazyMemory, Pieces, Sweep};
+use ebb_core::lazy::{LazyMemory, Pieces, Sweep};
 use ebb_core::range::GpaRange;
 use ebb_core::release::Release;
 pub use thread::{StartError, StrictThread};
@@ -109,9 +109,9 @@ impl Strict {
 
     /// Frees `ranges` as [`LazyMemory::free`] does, and discards them before it returns. What is freed again without a reuse
     /// is discarded again, so that the next access is caught, too.
-    pub fn free(&self, ranges: &[GpaRange]) -> Freed {
+    pub fn free(&self, ranges: &[GpaRange]) {
         self.lazy.reuse(ranges);
-        let freed = self.lazy.free(ranges);
+        self.lazy.free(ranges);
         for &range in ranges {
             let mut sweep = Sweep::new(Pieces::Any, u64::MAX).within(range);
             while let Some(chunk) = self.lazy.take_chunk(&mut sweep, CHUNK) {
@@ -124,7 +124,6 @@ impl Strict {
                 }
             }
         }
-        freed
     }
 
     /// The thread of the vCPU `index` is in `KVM_RUN` until the returned value is dropped.
@@ -162,7 +161,7 @@ impl Strict {
     /// Counts an access whose page is about to be made, and reports it if the page is lazily free.
     fn judge(&self, missing: &MissingPage) {
         self.counters.faults_total.increment();
-        if self.lazy.survey(missing.page).totals.ranges == 0 {
+        if self.lazy.survey(missing.page).totals.tracked() == 0 {
             return;
         }
         let access = Access {

@@ -15,7 +15,7 @@ const PAGES: u64 = 4096;
 /// Strict mode over [`PAGES`] pages.
 fn start() -> (Arc<Strict>, StrictThread, Arc<GuestMemoryMmap>) {
     let ram = Arc::new(GuestRam::allocate(Backing::default(), &[pages(0, PAGES)]).unwrap());
-    let lazy = Arc::new(LazyMemory::new(100, Arc::new(VmGeneration::default())));
+    let lazy = Arc::new(LazyMemory::new(Arc::new(VmGeneration::default())));
     let kicks = Arc::new(KickTable::new(1));
     let memory = ram.memory();
     let strict = Arc::new(Strict::new(lazy, Arc::clone(&ram), kicks, 1));

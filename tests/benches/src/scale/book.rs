@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ebb_core::generation::VmGeneration;
-use ebb_core::lazy::{DEFAULT_MAX_RANGES, LazyMemory};
+use ebb_core::lazy::LazyMemory;
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 
 use super::Arguments;
@@ -21,7 +21,7 @@ pub fn measure(arguments: &Arguments, results: &mut Results) -> Result<(), Bench
     let mut given_up = 0;
     for round in 0..arguments.runs {
         for (case, gib) in [("1 GiB", 1), ("all", arguments.gib)] {
-            let lazy = LazyMemory::new(DEFAULT_MAX_RANGES, Arc::new(VmGeneration::default()));
+            let lazy = LazyMemory::new(Arc::new(VmGeneration::default()));
             let size = gib * GIB;
             lazy.free(&[range(0, size)]);
             let reused = size.min(MAX_REUSED);

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 
 use super::Sweep;
-use super::tracker::{Fate, Freed, Reused, Step, Surveyed, Tracker};
+use super::flights::Flights;
+use super::map::Counts;
+use super::tracker::{Fate, Step, Totals, Tracker, parts};
 use crate::fault::fault_point;
 use crate::generation::VmGeneration;
-use crate::range::GpaRange;
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
+use crate::range::{GpaRange, PAGE_SIZE};
+use crate::sync::{Condvar, Mutex, MutexGuard, give_way, lock, wait};
 
-/// Maximum number of ranges that reuses may want from one chunk. Above that they get the whole chunk, so that a
-/// hostile guest cannot make the list long.
-const MAX_WANTED: usize = 64;
+/// Maximum bytes that one survey looks at.
+const SURVEY_LIMIT: u64 = 64 << 30;
 
 /// The result of a reuse.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,7 +25,7 @@ pub struct ReuseOutcome {
 
 crate::metrics! {
     /// Bytes by state, and counters since the machine started. At every moment
-    /// `freed = lazy + unmapped + reclaiming + discarded + reused + given_up + forgotten`.
+    /// `freed = lazy + unmapped + reclaiming + discarded + reused`.
     pub struct LazyStats {
         /// The machine's generation.
         generation: Gauge,
@@ -36,8 +37,10 @@ crate::metrics! {
         reclaiming_bytes: Gauge of Bytes,
         /// Lazily free memory whose pages are returned to the host.
         discarded_bytes: Gauge of Bytes,
-        /// Ranges that the tracker holds.
+        /// Ranges: neighbouring pages in one state. A range ends where 128 MiB of guest memory do.
         ranges: Gauge,
+        /// The monitor's memory that the tracker takes.
+        tracker_bytes: Gauge of Bytes,
         /// Memory that the guest has freed lazily.
         freed_bytes_total: Counter of Bytes,
         /// Memory that went from lazy to unmapped.
@@ -52,49 +55,47 @@ crate::metrics! {
         reused_unmapped_bytes_total: Counter of Bytes,
         /// The part of the reused memory that had been discarded.
         reused_discarded_bytes_total: Counter of Bytes,
-        /// Frees that were not tracked because the tracker was full. That memory stays in use by the guest.
-        untracked_bytes_total: Counter of Bytes,
-        /// The part of the untracked memory that had been tracked before.
-        given_up_bytes_total: Counter of Bytes,
-        /// Discarded memory that the tracker has forgotten because it was full.
-        forgotten_bytes_total: Counter of Bytes,
-        /// Unmapped memory that became lazy again because the tracker was full.
-        coalesced_bytes_total: Counter of Bytes,
         /// Reuses that waited for a chunk that was being invalidated or discarded.
         reuse_waits_total: Counter,
     }
 }
 
 impl LazyStats {
-    fn count_reused(&mut self, reused: Reused) {
-        self.reused_bytes_total += reused.bytes();
-        self.reused_unmapped_bytes_total += reused.unmapped;
-        self.reused_discarded_bytes_total += reused.discarded;
+    fn count_reused(&mut self, pages: Counts) {
+        let [_, lazy, unmapped, discarded] = pages.map(|pages| pages * PAGE_SIZE);
+        self.reused_bytes_total += lazy + unmapped + discarded;
+        self.reused_unmapped_bytes_total += unmapped;
+        self.reused_discarded_bytes_total += discarded;
     }
 }
 
-/// A chunk that is being invalidated or discarded, and the parts of it that reuses wait for.
-struct InFlight {
-    id: u64,
-    range: GpaRange,
-    wanted: Vec<GpaRange>,
+/// The states in a range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Surveyed {
+    /// Bytes by state.
+    pub totals: Totals,
+    /// First address that was not looked at.
+    pub end: u64,
 }
 
 struct State {
     tracker: Tracker,
-    in_flight: Vec<InFlight>,
-    next_id: u64,
-    /// Bytes whose free was refused because the tracker was full.
-    refused: u64,
-    /// The counters that are not in `tracker` or `refused`.
+    flights: Flights,
+    /// The counters. Its gauges are not used.
     stats: LazyStats,
+    /// Number of times that a long operation has offered the lock to others.
+    #[cfg(test)]
+    offers: u64,
 }
 
 /// Lazily freed memory, shared by vCPUs, devices and reclaim.
 ///
-/// One lock, which is never held across a system call on memory. A reuse waits only for the chunks in flight that it
-/// meets. What it wants of a chunk becomes in use in the step that ends the chunk, so that no later chunk can take it
-/// first.
+/// One lock, which is never held across a system call on memory. An operation on many ranges, or on a large one, is done
+/// in steps of at most one range and one region of the tracker. Between two steps, a thread that waits for the lock gets
+/// it: so no guest can keep the others away.
+///
+/// A reuse waits only for the chunks in flight that it meets. What it wants of a chunk becomes in use in the step that
+/// ends the chunk, so that no later chunk can take it first.
 pub struct LazyMemory {
     state: Mutex<State>,
     /// Signalled when a chunk ends that a reuse or a reset waits for.
@@ -103,15 +104,26 @@ pub struct LazyMemory {
 }
 
 impl LazyMemory {
-    /// A tracker of at most `max_ranges` ranges, with nothing lazily free yet.
+    /// A tracker with nothing lazily free yet.
     #[must_use]
-    pub fn new(max_ranges: usize, generation: Arc<VmGeneration>) -> Self {
+    pub fn new(generation: Arc<VmGeneration>) -> Self {
+        Self::with(Tracker::default(), generation)
+    }
+
+    /// A tracker for memory in which the host uses huge pages: a guest that touches one page of a discarded block gets
+    /// the other ones back, too. So a reuse of a part of such a block makes the rest lazy again.
+    #[must_use]
+    pub fn with_huge_pages(generation: Arc<VmGeneration>) -> Self {
+        Self::with(Tracker::new(true), generation)
+    }
+
+    fn with(tracker: Tracker, generation: Arc<VmGeneration>) -> Self {
         let state = State {
-            tracker: Tracker::new(max_ranges),
-            in_flight: Vec::new(),
-            next_id: 0,
-            refused: 0,
+            tracker,
+            flights: Flights::default(),
             stats: LazyStats::default(),
+            #[cfg(test)]
+            offers: 0,
         };
         Self {
             state: Mutex::new(state),
@@ -121,60 +133,68 @@ impl LazyMemory {
     }
 
     /// The guest frees `ranges`, which it promises not to touch before it reuses them. They get one generation. What
-    /// is not in use stays as it is, and what does not fit in the tracker stays in use.
-    pub fn free(&self, ranges: &[GpaRange]) -> Freed {
+    /// is not in use stays as it is. Returns the number of bytes that were in use.
+    pub fn free(&self, ranges: &[GpaRange]) -> u64 {
         let mut state = self.lock();
         let generation = self.generation.advance();
-        let mut all = Freed::default();
-        for &range in ranges {
-            let freed = state.tracker.free(range, generation);
-            all.lazy += freed.lazy;
-            all.refused += freed.refused;
+        let mut freed = 0;
+        for (step, part) in steps(ranges) {
+            state = self.next_step(state, step);
+            let bytes = state.tracker.free(part, generation);
+            state.stats.freed_bytes_total += bytes;
+            freed += bytes;
         }
-        state.stats.freed_bytes_total += all.lazy;
-        state.refused += all.refused;
-        all
+        freed
     }
 
-    /// Adds up the states in `range`, from its start on. Looks at a limited number of ranges and says where it stopped.
+    /// Adds up the states in `range`, from its start on. Looks at a limited part of it and says where it stopped.
     #[must_use]
     pub fn survey(&self, range: GpaRange) -> Surveyed {
-        self.lock().tracker.survey(range)
+        let end = range.end().min(range.start().saturating_add(SURVEY_LIMIT));
+        let (mut pages, mut flights) = (Counts::default(), Counts::default());
+        let mut state = self.lock();
+        for (step, part) in steps(GpaRange::new(range.start(), end).as_slice()) {
+            state = self.next_step(state, step);
+            add(&mut pages, state.tracker.survey(part));
+            add(&mut flights, state.flights.survey(part));
+        }
+        Surveyed {
+            totals: Totals::new(pages, flights),
+            end,
+        }
     }
 
     /// The guest takes `ranges` back. They are in use when this returns: what the guest writes from then on is kept.
     pub fn reuse(&self, ranges: &[GpaRange]) -> ReuseOutcome {
+        let mut reuse = self.begin_reuse();
         let mut state = self.lock();
-        let mut awaited = Vec::new();
-        for &range in ranges {
-            let reused = state.tracker.reuse(range);
-            state.stats.count_reused(reused);
-            if reused.busy && !fault_point!("a reuse does not wait for the chunk") {
-                awaited.extend(state.want(range));
-            }
+        for (step, part) in steps(ranges) {
+            state = self.next_step(state, step);
+            reuse.take(&mut state, part);
         }
-        let waited = !awaited.is_empty();
+        let waited = !reuse.awaited.is_empty();
         if waited {
             state.stats.reuse_waits_total += 1;
-            state = self.wait_for(state, &awaited);
+            state = self.wait_for(state, &reuse.awaited);
         }
         ReuseOutcome {
-            last: state.tracker.totals().ranges == 0,
+            last: state.totals().tracked() == 0,
             waited,
         }
     }
 
-    /// Makes everything in use, as the guest or its driver was reset. Waits for the chunks in flight.
+    /// Makes everything in use that is not when this begins, as the guest or its driver was reset. Waits for the chunks in
+    /// flight.
     pub fn reset(&self) {
+        let mut reuse = self.begin_reuse();
         let mut state = self.lock();
-        let reused = state.tracker.clear();
-        state.stats.count_reused(reused);
-        let mut awaited = Vec::new();
-        for chunk in &mut state.in_flight {
-            chunk.wanted = vec![chunk.range];
-            awaited.push(chunk.id);
+        let mut at = 0;
+        while let Some(part) = state.tracker.next_region(at) {
+            reuse.take(&mut state, part);
+            at = part.end();
+            state = self.next_step(state, 1);
         }
-        drop(self.wait_for(state, &awaited));
+        drop(self.wait_for(state, &reuse.awaited));
     }
 
     /// Takes the next chunk of at most `limit` bytes for `sweep`; `None` at its end.
@@ -182,8 +202,8 @@ impl LazyMemory {
         loop {
             // The lock is free between two steps, so that reuses need not wait for all of them.
             let mut state = self.lock();
-            let candidate = match state.tracker.find(sweep, limit) {
-                Step::Found(candidate) => candidate,
+            let range = match state.find(sweep, limit) {
+                Step::Found(range) => range,
                 Step::More => continue,
                 Step::Done => return None,
             };
@@ -191,17 +211,9 @@ impl LazyMemory {
                 drop(state);
                 state = self.lock();
             }
-            let range = state.tracker.claim(candidate);
-            let id = state.next_id;
-            state.next_id += 1;
-            state.in_flight.push(InFlight {
-                id,
-                range,
-                wanted: Vec::new(),
-            });
+            state.flights.add(range, sweep.from);
             return Some(Chunk {
                 memory: self,
-                id,
                 range,
                 fate: Fate::Kept,
             });
@@ -213,7 +225,7 @@ impl LazyMemory {
         loop {
             let state = self.lock();
             let mut ahead = sweep.clone();
-            match state.tracker.find(&mut ahead, limit) {
+            match state.find(&mut ahead, limit) {
                 Step::Found(_) => return true,
                 Step::More => *sweep = ahead,
                 Step::Done => return false,
@@ -230,18 +242,15 @@ impl LazyMemory {
     #[must_use]
     pub fn snapshot(&self) -> LazyStats {
         let state = self.lock();
-        let (totals, squeezed) = (state.tracker.totals(), state.tracker.squeezed());
+        let totals = state.totals();
         LazyStats {
             generation: self.generation.current(),
             lazy_bytes: totals.lazy,
             unmapped_bytes: totals.unmapped,
             reclaiming_bytes: totals.reclaiming,
             discarded_bytes: totals.discarded,
-            ranges: totals.ranges as u64,
-            untracked_bytes_total: state.refused + squeezed.given_up,
-            given_up_bytes_total: squeezed.given_up,
-            forgotten_bytes_total: squeezed.forgotten,
-            coalesced_bytes_total: squeezed.coalesced,
+            ranges: state.tracker.ranges(),
+            tracker_bytes: state.tracker.bytes(),
             ..state.stats
         }
     }
@@ -252,21 +261,18 @@ impl LazyMemory {
         self.generation.current()
     }
 
-    fn finish(&self, id: u64, fate: Fate) {
+    fn finish(&self, chunk: GpaRange, fate: Fate) {
+        let mut reuse = self.begin_reuse();
         let mut state = self.lock();
-        let Some(index) = state.in_flight.iter().position(|chunk| chunk.id == id) else {
-            return;
-        };
-        let InFlight { range, wanted, .. } = state.in_flight.swap_remove(index);
-        state.tracker.finish(range, fate);
+        let wanted = state.flights.remove(chunk);
+        state.tracker.finish(chunk, fate);
         *match fate {
             Fate::Kept => &mut state.stats.kept_bytes_total,
             Fate::Unmapped(_) => &mut state.stats.unmapped_bytes_total,
             Fate::Discarded => &mut state.stats.reclaimed_bytes_total,
-        } += range.len();
-        for &range in &wanted {
-            let reused = state.tracker.reuse(range);
-            state.stats.count_reused(reused);
+        } += chunk.len();
+        for &part in &wanted {
+            reuse.take(&mut state, part);
         }
         drop(state);
         if !wanted.is_empty() {
@@ -274,8 +280,33 @@ impl LazyMemory {
         }
     }
 
+    fn begin_reuse(&self) -> Reuse<'_> {
+        Reuse {
+            generation: &self.generation,
+            fresh: None,
+            awaited: Vec::new(),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// Lets another thread have the lock before step number `step` of an operation, unless it is the first.
+    #[cfg_attr(not(test), expect(unused_mut, reason = "for the tests' count"))]
+    fn next_step<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        step: usize,
+    ) -> MutexGuard<'a, State> {
+        if step == 0 {
+            return state;
+        }
+        #[cfg(test)]
+        {
+            state.offers += 1;
+        }
+        give_way(&self.state, state)
     }
 
     fn wait_for<'a>(
@@ -283,7 +314,7 @@ impl LazyMemory {
         mut state: MutexGuard<'a, State>,
         ids: &[u64],
     ) -> MutexGuard<'a, State> {
-        while state.in_flight.iter().any(|chunk| ids.contains(&chunk.id)) {
+        while state.flights.any(ids) {
             state = wait(&self.finished, state);
         }
         state
@@ -291,21 +322,50 @@ impl LazyMemory {
 }
 
 impl State {
-    /// Notes that a reuse wants `range` from the chunks that it meets, and returns their ids.
-    fn want(&mut self, range: GpaRange) -> Vec<u64> {
-        let mut ids = Vec::new();
-        for chunk in &mut self.in_flight {
-            let Some(part) = chunk.range.intersection(range) else {
-                continue;
-            };
-            chunk.wanted.push(part);
-            if chunk.wanted.len() > MAX_WANTED {
-                chunk.wanted = vec![chunk.range];
-            }
-            ids.push(chunk.id);
-        }
-        ids
+    fn totals(&self) -> Totals {
+        Totals::new(self.tracker.pages(), self.flights.pages())
     }
+
+    fn find(&self, sweep: &mut Sweep, limit: u64) -> Step {
+        self.tracker.find(sweep, limit, &self.flights)
+    }
+}
+
+/// A reuse under way.
+struct Reuse<'a> {
+    generation: &'a VmGeneration,
+    /// The generation of what becomes lazy again.
+    fresh: Option<u64>,
+    /// The chunks that it must wait for.
+    awaited: Vec<u64>,
+}
+
+impl Reuse<'_> {
+    /// Makes `part`, which lies in one region, in use, and notes which chunks it must wait for.
+    fn take(&mut self, state: &mut State, part: GpaRange) {
+        let mut rest = Some(part);
+        while let Some(free) = rest.and_then(|rest| state.flights.first_gap(rest)) {
+            let mut fresh = || *self.fresh.get_or_insert_with(|| self.generation.advance());
+            let pages = state.tracker.reuse(free, &mut fresh);
+            state.stats.count_reused(pages);
+            rest = GpaRange::new(free.end(), part.end());
+        }
+        if !fault_point!("a reuse does not wait for the chunk") {
+            state.flights.want(part, &mut self.awaited);
+        }
+    }
+}
+
+/// The steps of an operation on `ranges`, numbered.
+fn steps(ranges: &[GpaRange]) -> impl Iterator<Item = (usize, GpaRange)> {
+    ranges.iter().copied().flat_map(parts).enumerate()
+}
+
+fn add(counts: &mut Counts, more: Counts) {
+    counts
+        .iter_mut()
+        .zip(more)
+        .for_each(|(count, more)| *count += more);
 }
 
 /// A chunk that its holder may invalidate or discard. A reuse of it returns only after this is dropped. If it is
@@ -313,7 +373,6 @@ impl State {
 #[must_use = "a reuse waits for as long as the chunk is held"]
 pub struct Chunk<'a> {
     memory: &'a LazyMemory,
-    id: u64,
     range: GpaRange,
     fate: Fate,
 }
@@ -339,7 +398,7 @@ impl Chunk<'_> {
 
 impl Drop for Chunk<'_> {
     fn drop(&mut self) {
-        self.memory.finish(self.id, self.fate);
+        self.memory.finish(self.range, self.fate);
     }
 }
 
@@ -350,7 +409,8 @@ mod tests {
 
     use super::*;
     use crate::lazy::Pieces;
-    use crate::range::PAGE_SIZE;
+    use crate::lazy::flights::MAX_WANTED;
+    use crate::range::BLOCK_SIZE;
 
     const ALL: u64 = u64::MAX;
 
@@ -359,12 +419,12 @@ mod tests {
     }
 
     fn memory() -> LazyMemory {
-        LazyMemory::new(100, Arc::new(VmGeneration::default()))
+        LazyMemory::new(Arc::new(VmGeneration::default()))
     }
 
     /// Returns once a thread waits for the chunk in flight.
     fn until_it_waits<T>(memory: &LazyMemory, thread: &ScopedJoinHandle<'_, T>) {
-        while memory.lock().in_flight[0].wanted.is_empty() {
+        while memory.lock().flights.wanted_of_first() == 0 {
             thread::yield_now();
         }
         thread::sleep(Duration::from_millis(10));
@@ -398,7 +458,8 @@ mod tests {
         let kept = take(&mut sweep, 2);
         let half_way = LazyStats {
             generation,
-            ranges: 5,
+            ranges: 4,
+            tracker_bytes: memory.snapshot().tracker_bytes,
             lazy_bytes: 11 * PAGE_SIZE,
             unmapped_bytes: 4 * PAGE_SIZE,
             reclaiming_bytes: 2 * PAGE_SIZE,
@@ -428,40 +489,93 @@ mod tests {
     }
 
     #[test]
-    fn what_a_full_tracker_costs_is_counted() {
-        let threes = |from: u64, count: u64| {
-            (from..from + count)
-                .map(|n| pages(4 * n, 4 * n + 3))
-                .collect::<Vec<_>>()
-        };
-        let memory = LazyMemory::new(8, Arc::new(VmGeneration::default()));
-        let freed = memory.free(&threes(0, 9));
-        assert_eq!(freed.lazy, 7 * 3 * PAGE_SIZE);
-        assert_eq!(freed.refused, 2 * 3 * PAGE_SIZE);
-        // Each leaves two ranges; there is room for one more range, and so for one of them.
-        memory.reuse(&[pages(1, 2), pages(5, 6)]);
-        let stats = memory.snapshot();
-        assert_eq!(stats.given_up_bytes_total, PAGE_SIZE);
-        assert_eq!(stats.untracked_bytes_total, 7 * PAGE_SIZE);
+    fn other_threads_may_have_the_lock_between_two_steps() {
+        let memory = memory();
+        let offers = || memory.lock().offers;
+        let page = pages(1, 2);
+        memory.free(&[page; 1023]);
+        assert_eq!(offers(), 1022);
+        memory.reuse(&[page; 1023]);
+        assert_eq!(offers(), 2 * 1022);
+        let all = GpaRange::new(0, 1 << 40).unwrap();
+        assert_eq!(memory.free(&[all]), 1 << 40);
+        let regions = (1 << 40) / (128 << 20);
+        assert_eq!(offers(), 2 * 1022 + regions - 1);
+        memory.reset();
+        assert_eq!(offers(), 2 * 1022 + 2 * regions - 1);
+        assert_eq!(memory.snapshot().tracker_bytes, 0);
+    }
 
-        let memory = LazyMemory::new(8, Arc::new(VmGeneration::default()));
-        memory.free(&threes(0, 7));
+    #[test]
+    fn nothing_is_refused_or_given_up() {
+        let memory = memory();
+        let all = GpaRange::new(0, 128 << 30).unwrap();
+        memory.free(&[all]);
+        let page = |index: u64| pages(1000 * index, 1000 * index + 1);
+        let some: Vec<_> = (0..20_000).map(page).collect();
+        memory.reuse(&some);
         let mut sweep = Sweep::new(Pieces::Any, ALL);
-        let mut take = || memory.take_chunk(&mut sweep, 3 * PAGE_SIZE).unwrap();
-        (0..2).for_each(|_| take().discarded());
-        memory.free(&[pages(100, 101)]);
-        assert_eq!(memory.snapshot().forgotten_bytes_total, 6 * PAGE_SIZE);
-
-        let memory = LazyMemory::new(8, Arc::new(VmGeneration::default()));
-        memory.free(&[pages(0, 6)]);
-        let mut sweep = Sweep::new(Pieces::Any, ALL);
-        let mut take = || memory.take_chunk(&mut sweep, PAGE_SIZE).unwrap();
-        for _ in 0..3 {
-            take().unmapped(2);
-            drop(take());
+        while let Some(chunk) = memory.take_chunk(&mut sweep, 8 << 20) {
+            chunk.discarded();
         }
-        memory.free(&[pages(100, 101), pages(110, 111)]);
-        assert_eq!(memory.snapshot().coalesced_bytes_total, 3 * PAGE_SIZE);
+        let stats = memory.snapshot();
+        assert_eq!(stats.discarded_bytes, all.len() - 20_000 * PAGE_SIZE);
+        assert_eq!(stats.reused_bytes_total, 20_000 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn a_survey_is_of_a_limited_part() {
+        let memory = memory();
+        let all = GpaRange::new(PAGE_SIZE, 1 << 40).unwrap();
+        memory.free(&[all]);
+        let survey = memory.survey(all);
+        assert_eq!(survey.totals.lazy, SURVEY_LIMIT);
+        assert_eq!(survey.end, PAGE_SIZE + SURVEY_LIMIT);
+    }
+
+    #[test]
+    fn a_chunk_in_flight_is_surveyed_as_such() {
+        let memory = memory();
+        memory.free(&[pages(0, 10)]);
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        let chunk = memory.take_chunk(&mut sweep, 4 * PAGE_SIZE).unwrap();
+        let totals = memory.survey(pages(2, 5)).totals;
+        assert_eq!((totals.reclaiming, totals.lazy), (2 * PAGE_SIZE, PAGE_SIZE));
+        drop(chunk);
+    }
+
+    /// A reuse brings the rest of a block back with a generation of its own, one for all of its blocks.
+    #[test]
+    fn what_a_reuse_brings_back_is_young() {
+        let memory = LazyMemory::with_huge_pages(Arc::new(VmGeneration::default()));
+        let block =
+            |index: u64| GpaRange::new(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE).unwrap();
+        memory.free(&[block(0), block(1), block(2)]);
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        memory.take_chunk(&mut sweep, ALL).unwrap().discarded();
+        memory.reuse(&[pages(0, 1), pages(600, 700), block(2)]);
+        let stats = memory.snapshot();
+        assert_eq!((stats.generation, stats.discarded_bytes), (2, 0));
+        assert_eq!(stats.lazy_bytes, (511 + 412) * PAGE_SIZE);
+        assert!(!memory.peek(&mut Sweep::new(Pieces::Any, 1), ALL));
+        assert!(memory.peek(&mut Sweep::new(Pieces::Any, 2), ALL));
+        assert_eq!(stats.freed_bytes_total, 3 * BLOCK_SIZE);
+    }
+
+    /// A chunk of which a reuse wants a part is discarded first, and then the rest is back.
+    #[test]
+    fn a_chunk_that_was_wanted_in_part_is_lazy_again() {
+        let memory = LazyMemory::with_huge_pages(Arc::new(VmGeneration::default()));
+        memory.free(&[pages(0, 512)]);
+        let chunk = memory.take_chunk(&mut Sweep::new(Pieces::Any, ALL), ALL);
+        thread::scope(|scope| {
+            let reuse = scope.spawn(|| memory.reuse(&[pages(0, 1)]));
+            until_it_waits(&memory, &reuse);
+            chunk.unwrap().discarded();
+            assert!(reuse.join().unwrap().waited);
+        });
+        assert_eq!(memory.snapshot().lazy_bytes, 511 * PAGE_SIZE);
+        assert_eq!(memory.snapshot().discarded_bytes, 0);
     }
 
     #[test]
@@ -547,7 +661,7 @@ mod tests {
         thread::scope(|scope| {
             let reuse = scope.spawn(|| memory.reuse(&wishes));
             until_it_waits(&memory, &reuse);
-            assert!(memory.lock().in_flight[0].wanted.len() <= MAX_WANTED);
+            assert!(memory.lock().flights.wanted_of_first() <= MAX_WANTED);
             chunk.discarded();
             reuse.join().unwrap();
         });

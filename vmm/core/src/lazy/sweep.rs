@@ -1,6 +1,7 @@
 //! One pass over the tracked ranges, in ascending order of addresses.
 
-use super::tracker::RangeState;
+use super::map::PageState;
+use super::region::Look;
 use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
 /// Which parts of a range a sweep takes.
@@ -15,24 +16,29 @@ pub enum Pieces {
 }
 
 impl Pieces {
+    /// The size of the least piece.
+    pub(super) const fn unit(self) -> u64 {
+        match self {
+            Self::Blocks => BLOCK_SIZE,
+            Self::Fragments | Self::Any => PAGE_SIZE,
+        }
+    }
+
     /// The first such part of `range`, of at most `limit` bytes.
     pub(super) fn pick(self, range: GpaRange, limit: u64) -> Option<GpaRange> {
         let (start, end) = (range.start(), range.end());
         let first_block = start.checked_next_multiple_of(BLOCK_SIZE);
         let last_block = end / BLOCK_SIZE * BLOCK_SIZE;
         let blocks = first_block.and_then(|first| GpaRange::new(first, last_block));
-        let (piece, unit) = match (self, blocks) {
-            (Self::Any, _) | (Self::Fragments, None) => (range, PAGE_SIZE),
-            (Self::Blocks, blocks) => (blocks?, BLOCK_SIZE),
+        let piece = match (self, blocks) {
+            (Self::Any, _) | (Self::Fragments, None) => range,
+            (Self::Blocks, blocks) => blocks?,
             (Self::Fragments, Some(blocks)) => {
                 let head = GpaRange::new(start, blocks.start());
-                (
-                    head.or_else(|| GpaRange::new(blocks.end(), end))?,
-                    PAGE_SIZE,
-                )
+                head.or_else(|| GpaRange::new(blocks.end(), end))?
             }
         };
-        let bytes = piece.len().min(limit / unit * unit);
+        let bytes = piece.len().min(limit / self.unit() * self.unit());
         GpaRange::new(piece.start(), piece.start() + bytes)
     }
 }
@@ -41,7 +47,7 @@ impl Pieces {
 /// even if chunks cannot be discarded.
 #[derive(Clone, Debug)]
 pub struct Sweep {
-    pub(super) from: RangeState,
+    pub(super) from: PageState,
     pub(super) pieces: Pieces,
     pub(super) newest: u64,
     pub(super) at: u64,
@@ -53,7 +59,7 @@ impl Sweep {
     #[must_use]
     pub const fn new(pieces: Pieces, newest: u64) -> Self {
         Self {
-            from: RangeState::Lazy,
+            from: PageState::Lazy,
             pieces,
             newest,
             at: 0,
@@ -75,8 +81,17 @@ impl Sweep {
     #[must_use]
     pub const fn unmapped(pieces: Pieces, quiescent: u64) -> Self {
         Self {
-            from: RangeState::Unmapped,
+            from: PageState::Unmapped,
             ..Self::new(pieces, quiescent)
+        }
+    }
+
+    /// The pages that it looks for.
+    pub(super) fn look(&self) -> Look {
+        Look {
+            state: self.from,
+            newest: self.newest,
+            split: self.pieces != Pieces::Blocks,
         }
     }
 }

@@ -1,531 +1,268 @@
-//! The range tracker: an interval map with totals. For one thread; no system calls.
+//! The tracker: the state of each page of guest memory, with totals. For one thread; no system calls.
 
-use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use super::Sweep;
+use super::flights::Flights;
+use super::map::{Change, Counts, PageState};
+use super::region::{REGION_PAGES, REGION_SIZE, Region, Stamp};
+use super::sweep::Sweep;
+use crate::fault::fault_point;
 use crate::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
-
-/// Default maximum number of ranges. An entry takes 24 bytes, in nodes of 11 entries that are at least 5/11 full:
-/// less than 1 MiB, whatever a hostile guest does.
-pub const DEFAULT_MAX_RANGES: usize = 12 << 10;
-
-/// Maximum number of ranges that one step of a sweep looks at, so that the caller can release its lock in between.
-const SCAN_LIMIT: usize = 1024;
-
-/// The state of a range that the guest has freed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RangeState {
-    /// The guest has promised not to touch it before a reuse. Its pages are still there.
-    Lazy,
-    /// No vCPU that has seen its generation has a translation of it, and the host may take its pages.
-    Unmapped,
-    /// A chunk that is being invalidated or discarded.
-    Reclaiming,
-    /// Its pages are returned to the host.
-    Discarded,
-}
 
 /// How the work on a chunk ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// Nothing has happened, or nothing that is certain: it is what it was.
     Kept,
-    /// It is [`RangeState::Unmapped`], and this generation began after that.
+    /// It is unmapped, and this generation began after that.
     Unmapped(u64),
-    /// It is [`RangeState::Discarded`].
+    /// It is discarded.
     Discarded,
 }
 
-/// A range without its start, which is its key. The state is in the low bits of the end, which is a multiple of the
-/// page size: this saves a third of the tracker's memory.
-#[derive(Clone, Copy, Debug)]
-struct Span {
-    end_and_state: u64,
-    generation: u64,
-}
-
-const STATE_MASK: u64 = 3;
-/// The bit of a chunk that was taken from [`RangeState::Unmapped`]; without it, from [`RangeState::Lazy`].
-const WAS_UNMAPPED: u64 = 4;
-const _: () = assert!((STATE_MASK | WAS_UNMAPPED) & !(PAGE_SIZE - 1) == 0);
-
-impl Span {
-    const fn new(end: u64, generation: u64, state: RangeState) -> Self {
-        Self {
-            end_and_state: end | state as u64,
-            generation,
-        }
-    }
-
-    /// The range `start..end` as a chunk, taken out of this one.
-    const fn chunk(self, end: u64) -> Self {
-        let was = if matches!(self.state(), RangeState::Unmapped) {
-            WAS_UNMAPPED
-        } else {
-            0
-        };
-        let mut chunk = Self::new(end, self.generation, RangeState::Reclaiming);
-        chunk.end_and_state |= was;
-        chunk
-    }
-
-    const fn end(self) -> u64 {
-        self.end_and_state & !(PAGE_SIZE - 1)
-    }
-
-    const fn state(self) -> RangeState {
-        match self.end_and_state & STATE_MASK {
-            0 => RangeState::Lazy,
-            1 => RangeState::Unmapped,
-            2 => RangeState::Reclaiming,
-            _ => RangeState::Discarded,
-        }
-    }
-
-    /// The state that a chunk was taken from.
-    const fn origin(self) -> RangeState {
-        if self.end_and_state & WAS_UNMAPPED == 0 {
-            RangeState::Lazy
-        } else {
-            RangeState::Unmapped
-        }
-    }
-}
-
-/// Bytes by state, and the number of ranges.
+/// Bytes by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Bytes in `RangeState::Lazy`.
+    /// Lazy.
     pub lazy: u64,
-    /// Bytes in `RangeState::Unmapped`.
+    /// Unmapped.
     pub unmapped: u64,
-    /// Bytes in `RangeState::Reclaiming`.
+    /// In a chunk that is being invalidated or discarded.
     pub reclaiming: u64,
-    /// Bytes in `RangeState::Discarded`.
+    /// Discarded.
     pub discarded: u64,
-    /// Ranges in any state.
-    pub ranges: usize,
 }
 
-/// What the maximum number of ranges has cost so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Squeezed {
-    /// Bytes that are in use again because a split had no room for both parts.
-    pub given_up: u64,
-    /// Discarded bytes that were forgotten: in use again, with their pages gone, as memory that was never touched.
-    pub forgotten: u64,
-    /// Unmapped bytes that became lazy again, to be one range with a neighbour.
-    pub coalesced: u64,
-}
-
-/// What a free did, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Freed {
-    /// Were in use and are lazy now.
-    pub lazy: u64,
-    /// Stay in use because the tracker is full.
-    pub refused: u64,
-}
-
-/// What a reuse did: bytes that are in use now, by their states before.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reused {
-    /// Were lazy.
-    pub lazy: u64,
-    /// Were unmapped.
-    pub unmapped: u64,
-    /// Were discarded.
-    pub discarded: u64,
-    /// Some bytes are in a chunk, and stay as they were.
-    pub busy: bool,
-}
-
-impl Reused {
-    /// All these bytes.
+impl Totals {
+    /// Bytes that are not in use.
     #[must_use]
-    pub const fn bytes(&self) -> u64 {
-        self.lazy + self.unmapped + self.discarded
+    pub const fn tracked(&self) -> u64 {
+        self.lazy + self.unmapped + self.reclaiming + self.discarded
     }
-}
 
-/// The states in a range.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Surveyed {
-    /// Bytes by state, and the number of ranges.
-    pub totals: Totals,
-    /// First address that was not looked at.
-    pub end: u64,
+    /// `pages` by state, of which those of `flights` are in chunks.
+    pub(super) fn new(pages: Counts, flights: Counts) -> Self {
+        let bytes = |state: PageState| {
+            let state = state as usize;
+            (pages[state] - flights[state]) * PAGE_SIZE
+        };
+        Self {
+            lazy: bytes(PageState::Lazy),
+            unmapped: bytes(PageState::Unmapped),
+            reclaiming: flights.iter().sum::<u64>() * PAGE_SIZE,
+            discarded: bytes(PageState::Discarded),
+        }
+    }
 }
 
 /// What one step of a [`Sweep`] has found.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Step {
-    /// A chunk, for [`Tracker::claim`].
-    Found(Candidate),
-    /// Nothing yet, after as many ranges as one step may look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A chunk.
+    Found(GpaRange),
+    /// Nothing yet, after as much as one step may look at.
     More,
     /// The end of the sweep.
     Done,
 }
 
-/// A chunk that [`Tracker::find`] has found, for [`Tracker::claim`].
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Candidate {
-    start: u64,
-    span: Span,
-    chunk: GpaRange,
-}
-
-/// Which ranges of the guest's memory are not in use, and in which state.
+/// The state of each page of guest memory.
 ///
-/// Adjacent ranges in one state are one range with the later generation; chunks are never merged. An operation that
-/// meets k of n ranges takes O((k + 1) log n).
+/// It is kept by regions of 128 MiB, each of which has an entry for each block: one state for all its pages, or a map of
+/// 2 bits a page. A region that is wholly in use is left out. So it takes 5 MiB a TiB, and 64 MiB a TiB more when each
+/// block is split: there is room for whatever the guest says. An operation on n pages takes O(n / 32), and O(n / 512)
+/// where blocks are whole.
 ///
-/// The number of ranges has a maximum. Frees may use 7/8 of it; the rest is for the splits that reuses and chunks
-/// make. A tracker without room, in this order:
-/// 1. forgets discarded ranges, small ones first: for the guest they are like memory that was never touched;
-/// 2. joins unmapped ranges with their lazy neighbours;
-/// 3. refuses frees, and gives up the smaller part of a split. That memory is in use then, which is always legal: the
-///    host need not use what a lazy free offers.
+/// A block has one stamp for all its lazy and unmapped pages: the generation of the *first* of them. So a page that is
+/// freed beside old ones leaves them old, and counts as old itself. An invalidation raises it to its own generation: an
+/// unmapped page must never seem to have been invalidated earlier than it was, because then a vCPU might still have a
+/// translation of it. The lazy pages of that block are younger for it.
 ///
-/// Steps 1 and 2 walk all ranges, so they are tried once for every `max_ranges / 8` frees that need room.
-#[derive(Debug)]
+/// The pages of chunks in flight keep their state until the chunk ends; the caller leaves them out ([`Flights`]).
+#[derive(Debug, Default)]
 pub struct Tracker {
-    spans: BTreeMap<u64, Span>,
-    totals: Totals,
-    max_ranges: usize,
-    squeezed: Squeezed,
-    /// Number of frees that need room until all ranges are walked again.
-    until_walk: usize,
+    regions: BTreeMap<u64, Box<Region>>,
+    /// Pages by state. Those in use are not counted.
+    pages: Counts,
+    ranges: u64,
+    bytes: u64,
+    /// See [`Tracker::reuse`].
+    rearm: bool,
 }
 
 impl Tracker {
-    /// An empty tracker for at most `max_ranges` ranges, at least 1.
+    /// An empty tracker. `rearm` is true if the host may put a huge page behind a block.
     #[must_use]
-    pub fn new(max_ranges: usize) -> Self {
+    pub fn new(rearm: bool) -> Self {
         Self {
-            spans: BTreeMap::new(),
-            totals: Totals::default(),
-            max_ranges: max_ranges.max(1),
-            squeezed: Squeezed::default(),
-            until_walk: 0,
+            rearm,
+            ..Self::default()
         }
     }
 
-    /// Bytes by state.
-    #[must_use]
-    pub fn totals(&self) -> Totals {
-        Totals {
-            ranges: self.spans.len(),
-            ..self.totals
-        }
+    /// Pages by state; 0 for those in use.
+    pub const fn pages(&self) -> Counts {
+        self.pages
     }
 
-    /// What the maximum number of ranges has cost so far.
-    #[must_use]
-    pub const fn squeezed(&self) -> Squeezed {
-        self.squeezed
+    /// Number of ranges: neighbouring pages in one state. A range ends where a region does.
+    pub const fn ranges(&self) -> u64 {
+        self.ranges
     }
 
-    /// Adds up the states in `range`, from its start on. Looks at a limited number of ranges and says where it
-    /// stopped.
-    #[must_use]
-    pub fn survey(&self, range: GpaRange) -> Surveyed {
-        let mut found = Self::new(1);
-        let mut at = range.start();
-        for _ in 0..SCAN_LIMIT {
-            let part = self.first_from(at).and_then(|(start, span)| {
-                let part = GpaRange::new(start.max(at), span.end().min(range.end()))?;
-                Some((part, span.state()))
-            });
-            let Some((part, state)) = part else {
-                at = range.end();
-                break;
-            };
-            *found.total(state) += part.len();
-            found.totals.ranges += 1;
-            at = part.end();
-        }
-        Surveyed {
-            totals: found.totals,
-            end: at,
-        }
+    /// Bytes of memory that its regions take.
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
     }
 
-    /// Makes what is in use in `range` lazy, with `generation`. What is not in use stays as it is.
-    pub fn free(&mut self, range: GpaRange, generation: u64) -> Freed {
-        let mut freed = Freed::default();
-        let mut at = range.start();
-        while at < range.end() {
-            let next = self.first_from(at);
-            if let Some((start, span)) = next
-                && start <= at
+    /// Pages of `part`, which lies in one region, by state.
+    pub fn survey(&self, part: GpaRange) -> Counts {
+        let (number, pages) = place(part);
+        let region = self.regions.get(&number);
+        region.map_or([0; 4], |region| region.count(pages))
+    }
+
+    /// Makes what is in use in `part` lazy, with `generation`. What is not in use stays as it is. Returns the number of
+    /// bytes that are lazy now and were in use. `part` lies in one region.
+    pub fn free(&mut self, part: GpaRange, generation: u64) -> u64 {
+        let [in_use, lazy, unmapped, discarded] = PageState::ALL;
+        let change = [lazy, lazy, unmapped, discarded];
+        self.change(part, change, Stamp::First(generation))[in_use as usize] * PAGE_SIZE
+    }
+
+    /// Makes `part`, which lies in one region and in no chunk, in use. Returns the numbers of its pages by old state.
+    ///
+    /// If discarded pages were among them and the host uses huge pages, the discarded rest of the blocks at its ends
+    /// becomes lazy again, with the generation that `fresh` returns: when the guest touches a page of such a block, the
+    /// host puts a huge page there, and with it the rest is back.
+    pub fn reuse(&mut self, part: GpaRange, fresh: &mut dyn FnMut() -> u64) -> Counts {
+        let counts = self.change(part, [PageState::InUse; 4], Stamp::Keep);
+        if self.rearm && counts[PageState::Discarded as usize] > 0 {
+            self.rearm(part, fresh);
+        }
+        counts
+    }
+
+    fn rearm(&mut self, part: GpaRange, fresh: &mut dyn FnMut() -> u64) {
+        let [in_use, lazy, unmapped, discarded] = PageState::ALL;
+        for page in [part.start(), part.end() - PAGE_SIZE] {
+            let start = page / BLOCK_SIZE * BLOCK_SIZE;
+            if let Some(block) = GpaRange::new(start, start.saturating_add(BLOCK_SIZE))
+                && self.survey(block)[discarded as usize] > 0
             {
-                at = span.end();
-                continue;
-            }
-            let end = next.map_or(range.end(), |(start, _)| start.min(range.end()));
-            let Some(gap) = GpaRange::new(at, end) else {
-                break;
-            };
-            if self.has_room() || self.touches_lazy(gap) || self.squeeze() {
-                freed.lazy += gap.len();
-                self.put(gap, generation, RangeState::Lazy);
-            } else {
-                freed.refused += gap.len();
-            }
-            at = end;
-        }
-        freed
-    }
-
-    /// Makes `range` in use, except for chunks.
-    pub fn reuse(&mut self, range: GpaRange) -> Reused {
-        let mut reused = Reused::default();
-        let mut at = range.start();
-        while let Some((start, span)) = self.first_from(at) {
-            let Some(part) = GpaRange::new(start.max(at), span.end().min(range.end())) else {
-                break;
-            };
-            at = part.end();
-            let bytes = match span.state() {
-                RangeState::Lazy => &mut reused.lazy,
-                RangeState::Unmapped => &mut reused.unmapped,
-                RangeState::Discarded => &mut reused.discarded,
-                RangeState::Reclaiming => {
-                    reused.busy = true;
-                    continue;
-                }
-            };
-            *bytes += part.len();
-            self.cut(start, part, 0);
-        }
-        reused
-    }
-
-    /// Looks for the next chunk of at most `limit` bytes for `sweep`.
-    pub(super) fn find(&self, sweep: &mut Sweep, limit: u64) -> Step {
-        for _ in 0..SCAN_LIMIT {
-            let Some((start, span)) = self.first_from(sweep.at) else {
-                return Step::Done;
-            };
-            if start >= sweep.end {
-                return Step::Done;
-            }
-            let ahead = GpaRange::new(start.max(sweep.at), span.end().min(sweep.end));
-            sweep.at = span.end();
-            if span.state() != sweep.from || span.generation > sweep.newest {
-                continue;
-            }
-            if let Some(chunk) = ahead.and_then(|ahead| sweep.pieces.pick(ahead, limit)) {
-                sweep.at = chunk.end();
-                return Step::Found(Candidate { start, span, chunk });
+                let used = if fault_point!("what was reused is lazy again, too") {
+                    lazy
+                } else {
+                    in_use
+                };
+                let change = [used, lazy, unmapped, lazy];
+                self.change(block, change, Stamp::First(fresh()));
             }
         }
-        Step::More
     }
 
-    /// Takes the chunk that was found. Nothing may have changed since.
-    pub(super) fn claim(&mut self, candidate: Candidate) -> GpaRange {
-        let Candidate { start, span, chunk } = candidate;
-        self.cut(start, chunk, 1);
-        self.totals.reclaiming += chunk.len();
-        self.spans.insert(chunk.start(), span.chunk(chunk.end()));
-        chunk
-    }
-
-    /// Ends the work on a chunk that [`Tracker::claim`] has returned.
+    /// Ends the work on a chunk, which lies in one region.
     pub fn finish(&mut self, chunk: GpaRange, fate: Fate) {
-        let span = self.spans.get(&chunk.start()).copied();
-        debug_assert!(
-            span.is_some_and(
-                |span| span.end() == chunk.end() && span.state() == RangeState::Reclaiming
-            ),
-            "{chunk:x?} is no chunk"
-        );
-        if let Some(span) = span {
-            self.remove(chunk.start());
-            let (generation, state) = match fate {
-                Fate::Kept => (span.generation, span.origin()),
-                Fate::Unmapped(generation) => (generation, RangeState::Unmapped),
-                Fate::Discarded => (span.generation, RangeState::Discarded),
-            };
-            self.put(chunk, generation, state);
-        }
-    }
-
-    /// Makes everything in use, except for chunks.
-    pub fn clear(&mut self) -> Reused {
-        let Totals {
-            lazy,
-            unmapped,
-            discarded,
-            reclaiming,
-            ..
-        } = self.totals;
-        self.spans
-            .retain(|_, span| span.state() == RangeState::Reclaiming);
-        self.totals = Totals {
-            reclaiming,
-            ..Totals::default()
-        };
-        Reused {
-            lazy,
-            unmapped,
-            discarded,
-            busy: reclaiming > 0,
-        }
-    }
-
-    const fn room(&self) -> usize {
-        self.max_ranges - self.max_ranges / 8
-    }
-
-    fn has_room(&self) -> bool {
-        self.spans.len() < self.room()
-    }
-
-    /// Makes room for a range if it is time to try, see [`Tracker`]. Returns true if there is room now.
-    fn squeeze(&mut self) -> bool {
-        if self.until_walk > 0 {
-            self.until_walk -= 1;
-            return false;
-        }
-        self.until_walk = self.max_ranges / 8;
-        let enough = self.room() - self.max_ranges / 8;
-        for size in [BLOCK_SIZE, u64::MAX] {
-            if self.spans.len() > enough {
-                self.forget_discarded(size);
+        match fate {
+            Fate::Kept => {}
+            Fate::Unmapped(generation) => {
+                let stamp = Stamp::AtLeast(generation);
+                self.change(chunk, [PageState::Unmapped; 4], stamp);
+            }
+            Fate::Discarded => {
+                self.change(chunk, [PageState::Discarded; 4], Stamp::Keep);
             }
         }
-        if self.spans.len() > enough {
-            self.coalesce();
-        }
-        self.has_room()
     }
 
-    /// Forgets discarded ranges that are smaller than `size`.
-    fn forget_discarded(&mut self, size: u64) {
-        let mut forgotten = 0;
-        self.spans.retain(|&start, span| {
-            let len = span.end() - start;
-            let forget = span.state() == RangeState::Discarded && len < size;
-            forgotten += if forget { len } else { 0 };
-            !forget
+    /// Looks for the next chunk of at most `limit` bytes for `sweep`, outside of `flights`.
+    pub fn find(&self, sweep: &mut Sweep, limit: u64, flights: &Flights) -> Step {
+        if limit < sweep.pieces.unit() {
+            return Step::Done;
+        }
+        let Some((&number, region)) = self.regions.range(sweep.at / REGION_SIZE..).next() else {
+            return Step::Done;
+        };
+        let first = number * REGION_SIZE;
+        sweep.at = sweep.at.max(first);
+        let end = first.saturating_add(REGION_SIZE).min(sweep.end);
+        while let Some(rest) = GpaRange::new(sweep.at, end) {
+            let Some(run) = region.run(sweep.look(), place(rest).1) else {
+                break;
+            };
+            let at = |page: usize| first + page as u64 * PAGE_SIZE;
+            let run = GpaRange::new(at(run.start), at(run.end));
+            let Some(free) = run.and_then(|run| flights.first_gap(run)) else {
+                sweep.at = run.map_or(end, GpaRange::end);
+                continue;
+            };
+            sweep.at = free.end();
+            if let Some(chunk) = sweep.pieces.pick(free, limit) {
+                sweep.at = chunk.end();
+                return Step::Found(chunk);
+            }
+        }
+        sweep.at = end;
+        if end == sweep.end {
+            Step::Done
+        } else {
+            Step::More
+        }
+    }
+
+    /// The first region at `at` or after it that is not wholly in use.
+    pub fn next_region(&self, at: u64) -> Option<GpaRange> {
+        let (number, _) = self.regions.range(at.div_ceil(REGION_SIZE)..).next()?;
+        let start = number * REGION_SIZE;
+        GpaRange::new(start, start.saturating_add(REGION_SIZE))
+    }
+
+    fn change(&mut self, part: GpaRange, change: Change, stamp: Stamp) -> Counts {
+        let (number, pages) = place(part);
+        let len = pages.len() as u64;
+        if change[0] == PageState::InUse && !self.regions.contains_key(&number) {
+            return [len, 0, 0, 0];
+        }
+        let region = self.regions.entry(number).or_insert_with(|| {
+            let region = Box::new(Region::new());
+            self.bytes += region.bytes();
+            region
         });
-        self.totals.discarded -= forgotten;
-        self.squeezed.forgotten += forgotten;
-    }
-
-    /// Makes unmapped ranges lazy that have a lazy neighbour.
-    fn coalesce(&mut self) {
-        let mut before: Option<(u64, RangeState)> = None;
-        let mut found = Vec::new();
-        for (&start, span) in &self.spans {
-            let state = span.state();
-            if let Some((end, previous)) = before
-                && end == start
-            {
-                match (previous, state) {
-                    (RangeState::Lazy, RangeState::Unmapped) => found.push(start),
-                    (RangeState::Unmapped, RangeState::Lazy) => found.push(end - 1),
-                    _ => {}
-                }
-            }
-            before = Some((span.end(), state));
+        let before = (region.ranges(), region.bytes());
+        let counts = region.change(pages, change, stamp);
+        self.ranges = self.ranges + region.ranges() - before.0;
+        self.bytes = self.bytes + region.bytes() - before.1;
+        for (state, count) in counts.into_iter().enumerate() {
+            self.pages[change[state] as usize] += count;
+            self.pages[state] = self.pages[state].wrapping_sub(count);
         }
-        for address in found {
-            let holds = |&(start, span): &(u64, Span)| {
-                start <= address && span.state() == RangeState::Unmapped
-            };
-            let Some((start, span)) = self.first_from(address).filter(holds) else {
-                continue;
-            };
-            let Some(range) = GpaRange::new(start, span.end()) else {
-                continue;
-            };
-            self.remove(start);
-            self.squeezed.coalesced += range.len();
-            self.put(range, span.generation, RangeState::Lazy);
+        self.pages[PageState::InUse as usize] = 0;
+        if region.tracked() == 0 {
+            self.bytes -= region.bytes();
+            self.regions.remove(&number);
         }
+        counts
     }
+}
 
-    /// The range that holds `at`, or the first one after it.
-    fn first_from(&self, at: u64) -> Option<(u64, Span)> {
-        let holds = |(_, span): &(&u64, &Span)| span.end() > at;
-        let here = self.spans.range(..=at).next_back().filter(holds);
-        let found = here.or_else(|| self.spans.range(at..).next());
-        found.map(|(&start, &span)| (start, span))
-    }
+/// The parts of `range` that lie in one region each.
+pub fn parts(range: GpaRange) -> impl Iterator<Item = GpaRange> {
+    (range.start() / REGION_SIZE..range.end().div_ceil(REGION_SIZE)).filter_map(move |number| {
+        let start = number * REGION_SIZE;
+        let end = start.saturating_add(REGION_SIZE);
+        GpaRange::new(range.start().max(start), range.end().min(end))
+    })
+}
 
-    /// Returns true if a lazy range is right before or right after `gap`.
-    fn touches_lazy(&self, gap: GpaRange) -> bool {
-        self.neighbours(gap, RangeState::Lazy)
-            .iter()
-            .any(Option::is_some)
-    }
-
-    /// The ranges in `state` right before and right after `range`.
-    fn neighbours(&self, range: GpaRange, state: RangeState) -> [Option<u64>; 2] {
-        let before = self.spans.range(..range.start()).next_back();
-        let before = before.filter(|(_, span)| span.end() == range.start());
-        let after = self.spans.get_key_value(&range.end());
-        [before, after].map(|span| {
-            let (&start, _) = span.filter(|(_, span)| span.state() == state)?;
-            Some(start)
-        })
-    }
-
-    /// Adds a range that is no chunk, and merges it with its neighbours.
-    fn put(&mut self, range: GpaRange, mut generation: u64, state: RangeState) {
-        let (mut start, mut end) = (range.start(), range.end());
-        for neighbour in self.neighbours(range, state).into_iter().flatten() {
-            let Some(span) = self.remove(neighbour) else {
-                continue;
-            };
-            start = start.min(neighbour);
-            end = end.max(span.end());
-            generation = generation.max(span.generation);
-        }
-        *self.total(state) += end - start;
-        self.spans.insert(start, Span::new(end, generation, state));
-    }
-
-    /// Takes `part` out of the range that begins at `start`. Keeps what is left on both sides, the bigger one first,
-    /// if there is room for it and for `extra` ranges that the caller will add.
-    fn cut(&mut self, start: u64, part: GpaRange, extra: usize) {
-        let Some(span) = self.remove(start) else {
-            return;
-        };
-        let mut rest = [
-            GpaRange::new(start, part.start()),
-            GpaRange::new(part.end(), span.end()),
-        ];
-        rest.sort_by_key(|range| Reverse(range.map_or(0, GpaRange::len)));
-        for range in rest.into_iter().flatten() {
-            if self.spans.len() + extra < self.max_ranges {
-                self.put(range, span.generation, span.state());
-            } else {
-                self.squeezed.given_up += range.len();
-            }
-        }
-    }
-
-    fn remove(&mut self, start: u64) -> Option<Span> {
-        let span = self.spans.remove(&start)?;
-        *self.total(span.state()) -= span.end() - start;
-        Some(span)
-    }
-
-    const fn total(&mut self, state: RangeState) -> &mut u64 {
-        match state {
-            RangeState::Lazy => &mut self.totals.lazy,
-            RangeState::Unmapped => &mut self.totals.unmapped,
-            RangeState::Reclaiming => &mut self.totals.reclaiming,
-            RangeState::Discarded => &mut self.totals.discarded,
-        }
-    }
+/// The region that `part` lies in, and its pages there.
+fn place(part: GpaRange) -> (u64, Range<usize>) {
+    let number = part.start() / REGION_SIZE;
+    let page = |at: u64| ((at - number * REGION_SIZE) / PAGE_SIZE) as usize;
+    (
+        number,
+        page(part.start())..page(part.end()).min(REGION_PAGES),
+    )
 }
 
 #[cfg(test)]

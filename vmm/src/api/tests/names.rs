@@ -12,13 +12,13 @@ use crate::control::{
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
 const LAZY_MEMORY: &str = "
-    chunks coalesced_bytes_total discard_calls_total discard_failures_total discarded_bytes
-    eager_bytes_total eager_calls_total forgotten_bytes_total freed_bytes_total generation
-    given_up_bytes_total held_slices_total interruptions_total invalidate_calls_total invalidate_failures_total
+    chunks discard_calls_total discard_failures_total discarded_bytes
+    eager_bytes_total eager_calls_total freed_bytes_total generation
+    held_slices_total interruptions_total invalidate_calls_total invalidate_failures_total
     kept_bytes_total lazy_bytes open_slices_total passing_slices_total pressure_events_total
     quiescent_generation ranges reclaimed_bytes_total reclaiming_bytes reused_bytes_total
     reused_discarded_bytes_total reused_unmapped_bytes_total reuse_waits_total
-    slice_ranges_total unmapped_bytes unmapped_bytes_total untracked_bytes_total
+    slice_ranges_total tracker_bytes unmapped_bytes unmapped_bytes_total
     gate.closings_total gate.kicks_total gate.longest_pause_us gate.longest_return_us
     gate.missed_total gate.pauses gate.pause_us_total gate.returns gate.waits_total
     hypercalls.arena_info_total hypercalls.failed_total hypercalls.features_total

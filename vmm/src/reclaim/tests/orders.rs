@@ -82,7 +82,7 @@ struct Scene {
 fn scene(unit: u64) -> Scene {
     let generation = Arc::new(VmGeneration::default());
     let gate = Arc::new(Gate::new(1, Arc::clone(&generation), Box::new(NoKick)));
-    let lazy = Arc::new(LazyMemory::new(1000, generation));
+    let lazy = Arc::new(LazyMemory::new(generation));
     let memory = Memory::new(unit);
     let tuning = ReclaimTuning {
         slice: 1,

@@ -27,7 +27,7 @@ fn reclaimer(mib: u64) -> Reclaimer {
 fn over(pages: Arc<dyn ReleasePages>, vcpus: usize, tuning: ReclaimTuning) -> Reclaimer {
     let generation = Arc::new(VmGeneration::default());
     let gate = Gate::new(vcpus, Arc::clone(&generation), Box::new(NoKick));
-    let lazy = LazyMemory::new(1000, generation);
+    let lazy = LazyMemory::new(generation);
     Reclaimer::new(Arc::new(lazy), pages, Arc::new(gate), tuning)
 }
 

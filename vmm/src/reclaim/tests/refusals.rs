@@ -40,7 +40,7 @@ impl Scene {
         let ram = Arc::new(ram);
         let generation = Arc::new(VmGeneration::default());
         let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
-        let lazy = Arc::new(LazyMemory::new(10_000, generation));
+        let lazy = Arc::new(LazyMemory::new(generation));
         let tuning = ReclaimTuning::default();
         let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram.clone(), gate, tuning);
         let scene = Self {

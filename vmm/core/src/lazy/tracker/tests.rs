@@ -4,183 +4,232 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::lazy::Pieces;
-use crate::range::{BLOCK_SIZE, PAGE_SIZE};
+use crate::lazy::map::BLOCK_PAGES;
 
-/// Pages in the model: three blocks.
-const PAGES: u64 = 3 * BLOCK_SIZE / PAGE_SIZE;
+/// Blocks in the model, two in each of two regions.
+const BLOCKS: usize = 4;
+const PAGES: usize = BLOCKS * BLOCK_PAGES;
+/// The first page that is in the second region.
+const SECOND: usize = PAGES / 2;
+/// The address of the first page.
+const FIRST: u64 = REGION_SIZE - SECOND as u64 * PAGE_SIZE;
 
-/// What [`Tracker::take`] has taken.
-#[derive(Debug, PartialEq, Eq)]
-enum Took {
-    Chunk(GpaRange),
-    More,
-    Done,
+use PageState::{Discarded, InUse, Lazy, Unmapped};
+
+fn pages(start: usize, end: usize) -> GpaRange {
+    let at = |page: usize| FIRST + page as u64 * PAGE_SIZE;
+    GpaRange::new(at(start), at(end)).unwrap()
 }
 
-impl Tracker {
-    /// Finds and claims the next chunk.
-    fn take(&mut self, sweep: &mut Sweep, limit: u64) -> Took {
-        match self.find(sweep, limit) {
-            Step::Found(candidate) => Took::Chunk(self.claim(candidate)),
-            Step::More => Took::More,
-            Step::Done => Took::Done,
-        }
-    }
-
-    /// The tracked ranges in ascending order, with generation and state.
-    fn iter(&self) -> impl Iterator<Item = (GpaRange, u64, RangeState)> {
-        self.spans.iter().filter_map(|(&start, span)| {
-            let range = GpaRange::new(start, span.end())?;
-            Some((range, span.generation, span.state()))
-        })
-    }
-}
-
-/// State of a page, `None` for in use, and the latest generation that may be on it.
-type Page = Option<RangeState>;
-
-fn pages(start: u64, end: u64) -> GpaRange {
-    GpaRange::new(start * PAGE_SIZE, end * PAGE_SIZE).unwrap()
-}
-
-fn index(range: GpaRange) -> std::ops::Range<usize> {
-    let page = |address| usize::try_from(address / PAGE_SIZE).unwrap();
+fn index(range: GpaRange) -> Range<usize> {
+    let page = |at: u64| usize::try_from((at - FIRST) / PAGE_SIZE).unwrap();
     page(range.start())..page(range.end())
 }
 
-/// What the tracker says of every page, after checking that its totals and its shape agree with that.
-fn recount(tracker: &Tracker) -> Vec<Page> {
-    let mut found = vec![None; usize::try_from(PAGES).unwrap()];
-    let mut last: Option<(GpaRange, RangeState)> = None;
-    for (range, _, state) in tracker.iter() {
-        if let Some((before, previous)) = last {
-            assert!(before.end() <= range.start());
-            let merged = previous != state || state == RangeState::Reclaiming;
-            assert!(
-                before.end() < range.start() || merged,
-                "{before:x?} and {range:x?}"
-            );
+/// A tracker and the chunks in flight, used as [`super::super::LazyMemory`] does.
+#[derive(Default)]
+struct Rig {
+    tracker: Tracker,
+    flights: Flights,
+}
+
+impl Rig {
+    fn new(rearm: bool) -> Self {
+        Self {
+            tracker: Tracker::new(rearm),
+            ..Self::default()
         }
-        found[index(range)].fill(Some(state));
-        last = Some((range, state));
     }
-    let bytes =
-        |state| found.iter().filter(|&&page| page == Some(state)).count() as u64 * PAGE_SIZE;
-    let totals = Totals {
-        lazy: bytes(RangeState::Lazy),
-        unmapped: bytes(RangeState::Unmapped),
-        reclaiming: bytes(RangeState::Reclaiming),
-        discarded: bytes(RangeState::Discarded),
-        ranges: tracker.iter().count(),
-    };
-    assert_eq!(tracker.totals(), totals);
-    found
+
+    fn free(&mut self, range: GpaRange, generation: u64) -> u64 {
+        let free = |part| self.tracker.free(part, generation);
+        parts(range).map(free).sum()
+    }
+
+    /// Returns the pages that were taken back, by old state.
+    fn reuse(&mut self, range: GpaRange, fresh: u64) -> Counts {
+        let mut counts = Counts::default();
+        for part in parts(range) {
+            let mut rest = Some(part);
+            while let Some(gap) = rest.and_then(|rest| self.flights.first_gap(rest)) {
+                let found = self.tracker.reuse(gap, &mut || fresh);
+                (0..4).for_each(|state| counts[state] += found[state]);
+                rest = GpaRange::new(gap.end(), part.end());
+            }
+        }
+        counts
+    }
+
+    fn next(&self, sweep: &mut Sweep, limit: u64) -> Option<GpaRange> {
+        loop {
+            match self.tracker.find(sweep, limit, &self.flights) {
+                Step::Found(chunk) => return Some(chunk),
+                Step::More => {}
+                Step::Done => return None,
+            }
+        }
+    }
+
+    fn take(&mut self, sweep: &mut Sweep, limit: u64) -> Option<GpaRange> {
+        let chunk = self.next(sweep, limit)?;
+        self.flights.add(chunk, sweep.from);
+        Some(chunk)
+    }
+
+    fn finish(&mut self, chunk: GpaRange, fate: Fate) {
+        self.flights.remove(chunk);
+        self.tracker.finish(chunk, fate);
+    }
+
+    fn all(&self, mut sweep: Sweep, limit: u64) -> Vec<Range<usize>> {
+        std::iter::from_fn(|| self.next(&mut sweep, limit).map(index)).collect()
+    }
+
+    fn totals(&self) -> Totals {
+        Totals::new(self.tracker.pages(), self.flights.pages())
+    }
+}
+
+fn sweep(from: PageState, pieces: Pieces, newest: u64) -> Sweep {
+    Sweep {
+        from,
+        ..Sweep::new(pieces, newest)
+    }
 }
 
 #[derive(Clone, Debug)]
 enum Op {
     Free(GpaRange),
     Reuse(GpaRange),
-    Take(RangeState, Pieces, u64, u64),
-    Finish(usize, Fate),
+    Take(PageState, Pieces, usize, u64),
+    Finish(usize, usize),
+    /// Every address, as a reset does it.
     Clear,
 }
 
 fn range() -> impl Strategy<Value = GpaRange> {
-    let small = (0..PAGES, 1..9u64);
+    let small = (0..PAGES, 1..9usize);
     let big = (0..PAGES, 1..PAGES);
-    prop_oneof![3 => small, 1 => big]
+    let block = (0..BLOCKS, 1..=BLOCKS).prop_map(|(at, len)| (at * BLOCK_PAGES, len * BLOCK_PAGES));
+    prop_oneof![3 => small, 2 => big, 2 => block]
         .prop_map(|(start, len)| pages(start, (start + len).min(PAGES)))
 }
 
+fn pieces() -> impl Strategy<Value = Pieces> {
+    prop::sample::select(&[Pieces::Blocks, Pieces::Fragments, Pieces::Any][..])
+}
+
+fn waiting() -> impl Strategy<Value = PageState> {
+    prop::sample::select(&[Lazy, Unmapped][..])
+}
+
 fn op() -> impl Strategy<Value = Op> {
-    let pieces = prop_oneof![
-        Just(Pieces::Blocks),
-        Just(Pieces::Fragments),
-        Just(Pieces::Any)
-    ];
-    let from = prop_oneof![Just(RangeState::Lazy), Just(RangeState::Unmapped)];
-    let fate = prop_oneof![
-        Just(Fate::Kept),
-        Just(Fate::Unmapped(7)),
-        Just(Fate::Discarded)
-    ];
     prop_oneof![
         8 => range().prop_map(Op::Free),
         6 => range().prop_map(Op::Reuse),
-        5 => (from, pieces, 0..PAGES, 1..600u64)
+        6 => (waiting(), pieces(), 0..PAGES, 1..1200u64)
             .prop_map(|(from, pieces, at, limit)| Op::Take(from, pieces, at, limit)),
-        5 => (any::<usize>(), fate).prop_map(|(chunk, fate)| Op::Finish(chunk, fate)),
+        6 => (any::<usize>(), 0..3usize).prop_map(|(chunk, fate)| Op::Finish(chunk, fate)),
         1 => Just(Op::Clear),
     ]
 }
 
 /// A tracker and its model.
 struct Pair {
-    tracker: Tracker,
-    model: Vec<Page>,
-    chunks: Vec<(GpaRange, RangeState)>,
+    rig: Rig,
+    pages: Vec<PageState>,
+    busy: Vec<bool>,
+    stamps: [u64; BLOCKS],
+    chunks: Vec<(GpaRange, PageState)>,
     generation: u64,
-    /// Bytes that the tracker may and does leave in use.
-    untracked: u64,
-    /// Bytes that the tracker may and does make lazy again.
-    coalesced: u64,
     freed: u64,
-    taken: u64,
-    refused: u64,
+    reused: u64,
 }
 
 impl Pair {
-    fn new(max_ranges: usize) -> Self {
+    fn new(rearm: bool) -> Self {
         Self {
-            tracker: Tracker::new(max_ranges),
-            model: vec![None; usize::try_from(PAGES).unwrap()],
+            rig: Rig::new(rearm),
+            pages: vec![InUse; PAGES],
+            busy: vec![false; PAGES],
+            stamps: [0; BLOCKS],
             chunks: Vec::new(),
             generation: 0,
-            untracked: 0,
-            coalesced: 0,
             freed: 0,
-            taken: 0,
-            refused: 0,
+            reused: 0,
         }
     }
 
+    fn block(block: usize) -> Range<usize> {
+        block * BLOCK_PAGES..(block + 1) * BLOCK_PAGES
+    }
+
+    /// Pages become lazy, with the present generation.
+    fn become_lazy(&mut self, range: Range<usize>, from: PageState) {
+        for block in 0..BLOCKS {
+            let waits = |page| matches!(self.pages[page], Lazy | Unmapped);
+            let fresh = !Self::block(block).any(waits);
+            let in_block = |page: &usize| page / BLOCK_PAGES == block;
+            for page in range.clone().filter(in_block) {
+                if fresh {
+                    self.stamps[block] = self.generation;
+                }
+                if self.pages[page] == from {
+                    self.pages[page] = Lazy;
+                }
+            }
+        }
+    }
+
+    fn reuse(&mut self, range: GpaRange) {
+        let counts = self.rig.reuse(range, self.generation);
+        let mut expected = Counts::default();
+        for part in parts(range).map(index) {
+            // Each free gap is reused by itself.
+            for gap in runs(part.clone(), |page| !self.busy[page]) {
+                let mut discarded = false;
+                for page in gap.clone() {
+                    expected[self.pages[page] as usize] += 1;
+                    discarded |= self.pages[page] == Discarded;
+                    self.pages[page] = InUse;
+                }
+                if discarded && self.rig.tracker.rearm {
+                    self.become_lazy(Self::block(gap.start / BLOCK_PAGES), Discarded);
+                    self.become_lazy(Self::block((gap.end - 1) / BLOCK_PAGES), Discarded);
+                }
+            }
+        }
+        assert_eq!(counts, expected);
+        self.reused += counts[1..].iter().sum::<u64>();
+    }
+
     fn apply(&mut self, op: &Op) {
+        self.generation += 1;
         match *op {
             Op::Free(range) => {
-                self.generation += 1;
-                let freed = self.tracker.free(range, self.generation);
-                self.freed += freed.lazy;
-                self.refused += freed.refused;
-                for page in &mut self.model[index(range)] {
-                    *page = page.or(Some(RangeState::Lazy));
-                }
+                self.freed += self.rig.free(range, self.generation) / PAGE_SIZE;
+                self.become_lazy(index(range), InUse);
             }
-            Op::Reuse(range) => {
-                let reused = self.tracker.reuse(range);
-                self.taken += reused.bytes();
-                let reclaiming = |page: &Page| *page == Some(RangeState::Reclaiming);
-                let part = &mut self.model[index(range)];
-                assert_eq!(reused.busy, part.iter().any(reclaiming));
-                let bytes = |state| {
-                    part.iter().filter(|&&page| page == Some(state)).count() as u64 * PAGE_SIZE
-                };
-                assert_eq!(reused.lazy, bytes(RangeState::Lazy));
-                assert_eq!(reused.unmapped, bytes(RangeState::Unmapped));
-                assert_eq!(reused.discarded, bytes(RangeState::Discarded));
-                for page in part.iter_mut().filter(|page| !reclaiming(page)) {
-                    *page = None;
+            Op::Reuse(range) => self.reuse(range),
+            Op::Clear => {
+                let mut at = 0;
+                while let Some(region) = self.rig.tracker.next_region(at) {
+                    let part = region.intersection(pages(0, PAGES)).unwrap();
+                    self.reuse(part);
+                    at = region.end();
                 }
+                assert!((0..PAGES).all(|page| self.busy[page] || self.pages[page] == InUse));
             }
             Op::Take(from, pieces, at, limit) => {
-                let mut sweep = Sweep::new(pieces, u64::MAX);
-                sweep.from = from;
-                sweep.at = at * PAGE_SIZE;
-                if let Took::Chunk(chunk) = self.tracker.take(&mut sweep, limit * PAGE_SIZE) {
-                    assert!(chunk.len() <= limit * PAGE_SIZE && chunk.start() >= at * PAGE_SIZE);
-                    let part = &mut self.model[index(chunk)];
-                    assert!(part.iter().all(|page| *page == Some(from)));
-                    part.fill(Some(RangeState::Reclaiming));
+                let mut sweep = sweep(from, pieces, u64::MAX);
+                sweep.at = pages(at, at + 1).start();
+                let limit = limit * PAGE_SIZE;
+                if let Some(chunk) = self.rig.take(&mut sweep, limit) {
+                    assert!(chunk.len() <= limit && index(chunk).start >= at);
+                    for page in index(chunk) {
+                        assert_eq!((self.pages[page], self.busy[page]), (from, false));
+                        self.busy[page] = true;
+                    }
                     self.chunks.push((chunk, from));
                 }
             }
@@ -189,249 +238,229 @@ impl Pair {
                     return;
                 }
                 let (chunk, from) = self.chunks.swap_remove(chunk % self.chunks.len());
-                self.tracker.finish(chunk, fate);
-                let state = match fate {
-                    Fate::Kept => from,
-                    Fate::Unmapped(_) => RangeState::Unmapped,
-                    Fate::Discarded => RangeState::Discarded,
-                };
-                self.model[index(chunk)].fill(Some(state));
-            }
-            Op::Clear => {
-                self.taken += self.tracker.clear().bytes();
-                for page in &mut self.model {
-                    *page = page.filter(|state| *state == RangeState::Reclaiming);
+                let fates = [Fate::Kept, Fate::Unmapped(self.generation), Fate::Discarded];
+                self.rig.finish(chunk, fates[fate]);
+                for page in index(chunk) {
+                    self.busy[page] = false;
+                    self.pages[page] = [from, Unmapped, Discarded][fate];
+                    if fate == 1 {
+                        self.stamps[page / BLOCK_PAGES] = self.generation;
+                    }
                 }
             }
         }
     }
 
-    /// Every page is as in the model, or was left in use or made lazy for want of room and is counted.
-    fn check(&mut self) {
-        let found = recount(&self.tracker);
-        for (page, model) in found.iter().zip(&mut self.model) {
-            match (*page, *model) {
-                (page, model) if page == model => continue,
-                (None, Some(RangeState::Reclaiming)) => panic!("a chunk is never given up"),
-                (None, _) => self.untracked += PAGE_SIZE,
-                // Forgotten by the free that then met it as memory in use.
-                (Some(RangeState::Lazy), Some(RangeState::Discarded)) => {
-                    self.untracked += PAGE_SIZE;
-                }
-                (Some(RangeState::Lazy), Some(RangeState::Unmapped)) => self.coalesced += PAGE_SIZE,
-                (page, model) => panic!("{page:?} instead of {model:?}"),
-            }
-            *model = *page;
+    /// The tracker knows the state of each page, and its totals agree with that.
+    fn check(&self) {
+        let Rig { tracker, flights } = &self.rig;
+        let mut counts = Counts::default();
+        let mut busy = 0;
+        for page in 0..PAGES {
+            let mut expected = Counts::default();
+            expected[self.pages[page] as usize] = 1;
+            let range = pages(page, page + 1);
+            let found = tracker.survey(range);
+            assert!(
+                found == expected || found == [0; 4] && expected[0] == 1,
+                "{page}"
+            );
+            let in_flight = flights.survey(range).iter().sum::<u64>();
+            assert_eq!(in_flight, u64::from(self.busy[page]));
+            busy += in_flight;
+            (1..4).for_each(|state| counts[state] += expected[state]);
         }
-        let squeezed = self.tracker.squeezed();
-        let untracked = self.refused + squeezed.given_up + squeezed.forgotten;
-        // What is forgotten and then refused by one free counts twice there and is one page here.
-        assert!(self.untracked <= untracked && untracked - self.untracked <= self.refused);
-        let totals = self.tracker.totals();
-        let tracked = totals.lazy + totals.unmapped + totals.reclaiming + totals.discarded;
-        let gone = self.taken + squeezed.given_up + squeezed.forgotten;
-        assert_eq!(self.freed, tracked + gone, "bytes are conserved");
-        assert_eq!(self.coalesced, squeezed.coalesced);
-        assert!(self.tracker.totals().ranges <= self.tracker.max_ranges);
+        assert_eq!(tracker.pages(), counts);
+        let tracked: u64 = counts.iter().sum();
+        assert_eq!(self.freed, tracked + self.reused, "pages are conserved");
+        let totals = self.rig.totals();
+        assert_eq!(totals.tracked(), tracked * PAGE_SIZE);
+        assert_eq!(totals.reclaiming, busy * PAGE_SIZE);
+        let begins = |&page: &usize| {
+            let same = page != SECOND && page > 0 && self.pages[page - 1] == self.pages[page];
+            self.pages[page] != InUse && !same
+        };
+        assert_eq!(tracker.ranges(), (0..PAGES).filter(begins).count() as u64);
+        assert_eq!(tracker.bytes() == 0, tracked == 0);
     }
+
+    /// A sweep finds exactly what is in its state, free, and old enough.
+    fn check_sweep(&self, from: PageState, newest: u64, limit: u64) {
+        let eligible = |page: usize| {
+            let old = self.stamps[page / BLOCK_PAGES] <= newest;
+            self.pages[page] == from && !self.busy[page] && old
+        };
+        let [mut whole, mut rest] = [vec![false; PAGES], vec![false; PAGES]];
+        for half in [0..SECOND, SECOND..PAGES] {
+            for run in runs(half, eligible) {
+                for page in run.clone() {
+                    let block = Self::block(page / BLOCK_PAGES);
+                    let is_whole = run.start <= block.start && block.end <= run.end;
+                    whole[page] = is_whole;
+                    rest[page] = !is_whole;
+                }
+            }
+        }
+        let found = |pieces, limit| {
+            let mut found = vec![false; PAGES];
+            for chunk in self.rig.all(sweep(from, pieces, newest), limit) {
+                assert!(chunk.len() as u64 * PAGE_SIZE <= limit);
+                found[chunk].iter_mut().for_each(|found| {
+                    assert!(!*found, "found twice");
+                    *found = true;
+                });
+            }
+            found
+        };
+        assert_eq!(found(Pieces::Blocks, limit.max(BLOCK_SIZE)), whole);
+        let all: Vec<bool> = (0..PAGES).map(|page| whole[page] || rest[page]).collect();
+        assert_eq!(found(Pieces::Any, limit), all);
+        assert_eq!(found(Pieces::Fragments, u64::MAX), rest);
+    }
+}
+
+/// The runs of pages in `pages` for which `holds` is true.
+fn runs(pages: Range<usize>, holds: impl Fn(usize) -> bool) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for page in pages.filter(|&page| holds(page)) {
+        match runs.last_mut() {
+            Some(run) if run.end == page => run.end += 1,
+            _ => runs.push(page..page + 1),
+        }
+    }
+    runs
 }
 
 proptest! {
-    #[test]
-    #[cfg_attr(miri, ignore = "takes minutes there")]
-    fn with_room_it_equals_the_model(ops in prop::collection::vec(op(), 1..120)) {
-        let mut pair = Pair::new(10_000);
-        for op in &ops {
-            pair.apply(op);
-            pair.check();
-        }
-        prop_assert_eq!((pair.untracked, pair.coalesced), (0, 0));
-    }
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     #[cfg_attr(miri, ignore = "takes minutes there")]
-    fn without_room_it_falls_back_to_in_use(
-        ops in prop::collection::vec(op(), 1..120),
-        max_ranges in 1..20usize,
+    fn it_equals_the_model(
+        ops in prop::collection::vec((op(), waiting(), any::<prop::sample::Index>(), 1..2000u64), 1..80),
+        rearm in any::<bool>(),
     ) {
-        let mut pair = Pair::new(max_ranges);
-        for op in &ops {
+        let mut pair = Pair::new(rearm);
+        for (op, from, newest, limit) in &ops {
             pair.apply(op);
             pair.check();
+            let newest = newest.index(pair.generation as usize + 1) as u64;
+            pair.check_sweep(*from, newest, limit * PAGE_SIZE);
         }
     }
 }
 
 #[test]
-fn merged_ranges_carry_the_later_generation() {
-    let mut tracker = Tracker::new(100);
-    tracker.free(pages(0, 1), 1);
-    tracker.free(pages(2, 3), 2);
-    assert_eq!(tracker.free(pages(0, 4), 3).lazy, 2 * PAGE_SIZE);
+fn a_page_freed_beside_an_old_range_leaves_it_old() {
+    let mut rig = Rig::default();
+    rig.free(pages(0, 3 * BLOCK_PAGES - 1), 1);
+    rig.free(pages(3 * BLOCK_PAGES - 1, 4 * BLOCK_PAGES), 2);
+    let old = || rig.all(sweep(Lazy, Pieces::Any, 1), u64::MAX);
+    assert_eq!(old(), [0..SECOND, SECOND..3 * BLOCK_PAGES]);
+    // A block that is freed anew is young.
+    rig.reuse(pages(0, BLOCK_PAGES), 0);
+    rig.free(pages(0, 1), 3);
     assert_eq!(
-        tracker.iter().collect::<Vec<_>>(),
-        [(pages(0, 4), 3, RangeState::Lazy)]
-    );
-    tracker.reuse(pages(1, 2));
-    tracker.free(pages(1, 2), 2);
-    assert_eq!(
-        tracker.iter().next(),
-        Some((pages(0, 4), 3, RangeState::Lazy))
+        rig.all(sweep(Lazy, Pieces::Any, 2), u64::MAX)[0].start,
+        BLOCK_PAGES
     );
 }
 
 #[test]
-fn a_sweep_leaves_younger_ranges() {
-    let mut tracker = Tracker::new(100);
-    tracker.free(pages(0, 1), 1);
-    tracker.free(pages(2, 3), 5);
-    tracker.free(pages(4, 5), 3);
-    let mut sweep = Sweep::new(Pieces::Any, 3);
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Chunk(pages(0, 1)));
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Chunk(pages(4, 5)));
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Done);
+fn an_unmapped_page_is_never_older_than_its_invalidation() {
+    let mut rig = Rig::default();
+    rig.free(pages(0, 4), 1);
+    let mut lazy = sweep(Lazy, Pieces::Any, u64::MAX);
+    let [first, second] = [(); 2].map(|()| rig.take(&mut lazy, PAGE_SIZE).unwrap());
+    rig.finish(first, Fate::Unmapped(7));
+    rig.free(pages(4, 5), 3);
+    rig.finish(second, Fate::Unmapped(5));
+    let unmapped = |rig: &Rig, newest| rig.all(sweep(Unmapped, Pieces::Any, newest), u64::MAX);
+    assert!(unmapped(&rig, 6).is_empty());
+    assert_eq!(unmapped(&rig, 7), vec![0..2; 1]);
+    rig.reuse(pages(0, 1), 0);
+    rig.free(pages(0, 1), 2);
+    assert!(
+        unmapped(&rig, 6).is_empty(),
+        "a late free makes it no older"
+    );
+}
+
+#[test]
+fn the_rest_of_a_discarded_block_is_lazy_again() {
+    for rearm in [true, false] {
+        let mut rig = Rig::new(rearm);
+        rig.free(pages(0, 4 * BLOCK_PAGES), 1);
+        let mut all = sweep(Lazy, Pieces::Blocks, u64::MAX);
+        while let Some(chunk) = rig.take(&mut all, u64::MAX) {
+            rig.finish(chunk, Fate::Discarded);
+        }
+        rig.reuse(pages(7, 8), 2);
+        rig.reuse(pages(BLOCK_PAGES + 9, 2 * BLOCK_PAGES), 3);
+        let block = BLOCK_PAGES as u64;
+        let lazy = if rearm { block - 1 + 9 } else { 0 };
+        let totals = rig.totals();
+        assert_eq!(totals.lazy, lazy * PAGE_SIZE);
+        assert_eq!(totals.discarded, (3 * block + 8 - lazy) * PAGE_SIZE);
+        let young = rig.all(sweep(Lazy, Pieces::Any, 1), u64::MAX);
+        assert_eq!(young, [], "it is as young as its reuse");
+        let found = rig.all(sweep(Lazy, Pieces::Any, 2), u64::MAX);
+        assert_eq!(found.len(), if rearm { 2 } else { 0 });
+    }
 }
 
 #[test]
 fn a_failed_chunk_is_not_met_again_by_its_sweep() {
-    let mut tracker = Tracker::new(100);
-    tracker.free(pages(0, 8), 1);
+    let mut rig = Rig::default();
+    rig.free(pages(0, 8), 1);
     let mut sweep = Sweep::new(Pieces::Any, 1);
     for start in [0, 4] {
-        let chunk = pages(start, start + 4);
-        assert_eq!(tracker.take(&mut sweep, 4 * PAGE_SIZE), Took::Chunk(chunk));
-        tracker.finish(chunk, Fate::Kept);
+        let chunk = rig.take(&mut sweep, 4 * PAGE_SIZE).unwrap();
+        assert_eq!(chunk, pages(start, start + 4));
+        rig.finish(chunk, Fate::Kept);
     }
-    assert_eq!(tracker.take(&mut sweep, 4 * PAGE_SIZE), Took::Done);
-    assert_eq!(tracker.totals().lazy, 8 * PAGE_SIZE);
+    assert_eq!(rig.take(&mut sweep, 4 * PAGE_SIZE), None);
+    assert_eq!(rig.totals().lazy, 8 * PAGE_SIZE);
 }
 
+#[test]
+fn a_step_looks_at_one_region() {
+    let mut rig = Rig::default();
+    rig.free(pages(0, PAGES), 5);
+    let mut sweep = Sweep::new(Pieces::Any, 4);
+    let mut step = || rig.tracker.find(&mut sweep, u64::MAX, &rig.flights);
+    assert_eq!(
+        [step(), step(), step()],
+        [Step::More, Step::More, Step::Done]
+    );
+}
+
+/// Every other page of many regions: none is refused, and the memory that it takes has a bound.
 #[test]
 #[cfg_attr(miri, ignore = "takes minutes there")]
-fn a_step_looks_at_a_bounded_number_of_ranges() {
-    let mut tracker = Tracker::new(10_000);
-    for page in 0..2000 {
-        tracker.free(pages(2 * page, 2 * page + 1), 1);
+fn a_storm_of_fragments_is_tracked_in_bounded_memory() {
+    const REGIONS: u64 = 8;
+    let mut tracker = Tracker::default();
+    let page = |at: u64| GpaRange::new(at * PAGE_SIZE, (at + 1) * PAGE_SIZE).unwrap();
+    let even = (0..REGIONS * REGION_PAGES as u64).step_by(2);
+    for at in even.clone() {
+        assert_eq!(tracker.free(page(at), at), PAGE_SIZE);
     }
-    let mut sweep = Sweep::new(Pieces::Blocks, 1);
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::More);
-    assert_eq!(tracker.take(&mut sweep, u64::MAX), Took::Done);
-}
-
-#[test]
-#[cfg_attr(miri, ignore = "takes minutes there")]
-fn a_storm_of_fragments_does_not_grow_it() {
-    let mut tracker = Tracker::new(64);
-    let mut refused = 0;
-    for page in 0..10_000 {
-        refused += tracker.free(pages(2 * page, 2 * page + 1), page).refused;
+    let pages = REGIONS * REGION_PAGES as u64;
+    assert_eq!(
+        (tracker.pages()[1], tracker.ranges()),
+        (pages / 2, pages / 2)
+    );
+    assert!(
+        tracker.bytes() * 14_000 < pages * PAGE_SIZE,
+        "{}",
+        tracker.bytes()
+    );
+    for at in even {
+        tracker.reuse(page(at), &mut || 0);
     }
-    assert_eq!(tracker.totals().ranges, 56);
-    assert_eq!(refused, (10_000 - 56) * PAGE_SIZE);
-    for page in 0..10_000 {
-        tracker.reuse(pages(2 * page, 2 * page + 1));
-    }
-    assert_eq!(tracker.totals(), Totals::default());
-}
-
-/// Discards every other one of `count` ranges of a page, 2 pages apart.
-fn discard_every_other(tracker: &mut Tracker, count: u64) {
-    for page in 0..count {
-        tracker.free(pages(2 * page, 2 * page + 1), 1);
-    }
-    let mut sweep = Sweep::new(Pieces::Any, 1);
-    let mut turn = 0;
-    while let Took::Chunk(chunk) = tracker.take(&mut sweep, u64::MAX) {
-        turn += 1;
-        let fate = [Fate::Kept, Fate::Discarded][turn % 2];
-        tracker.finish(chunk, fate);
-    }
-}
-
-#[test]
-fn a_full_tracker_forgets_what_is_discarded_first() {
-    let mut tracker = Tracker::new(64);
-    discard_every_other(&mut tracker, 56);
-    assert_eq!(tracker.totals().discarded, 28 * PAGE_SIZE);
-    assert_eq!(tracker.free(pages(1000, 1001), 2).refused, 0);
-    let totals = tracker.totals();
-    assert_eq!((totals.discarded, totals.ranges), (0, 29));
-    assert_eq!(tracker.squeezed().forgotten, 28 * PAGE_SIZE);
-    assert_eq!(tracker.squeezed().given_up, 0);
-}
-
-#[test]
-fn then_unmapped_ranges_become_one_with_their_neighbours() {
-    let mut tracker = Tracker::new(64);
-    for page in 0..28 {
-        tracker.free(pages(4 * page, 4 * page + 2), 1);
-    }
-    let mut sweep = Sweep::new(Pieces::Any, 1);
-    for page in 0..28 {
-        let first = tracker.take(&mut sweep, PAGE_SIZE);
-        assert_eq!(first, Took::Chunk(pages(4 * page, 4 * page + 1)));
-        tracker.take(&mut sweep, PAGE_SIZE);
-        tracker.finish(pages(4 * page, 4 * page + 1), Fate::Unmapped(2));
-        tracker.finish(pages(4 * page + 1, 4 * page + 2), Fate::Kept);
-    }
-    assert_eq!(tracker.totals().ranges, 56);
-    assert_eq!(tracker.free(pages(1000, 1001), 3).refused, 0);
-    let totals = tracker.totals();
-    assert_eq!((totals.unmapped, totals.ranges), (0, 29));
-    assert_eq!(tracker.squeezed().coalesced, 28 * PAGE_SIZE);
-    let (_, generation, state) = tracker.iter().next().unwrap();
-    assert_eq!((generation, state), (2, RangeState::Lazy));
-}
-
-#[test]
-fn a_failed_chunk_is_what_it_was_and_keeps_its_generation() {
-    let mut tracker = Tracker::new(64);
-    tracker.free(pages(0, 4), 1);
-    let take = |tracker: &mut Tracker, sweep: Sweep| tracker.take(&mut { sweep }, u64::MAX);
-    let chunk = Took::Chunk(pages(0, 4));
-    assert_eq!(take(&mut tracker, Sweep::new(Pieces::Any, 1)), chunk);
-    tracker.finish(pages(0, 4), Fate::Unmapped(5));
-    let unmapped = |newest| Sweep::unmapped(Pieces::Any, newest);
-    assert_eq!(take(&mut tracker, unmapped(4)), Took::Done);
-    assert_eq!(take(&mut tracker, unmapped(5)), chunk);
-    tracker.finish(pages(0, 4), Fate::Kept);
-    let found = tracker.iter().next();
-    assert_eq!(found, Some((pages(0, 4), 5, RangeState::Unmapped)));
-    assert_eq!(take(&mut tracker, Sweep::new(Pieces::Any, 9)), Took::Done);
-}
-
-/// An entry's size and the least fill of a node of std's B-tree (5 of 11) bound the bookkeeping.
-#[test]
-fn the_default_bound_is_less_than_a_mebibyte() {
-    let leaf = 11 * (size_of::<u64>() + size_of::<Span>()) + 16;
-    let inner = leaf + 12 * size_of::<usize>();
-    let leaves = DEFAULT_MAX_RANGES / 5;
-    assert!(leaves * leaf + leaves / 5 * inner < 1 << 20);
-}
-
-#[test]
-#[cfg_attr(miri, ignore = "takes minutes there")]
-fn a_survey_counts_what_lies_in_the_range_and_ends_in_bounded_time() {
-    let mut tracker = Tracker::new(1 << 16);
-    tracker.free(pages(2, 6), 1);
-    let Took::Chunk(chunk) = tracker.take(&mut Sweep::new(Pieces::Any, 1), 2 * PAGE_SIZE) else {
-        panic!("there is a chunk");
-    };
-    tracker.finish(chunk, Fate::Discarded);
-    let survey = tracker.survey(pages(3, 20));
-    let expected = Totals {
-        lazy: 2 * PAGE_SIZE,
-        discarded: PAGE_SIZE,
-        ranges: 2,
-        ..Totals::default()
-    };
-    assert_eq!((survey.totals, survey.end), (expected, 20 * PAGE_SIZE));
-    for page in 0..2 * SCAN_LIMIT as u64 {
-        tracker.free(pages(100 + 2 * page, 101 + 2 * page), 1);
-    }
-    let survey = tracker.survey(pages(99, 1 << 20));
-    assert_eq!(survey.totals.ranges, SCAN_LIMIT);
-    assert_eq!(survey.end, (100 + 2 * SCAN_LIMIT as u64 - 1) * PAGE_SIZE);
-    let rest = tracker.survey(GpaRange::new(survey.end, PAGE_SIZE << 20).unwrap());
-    assert_eq!(rest.totals.ranges, SCAN_LIMIT);
+    assert_eq!(
+        (tracker.pages(), tracker.ranges(), tracker.bytes()),
+        ([0; 4], 0, 0)
+    );
 }
