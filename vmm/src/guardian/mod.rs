@@ -2,8 +2,8 @@
 //!
 //! The monitor makes two of them before it does anything else. The *reaper* ([`Reaper`]) shares the monitor's memory and
 //! frees it, with several threads, once the monitor is dead: so the end is visible at once, and memory is freed after
-//! it. The *guardian* is a copy of the monitor, made while that is small. It reports a violent end, removes the API's socket,
-//! helps the kernel if the reaper is killed too, passes on how many workers the operator wants, and lets go of the lock
+//! it. The *guardian* is a copy of the monitor, made while that is small, with the same descriptors. It reports a violent end,
+//! removes the API's socket, closes the descriptors, helps the kernel if the reaper is killed too, passes on how many workers the operator wants, and lets go of the lock
 //! that says that memory is not free yet. Neither of them kills anything.
 
 pub mod lock;
@@ -69,9 +69,6 @@ impl Guardian {
             reaper,
             lock,
         }));
-        if let (Some(reaper), Some(lock)) = (&guardian.reaper, &guardian.lock) {
-            reaper.keep_open(lock.as_fd());
-        }
         Ok(guardian)
     }
 
@@ -91,7 +88,7 @@ impl Guardian {
     pub fn finish(&self) {
         self.status.set_finished();
         let (_, left_to_reaper) = self.status.progress();
-        // The reaper holds the lock until it has ended.
+        // The reaper and the guardian hold it until they have ended.
         if let Some(lock) = &self.lock
             && left_to_reaper == 0
         {
@@ -107,23 +104,17 @@ fn start(
     socket: Option<&Path>,
     log: &Log,
 ) -> io::Result<Reaper> {
-    let monitor = sys::own_process()?;
     let reaper = Reaper::new(status)?;
     let watch = Watch {
         status,
-        monitor: monitor.as_fd(),
+        monitor: reaper.monitor(),
         pid: getpid(),
         reaper: reaper.as_fd(),
         id,
         socket: socket.map(absolute),
         log,
     };
-    let log = log.as_ref().map(|file| file.as_fd());
-    let kept: Vec<_> = [monitor.as_fd(), reaper.as_fd()]
-        .into_iter()
-        .chain(log)
-        .collect();
-    sys::process::fork(&kept, || watch.run())?;
+    sys::process::fork_sharing_files(|files| watch.run(files))?;
     Ok(reaper)
 }
 

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +15,7 @@ use super::Log;
 use super::lock::MemoryLock;
 use crate::config::{SocketPath, check_socket};
 use crate::sys;
+use crate::sys::process::SharedFiles;
 use crate::teardown::StatusPage;
 
 /// Time between two looks at the reaper.
@@ -36,35 +38,45 @@ pub(super) struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Runs until memory is free, and returns the exit status.
-    pub fn run(&self) -> u8 {
+    /// Runs until memory is free, and returns the exit status. `files` are the monitor's descriptors.
+    pub fn run(&self, files: &SharedFiles) -> u8 {
         sys::process::block_all_signals();
         // Signals for the monitor's terminal or process group do not concern the guardian.
         let _ = rustix::process::setsid();
         let _ = rustix::thread::set_name(c"ebb-guardian");
+        sys::process::shrink();
+        wait_for_exit(self.monitor, None);
         let null = File::options().read(true).write(true).open("/dev/null");
         if let Ok(null) = &null {
+            // Another process may be waiting for their end.
             let _ = rustix::stdio::dup2_stdin(null);
             let _ = rustix::stdio::dup2_stdout(null);
         }
-        sys::process::shrink();
-        wait_for_exit(self.monitor, None);
-        // Taken while the reaper still holds it: so it is not free before the guardian has done the rest, too.
+        // Taken while the monitor's lock is still there: so it is not free before the guardian has done the rest, too.
         let lock = self.socket.as_deref().and_then(MemoryLock::share);
-        let was_killed = !self.status.is_finished();
-        if was_killed {
-            self.report_violent_end();
+        let cause = (!self.status.is_finished()).then(|| cause_of_end(self.pid));
+        if cause.is_some() {
             self.remove_socket();
         }
-        if let Ok(null) = &null
-            && is_pipe_or_socket(io::stderr().as_fd())
-        {
-            // Another process may be waiting for its end.
-            let _ = rustix::stdio::dup2_stderr(null);
-        }
-        self.wait_for_reaper(lock.as_ref());
-        if was_killed {
-            // Again: a socket that the monitor had just made looked like one in use while the reaper had it open.
+        let is_awaited = is_pipe_or_socket(io::stderr().as_fd());
+        thread::scope(|scope| {
+            // As long as this thread runs nothing else is opened here.
+            let close = || self.close(files, lock.as_ref());
+            if thread::Builder::new().spawn_scoped(scope, close).is_err() {
+                close();
+            }
+            if let Some(cause) = &cause {
+                self.report_violent_end(cause);
+            }
+            if let Ok(null) = &null
+                && is_awaited
+            {
+                let _ = rustix::stdio::dup2_stderr(null);
+            }
+            self.wait_for_reaper(lock.as_ref());
+        });
+        if cause.is_some() {
+            // Again: a socket that the monitor had just made looked like one in use while it was open.
             self.remove_socket();
         }
         self.log_teardown();
@@ -74,12 +86,17 @@ impl Watch<'_> {
         0
     }
 
+    /// Closes the monitor's descriptors but those that reaper and guardian need. It takes long: KVM destroys the machine
+    /// when its last descriptor goes, and the kernel waits before it removes a trigger of memory pressure.
+    fn close(&self, files: &SharedFiles, lock: Option<&MemoryLock>) {
+        let log = self.log.as_ref().map(|file| file.as_fd());
+        let kept = [self.monitor, self.reaper].into_iter();
+        let kept = kept.chain(log).chain(lock.map(AsFd::as_fd));
+        files.close_all_but(&kept.collect::<Vec<_>>());
+    }
+
     /// Says what the monitor could not say.
-    fn report_violent_end(&self) {
-        let cause = match signal_of(self.pid) {
-            Some(signal) => format!("killed by signal {signal}"),
-            None => "killed".to_owned(),
-        };
+    fn report_violent_end(&self, cause: &str) {
         let text = format!(
             "machine {}: the monitor, process {}, was {cause}; its memory is being freed",
             self.id, self.pid
@@ -161,6 +178,14 @@ fn is_pipe_or_socket(output: BorrowedFd<'_>) -> bool {
     kind.is_ok_and(|kind| kind.file_type().is_fifo() || kind.file_type().is_socket())
 }
 
+/// How a process was ended.
+fn cause_of_end(pid: Pid) -> String {
+    match signal_of(pid) {
+        Some(signal) => format!("killed by signal {signal}"),
+        None => "killed".to_owned(),
+    }
+}
+
 /// The signal that ended a process; `None` if its parent has waited for it already. The last field of /proc/PID/stat is
 /// the wait status (proc_pid_stat(5)).
 fn signal_of(pid: Pid) -> Option<i32> {
@@ -172,7 +197,6 @@ fn signal_of(pid: Pid) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
-    use std::thread;
     use std::time::Instant;
 
     use rustix::process::{PidfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_open};

@@ -1,52 +1,59 @@
-//! Processes: making one, ending one, and freeing the memory of a dying one.
+//! Processes: making one, closing its descriptors, ending one, and freeing the memory of a dying one.
 
 use std::ffi::{c_int, c_void};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
-use rustix::process::Pid;
+use rustix::process::{Pid, getpid, getppid};
 
 /// Makes a process that runs only `child` and exits with the status that `child` returns. The process has a copy of
-/// this one's memory, of the standard streams and of the descriptors in `keep`. All other descriptors are closed in it.
+/// this one's memory, and the same descriptors: what one of the two opens or closes, the other sees. They stay open until
+/// both have ended.
 ///
 /// # Errors
-/// fork(2)'s; `Unsupported` if this process has other threads, because a lock that one of them holds would stay
+/// clone(2)'s; `Unsupported` if this process has other threads, because a lock that one of them holds would stay
 /// locked in the copy.
-pub fn fork(keep: &[BorrowedFd<'_>], child: impl FnOnce() -> u8) -> io::Result<Pid> {
+pub fn fork_sharing_files(child: impl FnOnce(&SharedFiles) -> u8) -> io::Result<Pid> {
     if fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(io::ErrorKind::Unsupported.into());
     }
-    let mut kept: Vec<u32> = keep
-        .iter()
-        .map(|fd| fd.as_raw_fd().unsigned_abs())
-        .collect();
-    kept.sort_unstable();
-    fork_unchecked(|| {
-        close_all_but(&kept);
-        child()
-    })
+    let shared = SharedFiles { parent: getpid() };
+    let flags = libc::CLONE_FILES | libc::SIGCHLD;
+    // SAFETY: the child has a copy of the only thread, of its stack too. libc does not know of it: its locks are free, as no
+    // other thread could hold one, and what it takes for the thread's id is the parent's, which nothing here asks for.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    run_in_child(libc::pid_t::try_from(pid).unwrap_or(-1), || child(&shared))
 }
 
-/// Closes all descriptors but the standard streams and `kept`, which is in ascending order.
-fn close_all_but(kept: &[u32]) {
-    let mut first = 3;
-    for &fd in kept.iter().chain([&u32::MAX]) {
-        if fd > first {
-            // SAFETY: the process has just been made and runs only the function that was given the kept descriptors.
-            unsafe { close_range(first, fd - 1) };
+/// The descriptors of a process that was made by [`fork_sharing_files`].
+#[derive(Debug)]
+pub struct SharedFiles {
+    parent: Pid,
+}
+
+impl SharedFiles {
+    /// Closes all of them but the standard streams and `kept`, for every process that shares them. Does nothing while the
+    /// parent lives, because it uses them.
+    ///
+    /// Meanwhile the calling process must open nothing in another thread: that might be closed, too.
+    pub fn close_all_but(&self, kept: &[BorrowedFd<'_>]) {
+        // Another process takes the children of one that dies.
+        if getppid() == Some(self.parent) {
+            return;
         }
-        first = first.max(fd.saturating_add(1));
+        let number = |fd: &BorrowedFd<'_>| fd.as_raw_fd().unsigned_abs();
+        let mut kept: Vec<u32> = kept.iter().map(number).collect();
+        kept.sort_unstable();
+        let mut first = 3;
+        for &fd in kept.iter().chain([&u32::MAX]) {
+            if fd > first {
+                // SAFETY: the call takes numbers only. The parent is dead, and this process needs the kept ones only.
+                unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
+            }
+            first = first.max(fd.saturating_add(1));
+        }
     }
-}
-
-/// Closes the descriptors from `first` to `last` (close_range(2)). Changes nothing else but errno.
-///
-/// # Safety
-/// Nothing that is still running uses one of them.
-pub unsafe fn close_range(first: u32, last: u32) {
-    // SAFETY: the call takes numbers only and touches no memory; the caller answers for the descriptors.
-    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
 /// What [`clone_task`] makes.
@@ -95,10 +102,8 @@ pub fn exit_now() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// [`fork`] without the check for other threads. Tests use it, because the test runner has idle threads.
-fn fork_unchecked(child: impl FnOnce() -> u8) -> io::Result<Pid> {
-    // SAFETY: the child has the calling thread only; `fork` has checked that there is no other.
-    let pid = unsafe { libc::fork() };
+/// Ends the child with the status that `child` returns; `pid` is what fork(2) has returned.
+fn run_in_child(pid: libc::pid_t, child: impl FnOnce() -> u8) -> io::Result<Pid> {
     if pid < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -176,10 +181,12 @@ fn code(line: &str) -> Option<(usize, usize)> {
     Some((start, address(end)?.checked_sub(start)?))
 }
 
-/// [`fork`] without the check for other threads.
+/// Makes a process that runs only `child`, with descriptors of its own. The test runner has other threads, but they are idle.
 #[cfg(test)]
 pub(crate) fn fork_for_test(child: impl FnOnce() -> u8) -> Pid {
-    fork_unchecked(child).unwrap()
+    // SAFETY: the child has the calling thread only, and the others hold no lock.
+    let pid = unsafe { libc::fork() };
+    run_in_child(pid, child).unwrap()
 }
 
 /// Forbids this process to start threads: its user may have only one task. That limit does not bind the superuser, so
@@ -243,7 +250,35 @@ impl Drop for StoppedExit {
 
 #[cfg(test)]
 mod tests {
+    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::process::{WaitOptions, waitpid};
+
     use super::*;
+    use crate::sys::own_process;
+
+    #[test]
+    fn shared_descriptors_are_closed_for_all_once_the_parent_is_dead() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let (go, going) = rustix::pipe::pipe().unwrap();
+        let child = fork_for_test(|| {
+            let parent = own_process().unwrap();
+            let shared = fork_sharing_files(|files| {
+                files.close_all_but(&[]);
+                let _ = rustix::io::write(&writer, b"still open");
+                let _ = poll(&mut [PollFd::new(&parent, PollFlags::IN)], None);
+                files.close_all_but(&[go.as_fd()]);
+                // The test lets it go on.
+                let _ = rustix::io::read(&go, &mut [0; 1]);
+                0
+            });
+            u8::from(shared.is_err())
+        });
+        drop(writer);
+        waitpid(Some(child), WaitOptions::empty()).unwrap();
+        assert_eq!(rustix::io::read(&reader, &mut [0; 99]), Ok(10));
+        assert_eq!(rustix::io::read(&reader, &mut [0; 99]), Ok(0));
+        drop(going);
+    }
 
     #[test]
     fn only_what_nobody_has_written_to_is_dropped() {

@@ -28,9 +28,8 @@ impl BatchQueue {
         false
     }
 
-    /// How many batches have been taken.
-    #[cfg(test)]
-    pub(super) fn taken(&self) -> usize {
+    /// How many batches have been taken; more than there are once none is left.
+    pub fn taken(&self) -> usize {
         self.next.load(Ordering::Relaxed)
     }
 }

@@ -14,7 +14,7 @@ mod process;
 mod status;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -109,10 +109,10 @@ impl Reaper {
         })
     }
 
-    /// Leaves `fd` open until the reaper has ended. It closes all other descriptors before it frees memory.
-    pub fn keep_open(&self, fd: BorrowedFd<'static>) {
-        let fd = fd.as_raw_fd();
-        self.state.kept_open.store(fd, Ordering::Release);
+    /// A pidfd of the monitor, by which the reaper knows of its end. It must stay open.
+    #[must_use]
+    pub fn monitor(&self) -> BorrowedFd<'_> {
+        self.state.monitor.as_fd()
     }
 
     /// Sets what is to be done when the monitor is dead, instead of an earlier job.

@@ -8,7 +8,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::ptr;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -16,7 +16,7 @@ use rustix::thread::futex;
 
 use super::{Batch, Job, StatusPage};
 use crate::sys::mapping::drop_advice;
-use crate::sys::process::{TaskKind, clone_task, close_range, exit_now};
+use crate::sys::process::{TaskKind, clone_task, exit_now};
 use crate::sys::{Mapping, MappingKind};
 use crate::teardown::MAX_WORKERS;
 use crate::teardown::queue::BatchQueue;
@@ -30,9 +30,7 @@ const WORKER_NAME: &CStr = c"ebb-free";
 pub(super) struct State {
     pub status: &'static StatusPage,
     /// A pidfd of the monitor; readable once it is dead.
-    monitor: OwnedFd,
-    /// A descriptor that stays open until the reaper has ended; -1 if there is none.
-    pub kept_open: AtomicI32,
+    pub monitor: OwnedFd,
     /// Null, or a box that the monitor owns while it lives.
     pub job: AtomicPtr<Job>,
     queue: BatchQueue,
@@ -112,7 +110,6 @@ impl State {
         Self {
             status,
             monitor,
-            kept_open: AtomicI32::new(-1),
             job: AtomicPtr::default(),
             queue: BatchQueue::default(),
             started: AtomicUsize::new(0),
@@ -134,11 +131,9 @@ impl State {
         }
     }
 
-    /// Closes all descriptors and does the job. The monitor is dead.
+    /// Does the job. The monitor is dead. It leaves the descriptors, which the two share, to the guardian: to close them
+    /// takes long by itself, and the kernel waits for an RCU grace period or two then.
     fn run(&self) {
-        // The standard streams first: another process may be waiting for their end.
-        // SAFETY: only this thread is left, and it uses none of them.
-        unsafe { close_range(0, 2) };
         let Some(job) = self.job() else {
             return;
         };
@@ -146,9 +141,7 @@ impl State {
         // Otherwise the machine would stay in KVM, and each batch would first be taken out of its page tables.
         // SAFETY: the monitor, which registered the pages, is dead.
         unsafe { job.run_pages.unmap_all() };
-        self.start_workers(job);
-        self.close_descriptors();
-        // More workers may be wanted by now.
+        // Before each batch, because more workers may be wanted by then.
         let stay = || {
             self.start_workers(job);
             true
@@ -159,39 +152,28 @@ impl State {
         self.status.set_end();
     }
 
-    /// Closes all descriptors but the kept one. That takes long, so workers free memory meanwhile: KVM destroys the
-    /// machine when its last descriptor goes, and the kernel waits 10 ms before it removes a trigger of memory pressure.
-    fn close_descriptors(&self) {
-        let kept = self.kept_open.load(Ordering::Acquire).max(2).unsigned_abs();
-        // SAFETY: the worker threads use no descriptors.
-        unsafe {
-            close_range(3, kept.saturating_sub(1));
-            close_range(kept + 1, u32::MAX);
-        }
-    }
-
     fn job(&self) -> Option<&Job> {
         // SAFETY: null, or a box that the monitor owned and, being dead, will not drop.
         unsafe { self.job.load(Ordering::Acquire).as_ref() }
     }
 
-    /// How many worker threads there shall be. The reaper itself frees memory only after it has closed the descriptors, so
-    /// it is not counted; but where one worker is wanted, the reaper is that worker.
+    /// How many worker threads there shall be beside the reaper, which is a worker, too.
     fn wanted_threads(&self, job: &Job) -> usize {
-        match self.status.workers().min(job.max_workers) {
-            1 => 0,
-            workers => workers,
-        }
+        self.status.workers().min(job.max_workers).saturating_sub(1)
     }
 
-    /// Starts the worker threads that are missing.
+    /// Starts the worker threads that are missing, as long as there is a batch for each of them and one for the caller.
     fn start_workers(&self, job: &Job) {
         let wanted = self.wanted_threads(job);
+        let left = job.batches.len().saturating_sub(self.queue.taken());
         let mut busy = self.busy.load(Ordering::Acquire) as usize;
-        while busy < wanted && self.start_worker() {
+        for _ in 1..left {
+            if busy >= wanted || !self.start_worker() {
+                break;
+            }
             busy += 1;
         }
-        self.status.note_workers(busy.max(1));
+        self.status.note_workers(busy + 1);
     }
 
     /// Starts a worker thread. Returns false if there can be no more; those that are there do the work then.
@@ -270,22 +252,23 @@ mod tests {
 
     #[test]
     fn threads_retire_while_there_are_more_than_wanted() {
-        let (state, job) = (state(4), job(4));
+        let (state, job) = (state(4), job(5));
         let retired = |workers| {
             state.status.set_workers(workers);
             let retired = [(); 4].map(|()| state.retire(&job));
             retired.into_iter().filter(|retired| *retired).count()
         };
         assert_eq!(retired(9), 0, "as many as the job can use");
-        assert_eq!(retired(2), 2);
+        assert_eq!(retired(3), 2);
         assert_eq!(retired(1), 2, "the reaper alone");
         assert_eq!(state.busy.load(Ordering::Relaxed), 0);
     }
 
     #[test]
-    fn as_many_threads_are_wanted_as_workers_but_none_for_one() {
+    fn the_reaper_is_one_of_the_workers() {
         let state = state(0);
-        for (workers, max, wanted) in [(1, 64, 0), (2, 64, 2), (99, 99, MAX_WORKERS), (5, 1, 0)] {
+        for (workers, max, wanted) in [(1, 64, 0), (2, 64, 1), (99, 99, MAX_WORKERS - 1), (5, 1, 0)]
+        {
             state.status.set_workers(workers);
             assert_eq!(state.wanted_threads(&job(max)), wanted);
         }
@@ -307,7 +290,7 @@ mod tests {
     #[test]
     fn a_worker_thread_is_less_important_and_says_that_it_has_finished() {
         let child = fork_for_test(|| {
-            let (mut state, mut job) = (state(1), job(1));
+            let (mut state, mut job) = (state(1), job(2));
             state.status.set_workers(2);
             state.job = AtomicPtr::new(&raw mut job);
             let before = getpriority_process(None).unwrap();
