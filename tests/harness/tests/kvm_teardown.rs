@@ -1,5 +1,6 @@
 //! Machines that end in every way there is, and what is left of them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -162,6 +163,57 @@ fn the_teardown_is_tuned_while_memory_is_being_freed() -> Result<()> {
         Some(1)
     );
     Ok(())
+}
+
+/// Each thread of a process and the processors that it may run on.
+fn affinities(pid: u32) -> Vec<(String, String)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten();
+    let of = |task: fs::DirEntry| {
+        let status = fs::read_to_string(task.path().join("status")).ok()?;
+        let line = |name| status.lines().find_map(|line| line.strip_prefix(name));
+        let processors = line("Cpus_allowed_list:")?.trim().to_owned();
+        Some((task.file_name().into_string().ok()?, processors))
+    };
+    tasks.filter_map(|task| of(task.ok()?)).collect()
+}
+
+/// Where there are several memory nodes (`EBB_NESTED_NODES=2`), they are bound to one each; else to none.
+#[test]
+fn the_workers_of_a_killed_machine_are_spread_over_the_memory_nodes() -> Result<()> {
+    let place = Place::new()?;
+    let mut idle = place.running("size=1G,thp=off,prefault=on", "on")?;
+    assert!(
+        place
+            .ctl(&["teardown", "workers=8", "batch=2M"])?
+            .status
+            .success()
+    );
+    let allowed = affinities(std::process::id()).swap_remove(0).1;
+    let reaper = find(&place, "ebb-reaper")?;
+    let node = |node| format!("/sys/devices/system/node/node{node}");
+    let nodes = (0..64).filter(|it| fs::exists(node(*it)).is_ok_and(|is_there| is_there));
+    let nodes = nodes.count();
+    idle.signal(Signal::KILL);
+    // The last that was seen of each thread: one that has just begun is not bound yet.
+    let mut seen = BTreeMap::new();
+    until_often("the memory is free", LONG, || {
+        let now = affinities(reaper);
+        let is_over = now.is_empty();
+        seen.extend(now);
+        Ok(is_over.then_some(()))
+    })?;
+    assert!(seen.len() > 2, "{seen:?}");
+    let lists: BTreeSet<_> = seen.values().collect();
+    if nodes == 1 {
+        assert_eq!(lists, BTreeSet::from([&allowed]), "{seen:?}");
+    } else {
+        let bound = lists.into_iter().filter(|list| **list != allowed);
+        assert_eq!(bound.count(), nodes, "{allowed} {seen:?}");
+    }
+    assert_eq!(idle.wait()?, None);
+    place.vanished(soon()?)
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub struct Options {
     pub cpus: u32,
     /// Memory in MiB; the host gives it page by page as it is touched.
     pub memory_mib: u32,
+    /// Memory nodes, 1 or 2; the second has half of the memory and of the CPUs.
+    pub nodes: u32,
     /// Host folders seen at their own paths; everything else of the host is read-only.
     pub shares: Vec<Share>,
     /// Where console.log and qemu.log are kept.
@@ -47,8 +49,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// 4 CPUs (`EBB_NESTED_CPUS` overrides), 8 GiB (`EBB_NESTED_MIB` overrides), the repository
-    /// `root` read-only but for its `target` folder.
+    /// 4 CPUs (`EBB_NESTED_CPUS` overrides), 8 GiB (`EBB_NESTED_MIB` overrides), one memory node (`EBB_NESTED_NODES`
+    /// overrides), the repository `root` read-only but for its `target` folder.
     pub fn for_repository(root: &Path) -> Self {
         let share = |path: PathBuf, writable| Share { path, writable };
         let number = |name: &str, default| {
@@ -60,6 +62,7 @@ impl Options {
         Self {
             cpus: number("EBB_NESTED_CPUS", 4),
             memory_mib: number("EBB_NESTED_MIB", 8192),
+            nodes: number("EBB_NESTED_NODES", 1),
             shares: vec![share(root.into(), false), share(root.join("target"), true)],
             log_dir: root.join("target/nested"),
             boot_timeout: Duration::from_secs(120),
@@ -249,7 +252,7 @@ fn start_qemu(
     [fs_socket, agent]: [OwnedFd; 2],
 ) -> Result<Helper> {
     let image = memory_file(initramfs)?;
-    let (cpus, memory) = ((options.cpus + 1).to_string(), options.memory_mib);
+    let cpus = (options.cpus + 1).to_string();
     let console = options.log_dir.join("console.log");
     let log = log_file(&options.log_dir, "qemu.log")?;
     let (program, data) = assets
@@ -268,16 +271,7 @@ fn start_qemu(
         ])
         .args(["-display", "none", "-accel", "tcg,thread=multi"])
         .args(["-cpu", "EPYC,+svm,+npt", "-smp", &cpus])
-        .args([
-            "-machine",
-            "q35,memory-backend=ram,hpet=off",
-            "-m",
-            &format!("{memory}M"),
-        ])
-        .args([
-            "-object",
-            &format!("memory-backend-memfd,id=ram,size={memory}M,share=on"),
-        ])
+        .args(memory(options))
         .arg("-kernel")
         .arg(&assets.vmlinux)
         .args(["-initrd", &format!("/proc/self/fd/{}", image.as_raw_fd())])
@@ -310,6 +304,29 @@ fn start_qemu(
         .stdout(Stdio::null())
         .stderr(log);
     Helper::spawn(command, vec![image, fs_socket, agent])
+}
+
+/// The arguments for the machine's board and memory.
+fn memory(options: &Options) -> Vec<String> {
+    let (all, board) = (options.memory_mib, "q35,hpet=off");
+    let words = if options.nodes < 2 {
+        format!(
+            "-machine {board},memory-backend=ram -m {all}M \
+             -object memory-backend-memfd,id=ram,size={all}M,share=on"
+        )
+    } else {
+        let (half, middle, last) = (all / 2, options.cpus.div_ceil(2), options.cpus);
+        format!(
+            "-machine {board} -m {}M \
+             -object memory-backend-memfd,id=ram0,size={half}M,share=on \
+             -object memory-backend-memfd,id=ram1,size={half}M,share=on \
+             -numa node,nodeid=0,memdev=ram0,cpus=0-{middle} \
+             -numa node,nodeid=1,memdev=ram1,cpus={}-{last}",
+            half * 2,
+            middle + 1
+        )
+    };
+    words.split_whitespace().map(str::to_owned).collect()
 }
 
 /// The command line of the machine's kernel. Mitigations only cost time under emulation.

@@ -260,17 +260,22 @@ mod tests {
     fn shared_descriptors_are_closed_for_all_once_the_parent_is_dead() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let (go, going) = rustix::pipe::pipe().unwrap();
+        let (seen, see) = rustix::pipe::pipe().unwrap();
         let child = fork_for_test(|| {
-            let parent = own_process().unwrap();
+            // Never closed: the other process has the same descriptors.
+            let parent = std::mem::ManuallyDrop::new(own_process().unwrap());
             let shared = fork_sharing_files(|files| {
                 files.close_all_but(&[]);
                 let _ = rustix::io::write(&writer, b"still open");
-                let _ = poll(&mut [PollFd::new(&parent, PollFlags::IN)], None);
+                let _ = rustix::io::write(&see, b"!");
+                let _ = poll(&mut [PollFd::new(&*parent, PollFlags::IN)], None);
                 files.close_all_but(&[go.as_fd()]);
                 // The test lets it go on.
                 let _ = rustix::io::read(&go, &mut [0; 1]);
                 0
             });
+            // It lives until then.
+            let _ = rustix::io::read(&seen, &mut [0; 1]);
             u8::from(shared.is_err())
         });
         drop(writer);

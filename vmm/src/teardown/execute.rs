@@ -1,14 +1,17 @@
 //! Frees the guest's memory with threads of this process.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ebb_core::range::GpaRange;
 use ebb_core::release::Release;
 
 use super::Plan;
-use super::queue::BatchQueue;
+use super::queue::{BatchQueue, bind_to_one_of};
+use super::reaper::Batch;
 use crate::memory::{GuestRam, MemoryError};
+use crate::sys::nodes::{self, Node, nodes_at};
 use crate::workers::share;
 
 /// What a teardown did.
@@ -54,7 +57,9 @@ pub fn execute(plan: &Plan, workers: usize, ram: &GuestRam, meanwhile: impl FnOn
     let start = Instant::now();
     let workers = workers.min(plan.max_workers());
     let free = |range| ram.release_range(range, Release::Discard);
-    let mut report = Freeing::new(plan.batches(), free).run(workers, meanwhile);
+    let mut freeing = Freeing::new(plan.batches(), free);
+    freeing.find_nodes(nodes::all(), ram);
+    let mut report = freeing.run(workers, meanwhile);
     report.duration = start.elapsed();
     report
 }
@@ -63,6 +68,10 @@ pub fn execute(plan: &Plan, workers: usize, ram: &GuestRam, meanwhile: impl FnOn
 struct Freeing<'a, F> {
     batches: &'a [GpaRange],
     queue: BatchQueue,
+    /// Those that workers are bound to.
+    nodes: &'a [Node],
+    /// Workers that have come for work.
+    workers: AtomicUsize,
     bytes: AtomicU64,
     failures: AtomicU64,
     free: F,
@@ -72,15 +81,34 @@ impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError> + Sync> Freeing<'a, F> {
     fn new(batches: &'a [GpaRange], free: F) -> Self {
         Self {
             batches,
-            queue: BatchQueue::default(),
+            queue: BatchQueue::new(batches.len(), 1),
+            nodes: &[],
+            workers: AtomicUsize::new(0),
             bytes: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             free,
         }
     }
 
+    /// Each worker will begin with the batches on its own one of `nodes`.
+    fn find_nodes(&mut self, nodes: &'a [Node], ram: &GuestRam) {
+        self.nodes = nodes;
+        self.queue = BatchQueue::new(self.batches.len(), nodes.len());
+        let batch = |index: usize| Batch::new(ram, *self.batches.get(index)?);
+        let place = |index| batch(index).as_ref().map_or((0, 0), Batch::place);
+        self.queue.locate(place, |pages| nodes_at(nodes, pages));
+    }
+
     fn run(&self, workers: usize, meanwhile: impl FnOnce()) -> Report {
-        let work = || self.queue.work(self.batches, || true, |it| self.free(*it));
+        let caller = thread::current().id();
+        let work = || {
+            let seat = self.workers.fetch_add(1, Ordering::Relaxed);
+            if thread::current().id() != caller {
+                bind_to_one_of(self.nodes, seat);
+            }
+            let free = |batch: &GpaRange| self.free(*batch);
+            self.queue.work(self.batches, seat, || true, free)
+        };
         let shared = share(workers, "free", meanwhile, work);
         // The batch of a worker that panicked is freed with the mapping.
         let failures = self.failures.load(Ordering::Relaxed) + shared.panicked as u64;
@@ -112,7 +140,6 @@ impl<'a, F: Fn(GpaRange) -> Result<u64, MemoryError> + Sync> Freeing<'a, F> {
 mod tests {
     use std::collections::BTreeSet;
     use std::sync::Mutex;
-    use std::thread;
 
     use super::*;
     use crate::memory::Backing;
@@ -139,7 +166,7 @@ mod tests {
             page_size: PageSize::Small,
             unit: region.file.unwrap_or(2 * MIB),
         });
-        plan(regions, Some(16 * MIB), |_| 0)
+        plan(regions, Some(16 * MIB))
     }
 
     #[test]
@@ -202,7 +229,7 @@ mod tests {
             Ok(range.len())
         });
         // The worker has its batch before the caller begins.
-        let taken = || while freeing.queue.taken() == 0 {};
+        let taken = || while freeing.queue.left() == 50 {};
         let report = freeing.run(2, taken);
         assert_eq!((report.failures, report.bytes), (1, 49 * MIB));
     }

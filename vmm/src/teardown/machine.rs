@@ -4,10 +4,9 @@ use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::available_parallelism;
 
-use ebb_core::range::{BLOCK_SIZE, GpaRange};
+use ebb_core::range::BLOCK_SIZE;
 
 use super::plan::{MAX_WORKERS, default_workers};
-use super::reaper::Batch;
 use super::{Job, PageSize, Plan, Reaper, Region, StatusPage, execute, plan};
 use crate::kvm::RunPages;
 use crate::memory::GuestRam;
@@ -58,7 +57,7 @@ impl Teardown {
         run_pages: Arc<RunPages>,
     ) -> Self {
         let cores = available_parallelism().map_or(1, std::num::NonZero::get);
-        status.set_workers(default_workers(cores, nodes::count()));
+        status.set_workers(default_workers(cores, nodes::all().len()));
         let teardown = Self {
             status,
             reaper,
@@ -124,10 +123,9 @@ impl Teardown {
     ///
     /// No thread may need the memory or KVM any more.
     pub fn free<T>(&self, others: T) {
-        let plan = self.final_plan();
+        let plan = self.plan(*self.batch());
         let workers = self.status.workers().min(plan.max_workers());
         if workers > 1 && self.reaper.is_some_and(Reaper::is_alive) {
-            self.set_job(&plan);
             mem::forget(others);
             return;
         }
@@ -154,22 +152,8 @@ impl Teardown {
         }
     }
 
-    /// A plan for any moment. It knows nothing of memory nodes.
     fn plan(&self, batch: Option<u64>) -> Plan {
-        plan(self.regions(), batch, |_| 0)
-    }
-
-    /// A plan for now, when the memory is where it will be freed.
-    fn final_plan(&self) -> Plan {
-        let batch = *self.batch();
-        if nodes::count() == 1 {
-            return self.plan(batch);
-        }
-        let node_of = |range: GpaRange| {
-            let batch = Batch::new(&self.ram, range);
-            batch.and_then(|batch| nodes::node_at(batch.address))
-        };
-        plan(self.regions(), batch, |range| node_of(range).unwrap_or(0))
+        plan(self.regions(), batch)
     }
 
     fn regions(&self) -> impl Iterator<Item = Region> {
@@ -184,6 +168,8 @@ impl Teardown {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+
+    use ebb_core::range::GpaRange;
 
     use super::*;
     use crate::memory::Backing;
@@ -229,7 +215,7 @@ mod tests {
         assert!(!teardown.has_reaper());
         let cores = available_parallelism().unwrap().get();
         let mut expected = TeardownTuning {
-            workers: default_workers(cores, nodes::count()),
+            workers: default_workers(cores, nodes::all().len()),
             batch: 256 * MIB,
         };
         assert_eq!(teardown.tuning(), expected);
@@ -248,7 +234,7 @@ mod tests {
         assert_eq!(teardown.tuning(), expected);
         teardown.tune(None, None).unwrap();
         assert_eq!(teardown.tuning(), expected);
-        assert_eq!(teardown.final_plan().batches().len(), 8);
+        assert_eq!(teardown.plan(*teardown.batch()).batches().len(), 8);
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! How the guest's memory is divided among workers. Pure.
 
-use std::collections::BTreeMap;
-
 use ebb_core::range::{BLOCK_SIZE, GpaRange};
 
 /// Maximum number of workers.
@@ -64,7 +62,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The batches, in the order in which they are taken.
+    /// The batches, in the order of their addresses.
     #[must_use]
     pub fn batches(&self) -> &[GpaRange] {
         &self.batches
@@ -85,19 +83,13 @@ impl Plan {
 }
 
 /// Divides `regions` into batches of `batch` bytes, rounded up to whole blocks of 2 MiB and to whole units; `None` is the
-/// default for the page size. Batches end at multiples of their size, so that no two workers meet in one page table. They
-/// are taken in turn from the memory nodes that `node_of` tells, so that workers that run at the same time use different
-/// locks of the page allocator.
+/// default for the page size. Batches end at multiples of their size, so that no two workers meet in one page table.
 #[must_use]
-pub fn plan(
-    regions: impl IntoIterator<Item = Region>,
-    batch: Option<u64>,
-    mut node_of: impl FnMut(GpaRange) -> u32,
-) -> Plan {
+pub fn plan(regions: impl IntoIterator<Item = Region>, batch: Option<u64>) -> Plan {
     let regions: Vec<_> = regions.into_iter().collect();
     let bytes: u64 = regions.iter().map(|region| region.range.len()).sum();
     let min_size = (bytes / MAX_BATCHES).max(BLOCK_SIZE);
-    let mut by_node: BTreeMap<u32, Vec<GpaRange>> = BTreeMap::new();
+    let mut batches = Vec::new();
     let mut full_batches = 0.0;
     for region in regions {
         let size = batch.unwrap_or(region.page_size.default_batch());
@@ -106,11 +98,8 @@ pub fn plan(
         #[allow(clippy::cast_precision_loss, reason = "compared with 1")]
         let in_region = region.range.len() as f64 / size as f64;
         full_batches += in_region;
-        for batch in cut(region.range, size) {
-            by_node.entry(node_of(batch)).or_default().push(batch);
-        }
+        batches.extend(cut(region.range, size));
     }
-    let batches = in_turn(by_node.into_values().collect());
     let max_workers = if full_batches <= 1.0 {
         1
     } else {
@@ -134,17 +123,6 @@ fn cut(range: GpaRange, size: u64) -> impl Iterator<Item = GpaRange> {
     })
 }
 
-/// The first batch of each queue, then the second of each, and so on.
-fn in_turn(queues: Vec<Vec<GpaRange>>) -> Vec<GpaRange> {
-    let longest = queues.iter().map(Vec::len).max().unwrap_or(0);
-    let turn = |index| {
-        queues
-            .iter()
-            .filter_map(move |queue| queue.get(index).copied())
-    };
-    (0..longest).flat_map(turn).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,7 +144,7 @@ mod tests {
     /// Batches of `batch` MiB.
     fn planned(regions: &[GpaRange], batch: u64) -> Plan {
         let regions = regions.iter().copied().map(region);
-        plan(regions, Some(batch * MIB), |_| 0)
+        plan(regions, Some(batch * MIB))
     }
 
     #[test]
@@ -206,7 +184,7 @@ mod tests {
                 page_size,
                 ..region(range)
             };
-            let plan = plan([region], None, |_| 0);
+            let plan = plan([region], None);
             assert_eq!(plan.batches().len(), batches, "{page_size:?} {gib} GiB");
         }
     }
@@ -222,18 +200,10 @@ mod tests {
             (65, &[32, 128, 256]),
             (512, &[32]),
         ] {
-            let plan = plan([region], Some(batch * MIB), |_| 0);
+            let plan = plan([region], Some(batch * MIB));
             let found: Vec<_> = plan.batches().iter().map(|it| it.start() / MIB).collect();
             assert_eq!(found, starts, "{batch}");
         }
-    }
-
-    #[test]
-    fn nodes_take_turns() {
-        let node = |range: GpaRange| u32::from(range.start() >= 6 * MIB);
-        let plan = plan([region(range(0, 10))], Some(2 * MIB), node);
-        let starts: Vec<_> = plan.batches().iter().map(|it| it.start() / MIB).collect();
-        assert_eq!(starts, [0, 6, 2, 8, 4]);
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub(super) fn free(ram: &GuestRam, workers: usize) {
         page_size: PageSize::Small,
         unit: region.file.unwrap_or(BLOCK_SIZE),
     });
-    execute(&plan(regions, None, |_| 0), workers, ram, || {});
+    execute(&plan(regions, None), workers, ram, || {});
 }
 
 /// Touched memory in pages of 4 KiB, or transparent huge pages.

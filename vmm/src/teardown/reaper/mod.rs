@@ -24,10 +24,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::Plan;
+use super::queue::BatchQueue;
 use crate::kvm::RunPages;
 use crate::memory::GuestRam;
-use crate::sys;
 use crate::sys::process::{TaskKind, clone_task};
+use crate::sys::{self, nodes};
 use process::{Stacks, State, reaper_main};
 
 pub use status::StatusPage;
@@ -36,6 +37,8 @@ pub use status::StatusPage;
 #[derive(Debug)]
 pub struct Job {
     batches: Vec<Batch>,
+    /// Hands them out.
+    queue: BatchQueue,
     /// More threads than this have nothing to do.
     max_workers: usize,
     /// Unmapped before anything is freed.
@@ -67,6 +70,11 @@ impl Batch {
             shared: region.file.is_some(),
         })
     }
+
+    /// Its address and length.
+    pub const fn place(&self) -> (usize, usize) {
+        (self.address, self.len)
+    }
 }
 
 impl Job {
@@ -74,8 +82,10 @@ impl Job {
     #[must_use]
     pub fn new(plan: &Plan, ram: Arc<GuestRam>, run_pages: Arc<RunPages>) -> Self {
         let batches = plan.batches().iter();
+        let batches: Vec<_> = batches.filter_map(|it| Batch::new(&ram, *it)).collect();
         Self {
-            batches: batches.filter_map(|it| Batch::new(&ram, *it)).collect(),
+            queue: BatchQueue::new(batches.len(), nodes::all().len()),
+            batches,
             max_workers: plan.max_workers(),
             run_pages,
             _ram: Some(ram),

@@ -16,10 +16,11 @@ use rustix::thread::futex;
 
 use super::{Batch, Job, StatusPage};
 use crate::sys::mapping::drop_advice;
+use crate::sys::nodes::{self, Node, nodes_at};
 use crate::sys::process::{TaskKind, clone_task, exit_now};
 use crate::sys::{Mapping, MappingKind};
 use crate::teardown::MAX_WORKERS;
-use crate::teardown::queue::BatchQueue;
+use crate::teardown::queue::bind_to_one_of;
 use crate::workers;
 
 const REAPER_NAME: &CStr = c"ebb-reaper";
@@ -33,7 +34,10 @@ pub(super) struct State {
     pub monitor: OwnedFd,
     /// Null, or a box that the monitor owns while it lives.
     pub job: AtomicPtr<Job>,
-    queue: BatchQueue,
+    /// Those that workers are bound to.
+    nodes: &'static [Node],
+    /// Workers that have begun, the reaper among them.
+    begun: AtomicUsize,
     /// Worker threads that were started; each has a stack of its own.
     started: AtomicUsize,
     /// Worker threads that have not finished.
@@ -93,11 +97,10 @@ extern "C" fn worker_main(state: *mut c_void) -> c_int {
     let state = unsafe { &*state.cast_const().cast::<State>() };
     let _ = rustix::thread::set_name(WORKER_NAME);
     workers::lower_priority();
-    if let Some(job) = state.job() {
-        let stay = || !state.retire(job);
-        if state.queue.work(&job.batches, stay, |it| state.free(it)) {
-            state.busy.fetch_sub(1, Ordering::AcqRel);
-        }
+    if let Some(job) = state.job()
+        && state.work(job, || !state.retire(job))
+    {
+        state.busy.fetch_sub(1, Ordering::AcqRel);
     }
     if state.busy.load(Ordering::Acquire) == 0 {
         let _ = futex::wake(&state.busy, futex::Flags::PRIVATE, 1);
@@ -111,7 +114,8 @@ impl State {
             status,
             monitor,
             job: AtomicPtr::default(),
-            queue: BatchQueue::default(),
+            nodes: nodes::all(),
+            begun: AtomicUsize::new(0),
             started: AtomicUsize::new(0),
             busy: AtomicU32::new(0),
             stacks,
@@ -141,15 +145,23 @@ impl State {
         // Otherwise the machine would stay in KVM, and each batch would first be taken out of its page tables.
         // SAFETY: the monitor, which registered the pages, is dead.
         unsafe { job.run_pages.unmap_all() };
+        let place = |index| job.batches.get(index).map_or((0, 0), Batch::place);
+        job.queue.locate(place, |pages| nodes_at(self.nodes, pages));
         // Before each batch, because more workers may be wanted by then.
-        let stay = || {
+        self.work(job, || {
             self.start_workers(job);
             true
-        };
-        self.queue
-            .work(&job.batches, stay, |batch| self.free(batch));
+        });
         self.wait_for_workers();
         self.status.set_end();
+    }
+
+    /// The work of the calling thread, see `BatchQueue::work`.
+    fn work(&self, job: &Job, may_continue: impl Fn() -> bool) -> bool {
+        let worker = self.begun.fetch_add(1, Ordering::Relaxed);
+        bind_to_one_of(self.nodes, worker);
+        let free = |batch: &Batch| self.free(batch);
+        job.queue.work(&job.batches, worker, may_continue, free)
     }
 
     fn job(&self) -> Option<&Job> {
@@ -165,9 +177,8 @@ impl State {
     /// Starts the worker threads that are missing, as long as there is a batch for each of them and one for the caller.
     fn start_workers(&self, job: &Job) {
         let wanted = self.wanted_threads(job);
-        let left = job.batches.len().saturating_sub(self.queue.taken());
         let mut busy = self.busy.load(Ordering::Acquire) as usize;
-        for _ in 1..left {
+        for _ in 1..job.queue.left() {
             if busy >= wanted || !self.start_worker() {
                 break;
             }
@@ -228,11 +239,13 @@ mod tests {
     use std::sync::Arc;
 
     use rustix::process::{WaitOptions, getpriority_process, waitpid};
+    use rustix::thread::{CpuSet, sched_getaffinity};
 
     use super::*;
     use crate::kvm::RunPages;
     use crate::sys;
     use crate::sys::process::fork_for_test;
+    use crate::teardown::queue::BatchQueue;
 
     fn state(busy: u32) -> State {
         let status = Box::leak(Box::<StatusPage>::default());
@@ -244,6 +257,7 @@ mod tests {
     fn job(max_workers: usize) -> Job {
         Job {
             batches: Vec::new(),
+            queue: BatchQueue::new(0, 1),
             max_workers,
             run_pages: Arc::new(RunPages::new(0, 4096)),
             _ram: None,
@@ -285,6 +299,33 @@ mod tests {
                 .all(|two| two[1] - two[0] == Stacks::OF_WORKER)
         );
         assert_eq!(ends.last(), Some(&((1 << 20) + Stacks::LEN)));
+    }
+
+    #[test]
+    fn each_worker_is_bound_to_the_next_node() {
+        let child = fork_for_test(|| {
+            let (mut state, mut job) = (state(9), job(9));
+            let allowed = sched_getaffinity(None).unwrap();
+            let allowed = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu));
+            let node = |cpu| {
+                let mut cpus = CpuSet::new();
+                cpus.set(cpu);
+                Node::made_up(cpus)
+            };
+            let nodes: Vec<_> = allowed.map(node).collect();
+            state.nodes = Box::leak(nodes.into_boxed_slice());
+            state.job = AtomicPtr::new(&raw mut job);
+            let bound = || {
+                worker_main((&raw mut state).cast());
+                sched_getaffinity(None).unwrap()
+            };
+            let seen: Vec<_> = std::iter::repeat_with(bound).take(5).collect();
+            // All on the first one where there is but one.
+            let expected = state.nodes.iter().cycle().map(Node::cpus);
+            u8::from(!seen.iter().zip(expected).all(|(seen, node)| seen == node))
+        });
+        let (_, status) = waitpid(Some(child), WaitOptions::empty()).unwrap().unwrap();
+        assert_eq!(status.exit_status(), Some(0));
     }
 
     #[test]

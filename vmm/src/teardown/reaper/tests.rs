@@ -45,6 +45,7 @@ fn touched(shared: bool) -> Mapping {
 
 fn job(batches: Vec<Batch>, run_pages: Arc<RunPages>) -> Job {
     Job {
+        queue: BatchQueue::new(batches.len(), 1),
         batches,
         max_workers: MAX_WORKERS,
         run_pages,
@@ -114,7 +115,7 @@ fn the_batches_of_a_plan_are_freed() {
             unit: 2 << 20,
         });
         // Of four batches.
-        let plan = plan(regions, Some(16 << 20), |_| 0);
+        let plan = plan(regions, Some(16 << 20));
         status.set_workers(9);
         reaper.set_job(Job::new(&plan, ram, no_pages()));
     });
@@ -176,10 +177,10 @@ fn descriptors_are_left_to_those_who_share_them() {
     let status = StatusPage::new().unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     let child = fork_for_test(|| {
-        let reaper = Reaper::new(status).unwrap();
+        let reaper: &'static Reaper = Box::leak(Box::new(Reaper::new(status).unwrap()));
         reaper.set_job(job_of(false));
         let shared = fork_sharing_files(|_| {
-            let _ = poll(&mut [PollFd::new(&reaper, PollFlags::IN)], None);
+            let _ = poll(&mut [PollFd::new(reaper, PollFlags::IN)], None);
             u8::from(rustix::io::write(&writer, b"x").is_err())
         });
         u8::from(shared.is_err())
