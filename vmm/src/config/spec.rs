@@ -199,16 +199,16 @@ pub struct LazyConfig {
     #[arg(long, value_enum, default_value = "pressure")]
     pub mode: LazyMode,
     /// With mode=age: seconds after which it is taken
-    #[arg(long = "age", value_parser = number::<u32>(0..=1 << 20), default_value = "60")]
+    #[arg(long = "age", value_parser = number::<u32>(1..=1 << 20), default_value = "60")]
     pub age_s: u32,
     /// Microseconds for which the vCPUs are kept out of the guest at a time; to come out they have as long before that
-    #[arg(long = "pause", value_parser = number::<u32>(0..=1_000_000), default_value = "100")]
+    #[arg(long = "pause", value_parser = number::<u32>(1..=1_000_000), default_value = "100")]
     pub pause_us: u32,
     /// Number of ranges that are taken in one such pause
-    #[arg(long, value_parser = number::<u32>(0..=1 << 16), default_value = "512")]
+    #[arg(long, value_parser = number::<u32>(1..=1 << 16), default_value = "512")]
     pub slice: u32,
     /// Percentage of their time that vCPUs may lose; a pause counts twice, because caches are cold after it
-    #[arg(long, value_parser = number::<u32>(0..=50), default_value = "1")]
+    #[arg(long, value_parser = number::<u32>(1..=50), default_value = "1")]
     pub share: u32,
     /// For those who write guest allocators: discard at once, and report accesses to freed memory; allows no other key
     #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
@@ -241,15 +241,6 @@ impl Keys for LazyConfig {
         } else if is_given("age") && !is_given("mode") {
             self.mode = LazyMode::Age;
         }
-        let numbers = [
-            &mut self.age_s,
-            &mut self.pause_us,
-            &mut self.slice,
-            &mut self.share,
-        ];
-        numbers
-            .into_iter()
-            .for_each(|number| *number = (*number).max(1));
         Ok(self)
     }
 }
@@ -406,7 +397,7 @@ mod tests {
                 },
             ),
             (
-                "age=0,pause=0,slice=0,share=0,mode=eager",
+                "age=1,pause=1,slice=1,share=1,mode=eager",
                 LazyConfig {
                     mode: LazyMode::Eager,
                     age_s: 1,
@@ -493,6 +484,10 @@ mod tests {
                 "mode=later",
                 "mode=later: write pressure, eager, age or off",
             ),
+            ("age=0", "age=0: choose 1 to 1048576"),
+            ("pause=0", "pause=0: choose 1 to 1000000"),
+            ("slice=0", "slice=0: choose 1 to 65536"),
+            ("share=0,mode=eager", "share=0: choose 1 to 50"),
             ("share=99", "at most 50"),
             (
                 "strict=on,mode=eager",
