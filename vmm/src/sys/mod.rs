@@ -7,6 +7,7 @@ pub mod nodes;
 pub mod pressure;
 pub mod process;
 mod signals;
+pub mod slots;
 mod usage;
 mod userfault;
 
@@ -15,5 +16,6 @@ pub use kept::KeptFile;
 pub use mapping::{Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::TerminationSignals;
+pub use slots::SlotFile;
 pub use usage::{own_process, resident_bytes, thread_name};
 pub use userfault::{Fault, Userfault};
