@@ -1,6 +1,7 @@
 //! A host that is short of memory takes what the guest has handed over, and nothing else.
 
 use std::fs;
+use std::path::Path;
 
 use ebb_harness::Launch;
 use ebb_harness::cgroup::Cgroup;
@@ -92,6 +93,42 @@ fn a_cgroup_near_its_limit_takes_lazy_memory_before_anything_stalls() -> Result<
     );
 
     above.set("memory.high", 4096 * MIB)?;
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
+/// Another process in the monitor's cgroup takes memory up to the limit for a moment, far shorter than the time between
+/// two samples. The kernel says so, and the monitor hears it.
+#[test]
+fn a_spike_to_the_limit_is_heard_whenever_samples_are_taken() -> Result<()> {
+    let cgroup = Cgroup::new("spike")?;
+    let launch = Launch::new()?
+        .within(&cgroup)
+        .memory("size=512M")
+        .option("--balloon", "size=0");
+    let mut monitor = launch.start()?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    api.set_balloon(160 * MIB)?;
+    let before = until("the guest hands its memory over", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state["lazy_bytes"] == 160 * MIB))
+    })?;
+    assert_eq!(before["limit_events_total"], 0, "{before:?}");
+    cgroup.set("memory.high", cgroup.number("memory.current")? + 16 * MIB)?;
+    let mut spike = cgroup.command(Path::new("dd"));
+    let spike = spike.args(["if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"]);
+    assert!(spike.status().context("dd")?.success());
+    let after = until("the monitor hears of it", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state["limit_events_total"] > 0))
+    })?;
+    println!("{after:?} {}", cgroup.text("memory.pressure")?);
+    until("the host takes lazy memory", LONG, || {
+        Ok((api.lazy()?["reclaimed_bytes_total"] >= 16 * MIB).then_some(()))
+    })?;
+    cgroup.set("memory.high", 4096 * MIB)?;
     guest.ask("exit")?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
     Ok(())

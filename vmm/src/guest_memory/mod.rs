@@ -10,7 +10,6 @@ mod ops;
 mod tests;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use ebb_core::generation::{Gate, VmGeneration};
 use ebb_core::lazy::{LazyMemory, Surveyed};
@@ -22,14 +21,11 @@ use crate::arena::{Arena, Arenas, BadArena};
 use crate::kvm::KickTable;
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::reclaim::{
-    self, Mode, PressureSource, ReclaimThread, ReclaimTuning, Reclaimer, ReportedMemory,
+    self, Mode, Peers, PressureSource, ReclaimThread, ReclaimTuning, Reclaimer, ReportedMemory,
 };
 use crate::strict::{self, Strict, StrictThread};
 
 pub use ops::{LazyOps, RangeSink, States, Survey};
-
-/// Time between two reclaims in [`Mode::Eager`].
-const EAGER_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The memory of a machine cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -180,8 +176,8 @@ impl GuestMemory {
     pub fn start_reclaim(&self) -> Result<Option<ReclaimThread>, reclaim::StartError> {
         let source = match self.reclaimer.tuning().mode {
             Mode::Off => return Ok(None),
-            Mode::Eager => PressureSource::every(EAGER_INTERVAL),
-            Mode::Pressure | Mode::Age(_) => PressureSource::open(),
+            Mode::Eager => PressureSource::watermark_only(),
+            Mode::Pressure | Mode::Age(_) => PressureSource::open().with_peers(Peers::join()),
         };
         ReclaimThread::start(Arc::clone(&self.reclaimer), source).map(Some)
     }

@@ -228,10 +228,10 @@ fn the_reclaim_thread_runs_unless_the_mode_is_off() {
     let eager = with(Mode::Eager);
     LazyOps::lazy_free(&eager, &[range(0, 2)]);
     let thread = eager.start_reclaim().unwrap();
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while eager.lazy().snapshot().discarded_bytes < 2 * MIB {
         assert!(std::time::Instant::now() < deadline, "nothing is taken");
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(std::time::Duration::from_millis(10));
     }
     drop(thread);
     assert!(with(Mode::Pressure).start_strict().unwrap().is_none());

@@ -250,8 +250,6 @@ mod tests {
         fn lazy_now(&self, stalled: bool) -> u64 {
             let sample = Sample {
                 stalled,
-                available: 9 << 30,
-                total: 16 << 30,
                 ..Sample::default()
             };
             self.reclaimer.sampled(sample).lazy

@@ -1,8 +1,8 @@
 //! Reclaim: when the host needs memory, lazily freed ranges are invalidated and discarded.
 //!
-//! `thread` loops: `sample` watches the host, `policy` decides, and `reclaimer` carries out each decision as one `job`, in
-//! passes over `blocks`, `granules` and slices. Jobs take `turns`, the most urgent first. This is the shrinker of
-//! "`MADV_LAZYFREE`" (Rik van Riel), moved into the monitor.
+//! `thread` loops: `sample` watches the host, `peers` says what other monitors have, `policy` decides, and `reclaimer`
+//! carries out each decision as one `job`, in passes over `blocks`, `granules` and slices. Jobs take `turns`, the most
+//! urgent first. This is the shrinker of "`MADV_LAZYFREE`" (Rik van Riel), moved into the monitor.
 
 mod backoff;
 mod blocks;
@@ -10,6 +10,7 @@ mod granules;
 mod job;
 mod outcome;
 mod pace;
+pub mod peers;
 pub mod policy;
 pub mod reclaimer;
 pub mod reported;
@@ -21,7 +22,10 @@ pub mod thread;
 mod turns;
 
 pub use outcome::{Order, Outcome};
-pub use policy::{Ages, Decision, Mode, PolicyState, Reach, ReclaimTuning, Room, Sample, decide};
+pub use peers::Peers;
+pub use policy::{
+    Ages, Decision, Limit, Mode, Others, PolicyState, Reach, ReclaimTuning, Room, Sample, decide,
+};
 pub use reclaimer::{EntryHook, Reclaimer};
 pub use reported::{ReportedMemory, ReportedStats};
 pub use sample::PressureSource;

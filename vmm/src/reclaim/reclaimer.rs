@@ -249,6 +249,11 @@ impl Reclaimer {
         self.counters.pressure_events_total.increment();
     }
 
+    /// Counts how often the kernel has said that a limit was reached.
+    pub(super) fn count_limit_events(&self, events: u64) {
+        self.counters.limit_events_total.add(events);
+    }
+
     /// The counters. Each is exact; they are not read at the same moment.
     #[must_use]
     pub fn snapshot(&self) -> ReclaimStats {

@@ -32,7 +32,9 @@ ebb_core::metrics! {
         chunks: Histogram of Microseconds,
         /// Times that a reclaim let a more urgent one go first.
         interruptions_total: Counter,
-        /// Reclaims started by memory pressure on the host.
+        /// Reclaims started by memory pressure on the host or in a cgroup.
         pressure_events_total: Counter,
+        /// Waits ended by the kernel saying that a memory limit of the monitor's cgroup, or of one above it, was reached.
+        limit_events_total: Counter,
     }
 }

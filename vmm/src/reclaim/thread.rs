@@ -4,10 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::policy::ALERT;
 use super::{Ages, Decision, Mode, Order, PolicyState, PressureSource, Reclaimer, Sample, decide};
 
 /// The reclaim thread cannot be started.
@@ -73,15 +74,17 @@ impl Drop for ReclaimThread {
 }
 
 fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
-    let (mut state, mut ages, start) = (PolicyState::default(), Ages::default(), Instant::now());
+    let (mut answers, mut ages, start) = (Answers::default(), Ages::default(), Instant::now());
     loop {
-        match source.wait(stop.as_fd()) {
+        match source.wait(stop.as_fd(), answers.pause) {
             Ok(Some(sample)) => {
+                reclaimer.count_limit_events(source.take_limit_events());
                 let mut sample = reclaimer.sampled(sample);
                 if let Mode::Age(age) = reclaimer.tuning().mode {
                     sample.aged = ages.aged(start.elapsed(), sample.generation, age);
                 }
-                state = respond(reclaimer, sample, state);
+                sample.given = answers.given;
+                answers.respond(reclaimer, source.shared(sample));
             }
             Ok(None) => return,
             Err(error) => {
@@ -92,56 +95,69 @@ fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
     }
 }
 
-/// Answers one sample.
-fn respond(reclaimer: &Reclaimer, sample: Sample, state: PolicyState) -> PolicyState {
-    let mode = reclaimer.tuning().mode;
-    let (decision, next) = decide(mode, sample, state);
-    if next.is_pressed() {
-        reclaimer.count_pressure_event();
-    }
-    let Decision {
-        bytes,
-        invalidate,
-        reach,
-        newest,
-    } = decision;
-    let order = |bytes| Order {
-        bytes,
-        reach,
-        newest,
-        urgent: false,
-    };
-    if bytes > 0 {
-        let outcome = reclaimer.discard(order(bytes));
-        // Without this, modes that try each time would log a message each second.
-        if outcome.bytes > 0 {
-            tracing::info!(
-                bytes = outcome.bytes,
-                wanted = bytes,
-                failures = outcome.failures,
-                micros = u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
-                "reclaimed"
-            );
+/// What one answer leaves to the next.
+#[derive(Clone, Copy, Debug, Default)]
+struct Answers {
+    state: PolicyState,
+    /// Bytes given back in all answers.
+    given: u64,
+    /// Time to the next sample.
+    pause: Duration,
+}
+
+impl Answers {
+    /// Answers one sample.
+    fn respond(&mut self, reclaimer: &Reclaimer, sample: Sample) {
+        let mode = reclaimer.tuning().mode;
+        let (decision, next) = decide(mode, sample, self.state);
+        (self.state, self.pause) = (next, decision.pause);
+        if let Some(order) = order(&decision, decision.bytes) {
+            if decision.pressed {
+                reclaimer.count_pressure_event();
+            }
+            let outcome = reclaimer.discard(order);
+            self.given = self.given.saturating_add(outcome.bytes);
+            if outcome.bytes < order.bytes {
+                // To ask again at once would only keep a core busy.
+                self.pause = self.pause.max(ALERT);
+            }
+            // Without this, modes that try each time would log a message each second.
+            if outcome.bytes > 0 {
+                tracing::info!(
+                    bytes = outcome.bytes,
+                    wanted = order.bytes,
+                    failures = outcome.failures,
+                    micros = u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
+                    "reclaimed"
+                );
+            }
+        }
+        if let Some(order) = order(&decision, decision.invalidate) {
+            let outcome = reclaimer.invalidate(order);
+            tracing::debug!(bytes = outcome.bytes, wanted = order.bytes, "invalidated");
         }
     }
-    if invalidate > 0 {
-        let outcome = reclaimer.invalidate(order(invalidate));
-        tracing::debug!(bytes = outcome.bytes, wanted = invalidate, "invalidated");
-    }
-    next
+}
+
+/// The order for `bytes` bytes of a decision; `None` for none. Nobody waits for it: the vCPUs keep their share of time.
+fn order(decision: &Decision, bytes: u64) -> Option<Order> {
+    (bytes > 0).then_some(Order {
+        bytes,
+        reach: decision.reach,
+        newest: decision.newest,
+        urgent: false,
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use ebb_core::generation::{Gate, VmGeneration};
     use ebb_core::lazy::LazyMemory;
     use ebb_core::range::GpaRange;
 
     use super::*;
     use crate::memory::{Backing, GuestRam};
-    use crate::reclaim::ReclaimTuning;
+    use crate::reclaim::{Limit, ReclaimTuning, Room};
 
     fn setup() -> (Arc<LazyMemory>, Arc<Reclaimer>) {
         let all = GpaRange::new(0, 256 << 20).unwrap();
@@ -167,21 +183,59 @@ mod tests {
     #[test]
     fn pressure_is_answered_and_calm_is_not() {
         let (lazy, reclaimer) = setup();
-        let calm = Sample {
-            available: 9 << 30,
-            total: 16 << 30,
-            ..Sample::default()
-        };
-        let state = respond(&reclaimer, reclaimer.sampled(calm), PolicyState::default());
+        let mut answers = Answers::default();
+        let calm = Sample::default();
+        answers.respond(&reclaimer, reclaimer.sampled(calm));
         assert_eq!(lazy.snapshot().discarded_bytes, 0);
+        assert_eq!(answers.pause, Duration::from_secs(1));
         let stalled = Sample {
             stalled: true,
             ..calm
         };
-        respond(&reclaimer, reclaimer.sampled(stalled), state);
+        answers.respond(&reclaimer, reclaimer.sampled(stalled));
         let stats = lazy.snapshot();
         assert_eq!(stats.discarded_bytes, 64 << 20);
         assert_eq!(stats.unmapped_bytes, 64 << 20, "ahead of the next one");
         assert_eq!(reclaimer.snapshot().pressure_events_total, 1);
+        assert_eq!(answers.given, 64 << 20);
+        assert_eq!(answers.pause, Duration::from_millis(100));
+    }
+
+    #[test]
+    fn a_need_that_cannot_be_met_is_not_tried_again_at_once() {
+        let (_, reclaimer) = setup();
+        let mut answers = Answers::default();
+        let room = Room {
+            total: 1 << 40,
+            available: 0,
+        };
+        let host = Limit {
+            room,
+            ..Limit::default()
+        };
+        let sample = Sample {
+            host,
+            lazy: 9 << 30,
+            ..Sample::default()
+        };
+        answers.respond(&reclaimer, sample);
+        assert_eq!((answers.given, answers.pause), (256 << 20, ALERT));
+    }
+
+    #[test]
+    fn nobody_waits_for_what_the_thread_takes() {
+        let sample = Sample {
+            lazy: 5,
+            ..Sample::default()
+        };
+        let decision = decide(Mode::Eager, sample, PolicyState::default()).0;
+        let expected = Order {
+            bytes: 5,
+            reach: decision.reach,
+            newest: u64::MAX,
+            urgent: false,
+        };
+        assert_eq!(order(&decision, 5), Some(expected));
+        assert_eq!(order(&decision, 0), None);
     }
 }

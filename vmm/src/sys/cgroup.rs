@@ -1,115 +1,249 @@
-//! The memory limits of this process's cgroup, version 2 (Documentation/admin-guide/cgroup-v2.rst).
+//! The memory limits of this process's cgroup. Version 2: Documentation/admin-guide/cgroup-v2.rst; version 1, without
+//! events: Documentation/admin-guide/cgroup-v1/memory.rst.
 
 use std::fs;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::KeptFile;
 
-/// The cgroup of this process and its ancestors, as far as they control memory. If the process is moved later, this stays
-/// the old cgroup.
+/// The file that says in which cgroups this process is.
+const MEMBERSHIP: &str = "/proc/self/cgroup";
+
+/// The cgroup of this process and its ancestors, as far as they control memory.
 #[derive(Debug)]
 pub struct Cgroup {
-    /// Folder of the process's own cgroup.
-    folder: PathBuf,
-    /// Files of the own cgroup, then of its ancestors; not empty.
-    files: Vec<Files>,
+    membership: KeptFile,
+    /// What that file said.
+    member_of: String,
+    pressure: Option<PathBuf>,
+    /// The own cgroup, then its ancestors.
+    levels: Vec<Level>,
 }
 
-/// The files of one cgroup.
+/// One cgroup that controls memory.
 #[derive(Debug)]
-struct Files {
-    high: KeptFile,
-    max: KeptFile,
+pub struct Level {
+    id: u64,
+    /// Files with limits.
+    limits: Vec<KeptFile>,
     current: KeptFile,
     stat: KeptFile,
+    /// The line of `stat` with cached files that were not needed for long.
+    inactive: &'static str,
+    events: Option<KeptFile>,
+    /// How often a limit was reached, as `events` said last.
+    reached: u64,
 }
 
 /// A memory limit, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryLimit {
-    /// The lower one of `memory.high` and `memory.max`.
+    /// The lower one of `memory.high` and `memory.max`, or `memory.limit_in_bytes` (version 1).
     pub limit: u64,
     /// The part of it that is not in use, or in use for cached files that were not needed for long (`inactive_file`).
     pub available: u64,
 }
 
 impl Cgroup {
-    /// The cgroup of this process. `None` if no cgroup of version 2 controls its memory.
+    /// The cgroup in which this process is now.
     #[must_use]
-    pub fn own() -> Option<Self> {
-        let cgroup = fs::read_to_string("/proc/self/cgroup").ok()?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-        let (point, path) = own_folder(&cgroup, &mounts)?;
-        Self::at(&point, &path)
-    }
-
-    /// The cgroup `path` below the mount point `point`.
-    fn at(point: &Path, path: &Path) -> Option<Self> {
-        let own = point.join(path);
-        let controlled = |folder: &&Path| folder.join("memory.current").exists();
-        // The root cgroup has no such file; nor has the root of a cgroup namespace.
-        let folders = own
-            .ancestors()
-            .take_while(|folder| folder.starts_with(point));
-        let files: Vec<_> = folders.take_while(controlled).map(Files::open).collect();
-        (!files.is_empty()).then_some(Self { folder: own, files })
-    }
-
-    /// The pressure file of the own cgroup.
-    #[must_use]
-    pub fn pressure_file(&self) -> PathBuf {
-        self.folder.join("memory.pressure")
-    }
-
-    /// The present limits, those of the own cgroup first.
-    pub fn limits(&self) -> impl Iterator<Item = MemoryLimit> {
-        self.files.iter().filter_map(Files::limit)
-    }
-}
-
-impl Files {
-    fn open(folder: &Path) -> Self {
-        let open = |name| KeptFile::open(&folder.join(name));
+    pub fn own() -> Self {
+        let membership = KeptFile::open(Path::new(MEMBERSHIP));
+        let member_of = membership.read(|text| Some(text.to_owned()));
+        let member_of = member_of.unwrap_or_default();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let unified = own_folder(&member_of, &mounts, Version::Two);
+        let pressure = unified.as_ref().map(|(point, path)| point.join(path));
+        // The root's pressure is that of the host.
+        let pressure = pressure.filter(|folder| folder.join("cgroup.type").exists());
+        let levels = |folder: Option<(PathBuf, PathBuf)>, version| {
+            let (point, path) = folder.unwrap_or_default();
+            levels(&point, &path, version)
+        };
+        let mut found = levels(unified, Version::Two);
+        if found.is_empty() {
+            let folder = own_folder(&member_of, &mounts, Version::One);
+            found = levels(folder, Version::One);
+        }
         Self {
-            high: open("memory.high"),
-            max: open("memory.max"),
-            current: open("memory.current"),
-            stat: open("memory.stat"),
+            membership,
+            member_of,
+            pressure: pressure.map(|folder| folder.join("memory.pressure")),
+            levels: found,
         }
     }
 
-    fn limit(&self) -> Option<MemoryLimit> {
-        // "max" is not a number and means no limit.
+    /// The cgroup of version 2 with the files in `folder`, in which this process is not.
+    #[cfg(test)]
+    pub(crate) fn at(folder: &Path) -> Self {
+        Self {
+            member_of: "0::/elsewhere\n".into(),
+            levels: levels(folder, Path::new(""), Version::Two),
+            ..Self::own()
+        }
+    }
+
+    /// Returns false if the process has been moved since [`Cgroup::own`]. A cgroup is not removed before that.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        let same = self.membership.read(|now| Some(now == self.member_of));
+        same.unwrap_or(true)
+    }
+
+    /// The pressure file of the own cgroup (version 2).
+    #[must_use]
+    pub fn pressure_file(&self) -> Option<&Path> {
+        self.pressure.as_deref()
+    }
+
+    /// The own cgroup, then its ancestors.
+    #[must_use]
+    pub fn levels(&self) -> &[Level] {
+        &self.levels
+    }
+
+    /// Looks where a limit was reached since it was last asked, and returns in how many cgroups. What cannot be read any
+    /// more, because the cgroup is gone, is not watched any more: such a file polls for ever.
+    pub fn take_events(&mut self) -> u64 {
+        let levels = self.levels.iter_mut();
+        levels.map(|level| u64::from(level.take_event())).sum()
+    }
+}
+
+impl Level {
+    fn open(folder: &Path, version: Version) -> Option<Self> {
+        let open = |name| KeptFile::open(&folder.join(name));
+        let id = fs::metadata(folder).ok()?.ino();
+        let mut level = match version {
+            Version::Two => Self {
+                id,
+                limits: ["memory.high", "memory.max"].map(open).into(),
+                current: open("memory.current"),
+                stat: open("memory.stat"),
+                inactive: "inactive_file ",
+                // Not `memory.events`, which also counts the limits of cgroups below.
+                events: Some(open("memory.events.local")),
+                reached: 0,
+            },
+            Version::One => Self {
+                id,
+                limits: vec![open("memory.limit_in_bytes")],
+                current: open("memory.usage_in_bytes"),
+                stat: open("memory.stat"),
+                inactive: "total_inactive_file ",
+                events: None,
+                reached: 0,
+            },
+        };
+        level.take_event();
+        Some(level)
+    }
+
+    /// A number that the cgroup has as long as it exists: that of its folder's inode.
+    #[must_use]
+    pub const fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Its present limit; `None` if it has none.
+    #[must_use]
+    pub fn limit(&self) -> Option<MemoryLimit> {
         let number = |file: &KeptFile| file.read(|text| text.trim().parse::<u64>().ok());
-        let limits = number(&self.high).into_iter().chain(number(&self.max));
-        let limit = limits.min()?;
-        let inactive = self.stat.read(|stat| Some(inactive_file(stat)))?;
+        let limits = self.limits.iter().filter_map(number);
+        // No limit is "max", which is no number, or a number beyond all memory (version 1).
+        let limit = limits.filter(|limit| *limit < 1 << 60).min()?;
+        let inactive = self.stat.read(|stat| Some(self.inactive_file(stat)))?;
         let used = number(&self.current)?.saturating_sub(inactive);
         Some(MemoryLimit {
             limit,
             available: limit.saturating_sub(used),
         })
     }
+
+    /// The descriptor that polls `POLLPRI` when a limit of this cgroup is reached.
+    #[must_use]
+    pub fn events(&self) -> Option<BorrowedFd<'_>> {
+        self.events.as_ref()?.descriptor()
+    }
+
+    fn take_event(&mut self) -> bool {
+        let Some(events) = &self.events else {
+            return false;
+        };
+        let Some(reached) = events.read(|text| Some(reached(text))) else {
+            self.events = None;
+            return false;
+        };
+        std::mem::replace(&mut self.reached, reached) != reached
+    }
+
+    fn inactive_file(&self, stat: &str) -> u64 {
+        field(stat, self.inactive).unwrap_or(0)
+    }
 }
 
-fn inactive_file(stat: &str) -> u64 {
-    let line = stat
-        .lines()
-        .find_map(|line| line.strip_prefix("inactive_file "));
-    line.and_then(|bytes| bytes.trim().parse().ok())
-        .unwrap_or(0)
+/// How often a limit was reached, from the text of `memory.events.local`.
+fn reached(events: &str) -> u64 {
+    let counts = ["high ", "max "].map(|name| field(events, name).unwrap_or(0));
+    counts[0].wrapping_add(counts[1])
 }
 
-/// Returns the mount point of cgroups of version 2, from `mounts` (/proc/self/mountinfo), and below it the path of the
-/// cgroup that `cgroup` (/proc/self/cgroup) names.
-fn own_folder(cgroup: &str, mounts: &str) -> Option<(PathBuf, PathBuf)> {
-    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"))?;
+/// The number after `name` in a text of such lines.
+fn field(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().parse().ok()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// The cgroup `path` below the mount point `point`, and those above it that control memory.
+fn levels(point: &Path, path: &Path, version: Version) -> Vec<Level> {
+    let own = point.join(path);
+    let current = match version {
+        Version::One => "memory.usage_in_bytes",
+        Version::Two => "memory.current",
+    };
+    // The root cgroup of version 2 has no such file.
+    let folders = own
+        .ancestors()
+        .take_while(|folder| folder.starts_with(point) && folder.join(current).exists());
+    folders
+        .map_while(|folder| Level::open(folder, version))
+        .collect()
+}
+
+/// Returns the mount point of the cgroups that may control memory, from `mounts` (/proc/self/mountinfo), and below it the
+/// path of the cgroup that `cgroup` (/proc/self/cgroup) names.
+fn own_folder(cgroup: &str, mounts: &str, version: Version) -> Option<(PathBuf, PathBuf)> {
+    let has_memory = |list: &str| list.split(',').any(|name| name == "memory");
+    let path = cgroup.lines().find_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let ours = match version {
+            Version::One => has_memory(controllers),
+            Version::Two => line.starts_with("0::"),
+        };
+        ours.then_some(path)
+    })?;
     mounts.lines().find_map(|line| {
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        // If another cgroup than the namespace's root is mounted there, the path is relative to something else.
-        (root == "/" && filesystem.starts_with("cgroup2 ")).then(|| (point.into(), path.into()))
+        let ours = match version {
+            Version::One => {
+                let options = filesystem.rsplit(' ').next()?;
+                filesystem.starts_with("cgroup ") && has_memory(options)
+            }
+            Version::Two => filesystem.starts_with("cgroup2 "),
+        };
+        // Only a part of the tree may be mounted, and the cgroup may be outside of it.
+        let below = Path::new(path).strip_prefix(root).ok()?;
+        ours.then(|| (point.into(), below.into()))
     })
 }
 
@@ -123,54 +257,123 @@ mod tests {
 ";
 
     #[test]
-    fn the_own_cgroup_is_found_under_the_unified_mount() {
-        let found = |cgroup| own_folder(cgroup, HYBRID);
-        let want = ("/sys/fs/cgroup/unified".into(), "vms/one".into());
-        assert_eq!(found("4:memory:/x\n0::/vms/one\n"), Some(want));
-        assert_eq!(found("4:memory:/x\n"), None);
-        let v1 = "30 31 0:32 / /m rw - cgroup cgroup rw";
-        assert_eq!(own_folder("0::/", v1), None);
+    fn the_own_cgroup_is_found_where_it_is_mounted() {
+        let found = |cgroup, version| own_folder(cgroup, HYBRID, version);
+        let text = "12:pids:/\n4:cpu,memory:/x\n0::/vms/one\n";
+        let two = ("/sys/fs/cgroup/unified".into(), "vms/one".into());
+        assert_eq!(found(text, Version::Two), Some(two));
+        let one = ("/sys/fs/cgroup/memory".into(), "x".into());
+        assert_eq!(found(text, Version::One), Some(one));
+        assert_eq!(found("4:memory:/x\n", Version::Two), None);
+        assert_eq!(found("4:memories:/x\n0::/\nx\n", Version::One), None);
+        let v1 = "30 31 0:32 / /m rw - cgroup cgroup rw,memory";
+        assert_eq!(own_folder("0::/", v1, Version::Two), None);
+        let v2 = "30 31 0:32 / /m rw - cgroup2 cgroup2 rw,memory";
+        assert_eq!(own_folder("1:memory:/", v2, Version::One), None);
+        // A container sees its own part of the tree.
         let bound = "30 31 0:32 /sub /m rw - cgroup2 cgroup2 rw";
-        assert_eq!(own_folder("0::/", bound), None);
+        assert_eq!(own_folder("0::/", bound, Version::Two), None);
+        let below = Some(("/m".into(), "a".into()));
+        assert_eq!(own_folder("0::/sub/a", bound, Version::Two), below);
+    }
+
+    fn write(folder: &Path, files: &[(&str, &str)]) {
+        for (name, text) in files {
+            fs::write(folder.join(format!("memory.{name}")), text).unwrap();
+        }
+    }
+
+    const fn limit(limit: u64, available: u64) -> Option<MemoryLimit> {
+        Some(MemoryLimit { limit, available })
     }
 
     #[test]
     fn limits_of_the_own_cgroup_and_of_those_above() {
         let root = tempfile::TempDir::new().unwrap();
-        let own = root.path().join("vms/one");
+        let above = root.path().join("vms");
+        let own = above.join("one");
         fs::create_dir_all(&own).unwrap();
-        assert!(Cgroup::at(root.path(), Path::new("vms/one")).is_none());
-        let write = |folder: &Path, files: [(&str, &str); 4]| {
-            for (name, text) in files {
-                fs::write(folder.join(format!("memory.{name}")), text).unwrap();
-            }
-        };
+        let open = || levels(root.path(), Path::new("vms/one"), Version::Two);
+        assert!(open().is_empty());
         let (high, max) = (("high", "max\n"), ("max", "max\n"));
         let stat = ("stat", "anon 5\nactive_file 7\ninactive_file 100\n");
-        write(&own, [high, max, ("current", "400\n"), stat]);
+        write(&own, &[high, max, ("current", "400\n"), stat]);
+        assert_eq!(open().len(), 1);
         write(
-            &root.path().join("vms"),
-            [
+            &above,
+            &[
                 ("high", "800\n"),
                 ("max", "900\n"),
                 ("current", "600\n"),
                 stat,
             ],
         );
-        let cgroup = Cgroup::at(root.path(), Path::new("vms/one")).unwrap();
-        let limit = |limit, available| MemoryLimit { limit, available };
-        let limits = || cgroup.limits().collect::<Vec<_>>();
-        assert_eq!(limits(), [limit(800, 300)]);
-        write(
-            &own,
-            [
-                ("high", "max\n"),
-                ("max", "250\n"),
-                ("current", "400\n"),
-                stat,
-            ],
-        );
+        let levels = open();
+        let limits = || levels.iter().map(Level::limit).collect::<Vec<_>>();
+        assert_eq!(limits(), [None, limit(800, 300)]);
+        write(&own, &[("max", "250\n")]);
         assert_eq!(limits(), [limit(250, 0), limit(800, 300)]);
-        assert!(cgroup.pressure_file().ends_with("vms/one/memory.pressure"));
+        assert_eq!(levels[1].id(), fs::metadata(above).unwrap().ino());
+    }
+
+    #[test]
+    fn limits_of_version_1_are_read_too_and_unlimited_is_a_large_number() {
+        let root = tempfile::TempDir::new().unwrap();
+        let own = root.path().join("one");
+        fs::create_dir(&own).unwrap();
+        let none = "9223372036854771712\n";
+        let stat = ("stat", "inactive_file 1\ntotal_inactive_file 100\n");
+        for folder in [root.path(), &own] {
+            let files = [("limit_in_bytes", none), ("usage_in_bytes", "400\n"), stat];
+            write(folder, &files);
+        }
+        let levels = levels(root.path(), Path::new("one"), Version::One);
+        assert_eq!(levels.len(), 2);
+        assert!(levels.iter().all(|level| level.events().is_none()));
+        assert_eq!(levels[0].limit(), None);
+        write(&own, &[("limit_in_bytes", "1000\n")]);
+        assert_eq!(levels[0].limit(), limit(1000, 700));
+    }
+
+    #[test]
+    fn events_are_limits_that_were_reached_since_the_last_look() {
+        let root = tempfile::TempDir::new().unwrap();
+        let own = root.path();
+        let events = |high, max, oom| {
+            let text = format!("low 3\nhigh {high}\nmax {max}\noom {oom}\n");
+            write(own, &[("events.local", &text)]);
+        };
+        write(own, &[("current", "1")]);
+        events(7, 2, 0);
+        let mut cgroup = Cgroup::at(own);
+        assert_eq!(cgroup.take_events(), 0, "that was before");
+        events(8, 2, 0);
+        assert_eq!((cgroup.take_events(), cgroup.take_events()), (1, 0));
+        events(8, 3, 0);
+        assert_eq!(cgroup.take_events(), 1);
+        events(8, 3, 1);
+        assert_eq!(cgroup.take_events(), 0, "no limit");
+        assert!(cgroup.levels[0].events().is_some());
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_is_not_watched_any_more() {
+        let root = tempfile::TempDir::new().unwrap();
+        write(root.path(), &[("current", "1")]);
+        // Reading a folder fails, as reading the file of a removed cgroup does.
+        fs::create_dir(root.path().join("memory.events.local")).unwrap();
+        let mut cgroup = Cgroup::at(root.path());
+        assert_eq!(cgroup.take_events(), 0);
+        assert!(cgroup.levels[0].events().is_none());
+    }
+
+    #[test]
+    fn a_process_that_was_moved_has_another_cgroup() {
+        let mut cgroup = Cgroup::own();
+        assert!(cgroup.is_current());
+        cgroup.member_of.push('x');
+        assert!(!cgroup.is_current());
+        cgroup.membership = KeptFile::open(Path::new("/nowhere"));
+        assert!(cgroup.is_current(), "nobody says so");
     }
 }

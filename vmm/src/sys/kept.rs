@@ -1,6 +1,7 @@
 //! Small files of the kernel that are read repeatedly.
 
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -20,6 +21,12 @@ impl KeptFile {
         let kept = Self(File::open(path).ok());
         kept.read(|_| None::<()>);
         kept
+    }
+
+    /// Its descriptor, to be polled: files of the kernel that have changed since they were last read poll `POLLPRI`.
+    #[must_use]
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(File::as_fd)
     }
 
     /// Returns the result of `parse` for the file's text; `None` if the file cannot be read.

@@ -1,5 +1,6 @@
 //! Tests of reclaim as a whole.
 
+mod damping;
 mod orders;
 mod reclaimer;
 mod refusals;

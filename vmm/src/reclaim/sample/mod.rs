@@ -1,0 +1,282 @@
+//! Watches the memory pressure of the host and of the monitor's cgroup.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::peers::{Notice, Peers};
+use super::{Limit, Room, Sample};
+use crate::sys::cgroup::Level;
+use crate::sys::pressure::HOST_PRESSURE;
+use crate::sys::{Cgroup, KeptFile, MemInfo, PsiTrigger};
+
+/// Stall time that counts as pressure within a window, both in microseconds. The first pair needs `CAP_SYS_RESOURCE`; the
+/// second one has the shortest window that does not.
+const STALLS: [(u32, u32); 2] = [(50_000, 500_000), (150_000, 2_000_000)];
+
+/// After the event of a limit such events are not looked at for this time: a cgroup that uses its limit for cached files
+/// reaches it all the time.
+const EVENT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The sources of memory pressure: PSI triggers of the monitor's own cgroup and of the whole host; the events of the limits
+/// of that cgroup and of those above it (version 2); and at times the available memory of the host and of these cgroups. The
+/// latter is all there is if the kernel has neither. It also shows that a host without swap, or a cgroup, runs short before
+/// anything stalls.
+#[derive(Debug)]
+pub struct PressureSource {
+    triggers: Vec<Trigger>,
+    cgroup: Option<Cgroup>,
+    meminfo: KeptFile,
+    peers: Peers,
+    start: Instant,
+    /// From when on the events of limits are looked at.
+    events_from: Instant,
+    /// How often the event of a limit has ended a wait, and nobody knows yet.
+    limit_events: u64,
+    /// The cgroup that [`Sample::above`] is about.
+    above: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Trigger {
+    psi: PsiTrigger,
+    /// It is about the own cgroup, not about the host.
+    own: bool,
+}
+
+/// What has ended a wait.
+#[derive(Clone, Copy, Debug, Default)]
+struct Woken {
+    stop: bool,
+    /// A stall of the host or of the own cgroup.
+    reported: bool,
+    own_stalled: bool,
+}
+
+impl PressureSource {
+    /// Watches all sources that this host has.
+    #[must_use]
+    pub fn open() -> Self {
+        let mut source = Self::watermark_only();
+        source.enter(Cgroup::own());
+        source.triggers.extend(arm(Path::new(HOST_PRESSURE), false));
+        source
+    }
+
+    /// Watches only the available memory of the host, as on a host without PSI.
+    #[must_use]
+    pub fn watermark_only() -> Self {
+        Self::watching(Path::new(MemInfo::PATH))
+    }
+
+    /// Watches only the available memory that `meminfo` tells, a file like /proc/meminfo.
+    #[must_use]
+    pub fn watching(meminfo: &Path) -> Self {
+        let start = Instant::now();
+        Self {
+            triggers: Vec::new(),
+            cgroup: None,
+            meminfo: KeptFile::open(meminfo),
+            peers: Peers::default(),
+            start,
+            events_from: start,
+            limit_events: 0,
+            above: None,
+        }
+    }
+
+    /// Answers together with other monitors.
+    #[must_use]
+    pub fn with_peers(self, peers: Peers) -> Self {
+        Self { peers, ..self }
+    }
+
+    /// Returns true if the kernel reports stalls.
+    #[must_use]
+    pub fn has_psi(&self) -> bool {
+        !self.triggers.is_empty()
+    }
+
+    /// How often the kernel has ended a wait by saying that a limit was reached, since this was last asked.
+    pub(super) const fn take_limit_events(&mut self) -> u64 {
+        std::mem::replace(&mut self.limit_events, 0)
+    }
+
+    /// Watches `cgroup` as the own one.
+    fn enter(&mut self, cgroup: Cgroup) {
+        self.triggers.retain(|trigger| !trigger.own);
+        let own = cgroup.pressure_file().and_then(|file| arm(file, true));
+        self.triggers.extend(own);
+        self.cgroup = Some(cgroup);
+    }
+
+    /// Waits for about `pause`, or until the kernel reports a stall or that a limit was reached, and takes a sample. `None` if
+    /// `stop` is readable.
+    ///
+    /// # Errors
+    /// Those of poll(2).
+    pub fn wait(&mut self, stop: BorrowedFd<'_>, pause: Duration) -> io::Result<Option<Sample>> {
+        let until = Instant::now() + spread(pause, RandomState::new().hash_one(0));
+        let woken = loop {
+            let woken = self.poll(stop, until)?;
+            if woken.stop {
+                return Ok(None);
+            }
+            let limit = self.limit_reached();
+            if limit || woken.reported || Instant::now() >= until {
+                break woken;
+            }
+        };
+        let moved = |cgroup: &Cgroup| !cgroup.is_current();
+        if self.cgroup.as_ref().is_some_and(moved) {
+            self.enter(Cgroup::own());
+        }
+        Ok(Some(self.sample(woken)))
+    }
+
+    /// Waits until something is reported, at most until `until`, or until events may be looked at again.
+    fn poll(&mut self, stop: BorrowedFd<'_>, until: Instant) -> io::Result<Woken> {
+        let now = Instant::now();
+        let quiet = now < self.events_from;
+        let end = if quiet {
+            until.min(self.events_from)
+        } else {
+            until
+        };
+        let timeout = Timespec::try_from(end.saturating_duration_since(now)).ok();
+        let triggers = self.triggers.iter().map(|trigger| &trigger.psi);
+        let levels = self.cgroup.iter().flat_map(Cgroup::levels);
+        let events = levels.filter_map(Level::events).filter(|_| !quiet);
+        let mut fds: Vec<_> = [PollFd::from_borrowed_fd(stop, PollFlags::IN)]
+            .into_iter()
+            .chain(triggers.map(|trigger| PollFd::new(trigger, PollFlags::PRI)))
+            .chain(events.map(|file| PollFd::from_borrowed_fd(file, PollFlags::PRI)))
+            .collect();
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let events: Vec<_> = fds.iter().map(PollFd::revents).collect();
+        let mut woken = Woken {
+            stop: !events[0].is_empty(),
+            ..Woken::default()
+        };
+        let mut events = events[1..].iter();
+        // The trigger of a removed cgroup polls `POLLERR` for ever.
+        self.triggers.retain(|trigger| {
+            let events = events.next().copied().unwrap_or(PollFlags::empty());
+            let dead = events.contains(PollFlags::ERR);
+            let stalled = events.contains(PollFlags::PRI) && !dead;
+            woken.own_stalled |= stalled && trigger.own;
+            woken.reported |= stalled;
+            !dead
+        });
+        Ok(woken)
+    }
+
+    /// Returns true if a limit was reached since the last look, unless that was a moment ago.
+    fn limit_reached(&mut self) -> bool {
+        let now = Instant::now();
+        if now < self.events_from {
+            return false;
+        }
+        let reached = self.cgroup.as_mut().map_or(0, Cgroup::take_events) > 0;
+        if reached {
+            self.limit_events += 1;
+            self.events_from = now + EVENT_PAUSE;
+        }
+        reached
+    }
+
+    fn sample(&mut self, woken: Woken) -> Sample {
+        let memory = self.meminfo.read(MemInfo::parse);
+        let host = memory.map_or(Room::default(), |memory| Room {
+            total: memory.total,
+            available: memory.available,
+        });
+        let levels = self.cgroup.as_ref().map_or(&[][..], Cgroup::levels);
+        let room = |level: &Level| {
+            let limit = level.limit()?;
+            Some(Room {
+                total: limit.limit,
+                available: limit.available,
+            })
+        };
+        let own = levels.first().and_then(room).unwrap_or_default();
+        let above = levels.iter().skip(1);
+        let above = above.filter_map(|level| Some((level.id(), room(level)?)));
+        let tightest = above.max_by_key(|(_, room)| room.shortage());
+        self.above = tightest.map(|(id, _)| id);
+        let limit = |room| Limit {
+            room,
+            ..Limit::default()
+        };
+        Sample {
+            at: self.start.elapsed(),
+            stalled: woken.own_stalled,
+            host: limit(host),
+            own: limit(own),
+            above: limit(tightest.unwrap_or_default().1),
+            ..Sample::default()
+        }
+    }
+
+    /// Tells the other monitors what `sample` says of this one. If memory is short, fills in what they have told.
+    #[must_use]
+    pub fn shared(&mut self, sample: Sample) -> Sample {
+        let levels = self.cgroup.as_ref().map_or(&[][..], Cgroup::levels);
+        let own = levels.first().map(Level::id);
+        self.peers.tell(&Notice {
+            lazy: sample.lazy.saturating_add(sample.unmapped),
+            given: sample.given,
+            cgroups: Notice::cgroups(levels.iter().map(Level::id)),
+        });
+        if sample.is_calm() {
+            return sample;
+        }
+        let told = self.peers.ask();
+        let total = sample.host.room.total;
+        let within = |limit: Limit, cgroup: Option<u64>| Limit {
+            // Without a cgroup there is no limit, and nobody shares it.
+            others: cgroup.map_or_else(Default::default, |id| told.within(total, Some(id))),
+            ..limit
+        };
+        Sample {
+            host: Limit {
+                others: told.within(total, None),
+                ..sample.host
+            },
+            own: within(sample.own, own),
+            above: within(sample.above, self.above),
+            ..sample
+        }
+    }
+}
+
+/// Arms a trigger, as sensitive as this process may.
+fn arm(file: &Path, own: bool) -> Option<Trigger> {
+    let mut result = Err(io::ErrorKind::Unsupported.into());
+    for (stall, window) in STALLS {
+        result = result.or_else(|_| PsiTrigger::arm(file, stall, window));
+    }
+    let log = |error: &io::Error| {
+        tracing::debug!(file = %file.display(), %error, "no memory pressure trigger");
+    };
+    let psi = result.inspect_err(log).ok()?;
+    Some(Trigger { psi, own })
+}
+
+/// Three to five quarters of `pause`, as `random` says: so monitors that started together do not all answer at once.
+fn spread(pause: Duration, random: u64) -> Duration {
+    let part = u32::try_from(random % 1024).unwrap_or(0);
+    pause * 3 / 4 + pause / 2048 * part
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,211 @@
+//! Sources whose triggers and files are those of the test.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::{SendFlags, send};
+
+use super::*;
+
+/// Longer than a test may wait.
+const LONG: Duration = Duration::from_secs(20);
+
+fn not_stopped() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC).unwrap()
+}
+
+fn with_triggers(triggers: Vec<(OwnedFd, bool)>) -> PressureSource {
+    let trigger = |(file, own)| Trigger {
+        psi: PsiTrigger::from_file(file),
+        own,
+    };
+    PressureSource {
+        triggers: triggers.into_iter().map(trigger).collect(),
+        ..PressureSource::watermark_only()
+    }
+}
+
+/// Two ends of a connection. The second one polls `POLLPRI` after the first one has sent urgent data.
+fn connection() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (sender, listener.accept().unwrap().0)
+}
+
+#[test]
+fn a_trigger_that_fires_ends_the_wait_and_a_stall_is_one_of_the_own_cgroup() {
+    for (own, host) in [(true, false), (false, true)] {
+        let (quiet, (sender, receiver)) = (connection(), connection());
+        let mut source = with_triggers(vec![(quiet.1.into(), host), (receiver.into(), own)]);
+        send(&sender, &[1], SendFlags::OOB).unwrap();
+        let start = Instant::now();
+        let sample = source.wait(not_stopped().as_fd(), LONG).unwrap().unwrap();
+        assert_eq!((sample.stalled, source.triggers.len()), (own, 2));
+        assert!(start.elapsed() < LONG / 2, "not at once");
+    }
+}
+
+#[test]
+fn a_trigger_that_fails_is_no_stall_and_is_given_up() {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    drop(reader);
+    let quiet = connection();
+    let mut source = with_triggers(vec![(writer, true), (quiet.1.into(), false)]);
+    let pause = Duration::from_millis(1);
+    let sample = source.wait(not_stopped().as_fd(), pause).unwrap().unwrap();
+    assert!(!sample.stalled && source.has_psi());
+    assert_eq!(source.triggers.len(), 1);
+}
+
+#[test]
+fn a_sample_has_the_memory_of_the_host_and_stop_ends_the_wait() {
+    let stop = not_stopped();
+    let mut source = PressureSource::watermark_only();
+    let sample = source.wait(stop.as_fd(), Duration::ZERO).unwrap().unwrap();
+    let room = sample.host.room;
+    assert!(!sample.stalled && room.available > 0 && room.available <= room.total);
+    rustix::io::write(&stop, &1u64.to_ne_bytes()).unwrap();
+    assert_eq!(
+        PressureSource::open().wait(stop.as_fd(), LONG).unwrap(),
+        None
+    );
+}
+
+#[test]
+fn psi_is_used_where_the_kernel_has_it() {
+    let armed = PsiTrigger::arm(Path::new(HOST_PRESSURE), STALLS[1].0, STALLS[1].1);
+    let source = PressureSource::open();
+    assert!(armed.is_err() || source.has_psi());
+    println!("PSI: {}", source.has_psi());
+}
+
+#[test]
+fn pauses_are_spread_around_what_was_asked_for() {
+    let pause = Duration::from_millis(1024);
+    assert_eq!(spread(pause, 0), Duration::from_millis(768));
+    assert_eq!(spread(pause, 512), pause);
+    assert_eq!(
+        spread(pause, 1023 + 5 * 1024),
+        Duration::from_micros(1_279_500)
+    );
+    assert_eq!(spread(Duration::ZERO, 77), Duration::ZERO);
+}
+
+/// A cgroup of this test: its folder, and what there is in it.
+fn cgroup(available: u64, events: u64) -> tempfile::TempDir {
+    let folder = tempfile::TempDir::new().unwrap();
+    write_cgroup(folder.path(), available, events);
+    folder
+}
+
+fn write_cgroup(folder: &Path, available: u64, events: u64) {
+    let used = (1 << 30) - available;
+    for (name, text) in [
+        ("high", format!("{}", 1 << 30)),
+        ("max", "max".into()),
+        ("current", used.to_string()),
+        ("stat", String::new()),
+        ("events.local", format!("high {events}\n")),
+    ] {
+        fs::write(folder.join(format!("memory.{name}")), text).unwrap();
+    }
+}
+
+#[test]
+fn a_limit_that_is_reached_is_an_event_and_the_next_one_waits_a_moment() {
+    let folder = cgroup(0, 3);
+    let mut source = PressureSource {
+        cgroup: Some(Cgroup::at(folder.path())),
+        ..PressureSource::watermark_only()
+    };
+    assert!(!source.limit_reached(), "that was before");
+    write_cgroup(folder.path(), 0, 4);
+    assert!(source.limit_reached() && source.limit_events == 1);
+    write_cgroup(folder.path(), 0, 5);
+    assert!(!source.limit_reached(), "too early");
+    assert!(source.events_from > source.start);
+    source.events_from = source.start;
+    assert!(source.limit_reached() && source.take_limit_events() == 2);
+    assert_eq!(source.take_limit_events(), 0);
+}
+
+#[test]
+fn a_sample_has_the_room_of_the_own_cgroup() {
+    let folder = cgroup(5 << 20, 0);
+    let mut source = PressureSource {
+        cgroup: Some(Cgroup::at(folder.path())),
+        ..PressureSource::watermark_only()
+    };
+    let sample = source.sample(Woken::default());
+    let room = Room {
+        total: 1 << 30,
+        available: 5 << 20,
+    };
+    assert_eq!((sample.own.room, sample.above), (room, Limit::default()));
+}
+
+#[test]
+fn a_process_that_is_moved_is_followed() {
+    let folder = cgroup(5 << 20, 0);
+    let mut source = PressureSource {
+        cgroup: Some(Cgroup::at(folder.path())),
+        ..with_triggers(vec![(connection().1.into(), true)])
+    };
+    source.wait(not_stopped().as_fd(), Duration::ZERO).unwrap();
+    let own = Cgroup::own();
+    let ids = |cgroup: &Cgroup| cgroup.levels().iter().map(Level::id).collect::<Vec<_>>();
+    assert_eq!(source.cgroup.as_ref().map(ids), Some(ids(&own)));
+    let own_triggers = source.triggers.iter().filter(|trigger| trigger.own);
+    assert!(own_triggers.count() <= usize::from(own.pressure_file().is_some()));
+}
+
+#[test]
+fn monitors_hear_of_each_other_when_memory_is_short() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("peers");
+    let cgroup = cgroup(0, 0);
+    let mut sources: Vec<_> = (0..3)
+        .map(|index| PressureSource {
+            cgroup: (index != 1).then(|| Cgroup::at(cgroup.path())),
+            ..PressureSource::watermark_only().with_peers(Peers::at(&path).unwrap())
+        })
+        .collect();
+    let short = |lazy| Sample {
+        host: Limit {
+            room: Room {
+                total: 1 << 40,
+                available: 0,
+            },
+            ..Limit::default()
+        },
+        lazy,
+        unmapped: lazy,
+        given: lazy,
+        ..Sample::default()
+    };
+    let mut told = |index: usize, lazy| sources[index].shared(short(lazy));
+    told(0, 1);
+    told(1, 10);
+    told(2, 100);
+    let sample = told(1, 10);
+    let others = sample.host.others;
+    assert_eq!((others.before, others.after, others.given), (2, 200, 101));
+    assert_eq!(
+        sample.own.others,
+        Default::default(),
+        "no cgroup of its own"
+    );
+    let sample = told(0, 1);
+    assert_eq!(
+        (sample.host.others.after, sample.own.others.after),
+        (220, 200)
+    );
+    assert_eq!(sample.above.others, Default::default());
+    let calm = sources[0].shared(Sample {
+        lazy: 1,
+        ..Sample::default()
+    });
+    assert_eq!(calm.host.others, Default::default(), "nobody is asked");
+}
