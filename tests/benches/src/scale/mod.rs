@@ -3,6 +3,7 @@
 //! Each part measures the monitor's own code in this process, without a guest.
 
 mod book;
+mod damping;
 
 use super::BenchError;
 use super::results::Results;
@@ -24,7 +25,7 @@ pub struct Arguments {
 /// A part: adds its rows and figures.
 type Part = fn(&Arguments, &mut Results) -> Result<(), BenchError>;
 
-const PARTS: [(&str, Part); 1] = [("book", book::measure)];
+const PARTS: [(&str, Part); 2] = [("book", book::measure), ("damping", damping::measure)];
 
 /// Runs the benchmark, prints the table and writes the report.
 ///
