@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::VmGeneration;
-use super::seats::Seats;
 use super::vcpus::VcpuWords;
+use super::waiters::Waiters;
 use crate::fault::fault_point;
 use crate::metrics::Source;
 use crate::sync::{
@@ -83,13 +83,12 @@ crate::metrics! {
 /// closer first closes the gate and then looks at the vCPUs. With the fences in between, at least one of them sees
 /// the other.
 ///
-/// **Many vCPUs**: those that leave take a lock only if the closer sleeps, and each waits on a seat of its own, so
-/// they meet in no lock when they come out together and when they are woken together. Kicks are sent one after the
-/// other: the kernel sends signals to threads of one process under one lock, so several senders would wait for
-/// each other.
+/// **Many vCPUs**: those that leave together take a lock only if the closer sleeps, and of those that are woken together
+/// few share one. Kicks are sent one after the other: the kernel sends signals to threads of one process under one
+/// lock, so several senders would wait for each other.
 ///
 /// **Locks**, in this order: `turn` (one closer at a time, held for the pause, system calls included), `awaited` and
-/// those of the seats (held for moments, and no other lock is taken under them). A thread that holds the gate may
+/// those of the waiters (held for moments, and no other lock is taken under them). A thread that holds the gate may
 /// take the tracker's lock; a thread that holds the tracker's lock may not close the gate.
 pub struct Gate {
     generation: Arc<VmGeneration>,
@@ -101,7 +100,7 @@ pub struct Gate {
     /// It waits here. There is at most one, as it has the turn.
     left: Condvar,
     /// vCPUs wait here for the gate to open.
-    seats: Seats,
+    waiters: Waiters,
     kick: Box<dyn Kick>,
     counters: Counters,
 }
@@ -117,7 +116,7 @@ impl Gate {
             turn: Mutex::new(()),
             awaited: Mutex::new(None),
             left: Condvar::new(),
-            seats: Seats::new(vcpus),
+            waiters: Waiters::new(vcpus),
             kick,
             counters: Counters::default(),
         }
@@ -158,7 +157,7 @@ impl Gate {
     fn enter_later(&self, index: usize) -> bool {
         loop {
             self.counters.waits_total.increment();
-            let stopped = self.seats.wait(index, || {
+            let stopped = self.waiters.wait(index, || {
                 let state = self.state.load(Ordering::Acquire);
                 (state & (CLOSED | STOPPED) != CLOSED).then_some(state & STOPPED != 0)
             });
@@ -166,7 +165,7 @@ impl Gate {
                 return false;
             }
             if self.try_enter(index) {
-                self.count_return(self.seats.entered(index));
+                self.count_return(self.waiters.entered(index));
                 return true;
             }
         }
@@ -210,7 +209,7 @@ impl Gate {
             return None;
         }
         // For each page that is taken, the kernel interrupts the threads that run, but not those that sleep.
-        self.spin(pause / 8, || self.seats.asleep() >= hold.kicked);
+        self.spin(pause / 8, || self.waiters.asleep() >= hold.kicked);
         hold.deadline = Deadline::after(pause);
         Some(hold)
     }
@@ -286,7 +285,7 @@ impl Gate {
         fence(Ordering::SeqCst);
         drop(lock(&self.awaited));
         self.left.notify_one();
-        self.seats.wake_all();
+        self.waiters.wake_all();
     }
 
     /// Number of entries that had to wait so far.
@@ -342,7 +341,7 @@ impl Gate {
     fn open(&self) {
         self.state.fetch_and(!CLOSED, Ordering::AcqRel);
         if !fault_point!("opening wakes nobody") {
-            self.count_return(self.seats.wake_all());
+            self.count_return(self.waiters.wake_all());
         }
     }
 

@@ -3,8 +3,8 @@
 //! This is `tlb_gen` of "`MADV_LAZYFREE`" (Rik van Riel), for a machine instead of a process.
 
 mod gate;
-mod seats;
 mod vcpus;
+mod waiters;
 
 use crate::sync::{AtomicU64, Ordering};
 

@@ -183,7 +183,7 @@ fn crowd(vcpus: usize) {
             assert_eq!(hold.kicked(), count, "those in the guest, once each");
             let inside = |vcpu: &Sleepy| vcpu.inside.load(Ordering::SeqCst);
             assert!(!all.iter().any(inside));
-            until(&|| gate.seats.asleep() == count);
+            until(&|| gate.waiters.asleep() == count);
             assert_eq!(returns(), closing - 1);
             drop(hold);
             until(&|| returns() == closing);
@@ -220,7 +220,7 @@ fn an_opening_that_nobody_waited_for_is_no_return() {
     let hold = gate.hold(LONG).unwrap();
     thread::scope(|scope| {
         let vcpu = scope.spawn(|| drop(gate.enter(0).unwrap()));
-        while gate.seats.asleep() == 0 {
+        while gate.waiters.asleep() == 0 {
             thread::yield_now();
         }
         drop(hold);

@@ -1,23 +1,27 @@
-//! Where vCPU threads wait for the gate to open: a seat for each, so that those that are woken together meet in no lock.
+//! Where vCPU threads wait for the gate to open: in small groups, so that few of those that are woken together meet in
+//! one lock. A lock for each vCPU would cost a system call for each.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
 use crate::sync::{Condvar, Mutex, Ordering, lock, wait};
 
-/// A vCPU's seat, on cache lines of its own.
+/// vCPUs in a group.
+const GROUP: usize = 8;
+
+/// Where a group's vCPUs sleep, on cache lines of its own.
 #[repr(align(128))]
-struct Seat {
-    /// Its thread sleeps here.
-    taken: Mutex<bool>,
+struct Group {
+    /// A bit for each vCPU that sleeps.
+    sleepers: Mutex<u32>,
     opened: Condvar,
-    /// It was woken and is not back in the guest yet.
-    returning: AtomicBool,
+    /// Those that were woken and are not back in the guest yet.
+    returning: [AtomicBool; GROUP],
 }
 
-/// The seats of all vCPUs. What is counted here decides nothing of order, so it is in none of the models' atomics.
-pub(super) struct Seats {
-    seats: Box<[Seat]>,
+/// The groups of all vCPUs. What is counted here decides nothing of order, so it is in none of the models' atomics.
+pub(super) struct Waiters {
+    groups: Box<[Group]>,
     /// Threads that sleep, or are about to.
     asleep: AtomicU64,
     /// vCPUs that were woken and are not back in the guest yet, and one more while a thread wakes them.
@@ -27,15 +31,15 @@ pub(super) struct Seats {
     epoch: Instant,
 }
 
-impl Seats {
+impl Waiters {
     pub fn new(vcpus: usize) -> Self {
-        let seat = |_| Seat {
-            taken: Mutex::new(false),
+        let group = |_| Group {
+            sleepers: Mutex::new(0),
             opened: Condvar::new(),
-            returning: AtomicBool::new(false),
+            returning: [const { AtomicBool::new(false) }; GROUP],
         };
         Self {
-            seats: (0..vcpus).map(seat).collect(),
+            groups: (0..vcpus.div_ceil(GROUP)).map(group).collect(),
             asleep: AtomicU64::new(0),
             returning: AtomicU64::new(0),
             since: AtomicU64::new(0),
@@ -43,24 +47,24 @@ impl Seats {
         }
     }
 
-    /// The vCPU `index` waits until `decide` returns something. After a change of that, [`Seats::wake_all`] must be
+    /// The vCPU `index` waits until `decide` returns something. After a change of that, [`Waiters::wake_all`] must be
     /// called.
     pub fn wait<T>(&self, index: usize, decide: impl Fn() -> Option<T>) -> T {
-        let seat = &self.seats[index];
-        let mut taken = lock(&seat.taken);
+        let (group, bit) = (&self.groups[index / GROUP], 1 << (index % GROUP));
+        let mut sleepers = lock(&group.sleepers);
         loop {
             if let Some(decision) = decide() {
                 return decision;
             }
-            *taken = true;
+            *sleepers |= bit;
             self.asleep.fetch_add(1, Ordering::Relaxed);
-            taken = wait(&seat.opened, taken);
+            sleepers = wait(&group.opened, sleepers);
             self.asleep.fetch_sub(1, Ordering::Relaxed);
-            *taken = false;
+            *sleepers &= !bit;
         }
     }
 
-    /// Wakes those that wait, to decide again. Returns what [`Seats::entered`] does, if the last one is back already.
+    /// Wakes those that wait, to decide again. Returns what [`Waiters::entered`] does, if the last one is back already.
     pub fn wake_all(&self) -> Option<Duration> {
         let mut some = self.returning.fetch_add(1, Ordering::AcqRel) > 0;
         if !some {
@@ -68,15 +72,17 @@ impl Seats {
             let now = u64::try_from(now).unwrap_or(u64::MAX);
             self.since.store(now, Ordering::Relaxed);
         }
-        for seat in &self.seats {
+        for group in &self.groups {
             // A thread has looked before this, and sleeps, or will see the change.
-            let taken = *lock(&seat.taken);
-            if taken {
-                if !seat.returning.swap(true, Ordering::AcqRel) {
+            let sleepers = *lock(&group.sleepers);
+            for (bit, returning) in group.returning.iter().enumerate() {
+                if sleepers & 1 << bit != 0 && !returning.swap(true, Ordering::AcqRel) {
                     self.returning.fetch_add(1, Ordering::AcqRel);
                 }
+            }
+            if sleepers != 0 {
                 some = true;
-                seat.opened.notify_one();
+                group.opened.notify_all();
             }
         }
         self.came_back().filter(|_| some)
@@ -85,8 +91,8 @@ impl Seats {
     /// The vCPU `index` is in the guest. If it is the last of those that were woken, returns the time since the first
     /// was.
     pub fn entered(&self, index: usize) -> Option<Duration> {
-        let returning = &self.seats[index].returning;
-        let returned = returning.swap(false, Ordering::AcqRel);
+        let group = &self.groups[index / GROUP];
+        let returned = group.returning[index % GROUP].swap(false, Ordering::AcqRel);
         returned.then(|| self.came_back()).flatten()
     }
 
@@ -110,26 +116,26 @@ mod tests {
 
     #[test]
     fn one_that_is_woken_for_a_moment_only_returns_once() {
-        let seats = Seats::new(2);
+        let waiters = Waiters::new(10);
         let open = AtomicBool::new(false);
-        assert_eq!(seats.wake_all(), None, "nobody waits");
+        assert_eq!(waiters.wake_all(), None, "nobody waits");
         thread::scope(|scope| {
             let vcpu = scope.spawn(|| {
                 let opened = || open.load(Ordering::SeqCst).then_some(7);
-                assert_eq!(seats.wait(1, opened), 7);
-                seats.entered(1)
+                assert_eq!(waiters.wait(9, opened), 7);
+                waiters.entered(9)
             });
-            while seats.asleep() == 0 {
+            while waiters.asleep() == 0 {
                 thread::yield_now();
             }
             for _ in 0..3 {
-                assert_eq!(seats.wake_all(), None, "it is not back");
+                assert_eq!(waiters.wake_all(), None, "it is not back");
             }
             open.store(true, Ordering::SeqCst);
-            let times = [seats.wake_all(), vcpu.join().unwrap()];
+            let times = [waiters.wake_all(), vcpu.join().unwrap()];
             assert_eq!(times.iter().flatten().count(), 1, "who ends it");
         });
-        assert_eq!(seats.asleep(), 0);
-        assert_eq!((seats.entered(1), seats.wake_all()), (None, None));
+        assert_eq!(waiters.asleep(), 0);
+        assert_eq!((waiters.entered(9), waiters.wake_all()), (None, None));
     }
 }
