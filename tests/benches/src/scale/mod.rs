@@ -4,6 +4,7 @@
 
 mod book;
 mod damping;
+mod gate;
 
 use super::BenchError;
 use super::results::Results;
@@ -25,7 +26,11 @@ pub struct Arguments {
 /// A part: adds its rows and figures.
 type Part = fn(&Arguments, &mut Results) -> Result<(), BenchError>;
 
-const PARTS: [(&str, Part); 2] = [("book", book::measure), ("damping", damping::measure)];
+const PARTS: [(&str, Part); 3] = [
+    ("book", book::measure),
+    ("damping", damping::measure),
+    ("gate", gate::measure),
+];
 
 /// Runs the benchmark, prints the table and writes the report.
 ///
