@@ -4,6 +4,7 @@
 //! had alone; its vCPUs work without ever leaving the guest, which is the worst case. Reclaim goes through
 //! `Reclaimer`, as in `ebb run`.
 
+mod closing;
 mod curve;
 mod slowdown;
 mod throughput;
@@ -39,8 +40,8 @@ pub struct Arguments {
     /// Pairs of windows of 2 s in which the guest's work is measured
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     windows: u32,
-    /// Measure only this: curve, throughput, slowdown; the report is `reclaim-THIS.json`
-    #[arg(long, value_parser = ["curve", "throughput", "slowdown"])]
+    /// Measure only this: curve, closing, throughput, slowdown; the report is `reclaim-THIS.json`
+    #[arg(long, value_parser = ["curve", "closing", "throughput", "slowdown"])]
     only: Option<String>,
     /// One short round of what is counted; nothing that takes time to tell
     #[arg(long)]
@@ -89,6 +90,9 @@ pub fn measure(arguments: &Arguments) -> Result<Report> {
     let mut results = Results::default();
     if arguments.wants("curve") {
         curve::measure(&arguments, &mut results)?;
+    }
+    if arguments.wants("closing") && !arguments.quick {
+        closing::measure(arguments.runs, &mut results)?;
     }
     if arguments.wants("throughput") && !arguments.quick {
         throughput::measure(&arguments, &mut results)?;
