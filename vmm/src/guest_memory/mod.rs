@@ -7,7 +7,7 @@
 
 mod ops;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 use std::sync::Arc;
 

@@ -30,6 +30,15 @@ fn setup() -> Setup {
     }
 }
 
+/// Memory with RAM at `ram` and nothing else.
+pub fn plain(ram: GpaRange) -> GuestMemory {
+    memory(&Setup {
+        ram: vec![ram],
+        arenas: Vec::new(),
+        ..setup()
+    })
+}
+
 fn memory(setup: &Setup) -> GuestMemory {
     GuestMemory::new(setup, 1, &Arc::new(KickTable::new(1))).unwrap()
 }

@@ -196,6 +196,49 @@ fn pages_are_merged_and_handed_over_before_they_are_acknowledged() {
     assert_eq!(rig.balloon.handle().faults(), 0);
 }
 
+/// Every other page of 4 GiB: what is acknowledged is tracked, and can be taken.
+#[test]
+fn a_fragmented_balloon_is_the_hosts_to_the_last_page() {
+    const MESSAGE: usize = 1 << 15;
+    let first = 16 << 20;
+    let ram = GpaRange::new(0, first + (4 << 30)).unwrap();
+    let memory = Arc::new(crate::guest_memory::tests::plain(ram));
+    let guest = memory.ram().memory();
+    let queue = MockQueue::new(&guest, INFLATE, 16);
+    let deflate = MockQueue::new(&guest, DEFLATE, 16);
+    let config = BalloonConfig {
+        size: 0,
+        deflate_on_oom: false,
+        statistics_interval_s: 0,
+        free_page_reporting: None,
+    };
+    let mut balloon = Balloon::new(&config, memory.clone()).unwrap();
+    let activation = Activation {
+        memory: Arc::clone(&guest),
+        features: F_MUST_TELL_HOST | VERSION_1,
+        queues: vec![Some(queue.handle()), Some(deflate.handle())],
+        interrupt: Arc::<MockInterrupt>::default(),
+    };
+    balloon.activate(activation).unwrap();
+    let pfns: Vec<u32> = (0..1 << 19)
+        .map(|page| (first / PAGE_SIZE) as u32 + 2 * page)
+        .collect();
+    for (message, pfns) in (1..).zip(pfns.chunks(MESSAGE)) {
+        let raw: Vec<u8> = pfns.iter().flat_map(|pfn| pfn.to_le_bytes()).collect();
+        guest.write_slice(&raw, GuestAddress(BUFFER)).unwrap();
+        queue.offer_chain(0, &[(BUFFER, raw.len() as u32, 0)]);
+        queue.run_until_used(message);
+        let lazy = memory.lazy().snapshot();
+        assert_eq!(
+            lazy.lazy_bytes,
+            u64::from(message) * MESSAGE as u64 * PAGE_SIZE
+        );
+    }
+    assert_eq!(memory.lazy().snapshot().lazy_bytes, 2 << 30);
+    balloon.reset();
+    assert_eq!(memory.lazy().snapshot().ranges, 0);
+}
+
 #[test]
 fn a_driver_that_does_not_tell_has_its_pages_discarded_first() {
     let rig = Rig::active(0);
