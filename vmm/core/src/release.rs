@@ -38,6 +38,11 @@ pub trait ReleasePages: Send + Sync {
         PAGE_SIZE
     }
 
+    /// How many bytes of `range` the host holds, in memory or in swap; `None` where that cannot be told.
+    fn held(&self, _range: GpaRange) -> Option<u64> {
+        None
+    }
+
     /// The maximum number of ranges that one call should be given.
     fn max_batch(&self) -> usize;
 

@@ -285,9 +285,10 @@ fn describe_balloon(balloon: &BalloonState) -> String {
 fn describe_lazy(state: &LazyMemoryState) -> String {
     let lazy = &state.lazy;
     format!(
-        "{} free and still here, {} returned to the host; so far {} freed, {} reused, {} reclaimed",
+        "{} free and still here, {} returned to the host, {} of both resident; so far {} freed, {} reused, {} reclaimed",
         human(lazy.lazy_bytes),
         human(lazy.discarded_bytes),
+        human(state.reclaim.lazy_resident_bytes),
         human(lazy.freed_bytes_total),
         human(lazy.reused_bytes_total),
         human(lazy.reclaimed_bytes_total),

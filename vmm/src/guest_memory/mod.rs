@@ -6,6 +6,7 @@
 //! [`GuestRam`].
 
 mod ops;
+mod resident;
 #[cfg(test)]
 pub mod tests;
 
@@ -167,6 +168,15 @@ impl GuestMemory {
     #[must_use]
     pub const fn strict(&self) -> Option<&Arc<Strict>> {
         self.strict.as_ref()
+    }
+
+    /// How much of the RAM is lazily free and still held by the host: lazy, marked free and not taken, or discarded and
+    /// brought back by a huge page. Takes some milliseconds; of a large machine it is an estimate.
+    #[must_use]
+    pub fn lazy_resident_bytes(&self) -> u64 {
+        let all = self.ram.regions().iter().map(|region| region.gpa);
+        let ram: Vec<GpaRange> = all.filter(|gpa| self.ram.is_ram(*gpa)).collect();
+        resident::resident_bytes(&self.lazy, &*self.ram, &ram)
     }
 
     /// Starts the thread that reclaims as [`ReclaimTuning::mode`] says; `None` for [`Mode::Off`].

@@ -1,5 +1,6 @@
 //! The service as its callers use it: over real memory, without a guest.
 
+use ebb_core::range::PAGE_SIZE;
 use ebb_hypercall_abi::granule::{State, Word};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -69,6 +70,32 @@ fn granule(memory: &GuestMemory, index: u64) -> Option<State> {
 fn granules(first: u64, count: u64) -> GpaRange {
     let start = ARENA + first * GRANULE;
     GpaRange::new(start, start + count * GRANULE).unwrap()
+}
+
+#[test]
+fn what_is_lazily_free_and_still_there_is_counted() {
+    let mut setup = setup();
+    setup.backing.thp = false;
+    let memory = memory(&setup);
+    let touch = |pages: u64| {
+        let mut at = range(0, 8).start();
+        for _ in 0..pages {
+            memory
+                .ram()
+                .memory()
+                .write_obj(7_u8, GuestAddress(at))
+                .unwrap();
+            at += PAGE_SIZE;
+        }
+    };
+    touch(512);
+    assert_eq!(memory.lazy_resident_bytes(), 0, "it is in use");
+    memory.lazy().free(&[range(1, 6), range(17, 19)]);
+    assert_eq!(memory.lazy_resident_bytes(), MIB);
+    memory.reclaimer().reclaim(u64::MAX);
+    assert_eq!(memory.lazy_resident_bytes(), 0);
+    touch(300);
+    assert_eq!(memory.lazy_resident_bytes(), 44 * PAGE_SIZE, "it came back");
 }
 
 #[test]

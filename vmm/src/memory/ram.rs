@@ -208,6 +208,17 @@ impl GuestRam {
         }
     }
 
+    fn held_extent(&self, extent: Extent) -> Option<u64> {
+        let mapping = &self.mappings[extent.mapping];
+        let address = mapping.address() + extent.offset;
+        let map = self.process.page_map().filter(|_| !mapping.is_shared());
+        if let Some(Ok(held)) = map.map(|map| map.held(address, extent.len)) {
+            return Some(held as u64);
+        }
+        let resident = mapping.resident_part(extent.offset, extent.len).ok()?;
+        (resident > 0).then_some(resident as u64)
+    }
+
     /// `part` rounded inward to whole units.
     fn whole_units(&self, part: GpaRange) -> Option<GpaRange> {
         let start = part.start().checked_next_multiple_of(self.unit)?;
@@ -241,6 +252,13 @@ impl ReleasePages for GuestRam {
 
     fn unit(&self) -> u64 {
         self.unit
+    }
+
+    /// By the page tables, where the kernel tells (Linux 6.7). Else, and for files, by mincore(2), which does not know of
+    /// swap: then "nothing" is no answer.
+    fn held(&self, range: GpaRange) -> Option<u64> {
+        let parts = self.parts(range).map(|part| self.extent(0, part));
+        parts.map(|part| self.held_extent(part)).sum()
     }
 
     /// As many as there are where the kernel takes process_madvise(2) on this process (Linux 6.13), else one.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ebb_core::release::{Release, Released};
 
 use crate::sys::mapping::MAX_PARTS;
+use crate::sys::pagemap::PageMap;
 use crate::sys::{self, Mapping};
 
 /// How often a call is made at most as long as the kernel answers `EAGAIN`.
@@ -39,14 +40,22 @@ pub(super) trait Kernel {
     fn give_up_many(&self);
 }
 
-/// The descriptor by which process_madvise(2) names this process, as long as the kernel accepts it.
+/// The descriptors by which the kernel knows this process: one for process_madvise(2), as long as the kernel accepts it,
+/// and one for its page tables.
 #[derive(Debug, Default)]
 pub(super) struct OwnProcess {
+    page_map: OnceLock<Option<PageMap>>,
     descriptor: OnceLock<Option<OwnedFd>>,
     given_up: AtomicBool,
 }
 
 impl OwnProcess {
+    /// `None` if it cannot be read.
+    pub fn page_map(&self) -> Option<&PageMap> {
+        let map = self.page_map.get_or_init(|| PageMap::open().ok());
+        map.as_ref()
+    }
+
     /// `None` if the kernel is known to refuse releases by it.
     pub fn get(&self) -> Option<BorrowedFd<'_>> {
         if self.given_up.load(Ordering::Relaxed) {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ebb_core::lazy::{Pieces, Sweep};
-use ebb_core::range::BLOCK_SIZE;
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use ebb_core::release::Release;
 use ebb_core::slice::{Limits, SliceOutcome, SliceRequest};
 
@@ -30,6 +30,9 @@ const OFFER_TIMEOUT: Duration = Duration::from_millis(1);
 /// `bench reclaim` measures 1.7.
 const PAUSE_COST: u32 = 2;
 
+/// Bytes of discarded memory whose pages are looked at in one step: a fraction of a millisecond.
+const LOOK_SIZE: u64 = 64 << 20;
+
 /// Maximum time between two slices.
 pub(super) const MAX_REST: Duration = Duration::from_secs(1);
 
@@ -53,8 +56,9 @@ impl Job<'_> {
         self.arenas(old.min(self.order.newest))?;
         self.blocks(Sweep::new(Pieces::Blocks, newest))?;
         self.arenas(self.order.newest)?;
-        if self.order.reach >= Reach::Fragments {
-            self.slices(Sweep::new(Pieces::Fragments, newest))?;
+        self.fragments(newest)?;
+        if self.order.reach >= Reach::Fragments && self.refilled()? {
+            self.lazy_ram(now)?;
         }
         // A block is broken up only for less than a block.
         if self.order.reach >= Reach::Everything && self.left() < BLOCK_SIZE {
@@ -75,10 +79,43 @@ impl Job<'_> {
     pub fn lazy_ram(&mut self, now: u64) -> Result<(), Ended> {
         let newest = now.min(self.order.newest);
         self.blocks(Sweep::new(Pieces::Blocks, newest))?;
-        if self.order.reach >= Reach::Fragments {
-            self.slices(Sweep::new(Pieces::Fragments, newest))?;
+        self.fragments(newest)
+    }
+
+    /// Takes lazy fragments, if the order reaches so far.
+    fn fragments(&mut self, newest: u64) -> Result<(), Ended> {
+        if self.order.reach < Reach::Fragments || self.reclaimer.pages.unit() >= BLOCK_SIZE {
+            return Ok(());
         }
-        Ok(())
+        let sweep = Sweep::new(Pieces::Fragments, newest);
+        self.empty(sweep.clone())?;
+        self.slices(sweep)
+    }
+
+    /// Notes fragments that the host holds nothing of as discarded, for instance what became lazy with a page that the
+    /// guest has reused, and was not refilled. That needs neither a system call that changes pages nor a closed gate.
+    fn empty(&mut self, mut sweep: Sweep) -> Result<(), Ended> {
+        let Reclaimer { lazy, pages, .. } = self.reclaimer;
+        let (all, within) = (self.left(), sweep.clone());
+        let mut left = all;
+        let look = |turn: &Turn<'_>| {
+            while left > 0 && turn.goes_on() {
+                let Some(range) = lazy.next_range(&mut sweep, left.min(BLOCK_SIZE)) else {
+                    return true;
+                };
+                if pages.held(range) == Some(0)
+                    && let Some(chunk) = lazy.take_chunk(&mut within.clone().within(range), left)
+                    && pages.held(chunk.range()) == Some(0)
+                {
+                    left -= chunk.range().len();
+                    chunk.discarded();
+                }
+            }
+            left == 0
+        };
+        let result = self.until_done(Work::Fragments, look);
+        self.outcome.bytes += all - left;
+        result
     }
 
     /// Bytes that are still to be taken.
@@ -134,7 +171,7 @@ impl Job<'_> {
         let chunks = &self.reclaimer.counters.chunks;
         let pass = BlockPass::new((lazy, &**pages), self.how, sweep, self.left(), chunks);
         let mut pace = self.reclaimer.round().pace;
-        let result = self.until_done(|turn| pass.run(turn, &mut pace));
+        let result = self.until_done(Work::Blocks, |turn| pass.run(turn, &mut pace));
         self.reclaimer.round().pace = pace;
         self.outcome += pass.outcome();
         result
@@ -152,7 +189,7 @@ impl Job<'_> {
             };
             let (mut pace, mut left) = (self.reclaimer.round().pace, self.left());
             let mut sum = Outcome::default();
-            let result = self.until_done(|turn| {
+            let result = self.until_done(Work::Blocks, |turn| {
                 let (outcome, done) = pass.run(left, turn, &mut pace);
                 left -= outcome.bytes.min(left);
                 sum += outcome;
@@ -165,12 +202,38 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// Looks for discarded memory that the host holds pages for again, and makes it lazy: a huge page brings back all of its
+    /// block for one page that the guest uses. Looks for as much as is still to be taken, and returns true if there is some.
+    fn refilled(&self) -> Result<bool, Ended> {
+        let Reclaimer { lazy, pages, .. } = self.reclaimer;
+        let (mut sweep, mut found) = (Sweep::discarded(), 0);
+        if self.order.newest < u64::MAX {
+            return Ok(false);
+        }
+        let mut look = |turn: &Turn<'_>| {
+            while found < self.left() {
+                if !turn.goes_on() {
+                    return false;
+                }
+                let Some(range) = lazy.next_range(&mut sweep, LOOK_SIZE) else {
+                    return true;
+                };
+                let held = blocks(range).filter(|&part| pages.held(part) > Some(0));
+                found += held.map(|part| lazy.refilled(part)).sum::<u64>();
+            }
+            true
+        };
+        self.until_done(Work::Fragments, &mut look)?;
+        self.reclaimer.counters.refilled_bytes_total.add(found);
+        Ok(found > 0)
+    }
+
     /// Gives `pass` one turn after the other until it returns true: it is done.
-    fn until_done(&self, mut pass: impl FnMut(&Turn<'_>) -> bool) -> Result<(), Ended> {
-        let mut turn = self.turn(Work::Blocks)?;
+    fn until_done(&self, work: Work, mut pass: impl FnMut(&Turn<'_>) -> bool) -> Result<(), Ended> {
+        let mut turn = self.turn(work)?;
         while !pass(&turn) {
             drop(turn);
-            turn = self.turn(Work::Blocks)?;
+            turn = self.turn(work)?;
             self.reclaimer.counters.interruptions_total.increment();
         }
         Ok(())
@@ -271,6 +334,15 @@ impl Job<'_> {
         }
         offered.outcome
     }
+}
+
+/// The parts of `range` by block.
+fn blocks(range: GpaRange) -> impl Iterator<Item = GpaRange> {
+    let starts = range.start() / BLOCK_SIZE..range.end().div_ceil(BLOCK_SIZE);
+    starts.filter_map(move |block| {
+        let (start, end) = (block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE);
+        GpaRange::new(range.start().max(start), range.end().min(end))
+    })
 }
 
 /// Percentage of their time that the vCPUs may lose, given the configured one.

@@ -6,6 +6,9 @@ ebb_core::metrics! {
         /// The latest generation that every vCPU in the guest has seen. What was unmapped until then can be discarded
         /// without an interrupt.
         quiescent_generation: Gauge,
+        /// Lazily free RAM, in whatever state, that the host still holds in memory or swap. Looked at when it is asked for;
+        /// what takes longer than 10 ms is estimated from a part.
+        lazy_resident_bytes: Gauge of Bytes,
         /// System calls that discard lazy or unmapped memory.
         discard_calls_total: Counter,
         /// Discards that failed, eager ones included.
@@ -32,6 +35,8 @@ ebb_core::metrics! {
         chunks: Histogram of Microseconds,
         /// Times that a reclaim let a more urgent one go first.
         interruptions_total: Counter,
+        /// Discarded memory that the host was found to hold pages for again. It is lazy again.
+        refilled_bytes_total: Counter of Bytes,
         /// Reclaims started by memory pressure on the host or in a cgroup.
         pressure_events_total: Counter,
         /// Waits ended by the kernel saying that a memory limit of the monitor's cgroup, or of one above it, was reached.

@@ -272,6 +272,29 @@ impl Mapping {
         }
     }
 
+    /// Number of resident bytes among `len` bytes from `offset` on (mincore(2)). Both are multiples of the page size.
+    ///
+    /// # Errors
+    /// Those of mincore(2); `EINVAL` also for a part that leaves the mapping.
+    pub fn resident_part(&self, offset: usize, len: usize) -> io::Result<usize> {
+        self.check(offset, len)?;
+        let mut pages = [0u8; HUGE_PAGE / SMALL_PAGE];
+        let (mut at, mut resident) = (offset, 0);
+        while at < offset + len {
+            let part = (offset + len - at).min(HUGE_PAGE);
+            let address = pointer(self.address + at);
+            // SAFETY: the part lies in this mapping, and the array has a byte for each of its pages, which is what the
+            // kernel writes.
+            if unsafe { libc::mincore(address, part, pages.as_mut_ptr()) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let seen = pages.iter().take(part.div_ceil(SMALL_PAGE));
+            resident += seen.filter(|&&page| page & 1 == 1).count() * SMALL_PAGE;
+            at += part;
+        }
+        Ok(resident)
+    }
+
     /// Locks a part in memory (mlock(2)): the kernel then answers `EINVAL` to a release of it.
     #[cfg(test)]
     pub(crate) fn lock(&self, offset: usize, len: usize) {
@@ -299,11 +322,7 @@ impl Mapping {
     /// Number of resident bytes (mincore(2)).
     #[cfg(test)]
     pub(crate) fn resident(&self) -> usize {
-        let mut pages = vec![0u8; self.len / SMALL_PAGE];
-        // SAFETY: the vector has one byte for each page of this mapping, which is what the kernel writes.
-        let rc = unsafe { libc::mincore(pointer(self.address), self.len, pages.as_mut_ptr()) };
-        assert_eq!(rc, 0, "{}", io::Error::last_os_error());
-        pages.iter().filter(|&&page| page & 1 == 1).count() * SMALL_PAGE
+        self.resident_part(0, self.len).unwrap()
     }
 }
 

@@ -4,6 +4,7 @@ pub mod cgroup;
 mod kept;
 pub mod mapping;
 pub mod nodes;
+pub mod pagemap;
 pub mod pressure;
 pub mod process;
 mod signals;

@@ -17,7 +17,7 @@ use crate::control::{
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
 use crate::hypercall::Hypercalls;
-use crate::reclaim::Until;
+use crate::reclaim::{ReclaimStats, Until};
 use crate::teardown::{MAX_WORKERS, Teardown, TuneError};
 
 const MIB: u64 = 1 << 20;
@@ -120,7 +120,10 @@ impl Controller for Control {
         let memory = &self.memory;
         LazyMemoryState {
             lazy: memory.lazy().snapshot(),
-            reclaim: memory.reclaimer().snapshot(),
+            reclaim: ReclaimStats {
+                lazy_resident_bytes: memory.lazy_resident_bytes(),
+                ..memory.reclaimer().snapshot()
+            },
             gate: memory.gate().stats(),
             hypercalls: self.hypercalls.stats(),
             reporting: self.reporting_state(),

@@ -233,6 +233,30 @@ impl LazyMemory {
         }
     }
 
+    /// What [`LazyMemory::take_chunk`] would take. Moves the sweep behind it.
+    pub fn next_range(&self, sweep: &mut Sweep, limit: u64) -> Option<GpaRange> {
+        loop {
+            match self.lock().find(sweep, limit) {
+                Step::Found(range) => return Some(range),
+                Step::More => {}
+                Step::Done => return None,
+            }
+        }
+    }
+
+    /// Makes what is discarded in `range` lazy, as the host was found to hold pages for it again. Returns the number of
+    /// bytes.
+    pub fn refilled(&self, range: GpaRange) -> u64 {
+        let generation = self.generation();
+        let mut state = self.lock();
+        let mut bytes = 0;
+        for (step, part) in steps(&[range]) {
+            state = self.next_step(state, step);
+            bytes += state.tracker.refilled(part, generation);
+        }
+        bytes
+    }
+
     /// Starts a generation for what was just invalidated, and returns it.
     pub fn begin_generation(&self) -> u64 {
         self.generation.advance()
@@ -443,6 +467,28 @@ mod tests {
         assert!(memory.reuse(&[pages(0, 9)]).last);
         let stats = memory.snapshot();
         assert_eq!((stats.ranges, stats.reused_bytes_total), (0, 5 * PAGE_SIZE));
+    }
+
+    #[test]
+    fn what_the_host_has_refilled_is_lazy_and_nothing_else_is() {
+        let memory = memory();
+        memory.free(&[pages(0, 10), pages(20, 30)]);
+        let mut sweep = Sweep::new(Pieces::Any, ALL);
+        memory.take_chunk(&mut sweep, ALL).unwrap().discarded();
+        memory.reuse(&[pages(4, 6)]);
+        let mut sweep = Sweep::discarded();
+        let mut next = || memory.next_range(&mut sweep, 3 * PAGE_SIZE);
+        let found = [next(), next(), next(), next(), next()];
+        let expected =
+            [(0, 3), (3, 4), (6, 9), (9, 10)].map(|(start, end)| Some(pages(start, end)));
+        assert_eq!((&found[..4], found[4]), (&expected[..], None));
+        assert_eq!(memory.refilled(pages(3, 25)), 5 * PAGE_SIZE);
+        let stats = memory.snapshot();
+        let left = (stats.lazy_bytes, stats.discarded_bytes);
+        assert_eq!(left, (15 * PAGE_SIZE, 3 * PAGE_SIZE));
+        let all = stats.lazy_bytes + stats.discarded_bytes + stats.reused_bytes_total;
+        assert_eq!(stats.freed_bytes_total, all);
+        assert_eq!(memory.survey(pages(4, 6)).totals.tracked(), 0);
     }
 
     #[test]

@@ -86,6 +86,15 @@ impl Sweep {
         }
     }
 
+    /// A sweep for all discarded ranges.
+    #[must_use]
+    pub const fn discarded() -> Self {
+        Self {
+            from: PageState::Discarded,
+            ..Self::new(Pieces::Any, u64::MAX)
+        }
+    }
+
     /// The pages that it looks for.
     pub(super) fn look(&self) -> Look {
         Look {

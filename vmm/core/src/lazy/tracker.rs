@@ -162,6 +162,14 @@ impl Tracker {
         }
     }
 
+    /// Makes what is discarded in `part` lazy, with `generation`, as the host has pages for it again. `part` lies in one
+    /// region. Returns the number of bytes.
+    pub fn refilled(&mut self, part: GpaRange, generation: u64) -> u64 {
+        let [in_use, lazy, unmapped, discarded] = PageState::ALL;
+        let change = [in_use, lazy, unmapped, lazy];
+        self.change(part, change, Stamp::First(generation))[discarded as usize] * PAGE_SIZE
+    }
+
     /// Ends the work on a chunk, which lies in one region.
     pub fn finish(&mut self, chunk: GpaRange, fate: Fate) {
         match fate {

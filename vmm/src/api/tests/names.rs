@@ -15,8 +15,9 @@ const LAZY_MEMORY: &str = "
     chunks discard_calls_total discard_failures_total discarded_bytes
     eager_bytes_total eager_calls_total freed_bytes_total generation
     held_slices_total interruptions_total invalidate_calls_total invalidate_failures_total
-    kept_bytes_total lazy_bytes limit_events_total open_slices_total passing_slices_total pressure_events_total
-    quiescent_generation ranges reclaimed_bytes_total reclaiming_bytes reused_bytes_total
+    kept_bytes_total lazy_bytes lazy_resident_bytes limit_events_total open_slices_total
+    passing_slices_total pressure_events_total quiescent_generation ranges
+    reclaimed_bytes_total reclaiming_bytes refilled_bytes_total reused_bytes_total
     reused_discarded_bytes_total reused_unmapped_bytes_total reuse_waits_total
     slice_ranges_total tracker_bytes unmapped_bytes unmapped_bytes_total
     gate.closings_total gate.kicks_total gate.longest_pause_us gate.longest_return_us

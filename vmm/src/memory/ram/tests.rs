@@ -103,6 +103,17 @@ fn discard_drops_exactly_its_pages(backing: Backing) {
         gone.len()
     );
     assert_eq!(ram.resident(), 10 * MIB - gone.len());
+    let held = |start, end| ram.held(range(start, end));
+    assert_eq!(held(9 * MIB, 11 * MIB), Some(MIB - PAGE_SIZE));
+    assert_eq!(
+        held(10 * MIB - PAGE_SIZE, 10 * MIB + 3 * PAGE_SIZE),
+        Some(2 * PAGE_SIZE)
+    );
+    assert_eq!(
+        held(MIB, 9 * MIB),
+        Some(4 * MIB),
+        "what is not RAM is not held"
+    );
     for (gpa, want) in [
         (gone.start() - 1, 0xa5),
         (gone.start(), 0),

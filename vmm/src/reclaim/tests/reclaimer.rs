@@ -249,6 +249,7 @@ fn by_age_what_cannot_be_marked_free_is_discarded() {
             ..Backing::default()
         };
         let ram = GuestRam::allocate(backing, &[range(0, 32 * MIB)]).unwrap();
+        ram.populate(range(0, 32 * MIB)).unwrap();
         let reclaimer = over(Arc::new(ram), 1, ReclaimTuning::default());
         reclaimer.lazy.free(&[range(MIB, 8 * MIB)]);
         let aged = Order {

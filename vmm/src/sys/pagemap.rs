@@ -1,0 +1,128 @@
+//! Which pages this process has (`PAGEMAP_SCAN` of /proc/self/pagemap, Linux 6.7).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// `PAGEMAP_SCAN`: `_IOWR('f', 16, struct pm_scan_arg)`, see linux/fs.h.
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+
+/// The page is in memory.
+const PRESENT: u64 = 1 << 3;
+/// The page is swapped out.
+const SWAPPED: u64 = 1 << 4;
+/// The page is the zero page, which takes no memory.
+const ZERO: u64 = 1 << 5;
+
+/// Runs of pages in one answer.
+const RUNS: usize = 64;
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Default)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+const _: () = assert!(size_of::<Scan>() == 96);
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Run {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// The pages of this process.
+#[derive(Debug)]
+pub struct PageMap(File);
+
+impl PageMap {
+    /// Opens it. An older kernel refuses the first [`PageMap::held`] only.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn open() -> io::Result<Self> {
+        File::open("/proc/self/pagemap").map(Self)
+    }
+
+    /// How many bytes of private memory from `address` on, `len` in all, are in memory or swapped out; the zero page does
+    /// not count. Both are multiples of the page size.
+    ///
+    /// # Errors
+    /// Those of ioctl(2): `ENOTTY` before Linux 6.7.
+    pub fn held(&self, address: usize, len: usize) -> io::Result<usize> {
+        let (mut at, end) = (address as u64, (address + len) as u64);
+        let (mut runs, mut held) = ([Run::default(); RUNS], 0);
+        while at < end {
+            let mut scan = Scan {
+                size: size_of::<Scan>() as u64,
+                start: at,
+                end,
+                vec: runs.as_mut_ptr().expose_provenance() as u64,
+                vec_len: RUNS as u64,
+                category_inverted: ZERO,
+                category_mask: ZERO,
+                category_anyof_mask: PRESENT | SWAPPED,
+                return_mask: PRESENT | SWAPPED,
+                ..Scan::default()
+            };
+            // SAFETY: the kernel writes `walk_end` of `scan`, and as many elements of `runs` as it has. It reads page tables
+            // and changes nothing.
+            let found = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+            let Ok(found) = usize::try_from(found) else {
+                return Err(io::Error::last_os_error());
+            };
+            let found = runs.iter().take(found);
+            held += found.map(|run| run.end - run.start).sum::<u64>();
+            // It always gets on; if it did not, this would not end.
+            at = scan.walk_end.max(at + 4096);
+        }
+        Ok(usize::try_from(held).unwrap_or(usize::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ebb_core::release::Release;
+
+    use super::*;
+    use crate::sys::Mapping;
+    use crate::sys::mapping::MappingKind;
+
+    const PAGE: usize = 4096;
+
+    #[test]
+    fn pages_with_content_are_held_and_others_are_not() {
+        let mapping = Mapping::new(2 << 20, 0, MappingKind::Small).unwrap();
+        mapping.set_transparent_huge_pages(false).ok();
+        let map = PageMap::open().unwrap();
+        let held = |first, pages| map.held(mapping.address() + first * PAGE, pages * PAGE);
+        match held(0, 512) {
+            Err(error) => return assert_eq!(error.raw_os_error(), Some(libc::ENOTTY)),
+            Ok(bytes) => assert_eq!(bytes, 0),
+        }
+        // More runs than one answer holds.
+        for page in (0..400).step_by(2) {
+            mapping.populate_part(page * PAGE, PAGE).unwrap();
+        }
+        assert_eq!(held(0, 512).unwrap(), 200 * PAGE);
+        assert_eq!(held(1, 4).unwrap(), 2 * PAGE);
+        mapping.release(0, 100 * PAGE, Release::Discard).unwrap();
+        assert_eq!(held(0, 512).unwrap(), 150 * PAGE);
+        assert_eq!(held(401, 111).unwrap(), 0);
+    }
+}
