@@ -5,6 +5,7 @@
 mod book;
 mod damping;
 mod gate;
+mod reclaim;
 
 use super::BenchError;
 use super::results::Results;
@@ -26,10 +27,11 @@ pub struct Arguments {
 /// A part: adds its rows and figures.
 type Part = fn(&Arguments, &mut Results) -> Result<(), BenchError>;
 
-const PARTS: [(&str, Part); 3] = [
+const PARTS: [(&str, Part); 4] = [
     ("book", book::measure),
     ("damping", damping::measure),
     ("gate", gate::measure),
+    ("reclaim", reclaim::measure),
 ];
 
 /// Runs the benchmark, prints the table and writes the report.
