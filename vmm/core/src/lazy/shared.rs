@@ -535,6 +535,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes minutes there")]
     fn other_threads_may_have_the_lock_between_two_steps() {
         let memory = memory();
         let offers = || memory.lock().offers;
@@ -553,6 +554,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes minutes there")]
     fn nothing_is_refused_or_given_up() {
         let memory = memory();
         let all = GpaRange::new(0, 128 << 30).unwrap();
@@ -570,6 +572,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes minutes there")]
     fn a_survey_is_of_a_limited_part() {
         let memory = memory();
         let all = GpaRange::new(PAGE_SIZE, 1 << 40).unwrap();

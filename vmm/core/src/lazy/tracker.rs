@@ -145,19 +145,12 @@ impl Tracker {
     }
 
     fn rearm(&mut self, part: GpaRange, fresh: &mut dyn FnMut() -> u64) {
-        let [in_use, lazy, unmapped, discarded] = PageState::ALL;
         for page in [part.start(), part.end() - PAGE_SIZE] {
             let start = page / BLOCK_SIZE * BLOCK_SIZE;
             if let Some(block) = GpaRange::new(start, start.saturating_add(BLOCK_SIZE))
-                && self.survey(block)[discarded as usize] > 0
+                && self.survey(block)[PageState::Discarded as usize] > 0
             {
-                let used = if fault_point!("what was reused is lazy again, too") {
-                    lazy
-                } else {
-                    in_use
-                };
-                let change = [used, lazy, unmapped, lazy];
-                self.change(block, change, Stamp::First(fresh()));
+                self.refilled(block, fresh());
             }
         }
     }
@@ -166,7 +159,12 @@ impl Tracker {
     /// region. Returns the number of bytes.
     pub fn refilled(&mut self, part: GpaRange, generation: u64) -> u64 {
         let [in_use, lazy, unmapped, discarded] = PageState::ALL;
-        let change = [in_use, lazy, unmapped, lazy];
+        let used = if fault_point!("what was reused is lazy again, too") {
+            lazy
+        } else {
+            in_use
+        };
+        let change = [used, lazy, unmapped, lazy];
         self.change(part, change, Stamp::First(generation))[discarded as usize] * PAGE_SIZE
     }
 

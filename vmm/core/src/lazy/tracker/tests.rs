@@ -332,7 +332,7 @@ fn runs(pages: Range<usize>, holds: impl Fn(usize) -> bool) -> Vec<Range<usize>>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
     #[cfg_attr(miri, ignore = "takes minutes there")]
