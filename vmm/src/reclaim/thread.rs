@@ -9,7 +9,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::policy::ALERT;
-use super::{Ages, Decision, Mode, Order, PolicyState, PressureSource, Reclaimer, Sample, decide};
+use super::{
+    Ages, Decision, Mode, Order, Outcome, PolicyState, PressureSource, Reclaimer, Sample, Until,
+    decide,
+};
+
+/// An order ends after this time, and the host is looked at again: fragments may take minutes, and need may grow.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The reclaim thread cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -115,12 +121,13 @@ impl Answers {
             if decision.pressed {
                 reclaimer.count_pressure_event();
             }
-            let outcome = reclaimer.discard(order);
+            let outcome = reclaimer.discard_until(order, Until::after(Some(LOOK_AGAIN)));
             self.given = self.given.saturating_add(outcome.bytes);
             if outcome.bytes < order.bytes {
                 // To ask again at once would only keep a core busy.
                 self.pause = self.pause.max(ALERT);
             }
+            self.go_on_after(&outcome);
             // Without this, modes that try each time would log a message each second.
             if outcome.bytes > 0 {
                 tracing::info!(
@@ -133,8 +140,16 @@ impl Answers {
             }
         }
         if let Some(order) = order(&decision, decision.invalidate) {
-            let outcome = reclaimer.invalidate(order);
+            let outcome = reclaimer.invalidate_until(order, Until::after(Some(LOOK_AGAIN)));
+            self.go_on_after(&outcome);
             tracing::debug!(bytes = outcome.bytes, wanted = order.bytes, "invalidated");
+        }
+    }
+
+    /// What is left of an order that took too long is decided anew, at once.
+    fn go_on_after(&mut self, outcome: &Outcome) {
+        if outcome.cut_short && outcome.duration >= LOOK_AGAIN {
+            self.pause = Duration::ZERO;
         }
     }
 }
@@ -151,7 +166,7 @@ fn order(decision: &Decision, bytes: u64) -> Option<Order> {
 
 #[cfg(test)]
 mod tests {
-    use ebb_core::generation::{Gate, VmGeneration};
+    use ebb_core::generation::{Gate, NoKick, VmGeneration};
     use ebb_core::lazy::LazyMemory;
     use ebb_core::range::GpaRange;
 
@@ -220,6 +235,36 @@ mod tests {
         };
         answers.respond(&reclaimer, sample);
         assert_eq!((answers.given, answers.pause), (256 << 20, ALERT));
+    }
+
+    #[test]
+    fn an_order_that_takes_long_ends_so_that_the_host_is_looked_at_again() {
+        let all = GpaRange::new(0, 2 << 20).unwrap();
+        let ram = Arc::new(GuestRam::allocate(Backing::default(), &[all]).unwrap());
+        ram.populate(all).unwrap();
+        let generation = Arc::new(VmGeneration::default());
+        let gate = Arc::new(Gate::new(1, Arc::clone(&generation), Box::new(NoKick)));
+        let lazy = Arc::new(LazyMemory::new(generation));
+        let page = |at| GpaRange::new(at, at + 4096).unwrap();
+        lazy.free(
+            &(0..100)
+                .map(|page| page * 8192)
+                .map(page)
+                .collect::<Vec<_>>(),
+        );
+        let tuning = ReclaimTuning {
+            mode: Mode::Eager,
+            pause: Duration::from_millis(10),
+            ..ReclaimTuning::default()
+        };
+        let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram, Arc::clone(&gate), tuning);
+        // It misses the pause, for which the order would have to rest for a second.
+        let _inside = gate.enter(0);
+        let mut answers = Answers::default();
+        answers.respond(&reclaimer, reclaimer.sampled(Sample::default()));
+        assert_eq!(lazy.snapshot().lazy_bytes, 100 * 4096);
+        assert_eq!(answers.pause, Duration::ZERO);
+        assert_eq!(gate.stats().missed_total, 1);
     }
 
     #[test]
