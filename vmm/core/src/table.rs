@@ -4,7 +4,7 @@
 //! was loaded once, the monitor tries a limited number of times, and what it must be sure of (which granules
 //! it is discarding, and which it has discarded) is in bitmaps of its own.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::{ControlFlow, Range, RangeInclusive};
 
 use ebb_hypercall_abi::granule::{Reuse, State, Word};
 
@@ -102,6 +102,16 @@ impl<W: Words> Table<W> {
     /// Takes at most `max` lazy granules that were freed in generation `newest` or before, from number `cursor` on,
     /// and moves `cursor` to the first that was not looked at. `None`: there is none up to the end.
     pub fn take(&self, cursor: &mut usize, newest: u64, max: usize) -> Option<Taken<'_, W>> {
+        self.take_of(cursor, &(0..=newest), max)
+    }
+
+    /// As [`Table::take`], for those that were freed in one of `generations`.
+    pub fn take_of(
+        &self,
+        cursor: &mut usize,
+        generations: &RangeInclusive<u64>,
+        max: usize,
+    ) -> Option<Taken<'_, W>> {
         let mut taken = Taken {
             table: self,
             runs: Vec::new(),
@@ -116,7 +126,7 @@ impl<W: Words> Table<W> {
                 if count == max {
                     return ControlFlow::Break(index);
                 }
-                if word.generation() <= newest && self.claim(index, word) {
+                if generations.contains(&word.generation()) && self.claim(index, word) {
                     taken.push(index);
                     count += 1;
                 }
@@ -393,6 +403,9 @@ mod tests {
         let taken = table.take(&mut 0, 5, 9).unwrap();
         assert!(matches!(taken.runs(), [run] if *run == (10..11)));
         assert!(table.take(&mut 0, 4, 9).is_none());
+        drop(taken);
+        let taken = table.take_of(&mut 0, &(6..=7), 9).unwrap();
+        assert!(matches!(taken.runs(), [run] if *run == (9..10)));
     }
 
     #[test]

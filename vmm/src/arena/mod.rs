@@ -6,7 +6,7 @@
 
 mod words;
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -163,9 +163,19 @@ impl Arena {
     /// Takes up to `bytes` of what the guest has freed at `newest` or before. `cursor` is 0 for the first of several
     /// takes. `None`: there is no more, or `bytes` is less than a granule.
     pub fn take(&self, cursor: &mut usize, newest: u64, bytes: u64) -> Option<Granules<'_>> {
+        self.take_of(cursor, &(0..=newest), bytes)
+    }
+
+    /// As [`Arena::take`], of what was freed in one of `generations`.
+    pub fn take_of(
+        &self,
+        cursor: &mut usize,
+        generations: &RangeInclusive<u64>,
+        bytes: u64,
+    ) -> Option<Granules<'_>> {
         let granule = self.place.layout.granule();
         let most = usize::try_from(bytes / granule).unwrap_or(usize::MAX);
-        let taken = self.table.take(cursor, newest, most)?;
+        let taken = self.table.take_of(cursor, generations, most)?;
         let at = |index: usize| self.place.gpa.start() + index as u64 * granule;
         let ranges = taken
             .runs()

@@ -1,5 +1,6 @@
-//! Discards granules of an arena that its table says are lazy.
+//! Discards granules of an arena that its table says are lazy, or marks them free.
 
+use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use ebb_core::metrics::Histogram;
@@ -11,12 +12,43 @@ use super::pace::Pace;
 use super::turns::Turn;
 use crate::arena::Arena;
 
+/// How far the granules of an arena are marked free. A word does not tell, and a mark is needed once.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Marked {
+    /// Granules that were freed in earlier generations are marked.
+    from: u64,
+    /// The present sweep goes up to this generation.
+    to: u64,
+    /// The first granule that it has not looked at.
+    cursor: usize,
+}
+
+impl Marked {
+    /// What the next pass is to look at, if `now` is the machine's generation.
+    pub fn next(&mut self, now: u64) -> (RangeInclusive<u64>, usize) {
+        if self.cursor == 0 {
+            self.to = now;
+        }
+        (self.from..=self.to, self.cursor)
+    }
+
+    /// That pass has looked at all granules before `cursor`, of `granules` in all.
+    pub const fn seen(&mut self, cursor: usize, granules: u64) {
+        self.cursor = cursor;
+        if cursor as u64 >= granules {
+            (self.from, self.cursor) = (self.to + 1, 0);
+        }
+    }
+}
+
 /// One sweep over an arena.
 pub(super) struct GranulePass<'a> {
     pub arena: &'a Arena,
     pub pages: &'a dyn ReleasePages,
-    /// Granules that were freed in a later generation are not taken.
-    pub newest: u64,
+    /// What is done with a granule. Marked free, it stays lazy.
+    pub how: Release,
+    /// Granules that were freed in another generation are not taken.
+    pub generations: RangeInclusive<u64>,
     /// The first granule that was not looked at.
     pub cursor: usize,
     /// How long each step takes, in microseconds.
@@ -35,7 +67,8 @@ impl GranulePass<'_> {
             }
             let first = self.cursor;
             let max = pace.size().max(granule).min(bytes - outcome.bytes);
-            let Some(taken) = self.arena.take(&mut self.cursor, self.newest, max) else {
+            let generations = &self.generations;
+            let Some(taken) = self.arena.take_of(&mut self.cursor, generations, max) else {
                 break;
             };
             let (released, cut_short) = match taken.ranges() {
@@ -46,7 +79,10 @@ impl GranulePass<'_> {
             let whole = taken.ranges().iter().zip(&released.bytes);
             let whole = whole.filter(|(range, bytes)| range.len() == **bytes);
             let bytes: u64 = whole.map(|(range, _)| range.len()).sum();
-            taken.finish(&released.bytes);
+            match self.how {
+                Release::Discard => taken.finish(&released.bytes),
+                Release::MarkFree => drop(taken),
+            }
             outcome.calls += released.calls;
             outcome.failures += released.failures;
             outcome.bytes += bytes;
@@ -80,7 +116,7 @@ impl GranulePass<'_> {
 
     fn step(&self, ranges: &[GpaRange], pace: &mut Pace) -> Released {
         let start = Instant::now();
-        let released = self.pages.release(ranges, Release::Discard);
+        let released = self.pages.release(ranges, self.how);
         let took = start.elapsed();
         pace.learn(ranges.iter().map(|range| range.len()).sum(), took);
         self.chunks
@@ -293,6 +329,30 @@ mod tests {
     }
 
     #[test]
+    fn ahead_of_need_each_granule_is_marked_free_once() {
+        let machine = machine(Mode::Pressure);
+        (2..6).for_each(|index| machine.free(index));
+        let ahead = |bytes| {
+            let order = Order {
+                bytes,
+                reach: Reach::Blocks,
+                newest: u64::MAX,
+                urgent: false,
+            };
+            machine.reclaimer.invalidate(order).bytes
+        };
+        assert_eq!(ahead(3 * GRANULE + MIB), 3 * GRANULE);
+        assert_eq!(ahead(u64::MAX), GRANULE, "it goes on where it was");
+        assert_eq!(ahead(u64::MAX), 0);
+        machine.free(4);
+        assert_eq!(ahead(u64::MAX), GRANULE, "freed anew");
+        assert_eq!(machine.reclaimer.snapshot().discard_calls_total, 0);
+        // A write cancels the mark, and the state is the guest's.
+        assert_eq!(machine.state(4), Some(State::Lazy));
+        assert_eq!(machine.reclaimer.reclaim(u64::MAX).bytes, 4 * GRANULE);
+    }
+
+    #[test]
     fn by_age_only_what_was_freed_before() {
         let machine = machine(Mode::Age(std::time::Duration::from_secs(1)));
         machine.free(2);
@@ -309,7 +369,8 @@ mod tests {
             ..order
         };
         let invalidate = |order| machine.reclaimer.invalidate(order).bytes;
-        assert_eq!(invalidate(ahead), 0, "granules are not marked free");
+        assert_eq!(invalidate(ahead), 2 * GRANULE, "marked free");
+        assert_eq!(machine.state(2), Some(State::Lazy));
         assert_eq!(invalidate(order), GRANULE);
         assert_eq!(machine.state(2), Some(State::Discarded));
         assert_eq!(machine.state(3), Some(State::Lazy));

@@ -1,5 +1,6 @@
 //! One reclaim under way: its passes over unmapped memory, blocks, granules and fragments.
 
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use ebb_core::lazy::{Pieces, Sweep};
@@ -12,6 +13,7 @@ use super::granules::GranulePass;
 use super::reclaimer::Reclaimer;
 use super::turns::{Ended, Ticket, Turn, Work};
 use super::{Order, Outcome, Reach};
+use crate::arena::Arena;
 
 /// How long a reclaim waits for vCPUs that have not seen the latest generation, before it looks at other orders.
 const CATCH_UP_TIMEOUT: Duration = Duration::from_millis(2);
@@ -180,26 +182,51 @@ impl Job<'_> {
     /// One sweep over the granules that were freed at `newest` or before, with the vCPUs running.
     fn arenas(&mut self, newest: u64) -> Result<(), Ended> {
         for arena in self.reclaimer.arenas.iter() {
-            let mut pass = GranulePass {
-                arena,
-                pages: &*self.reclaimer.pages,
-                newest,
-                cursor: 0,
-                chunks: &self.reclaimer.counters.chunks,
-            };
-            let (mut pace, mut left) = (self.reclaimer.round().pace, self.left());
-            let mut sum = Outcome::default();
-            let result = self.until_done(Work::Blocks, |turn| {
-                let (outcome, done) = pass.run(left, turn, &mut pace);
-                left -= outcome.bytes.min(left);
-                sum += outcome;
-                done
-            });
-            self.reclaimer.round().pace = pace;
-            self.outcome += sum;
+            self.granules(arena, 0..=newest, 0).1?;
+        }
+        Ok(())
+    }
+
+    /// Marks granules free that were freed up to `now`, each one once.
+    pub fn mark_arenas(&mut self, now: u64) -> Result<(), Ended> {
+        for (arena, index) in self.reclaimer.arenas.iter().zip(0..) {
+            let mut marked = self.reclaimer.round().marked[index];
+            let (generations, cursor) = marked.next(now);
+            let (cursor, result) = self.granules(arena, generations, cursor);
+            marked.seen(cursor, arena.place().layout.granules());
+            self.reclaimer.round().marked[index] = marked;
             result?;
         }
         Ok(())
+    }
+
+    /// Takes granules that were freed in one of `generations`, from number `cursor` on. Returns the first that it has not
+    /// looked at.
+    fn granules(
+        &mut self,
+        arena: &Arena,
+        generations: RangeInclusive<u64>,
+        cursor: usize,
+    ) -> (usize, Result<(), Ended>) {
+        let mut pass = GranulePass {
+            arena,
+            pages: &*self.reclaimer.pages,
+            how: self.how,
+            generations,
+            cursor,
+            chunks: &self.reclaimer.counters.chunks,
+        };
+        let (mut pace, mut left) = (self.reclaimer.round().pace, self.left());
+        let mut sum = Outcome::default();
+        let result = self.until_done(Work::Blocks, |turn| {
+            let (outcome, done) = pass.run(left, turn, &mut pace);
+            left -= outcome.bytes.min(left);
+            sum += outcome;
+            done
+        });
+        self.reclaimer.round().pace = pace;
+        self.outcome += sum;
+        (pass.cursor, result)
     }
 
     /// Looks for discarded memory that the host holds pages for again, and makes it lazy: a huge page brings back all of its

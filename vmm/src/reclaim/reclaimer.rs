@@ -12,6 +12,7 @@ use ebb_core::release::{Release, ReleasePages};
 use ebb_core::slice::{SliceOutcome, Slicer};
 
 use super::backoff::Backoff;
+use super::granules::Marked;
 use super::job::{Job, MAX_MISSES};
 use super::pace::Pace;
 use super::stats::{Counters, ReclaimStats};
@@ -33,6 +34,8 @@ pub(super) struct Round {
     pub last_slice: Option<(Instant, SliceOutcome)>,
     /// The machine's generation when the last reclaim began. What was freed up to then has survived it.
     old: u64,
+    /// How far the granules of each arena are marked free.
+    pub marked: Vec<Marked>,
     /// Skips offers to the vCPU threads after offers that nobody took: a guest that does not exit costs reclaim little.
     pub offers: Backoff,
     /// Runs slices with the gate open after vCPUs have missed [`MAX_MISSES`] pauses in a row.
@@ -79,6 +82,7 @@ impl Reclaimer {
             round: Mutex::new(Round {
                 pace: Pace::new(),
                 last_slice: None,
+                marked: Vec::new(),
                 old: 0,
                 offers: Backoff::new(),
                 holds: Backoff::tolerant(MAX_MISSES - 1),
@@ -93,6 +97,7 @@ impl Reclaimer {
     /// Reclaims granules of `arenas`, too, whose addresses are those of its pages.
     #[must_use]
     pub fn with_arenas(self, arenas: Arenas) -> Self {
+        self.round().marked = vec![Marked::default(); arenas.len()];
         let reclaimer = Self { arenas, ..self };
         // What is freed from now on has not survived a reclaim.
         reclaimer.next_generation();
@@ -138,25 +143,28 @@ impl Reclaimer {
     }
 
     /// Invalidates what `order` says: it becomes unmapped, so the host may take it at any time, and to discard it later
-    /// interrupts no vCPU. Memory that cannot be marked free, granules among it, is left alone; but an order by age discards
-    /// it (see [`Order::newest`]).
+    /// interrupts no vCPU. Granules are marked free in the same way, but stay lazy. Memory that cannot be marked free is left
+    /// alone. An order by age discards such memory, and granules (see [`Order::newest`]).
     pub fn invalidate(&self, order: Order) -> Outcome {
         self.invalidate_until(order, Until::default())
     }
 
     /// As [`Reclaimer::invalidate`], but not for longer than `until`.
     pub fn invalidate_until(&self, order: Order, until: Until<'_>) -> Outcome {
-        let mut outcome = Outcome::default();
-        let marks = self.pages.can_mark_free();
-        if marks {
-            let now = self.lazy.generation();
-            outcome = self.work(order, Release::MarkFree, until, |job| job.lazy_ram(now));
-            self.counters.invalidate_calls_total.add(outcome.calls);
-            self.counters
-                .invalidate_failures_total
-                .add(outcome.failures);
-        }
-        if order.newest < u64::MAX && !(marks && self.arenas.is_empty()) {
+        let (marks, by_age) = (self.pages.can_mark_free(), order.newest < u64::MAX);
+        let now = self.lazy.generation();
+        self.next_generation();
+        let mut outcome = self.work(order, Release::MarkFree, until, |job| {
+            if marks {
+                job.lazy_ram(now)?;
+            }
+            if by_age { Ok(()) } else { job.mark_arenas(now) }
+        });
+        self.counters.invalidate_calls_total.add(outcome.calls);
+        self.counters
+            .invalidate_failures_total
+            .add(outcome.failures);
+        if by_age && !outcome.cut_short {
             let rest = Order {
                 bytes: order.bytes - outcome.bytes.min(order.bytes),
                 ..order
