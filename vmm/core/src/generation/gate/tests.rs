@@ -215,6 +215,21 @@ fn a_crowd_of_255_comes_out_together_and_goes_in_together() {
 }
 
 #[test]
+fn a_passing_thread_closes_the_gate_only_if_all_are_out_and_it_is_open() {
+    let gate = Gate::new(2, Arc::default(), Box::new(NoKick));
+    assert!(gate.is_empty());
+    let inside = gate.enter(1).unwrap();
+    assert!(!gate.is_empty() && gate.hold_if_empty(LONG).is_none());
+    assert!(gate.quiescent(0) && !gate.quiescent(1));
+    drop(inside);
+    let hold = gate.hold_if_empty(LONG).unwrap();
+    assert!(!hold.expired() && gate.hold_if_empty(LONG).is_none());
+    drop(hold);
+    assert!(gate.enter(0).is_some() && gate.waits() == 0);
+    assert_eq!(gate.stats().closings_total, 1);
+}
+
+#[test]
 fn the_last_to_leave_wakes_a_closer_that_sleeps() {
     let gate = Gate::new(2, Arc::default(), Box::new(NoKick));
     let inside = [0, 1].map(|index| gate.enter(index).unwrap());
