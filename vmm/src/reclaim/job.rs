@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use ebb_core::lazy::{Pieces, Sweep};
-use ebb_core::range::{BLOCK_SIZE, GpaRange};
+use ebb_core::range::BLOCK_SIZE;
 use ebb_core::release::Release;
 use ebb_core::slice::{Limits, SliceOutcome, SliceRequest};
 
@@ -32,9 +32,6 @@ const OFFER_TIMEOUT: Duration = Duration::from_millis(1);
 /// `bench reclaim` measures 1.7.
 const PAUSE_COST: u32 = 2;
 
-/// Bytes of discarded memory whose pages are looked at in one step: a fraction of a millisecond.
-const LOOK_SIZE: u64 = 64 << 20;
-
 /// Maximum time between two slices.
 pub(super) const MAX_REST: Duration = Duration::from_secs(1);
 
@@ -60,7 +57,7 @@ impl Job<'_> {
         self.arenas(self.order.newest)?;
         self.fragments(newest)?;
         if self.order.reach >= Reach::Fragments && self.refilled()? {
-            self.lazy_ram(now)?;
+            self.lazy_ram()?;
         }
         // A block is broken up only for less than a block.
         if self.order.reach >= Reach::Everything && self.left() < BLOCK_SIZE {
@@ -72,52 +69,24 @@ impl Job<'_> {
     /// Discards granules that are old enough, and with `ram` blocks and fragments before: what cannot be marked free.
     pub fn discard_aged(&mut self, ram: bool) -> Result<(), Ended> {
         if ram {
-            self.lazy_ram(self.order.newest)?;
+            self.lazy_ram()?;
         }
         self.arenas(self.order.newest)
     }
 
-    /// Takes lazy blocks, then fragments. `now` is the machine's generation.
-    pub fn lazy_ram(&mut self, now: u64) -> Result<(), Ended> {
-        let newest = now.min(self.order.newest);
-        self.blocks(Sweep::new(Pieces::Blocks, newest))?;
-        self.fragments(newest)
+    /// Takes lazy blocks, then fragments, whenever they were freed, as far as the order goes. An invalidation makes what is
+    /// lazy in the same block younger, which must not end it.
+    pub fn lazy_ram(&mut self) -> Result<(), Ended> {
+        self.blocks(Sweep::new(Pieces::Blocks, self.order.newest))?;
+        self.fragments(self.order.newest)
     }
 
     /// Takes lazy fragments, if the order reaches so far.
     fn fragments(&mut self, newest: u64) -> Result<(), Ended> {
-        if self.order.reach < Reach::Fragments || self.reclaimer.pages.unit() >= BLOCK_SIZE {
+        if self.order.reach < Reach::Fragments {
             return Ok(());
         }
-        let sweep = Sweep::new(Pieces::Fragments, newest);
-        self.empty(sweep.clone())?;
-        self.slices(sweep)
-    }
-
-    /// Notes fragments that the host holds nothing of as discarded, for instance what became lazy with a page that the
-    /// guest has reused, and was not refilled. That needs neither a system call that changes pages nor a closed gate.
-    fn empty(&mut self, mut sweep: Sweep) -> Result<(), Ended> {
-        let Reclaimer { lazy, pages, .. } = self.reclaimer;
-        let (all, within) = (self.left(), sweep.clone());
-        let mut left = all;
-        let look = |turn: &Turn<'_>| {
-            while left > 0 && turn.goes_on() {
-                let Some(range) = lazy.next_range(&mut sweep, left.min(BLOCK_SIZE)) else {
-                    return true;
-                };
-                if pages.held(range) == Some(0)
-                    && let Some(chunk) = lazy.take_chunk(&mut within.clone().within(range), left)
-                    && pages.held(chunk.range()) == Some(0)
-                {
-                    left -= chunk.range().len();
-                    chunk.discarded();
-                }
-            }
-            left == 0
-        };
-        let result = self.until_done(Work::Fragments, look);
-        self.outcome.bytes += all - left;
-        result
+        self.slices(Sweep::new(Pieces::Fragments, newest))
     }
 
     /// Bytes that are still to be taken.
@@ -229,30 +198,29 @@ impl Job<'_> {
         (pass.cursor, result)
     }
 
-    /// Looks for discarded memory that the host holds pages for again, and makes it lazy: a huge page brings back all of its
-    /// block for one page that the guest uses. Looks for as much as is still to be taken, and returns true if there is some.
+    /// Looks for discarded memory that came back, as much as is still to be taken. Returns true if there is some.
     fn refilled(&self) -> Result<bool, Ended> {
-        let Reclaimer { lazy, pages, .. } = self.reclaimer;
-        let (mut sweep, mut found) = (Sweep::discarded(), 0);
-        if self.order.newest < u64::MAX {
-            return Ok(false);
-        }
-        let mut look = |turn: &Turn<'_>| {
-            while found < self.left() {
-                if !turn.goes_on() {
-                    return false;
-                }
-                let Some(range) = lazy.next_range(&mut sweep, LOOK_SIZE) else {
-                    return true;
-                };
-                let held = blocks(range).filter(|&part| pages.held(part) > Some(0));
-                found += held.map(|part| lazy.refilled(part)).sum::<u64>();
-            }
-            true
+        let (reclaimer, urgent) = (self.reclaimer, self.order.urgent);
+        let go_on = || reclaimer.round().look.begin(Instant::now());
+        let sweep = if urgent {
+            Some(Sweep::discarded())
+        } else {
+            go_on()
         };
-        self.until_done(Work::Fragments, &mut look)?;
-        self.reclaimer.counters.refilled_bytes_total.add(found);
-        Ok(found > 0)
+        let Some(mut sweep) = sweep.filter(|_| self.order.newest == u64::MAX && self.left() > 0)
+        else {
+            return Ok(false);
+        };
+        let (held, mut found) = (reclaimer.held(), 0);
+        let result = self.until_done(Work::Fragments, |turn| {
+            held.refill(&mut sweep, &mut found, self.left(), turn)
+        });
+        if !urgent {
+            let mut round = reclaimer.round();
+            round.look.end(&reclaimer.lazy, sweep, Instant::now());
+        }
+        reclaimer.counters.refilled_bytes_total.add(found);
+        result.map(|()| found > 0)
     }
 
     /// Gives `pass` one turn after the other until it returns true: it is done.
@@ -283,6 +251,14 @@ impl Job<'_> {
         };
         // What has nothing to do is no attempt.
         while self.left() > 0 && reclaimer.lazy.peek(&mut request.sweep, self.left()) {
+            let turn = self.turn(Work::Fragments)?;
+            let held = reclaimer.held();
+            let (skipped, all) = held.skip_empty(&request.sweep, self.left(), &turn);
+            drop(turn);
+            self.outcome.bytes += skipped;
+            if all || self.left() == 0 {
+                continue;
+            }
             request.limits.bytes = self.left();
             let slice = {
                 let _turn = self.turn_after_rest()?;
@@ -361,15 +337,6 @@ impl Job<'_> {
         }
         offered.outcome
     }
-}
-
-/// The parts of `range` by block.
-fn blocks(range: GpaRange) -> impl Iterator<Item = GpaRange> {
-    let starts = range.start() / BLOCK_SIZE..range.end().div_ceil(BLOCK_SIZE);
-    starts.filter_map(move |block| {
-        let (start, end) = (block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE);
-        GpaRange::new(range.start().max(start), range.end().min(end))
-    })
 }
 
 /// Percentage of their time that the vCPUs may lose, given the configured one.

@@ -7,6 +7,7 @@
 mod backoff;
 mod blocks;
 mod granules;
+mod held;
 mod job;
 mod outcome;
 mod pace;

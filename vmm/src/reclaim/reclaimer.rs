@@ -13,6 +13,7 @@ use ebb_core::slice::{SliceOutcome, Slicer};
 
 use super::backoff::Backoff;
 use super::granules::Marked;
+use super::held::{Held, Look};
 use super::job::{Job, MAX_MISSES};
 use super::pace::Pace;
 use super::stats::{Counters, ReclaimStats};
@@ -36,6 +37,8 @@ pub(super) struct Round {
     old: u64,
     /// How far the granules of each arena are marked free.
     pub marked: Vec<Marked>,
+    /// Where orders in the background look for discarded memory that came back.
+    pub look: Look,
     /// Skips offers to the vCPU threads after offers that nobody took: a guest that does not exit costs reclaim little.
     pub offers: Backoff,
     /// Runs slices with the gate open after vCPUs have missed [`MAX_MISSES`] pauses in a row.
@@ -83,6 +86,7 @@ impl Reclaimer {
                 pace: Pace::new(),
                 last_slice: None,
                 marked: Vec::new(),
+                look: Look::new(),
                 old: 0,
                 offers: Backoff::new(),
                 holds: Backoff::tolerant(MAX_MISSES - 1),
@@ -156,7 +160,7 @@ impl Reclaimer {
         self.next_generation();
         let mut outcome = self.work(order, Release::MarkFree, until, |job| {
             if marks {
-                job.lazy_ram(now)?;
+                job.lazy_ram()?;
             }
             if by_age { Ok(()) } else { job.mark_arenas(now) }
         });
@@ -268,6 +272,13 @@ impl Reclaimer {
         ReclaimStats {
             quiescent_generation: self.gate.quiescent_generation(),
             ..self.counters.snapshot()
+        }
+    }
+
+    pub(super) fn held(&self) -> Held<'_> {
+        Held {
+            lazy: &self.lazy,
+            pages: &*self.pages,
         }
     }
 

@@ -146,9 +146,9 @@ impl Answers {
         }
     }
 
-    /// What is left of an order that took too long is decided anew, at once.
+    /// What is left of an order that took too long is decided anew, at once if it came on.
     fn go_on_after(&mut self, outcome: &Outcome) {
-        if outcome.cut_short && outcome.duration >= LOOK_AGAIN {
+        if outcome.cut_short && outcome.bytes > 0 {
             self.pause = Duration::ZERO;
         }
     }
@@ -263,8 +263,14 @@ mod tests {
         let mut answers = Answers::default();
         answers.respond(&reclaimer, reclaimer.sampled(Sample::default()));
         assert_eq!(lazy.snapshot().lazy_bytes, 100 * 4096);
-        assert_eq!(answers.pause, Duration::ZERO);
         assert_eq!(gate.stats().missed_total, 1);
+        assert_eq!(answers.pause, ALERT, "it did not come on");
+        answers.go_on_after(&Outcome {
+            cut_short: true,
+            bytes: 1,
+            ..Outcome::default()
+        });
+        assert_eq!(answers.pause, Duration::ZERO);
     }
 
     #[test]
