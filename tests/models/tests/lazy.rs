@@ -384,6 +384,35 @@ fn rest_of_a_block() {
     check(3, the_rest_of_a_block_comes_back, &faults);
 }
 
+/// Discarded memory that the host was seen to hold pages for is lazy again. What the guest reuses meanwhile stays in use.
+fn what_came_back_is_discarded_again() {
+    let world = world(2);
+    world.lazy.free(&[page(0), page(1)]);
+    world.open(every(Release::Discard));
+    let reclaimer = {
+        let world = Arc::clone(&world);
+        thread::spawn(move || {
+            let bytes: u64 = (0..2).map(|index| world.lazy.refilled(page(index))).sum();
+            assert!(bytes >= PAGE_SIZE);
+            world.open(every(Release::Discard));
+        })
+    };
+    world.lazy.reuse(&[page(0)]);
+    world.cells.write(page(0));
+    reclaimer.join().unwrap();
+    world.check_books();
+    assert_eq!(world.lazy.snapshot().discarded_bytes, PAGE_SIZE);
+}
+
+#[test]
+fn what_came_back() {
+    let faults = [
+        "a reuse does not wait for the chunk",
+        "what was reused is lazy again, too",
+    ];
+    check(3, what_came_back_is_discarded_again, &faults);
+}
+
 /// What the host refuses stays lazy. A second take of it meets a reuse just as the first one does.
 fn a_refused_chunk_is_taken_again() {
     let world = world(1);
