@@ -1,6 +1,7 @@
 //! The tracker: the state of each page of guest memory, with totals. For one thread; no system calls.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 use super::flights::Flights;
@@ -227,14 +228,15 @@ impl Tracker {
     fn change(&mut self, part: GpaRange, change: Change, stamp: Stamp) -> Counts {
         let (number, pages) = place(part);
         let len = pages.len() as u64;
-        if change[0] == PageState::InUse && !self.regions.contains_key(&number) {
-            return [len, 0, 0, 0];
-        }
-        let region = self.regions.entry(number).or_insert_with(|| {
-            let region = Box::new(Region::new());
-            self.bytes += region.bytes();
-            region
-        });
+        let region = match self.regions.entry(number) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(_) if change[0] == PageState::InUse => return [len, 0, 0, 0],
+            Entry::Vacant(entry) => {
+                let region = entry.insert(Box::new(Region::new()));
+                self.bytes += region.bytes();
+                region
+            }
+        };
         let before = (region.ranges(), region.bytes());
         let counts = region.change(pages, change, stamp);
         self.ranges = self.ranges + region.ranges() - before.0;
