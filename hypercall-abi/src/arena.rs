@@ -347,6 +347,10 @@ impl ArenaInfo {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::string::ToString;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -363,6 +367,40 @@ mod tests {
         assert_eq!(layout.first(), 5, "8 MiB, 64 KiB and the header");
         let small = Layout::new(4 * MIB, 2 * MIB).unwrap();
         assert_eq!((small.granules(), small.first()), (2, 1));
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_specification() {
+        assert_eq!((VERSION, ROOM_BASE), (0x1_0000, 65_536));
+        assert_eq!(MAGIC.to_le_bytes(), *b"EbbArena");
+        let info = ArenaInfo {
+            index: 1,
+            count: 2,
+            gpa: 3,
+            size: 4,
+            granule: 5,
+            first: 6,
+            table: 7,
+            reserved: 0,
+        };
+        assert_eq!(info.to_words(), [1, 2, 3, 4, 5, 6, 7, 0]);
+    }
+
+    #[test]
+    fn an_error_names_what_was_found() {
+        let sizes = HeaderError::Sizes {
+            size: 11,
+            granule: 12,
+            there: 13,
+        };
+        for (error, words) in [
+            (HeaderError::Magic(0xabc), &["0abc"][..]),
+            (HeaderError::Version(2 << 16 | 5), &["2.5", "1.x"]),
+            (sizes, &["11", "12", "13"]),
+        ] {
+            let text = error.to_string();
+            assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        }
     }
 
     #[test]

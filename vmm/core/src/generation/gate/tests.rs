@@ -96,6 +96,8 @@ fn the_time_to_come_out_begins_with_the_last_kick_and_that_for_work_when_all_are
     let start = Instant::now();
     assert!(gate.hold(KICK_TIME).is_none());
     assert!(start.elapsed() >= 2 * KICK_TIME);
+    let (stats, least) = (gate.stats(), 2 * KICK_TIME.as_micros() as u64);
+    assert!(stats.longest_pause_us >= least && stats.pause_us_total >= least);
     drop(inside);
 
     let kicks = flags(1);
