@@ -187,6 +187,8 @@ mod tests {
         for now in [0, 95, 105, u64::MAX] {
             assert_eq!(at(second(now)), None, "{now}");
         }
+        let earlier = super::now();
+        assert!(earlier > Duration::ZERO && super::now() >= earlier);
     }
 
     #[test]

@@ -80,7 +80,8 @@ impl Drop for ReclaimThread {
 }
 
 fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
-    let (mut answers, mut ages, start) = (Answers::default(), Ages::default(), Instant::now());
+    let (mut answers, mut ages, start) =
+        (Answers::new(LOOK_AGAIN), Ages::default(), Instant::now());
     loop {
         match source.wait(stop.as_fd(), answers.pause) {
             Ok(Some(sample)) => {
@@ -90,7 +91,8 @@ fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
                     sample.aged = ages.aged(start.elapsed(), sample.generation, age);
                 }
                 sample.given = answers.given;
-                answers.respond(reclaimer, source.shared(sample));
+                let sample = source.shared(sample);
+                answers.respond(reclaimer, sample, &|| source.is_reported());
             }
             Ok(None) => return,
             Err(error) => {
@@ -102,8 +104,10 @@ fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
 }
 
 /// What one answer leaves to the next.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Answers {
+    /// How long an order may take before the next sample.
+    patience: Duration,
     state: PolicyState,
     /// Bytes given back in all answers.
     given: u64,
@@ -112,22 +116,36 @@ struct Answers {
 }
 
 impl Answers {
-    /// Answers one sample.
-    fn respond(&mut self, reclaimer: &Reclaimer, sample: Sample) {
+    fn new(patience: Duration) -> Self {
+        Self {
+            patience,
+            state: PolicyState::default(),
+            given: 0,
+            pause: Duration::ZERO,
+        }
+    }
+
+    /// Answers one sample. Orders end when they take too long; what can wait, as soon as `reported` says that there may be
+    /// pressure.
+    fn respond(
+        &mut self,
+        reclaimer: &Reclaimer,
+        sample: Sample,
+        reported: &(dyn Fn() -> bool + Sync),
+    ) {
         let mode = reclaimer.tuning().mode;
         let (decision, next) = decide(mode, sample, self.state);
+        let until = Until {
+            other: (!decision.pressed).then_some(reported),
+            ..Until::after(Some(self.patience))
+        };
         (self.state, self.pause) = (next, decision.pause);
         if let Some(order) = order(&decision, decision.bytes) {
             if decision.pressed {
                 reclaimer.count_pressure_event();
             }
-            let outcome = reclaimer.discard_until(order, Until::after(Some(LOOK_AGAIN)));
+            let outcome = reclaimer.discard_until(order, until);
             self.given = self.given.saturating_add(outcome.bytes);
-            if outcome.bytes < order.bytes {
-                // To ask again at once would only keep a core busy.
-                self.pause = self.pause.max(ALERT);
-            }
-            self.go_on_after(&outcome);
             // Without this, modes that try each time would log a message each second.
             if outcome.bytes > 0 {
                 tracing::info!(
@@ -138,9 +156,17 @@ impl Answers {
                     "reclaimed"
                 );
             }
+            if outcome.bytes < order.bytes {
+                // To ask again at once would only keep a core busy.
+                self.pause = self.pause.max(ALERT);
+            }
+            self.go_on_after(&outcome);
+            if outcome.cut_short {
+                return;
+            }
         }
         if let Some(order) = order(&decision, decision.invalidate) {
-            let outcome = reclaimer.invalidate_until(order, Until::after(Some(LOOK_AGAIN)));
+            let outcome = reclaimer.invalidate_until(order, until);
             self.go_on_after(&outcome);
             tracing::debug!(bytes = outcome.bytes, wanted = order.bytes, "invalidated");
         }
@@ -198,16 +224,16 @@ mod tests {
     #[test]
     fn pressure_is_answered_and_calm_is_not() {
         let (lazy, reclaimer) = setup();
-        let mut answers = Answers::default();
+        let mut answers = Answers::new(Duration::MAX);
         let calm = Sample::default();
-        answers.respond(&reclaimer, reclaimer.sampled(calm));
+        answers.respond(&reclaimer, reclaimer.sampled(calm), &|| false);
         assert_eq!(lazy.snapshot().discarded_bytes, 0);
         assert_eq!(answers.pause, Duration::from_secs(1));
         let stalled = Sample {
             stalled: true,
             ..calm
         };
-        answers.respond(&reclaimer, reclaimer.sampled(stalled));
+        answers.respond(&reclaimer, reclaimer.sampled(stalled), &|| false);
         let stats = lazy.snapshot();
         assert_eq!(stats.discarded_bytes, 64 << 20);
         assert_eq!(stats.unmapped_bytes, 64 << 20, "ahead of the next one");
@@ -219,7 +245,7 @@ mod tests {
     #[test]
     fn a_need_that_cannot_be_met_is_not_tried_again_at_once() {
         let (_, reclaimer) = setup();
-        let mut answers = Answers::default();
+        let mut answers = Answers::new(Duration::MAX);
         let room = Room {
             total: 1 << 40,
             available: 0,
@@ -233,8 +259,31 @@ mod tests {
             lazy: 9 << 30,
             ..Sample::default()
         };
-        answers.respond(&reclaimer, sample);
+        answers.respond(&reclaimer, sample, &|| false);
         assert_eq!((answers.given, answers.pause), (256 << 20, ALERT));
+    }
+
+    #[test]
+    fn work_that_can_wait_gives_way_to_what_is_reported() {
+        let (lazy, reclaimer) = setup();
+        let mut answers = Answers::new(Duration::MAX);
+        let near = Room {
+            total: 4 << 30,
+            available: 300 << 20,
+        };
+        let host = Limit {
+            room: near,
+            ..Limit::default()
+        };
+        let sample = reclaimer.sampled(Sample {
+            host,
+            ..Sample::default()
+        });
+        answers.respond(&reclaimer, sample, &|| true);
+        assert_eq!(lazy.snapshot().unmapped_bytes, 0, "nothing is prepared");
+        answers.respond(&reclaimer, sample, &|| false);
+        assert_eq!(lazy.snapshot().unmapped_bytes, 64 << 20);
+        assert_eq!(answers.pause, ALERT);
     }
 
     #[test]
@@ -260,8 +309,8 @@ mod tests {
         let reclaimer = Reclaimer::new(Arc::clone(&lazy), ram, Arc::clone(&gate), tuning);
         // It misses the pause, for which the order would have to rest for a second.
         let _inside = gate.enter(0);
-        let mut answers = Answers::default();
-        answers.respond(&reclaimer, reclaimer.sampled(Sample::default()));
+        let mut answers = Answers::new(LOOK_AGAIN);
+        answers.respond(&reclaimer, reclaimer.sampled(Sample::default()), &|| false);
         assert_eq!(lazy.snapshot().lazy_bytes, 100 * 4096);
         assert_eq!(gate.stats().missed_total, 1);
         assert_eq!(answers.pause, ALERT, "it did not come on");

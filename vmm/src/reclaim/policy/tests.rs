@@ -125,6 +125,7 @@ fn calm_is_calm_whatever_there_is_to_take() {
 fn a_little_lazy_memory_goes_at_once() {
     assert_eq!(replay(&[own_stall(100 * MIB)]), [(64, false)]);
     assert_eq!(replay(&[own_stall(10 * MIB)]), [(10, false)]);
+    assert_eq!(decide_first(own_stall(100 * MIB)).invalidate, 36 * MIB);
 }
 
 #[test]
@@ -311,6 +312,11 @@ fn modes_decide_what_is_taken_without_pressure() {
         (aged.reach, aged.pause, aged.pressed),
         (Reach::Fragments, IDLE, false)
     );
+    let near = Sample {
+        host: limit(16 * GIB, GIB),
+        ..calm
+    };
+    assert_eq!(decide(mode, near, PolicyState::default()).0.pause, ALERT);
     let pressed = Sample {
         stalled: true,
         ..calm

@@ -3,8 +3,10 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -30,7 +32,12 @@ const EVENT_PAUSE: Duration = Duration::from_millis(50);
 /// anything stalls.
 #[derive(Debug)]
 pub struct PressureSource {
-    triggers: Vec<Trigger>,
+    /// The trigger of the whole host.
+    host: Option<PsiTrigger>,
+    /// That of the own cgroup.
+    own: Option<PsiTrigger>,
+    /// What [`PressureSource::is_reported`] has heard of them, and the next wait must know: the kernel tells it once.
+    heard: AtomicU8,
     cgroup: Option<Cgroup>,
     meminfo: KeptFile,
     peers: Peers,
@@ -43,20 +50,36 @@ pub struct PressureSource {
     above: Option<u64>,
 }
 
-#[derive(Debug)]
-struct Trigger {
-    psi: PsiTrigger,
-    /// It is about the own cgroup, not about the host.
-    own: bool,
+/// Bits of [`PressureSource::heard`].
+const STALL: u8 = 1;
+const OWN_STALL: u8 = 2;
+
+/// What a look at the descriptors has shown.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    stop: PollFlags,
+    host: PollFlags,
+    own: PollFlags,
+    /// The files with events of limits, all together.
+    limits: PollFlags,
 }
 
-/// What has ended a wait.
-#[derive(Clone, Copy, Debug, Default)]
-struct Woken {
-    stop: bool,
-    /// A stall of the host or of the own cgroup.
-    reported: bool,
-    own_stalled: bool,
+impl Look {
+    /// What the triggers say, as bits of [`PressureSource::heard`].
+    fn stalls(&self) -> u8 {
+        let fired = |events: PollFlags| events.contains(PollFlags::PRI) && !is_dead(events);
+        let own = if fired(self.own) {
+            STALL | OWN_STALL
+        } else {
+            0
+        };
+        own | if fired(self.host) { STALL } else { 0 }
+    }
+}
+
+/// The trigger of a removed cgroup polls `POLLERR` for ever.
+const fn is_dead(events: PollFlags) -> bool {
+    events.contains(PollFlags::ERR)
 }
 
 impl PressureSource {
@@ -65,7 +88,7 @@ impl PressureSource {
     pub fn open() -> Self {
         let mut source = Self::watermark_only();
         source.enter(Cgroup::own());
-        source.triggers.extend(arm(Path::new(HOST_PRESSURE), false));
+        source.host = arm(Path::new(HOST_PRESSURE));
         source
     }
 
@@ -80,7 +103,9 @@ impl PressureSource {
     pub fn watching(meminfo: &Path) -> Self {
         let start = Instant::now();
         Self {
-            triggers: Vec::new(),
+            host: None,
+            own: None,
+            heard: AtomicU8::new(0),
             cgroup: None,
             meminfo: KeptFile::open(meminfo),
             peers: Peers::default(),
@@ -100,7 +125,7 @@ impl PressureSource {
     /// Returns true if the kernel reports stalls.
     #[must_use]
     pub fn has_psi(&self) -> bool {
-        !self.triggers.is_empty()
+        self.host.is_some() || self.own.is_some()
     }
 
     /// How often the kernel has ended a wait by saying that a limit was reached, since this was last asked.
@@ -110,9 +135,7 @@ impl PressureSource {
 
     /// Watches `cgroup` as the own one.
     fn enter(&mut self, cgroup: Cgroup) {
-        self.triggers.retain(|trigger| !trigger.own);
-        let own = cgroup.pressure_file().and_then(|file| arm(file, true));
-        self.triggers.extend(own);
+        self.own = cgroup.pressure_file().and_then(arm);
         self.cgroup = Some(cgroup);
     }
 
@@ -123,66 +146,89 @@ impl PressureSource {
     /// Those of poll(2).
     pub fn wait(&mut self, stop: BorrowedFd<'_>, pause: Duration) -> io::Result<Option<Sample>> {
         let until = Instant::now() + spread(pause, RandomState::new().hash_one(0));
-        let woken = loop {
-            let woken = self.poll(stop, until)?;
-            if woken.stop {
+        let stalls = loop {
+            let now = Instant::now();
+            let heard = self.heard.swap(0, Relaxed);
+            let timeout = if heard == 0 {
+                self.timeout(now, until)
+            } else {
+                Duration::ZERO
+            };
+            let look = self.look(Some(stop), now, timeout)?;
+            if !look.stop.is_empty() {
                 return Ok(None);
             }
-            let limit = self.limit_reached();
-            if limit || woken.reported || Instant::now() >= until {
-                break woken;
+            self.own.take_if(|_| is_dead(look.own));
+            self.host.take_if(|_| is_dead(look.host));
+            let (stalls, now) = (heard | look.stalls(), Instant::now());
+            if self.limit_reached(now) || stalls != 0 || now >= until {
+                break stalls;
             }
         };
         let moved = |cgroup: &Cgroup| !cgroup.is_current();
         if self.cgroup.as_ref().is_some_and(moved) {
             self.enter(Cgroup::own());
         }
-        Ok(Some(self.sample(woken)))
+        Ok(Some(self.sample(stalls & OWN_STALL != 0)))
     }
 
-    /// Waits until something is reported, at most until `until`, or until events may be looked at again.
-    fn poll(&mut self, stop: BorrowedFd<'_>, until: Instant) -> io::Result<Woken> {
-        let now = Instant::now();
-        let quiet = now < self.events_from;
-        let end = if quiet {
+    /// Returns true if the kernel has reported something that the next wait will return at once for.
+    pub(super) fn is_reported(&self) -> bool {
+        let Ok(look) = self.look(None, Instant::now(), Duration::ZERO) else {
+            return false;
+        };
+        let heard = self.heard.fetch_or(look.stalls(), Relaxed) | look.stalls();
+        heard != 0 || look.limits.contains(PollFlags::PRI)
+    }
+
+    /// Time to the next look: at `until`, or when the events of limits count again.
+    fn timeout(&self, now: Instant, until: Instant) -> Duration {
+        let end = if now < self.events_from {
             until.min(self.events_from)
         } else {
             until
         };
-        let timeout = Timespec::try_from(end.saturating_duration_since(now)).ok();
-        let triggers = self.triggers.iter().map(|trigger| &trigger.psi);
+        end.saturating_duration_since(now)
+    }
+
+    /// Looks at `stop` and at what the kernel reports, for as long as `timeout` if there is nothing.
+    fn look<'a>(
+        &'a self,
+        stop: Option<BorrowedFd<'a>>,
+        now: Instant,
+        timeout: Duration,
+    ) -> io::Result<Look> {
+        let mut fds = Vec::new();
+        let mut watch = |fd: Option<BorrowedFd<'a>>, events| {
+            fds.extend(fd.map(|fd| PollFd::from_borrowed_fd(fd, events)));
+            fds.len()
+        };
+        let first = watch(stop, PollFlags::IN);
+        let second = watch(self.host.as_ref().map(AsFd::as_fd), PollFlags::PRI);
+        let third = watch(self.own.as_ref().map(AsFd::as_fd), PollFlags::PRI);
         let levels = self.cgroup.iter().flat_map(Cgroup::levels);
-        let events = levels.filter_map(Level::events).filter(|_| !quiet);
-        let mut fds: Vec<_> = [PollFd::from_borrowed_fd(stop, PollFlags::IN)]
-            .into_iter()
-            .chain(triggers.map(|trigger| PollFd::new(trigger, PollFlags::PRI)))
-            .chain(events.map(|file| PollFd::from_borrowed_fd(file, PollFlags::PRI)))
-            .collect();
-        match poll(&mut fds, timeout.as_ref()) {
+        let quiet = now < self.events_from;
+        for file in levels.filter_map(Level::events).filter(|_| !quiet) {
+            watch(Some(file), PollFlags::PRI);
+        }
+        match poll(&mut fds, Timespec::try_from(timeout).ok().as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let events: Vec<_> = fds.iter().map(PollFd::revents).collect();
-        let mut woken = Woken {
-            stop: !events[0].is_empty(),
-            ..Woken::default()
+        let events = |from: usize, to: usize| {
+            let events = fds[from..to].iter().map(PollFd::revents);
+            events.fold(PollFlags::empty(), PollFlags::union)
         };
-        let mut events = events[1..].iter();
-        // The trigger of a removed cgroup polls `POLLERR` for ever.
-        self.triggers.retain(|trigger| {
-            let events = events.next().copied().unwrap_or(PollFlags::empty());
-            let dead = events.contains(PollFlags::ERR);
-            let stalled = events.contains(PollFlags::PRI) && !dead;
-            woken.own_stalled |= stalled && trigger.own;
-            woken.reported |= stalled;
-            !dead
-        });
-        Ok(woken)
+        Ok(Look {
+            stop: events(0, first),
+            host: events(first, second),
+            own: events(second, third),
+            limits: events(third, fds.len()),
+        })
     }
 
-    /// Returns true if a limit was reached since the last look, unless that was a moment ago.
-    fn limit_reached(&mut self) -> bool {
-        let now = Instant::now();
+    /// Returns true if a limit was reached until `now` since the last look, unless that was a moment ago.
+    fn limit_reached(&mut self, now: Instant) -> bool {
         if now < self.events_from {
             return false;
         }
@@ -194,7 +240,7 @@ impl PressureSource {
         reached
     }
 
-    fn sample(&mut self, woken: Woken) -> Sample {
+    fn sample(&mut self, stalled: bool) -> Sample {
         let memory = self.meminfo.read(MemInfo::parse);
         let host = memory.map_or(Room::default(), |memory| Room {
             total: memory.total,
@@ -219,7 +265,7 @@ impl PressureSource {
         };
         Sample {
             at: self.start.elapsed(),
-            stalled: woken.own_stalled,
+            stalled,
             host: limit(host),
             own: limit(own),
             above: limit(tightest.unwrap_or_default().1),
@@ -260,7 +306,7 @@ impl PressureSource {
 }
 
 /// Arms a trigger, as sensitive as this process may.
-fn arm(file: &Path, own: bool) -> Option<Trigger> {
+fn arm(file: &Path) -> Option<PsiTrigger> {
     let mut result = Err(io::ErrorKind::Unsupported.into());
     for (stall, window) in STALLS {
         result = result.or_else(|_| PsiTrigger::arm(file, stall, window));
@@ -268,8 +314,7 @@ fn arm(file: &Path, own: bool) -> Option<Trigger> {
     let log = |error: &io::Error| {
         tracing::debug!(file = %file.display(), %error, "no memory pressure trigger");
     };
-    let psi = result.inspect_err(log).ok()?;
-    Some(Trigger { psi, own })
+    result.inspect_err(log).ok()
 }
 
 /// Three to five quarters of `pause`, as `random` says: so monitors that started together do not all answer at once.

@@ -16,13 +16,10 @@ fn not_stopped() -> OwnedFd {
     eventfd(0, EventfdFlags::CLOEXEC).unwrap()
 }
 
-fn with_triggers(triggers: Vec<(OwnedFd, bool)>) -> PressureSource {
-    let trigger = |(file, own)| Trigger {
-        psi: PsiTrigger::from_file(file),
-        own,
-    };
+fn with_triggers(host: impl Into<OwnedFd>, own: impl Into<OwnedFd>) -> PressureSource {
     PressureSource {
-        triggers: triggers.into_iter().map(trigger).collect(),
+        host: Some(PsiTrigger::from_file(host.into())),
+        own: Some(PsiTrigger::from_file(own.into())),
         ..PressureSource::watermark_only()
     }
 }
@@ -36,15 +33,37 @@ fn connection() -> (TcpStream, TcpStream) {
 
 #[test]
 fn a_trigger_that_fires_ends_the_wait_and_a_stall_is_one_of_the_own_cgroup() {
-    for (own, host) in [(true, false), (false, true)] {
-        let (quiet, (sender, receiver)) = (connection(), connection());
-        let mut source = with_triggers(vec![(quiet.1.into(), host), (receiver.into(), own)]);
-        send(&sender, &[1], SendFlags::OOB).unwrap();
+    for own in [true, false] {
+        let (host_end, own_end) = (connection(), connection());
+        let mut source = with_triggers(host_end.1, own_end.1);
+        assert!(!source.is_reported());
+        let sender = if own { &own_end.0 } else { &host_end.0 };
+        send(sender, &[1], SendFlags::OOB).unwrap();
         let start = Instant::now();
         let sample = source.wait(not_stopped().as_fd(), LONG).unwrap().unwrap();
-        assert_eq!((sample.stalled, source.triggers.len()), (own, 2));
+        assert_eq!(sample.stalled, own);
+        assert!(source.host.is_some() && source.own.is_some());
         assert!(start.elapsed() < LONG / 2, "not at once");
     }
+}
+
+/// The kernel tells a stall once. Whoever has asked whether there is one must not keep the next wait from it.
+#[test]
+fn what_was_heard_between_two_waits_ends_the_next_one() {
+    for (heard, stalled) in [(STALL, false), (STALL | OWN_STALL, true)] {
+        let mut source = PressureSource::watermark_only();
+        source.heard.store(heard, Relaxed);
+        assert!(source.is_reported() && source.is_reported());
+        let sample = source.wait(not_stopped().as_fd(), LONG).unwrap().unwrap();
+        assert_eq!(sample.stalled, stalled);
+        assert!(!source.is_reported());
+    }
+    let (host, own) = (connection(), connection());
+    let source = with_triggers(host.1, own.1);
+    send(&own.0, &[1], SendFlags::OOB).unwrap();
+    // The other end of the connection may take a moment.
+    while !source.is_reported() {}
+    assert_eq!(source.heard.load(Relaxed), STALL | OWN_STALL);
 }
 
 #[test]
@@ -52,17 +71,19 @@ fn a_trigger_that_fails_is_no_stall_and_is_given_up() {
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     drop(reader);
     let quiet = connection();
-    let mut source = with_triggers(vec![(writer, true), (quiet.1.into(), false)]);
+    let mut source = with_triggers(quiet.1, writer);
+    assert!(!source.is_reported());
     let pause = Duration::from_millis(1);
     let sample = source.wait(not_stopped().as_fd(), pause).unwrap().unwrap();
     assert!(!sample.stalled && source.has_psi());
-    assert_eq!(source.triggers.len(), 1);
+    assert!(source.host.is_some() && source.own.is_none());
 }
 
 #[test]
 fn a_sample_has_the_memory_of_the_host_and_stop_ends_the_wait() {
     let stop = not_stopped();
     let mut source = PressureSource::watermark_only();
+    assert!(!source.has_psi() && !source.is_reported());
     let sample = source.wait(stop.as_fd(), Duration::ZERO).unwrap().unwrap();
     let room = sample.host.room;
     assert!(!sample.stalled && room.available > 0 && room.available <= room.total);
@@ -120,14 +141,14 @@ fn a_limit_that_is_reached_is_an_event_and_the_next_one_waits_a_moment() {
         cgroup: Some(Cgroup::at(folder.path())),
         ..PressureSource::watermark_only()
     };
-    assert!(!source.limit_reached(), "that was before");
+    let start = source.start;
+    assert!(!source.limit_reached(start), "that was before");
     write_cgroup(folder.path(), 0, 4);
-    assert!(source.limit_reached() && source.limit_events == 1);
+    assert!(source.limit_reached(start) && source.limit_events == 1);
     write_cgroup(folder.path(), 0, 5);
-    assert!(!source.limit_reached(), "too early");
-    assert!(source.events_from > source.start);
-    source.events_from = source.start;
-    assert!(source.limit_reached() && source.take_limit_events() == 2);
+    let soon = start + EVENT_PAUSE;
+    assert!(!source.limit_reached(soon - Duration::from_nanos(1)));
+    assert!(source.limit_reached(soon) && source.take_limit_events() == 2);
     assert_eq!(source.take_limit_events(), 0);
 }
 
@@ -138,7 +159,7 @@ fn a_sample_has_the_room_of_the_own_cgroup() {
         cgroup: Some(Cgroup::at(folder.path())),
         ..PressureSource::watermark_only()
     };
-    let sample = source.sample(Woken::default());
+    let sample = source.sample(false);
     let room = Room {
         total: 1 << 30,
         available: 5 << 20,
@@ -151,14 +172,13 @@ fn a_process_that_is_moved_is_followed() {
     let folder = cgroup(5 << 20, 0);
     let mut source = PressureSource {
         cgroup: Some(Cgroup::at(folder.path())),
-        ..with_triggers(vec![(connection().1.into(), true)])
+        ..with_triggers(connection().1, connection().1)
     };
     source.wait(not_stopped().as_fd(), Duration::ZERO).unwrap();
     let own = Cgroup::own();
     let ids = |cgroup: &Cgroup| cgroup.levels().iter().map(Level::id).collect::<Vec<_>>();
     assert_eq!(source.cgroup.as_ref().map(ids), Some(ids(&own)));
-    let own_triggers = source.triggers.iter().filter(|trigger| trigger.own);
-    assert!(own_triggers.count() <= usize::from(own.pressure_file().is_some()));
+    assert!(source.own.is_none() || own.pressure_file().is_some());
 }
 
 #[test]
