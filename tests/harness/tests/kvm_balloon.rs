@@ -184,7 +184,9 @@ fn nearly_all_can_be_taken(scene: &Scene) -> Result<()> {
         Size(fell),
         Size(taken)
     );
-    assert_eq!(all["discarded_bytes"], taken, "{all:?}");
+    // What a huge page has brought back was taken twice.
+    let once = taken - all["refilled_bytes_total"];
+    assert_eq!(all["discarded_bytes"], once, "{all:?}");
     assert_eq!(all["discard_failures_total"], 0);
     Ok(())
 }
