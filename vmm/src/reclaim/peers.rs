@@ -40,6 +40,20 @@ impl Notice {
         cgroups
     }
 
+    /// Adds this to `others` within a limit of `total` bytes, if that is a limit of the host (`None`), or of a cgroup that
+    /// this monitor is in or below. What it says counts for that much at most.
+    pub fn add_to(&self, others: &mut Others, before: bool, total: u64, cgroup: Option<u64>) {
+        if cgroup.is_none_or(|id| self.cgroups.contains(&id)) {
+            let side = if before {
+                &mut others.before
+            } else {
+                &mut others.after
+            };
+            *side = side.saturating_add(self.lazy.min(total));
+            others.given = others.given.saturating_add(self.given);
+        }
+    }
+
     fn encode(&self, now: Duration) -> [u8; RECORD] {
         let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         let head = [MAGIC, now, self.lazy, self.given];
@@ -120,50 +134,26 @@ impl Peers {
         }
     }
 
-    /// What the others have told lately. Costs one system call.
-    pub(super) fn ask(&self) -> Told {
-        let Some(file) = &self.0 else {
-            return Told::default();
-        };
+    /// Calls `each` for what another monitor has told lately, with whether that comes before this one.
+    pub(super) fn ask(&self, mut each: impl FnMut(bool, &Notice)) {
+        let Some(file) = &self.0 else { return };
         let (now, own) = (now(), file.slot());
-        let records = file.read().unwrap_or_default().into_iter().enumerate();
-        let others = records.filter(|(slot, _)| *slot != own);
-        let notices = others.filter_map(|(slot, record)| {
-            let notice = Notice::decode(&record, now)?;
-            Some((slot < own, notice))
+        let read = file.read(|slot, record| {
+            if slot != own
+                && let Some(notice) = Notice::decode(record, now)
+            {
+                each(slot < own, &notice);
+            }
         });
-        Told(notices.collect())
+        if let Err(error) = read {
+            tracing::debug!(%error, "other monitors are not heard");
+        }
     }
 }
 
 /// The time that all processes of a host share.
 fn now() -> Duration {
     Duration::try_from(clock_gettime(ClockId::Monotonic)).unwrap_or_default()
-}
-
-/// What other monitors have told, each with whether it comes before this one.
-#[derive(Debug, Default)]
-pub(super) struct Told(Vec<(bool, Notice)>);
-
-impl Told {
-    /// Those within a limit of `total` bytes: all, or those in a cgroup or below it. What one of them says counts for that
-    /// much at most.
-    pub fn within(&self, total: u64, cgroup: Option<u64>) -> Others {
-        let mut others = Others::default();
-        for (before, notice) in &self.0 {
-            if cgroup.is_none_or(|id| notice.cgroups.contains(&id)) {
-                let lazy = notice.lazy.min(total);
-                let side = if *before {
-                    &mut others.before
-                } else {
-                    &mut others.after
-                };
-                *side = side.saturating_add(lazy);
-                others.given = others.given.saturating_add(notice.given);
-            }
-        }
-        others
-    }
 }
 
 #[cfg(test)]
@@ -230,25 +220,23 @@ mod tests {
             after,
             given,
         };
-        let told = peers[1].ask();
-        assert_eq!(told.within(u64::MAX, None), others(1, 1100, 5));
-        assert_eq!(
-            told.within(300, None),
-            others(1, 400, 5),
-            "no more than there is"
-        );
-        assert_eq!(told.within(u64::MAX, Some(9)), others(1, 1000, 3));
-        assert_eq!(told.within(u64::MAX, Some(2)), Others::default(), "its own");
-        assert_eq!(
-            Peers::default().ask().within(u64::MAX, None),
-            Others::default()
-        );
+        let within = |peer: &Peers, total, cgroup| {
+            let mut others = Others::default();
+            peer.ask(|before, notice| notice.add_to(&mut others, before, total, cgroup));
+            others
+        };
+        let told = |total, cgroup| within(&peers[1], total, cgroup);
+        assert_eq!(told(u64::MAX, None), others(1, 1100, 5));
+        assert_eq!(told(300, None), others(1, 400, 5), "no more than there is");
+        assert_eq!(told(u64::MAX, Some(9)), others(1, 1000, 3));
+        assert_eq!(told(u64::MAX, Some(2)), Others::default(), "its own");
+        let alone = within(&Peers::default(), u64::MAX, None);
+        assert_eq!(alone, Others::default());
         drop(peers.remove(0));
         // Its record is fresh until another one takes it, or until it is stale.
         peers[0].tell(&NOTICE);
-        let told = Peers::at(&path).unwrap().ask();
-        assert_eq!(told.within(u64::MAX, None).before, 0);
-        assert_eq!(told.within(u64::MAX, None).after, 5 + 1100);
+        let told = within(&Peers::at(&path).unwrap(), u64::MAX, None);
+        assert_eq!((told.before, told.after), (0, 5 + 1100));
     }
 
     #[test]

@@ -68,22 +68,33 @@ impl SlotFile {
         self.file.write_all_at(record, (self.slot * RECORD) as u64)
     }
 
-    /// Returns all records, the own one included, with their numbers.
+    /// Calls `each` for all records, the own one included, with their numbers. Allocates nothing, see [`super::KeptFile`].
     ///
     /// # Errors
     /// Those of read(2).
-    pub fn read(&self) -> io::Result<Vec<[u8; RECORD]>> {
-        let mut bytes = vec![0; MAX_SLOTS * RECORD];
-        let mut len = 0;
-        while len < bytes.len() {
-            match self.file.read_at(&mut bytes[len..], len as u64) {
-                Ok(0) => break,
-                Ok(more) => len += more,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+    pub fn read(&self, mut each: impl FnMut(usize, &[u8; RECORD])) -> io::Result<()> {
+        let mut records = [[0; RECORD]; MAX_SLOTS / 16];
+        for first in (0..MAX_SLOTS).step_by(records.len()) {
+            let bytes = records.as_flattened_mut();
+            let mut len = 0;
+            while len < bytes.len() {
+                let at = first * RECORD + len;
+                match self.file.read_at(&mut bytes[len..], at as u64) {
+                    Ok(0) => break,
+                    Ok(more) => len += more,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            let whole = &records[..len / RECORD];
+            for (index, record) in whole.iter().enumerate() {
+                each(first + index, record);
+            }
+            if whole.len() < records.len() {
+                break;
             }
         }
-        Ok(bytes[..len].as_chunks().0.to_vec())
+        Ok(())
     }
 }
 
@@ -107,6 +118,16 @@ mod tests {
 
     use super::*;
 
+    fn read(file: &SlotFile) -> Vec<[u8; RECORD]> {
+        let mut records = Vec::new();
+        let each = |slot, record: &[u8; RECORD]| {
+            assert_eq!(slot, records.len());
+            records.push(*record);
+        };
+        file.read(each).unwrap();
+        records
+    }
+
     #[test]
     fn each_has_a_record_and_reads_all() {
         let folder = tempfile::TempDir::new().unwrap();
@@ -115,8 +136,7 @@ mod tests {
         assert!(files.iter().map(SlotFile::slot).eq(0..3));
         files[2].write(&[2; RECORD]).unwrap();
         files[0].write(&[9; RECORD]).unwrap();
-        let read = files[1].read().unwrap();
-        assert_eq!(read, [[9; RECORD], [0; RECORD], [2; RECORD]]);
+        assert_eq!(read(&files[1]), [[9; RECORD], [0; RECORD], [2; RECORD]]);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
     }
 
@@ -139,9 +159,11 @@ mod tests {
         let full = SlotFile::claim(&path).unwrap_err();
         assert_eq!(full.kind(), io::ErrorKind::StorageFull);
         fs::write(&path, vec![1; 2 * MAX_SLOTS * RECORD]).unwrap();
-        assert_eq!(held.read().unwrap().len(), MAX_SLOTS);
+        assert_eq!(read(&held).len(), MAX_SLOTS);
+        fs::write(&path, vec![1; 40 * RECORD]).unwrap();
+        assert_eq!(read(&held), vec![[1; RECORD]; 40]);
         fs::write(&path, [1; RECORD + 5]).unwrap();
-        assert_eq!(held.read().unwrap().len(), 1, "cut short");
+        assert_eq!(read(&held).len(), 1, "cut short");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::peers::{Notice, Peers};
-use super::{Limit, Room, Sample};
+use super::{Limit, Others, Room, Sample};
 use crate::sys::cgroup::Level;
 use crate::sys::pressure::HOST_PRESSURE;
 use crate::sys::{Cgroup, KeptFile, MemInfo, PsiTrigger};
@@ -286,20 +286,22 @@ impl PressureSource {
         if sample.is_calm() {
             return sample;
         }
-        let told = self.peers.ask();
+        let mut told = [Others::default(); 3];
         let total = sample.host.room.total;
-        let within = |limit: Limit, cgroup: Option<u64>| Limit {
+        self.peers.ask(|before, notice| {
+            notice.add_to(&mut told[0], before, total, None);
             // Without a cgroup there is no limit, and nobody shares it.
-            others: cgroup.map_or_else(Default::default, |id| told.within(total, Some(id))),
-            ..limit
-        };
+            for (others, cgroup) in told[1..].iter_mut().zip([own, self.above]) {
+                if cgroup.is_some() {
+                    notice.add_to(others, before, total, cgroup);
+                }
+            }
+        });
+        let with = |limit: Limit, others| Limit { others, ..limit };
         Sample {
-            host: Limit {
-                others: told.within(total, None),
-                ..sample.host
-            },
-            own: within(sample.own, own),
-            above: within(sample.above, self.above),
+            host: with(sample.host, told[0]),
+            own: with(sample.own, told[1]),
+            above: with(sample.above, told[2]),
             ..sample
         }
     }
