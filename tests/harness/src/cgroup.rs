@@ -26,6 +26,34 @@ impl Cgroup {
         Self::make(Path::new("/sys/fs/cgroup"), &name)
     }
 
+    /// Makes one without controllers, which counts the processors' time all the same.
+    ///
+    /// # Errors
+    /// The host has no cgroups of version 2, or we may not make one.
+    pub fn counting(name: &str) -> Result<Self> {
+        let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+        let mount = mounts
+            .into_iter()
+            .find(|it| it.join("cgroup.controllers").exists());
+        let mount = mount.context("there are no cgroups of version 2")?;
+        let own = mount.join(format!("ebb-test-{}-{name}", std::process::id()));
+        fs::create_dir(&own).context(own.display())?;
+        Ok(Self(own))
+    }
+
+    /// Seconds of processors that its processes have used, those that have ended among them.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn cpu_seconds(&self) -> Result<f64> {
+        let text = self.text("cpu.stat")?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("usage_usec "));
+        let micros: Option<f64> = line.and_then(|line| line.parse().ok());
+        Ok(micros.context("cpu.stat has no usage_usec")? / 1e6)
+    }
+
     /// Makes one below this.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::Images;
+use crate::cgroup::Cgroup;
 use crate::error::{Context, Result};
 pub use crate::host::Relative;
 use crate::host::relatives;
@@ -58,9 +59,18 @@ impl Place {
     /// # Errors
     /// When it cannot be started.
     pub fn start(&self, memory: &str, guardian: &str, more: &[&str]) -> Result<Idle> {
+        self.launch(Command::new(&self.ebb), memory, guardian, more)
+    }
+
+    fn launch(
+        &self,
+        mut command: Command,
+        memory: &str,
+        guardian: &str,
+        more: &[&str],
+    ) -> Result<Idle> {
         let stderr = fs::File::create(self.path("stderr")).context("make stderr")?;
         let _ = fs::remove_file(self.path("log"));
-        let mut command = Command::new(&self.ebb);
         command
             .args(["run", "-v", "--memory", memory])
             .args(["--guardian", guardian, "--kernel"])
@@ -86,7 +96,26 @@ impl Place {
     /// # Errors
     /// As for [`Place::start`]; when the API does not come up.
     pub fn running(&self, memory: &str, guardian: &str) -> Result<Idle> {
-        let mut idle = self.start(memory, guardian, &[])?;
+        self.until_it_runs(self.start(memory, guardian, &[])?)
+    }
+
+    /// As [`Place::running`], with all its processes in `cgroup`.
+    ///
+    /// # Errors
+    /// As for [`Place::running`].
+    pub fn running_in(&self, cgroup: &Cgroup, memory: &str, guardian: &str) -> Result<Idle> {
+        self.until_it_runs(self.start_in(cgroup, memory, guardian)?)
+    }
+
+    /// As [`Place::start`], with all its processes in `cgroup`.
+    ///
+    /// # Errors
+    /// As for [`Place::start`].
+    pub fn start_in(&self, cgroup: &Cgroup, memory: &str, guardian: &str) -> Result<Idle> {
+        self.launch(cgroup.command(&self.ebb), memory, guardian, &[])
+    }
+
+    fn until_it_runs(&self, mut idle: Idle) -> Result<Idle> {
         until_often("the API answers", LONG, || {
             if let Some(status) = idle.child.try_wait().context("wait")? {
                 let (log, said) = (self.text("log"), self.text("stderr"));

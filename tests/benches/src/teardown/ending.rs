@@ -1,5 +1,6 @@
 //! Ends of machines, and how they are watched.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,8 @@ pub(super) enum End {
     Stop,
     /// By SIGKILL.
     Kill,
+    /// By SIGKILL for it and all its helpers, as the end of a cgroup is.
+    KillAll,
 }
 
 impl End {
@@ -37,6 +40,7 @@ impl End {
         match self {
             Self::Stop => "stop",
             Self::Kill => "kill",
+            Self::KillAll => "kill-all",
         }
     }
 
@@ -44,7 +48,7 @@ impl End {
     pub(super) const fn signal(self) -> Signal {
         match self {
             Self::Stop => Signal::TERM,
-            Self::Kill => Signal::KILL,
+            Self::Kill | Self::KillAll => Signal::KILL,
         }
     }
 }
@@ -58,13 +62,25 @@ pub(super) struct Times {
     free: Option<f64>,
     /// The last process has ended.
     gone: f64,
+    /// When the end began.
+    began: Instant,
+    /// What the processors spent on it, if that was counted.
+    pub(super) cpu: Option<f64>,
 }
 
 impl Times {
+    /// From the beginning until the last process has ended.
+    pub(super) fn span(&self) -> Range<Instant> {
+        self.began..self.began + Duration::from_secs_f64(self.gone / 1e3)
+    }
+
     /// Adds them to a system's case.
     pub(super) fn record(&self, results: &mut Results, (system, case): (&str, &str)) {
         results.add((system, case), ("visible", MS), self.visible);
         results.add((system, case), ("gone", MS), self.gone);
+        if let Some(cpu) = self.cpu {
+            results.add((system, case), ("cpu", MS), cpu);
+        }
         match self.free {
             Some(free) => results.add((system, case), ("free", MS), free),
             None => results.add((system, case), ("free-not-seen", ""), 1.0),
@@ -139,6 +155,8 @@ impl Watch {
             visible: visible.unwrap_or(passed),
             free,
             gone: passed,
+            began: start,
+            cpu: None,
         })
     }
 }

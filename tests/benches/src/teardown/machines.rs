@@ -3,14 +3,16 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use super::ending::{End, Times, Watch, compared};
 use super::{Arguments, GIB, Results};
 use crate::{BenchError, system};
+use ebb_harness::cgroup::Cgroup;
 use ebb_harness::error::Context;
-use ebb_harness::host::{REAPER, rss_estimate};
+use ebb_harness::host::{REAPER, processes_named, rss_estimate};
 use ebb_harness::idle::{Idle, Place, signal_to};
 use ebb_harness::wait::{LONG, until_often};
 
@@ -19,12 +21,40 @@ const SIZES: [u64; 3] = [1, 4, 12];
 
 /// What is ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Subject {
+pub(super) enum Subject {
     /// Ebb as it is.
     Ebb,
     /// Ebb without its helpers.
     Alone,
     Qemu,
+    /// QEMU with a process that frees its memory behind it.
+    QemuAsync,
+}
+
+impl Subject {
+    /// Its name in the report.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Ebb => "ebb",
+            Self::Alone => "ebb-alone",
+            Self::Qemu => "qemu",
+            Self::QemuAsync => "qemu-async",
+        }
+    }
+
+    /// Ends a machine of so many GiB, with transparent huge pages or without.
+    pub(super) fn end(
+        self,
+        place: &Place,
+        memory: (u64, bool),
+        end: End,
+    ) -> Result<Times, BenchError> {
+        match self {
+            Self::Ebb => ebb(place, memory, ("on", end)),
+            Self::Alone => ebb(place, memory, ("off", end)),
+            Self::Qemu | Self::QemuAsync => qemu(memory, end, self == Self::QemuAsync),
+        }
+    }
 }
 
 /// Measures, and adds what follows.
@@ -32,7 +62,9 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
     let place = Place::new()?;
     let (gib, qemu) = (arguments.gib, !arguments.no_qemu);
     let mut subjects = vec![Subject::Ebb, Subject::Alone];
-    subjects.extend(qemu.then_some(Subject::Qemu));
+    if qemu {
+        subjects.extend([Subject::Qemu, Subject::QemuAsync]);
+    }
     for run in 1..=arguments.runs {
         for size in SIZES.into_iter().filter(|size| *size <= gib) {
             let times = ebb(&place, (size, false), ("on", End::Stop))?;
@@ -40,12 +72,8 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
         }
         for (thp, end) in ENDS {
             for subject in &subjects {
-                let (name, times) = match subject {
-                    Subject::Ebb => ("ebb", ebb(&place, (gib, thp), ("on", end))?),
-                    Subject::Alone => ("ebb-alone", ebb(&place, (gib, thp), ("off", end))?),
-                    Subject::Qemu => ("qemu", self::qemu(gib, thp, end)?),
-                };
-                times.record(results, (name, &case_of(end, thp)));
+                let times = subject.end(&place, (gib, thp), end)?;
+                times.record(results, (subject.name(), &case_of(end, thp)));
             }
         }
         subjects.rotate_left(1);
@@ -56,9 +84,10 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
 }
 
 /// What is compared: with transparent huge pages or without, and how it ends.
-const ENDS: [(bool, End); 4] = [
+const ENDS: [(bool, End); 5] = [
     (false, End::Stop),
     (false, End::Kill),
+    (false, End::KillAll),
     (true, End::Stop),
     (true, End::Kill),
 ];
@@ -72,9 +101,12 @@ fn compare(results: &mut Results) {
     for (thp, end) in ENDS {
         let case = case_of(end, thp);
         let suffix = if thp { "_thp" } else { "" };
-        let name = format!("vs_qemu_{}{suffix}", end.name());
-        let by = compared(results, [("qemu", &case), ("ebb", &case)]);
-        results.divide(&name, ["qemu", &case, by], ["ebb", &case, by]);
+        let name = format!("vs_qemu_{}{suffix}", end.name().replace('-', "_"));
+        for (qemu, suffix) in [("qemu", ""), ("qemu-async", "_async")] {
+            let by = compared(results, [(qemu, &case), ("ebb", &case)]);
+            let name = format!("{name}{suffix}");
+            results.divide(&name, [qemu, &case, by], ["ebb", &case, by]);
+        }
     }
     results.smallest("vs_qemu", &["vs_qemu_stop", "vs_qemu_kill"]);
     results.smallest("vs_qemu_thp", &["vs_qemu_stop_thp", "vs_qemu_kill_thp"]);
@@ -91,8 +123,12 @@ fn ebb(
     (gib, thp): (u64, bool),
     (guardian, end): (&str, End),
 ) -> Result<Times, BenchError> {
-    let idle = place.running(&memory(gib, thp), guardian)?;
-    ended(place, idle, (guardian, end), gib * GIB)
+    let cgroup = Cgroup::counting("ebb")?;
+    let idle = place.running_in(&cgroup, &memory(gib, thp), guardian)?;
+    let before = cgroup.cpu_seconds()?;
+    let mut times = ended(place, idle, (guardian, end), gib * GIB)?;
+    times.cpu = Some((cgroup.cpu_seconds()? - before) * 1e3);
+    Ok(times)
 }
 
 fn case_of(end: End, thp: bool) -> String {
@@ -120,8 +156,14 @@ pub(super) fn ended(
             idle.signal(end.signal());
             Ok(())
         }
+        End::KillAll => {
+            for process in &relatives {
+                signal_to(process.pid, end.signal());
+            }
+            Ok(())
+        }
     })?;
-    finish(place, &mut idle, guardian)?;
+    finish(place, &mut idle, guardian == "on" && end != End::KillAll)?;
     Ok(times)
 }
 
@@ -140,9 +182,9 @@ fn stop(place: &Place) -> Result<(), BenchError> {
     Ok(())
 }
 
-fn finish(place: &Place, idle: &mut Idle, guardian: &str) -> Result<(), BenchError> {
+fn finish(place: &Place, idle: &mut Idle, has_guardian: bool) -> Result<(), BenchError> {
     idle.wait()?;
-    if guardian == "off" {
+    if !has_guardian {
         // Nobody removes then what a killed monitor leaves.
         for path in place.litter()? {
             let _ = std::fs::remove_file(path);
@@ -152,11 +194,13 @@ fn finish(place: &Place, idle: &mut Idle, guardian: &str) -> Result<(), BenchErr
 }
 
 /// QEMU with the same memory touched; its CPUs never start.
-fn qemu(gib: u64, thp: bool, end: End) -> Result<Times, BenchError> {
+fn qemu((gib, thp): (u64, bool), end: End, is_async: bool) -> Result<Times, BenchError> {
+    let cgroup = Cgroup::counting("qemu")?;
     // Inherited: QEMU asks for huge pages by itself.
     let small = |small| rustix::thread::disable_transparent_huge_pages(small);
     small(!thp).map_err(system("prctl"))?;
-    let child = Command::new("qemu-system-x86_64")
+    let child = cgroup
+        .command(Path::new("qemu-system-x86_64"))
         .args(["-accel", "tcg", "-S", "-nodefaults", "-display", "none"])
         .args([
             "-m",
@@ -168,6 +212,7 @@ fn qemu(gib: u64, thp: bool, end: End) -> Result<Times, BenchError> {
             "-object",
             &format!("memory-backend-ram,id=ram,size={gib}G,prealloc=on,prealloc-threads=2"),
         ])
+        .args(is_async.then_some("-async-teardown"))
         .stdin(Stdio::null())
         .spawn();
     small(false).map_err(system("prctl"))?;
@@ -180,11 +225,19 @@ fn qemu(gib: u64, thp: bool, end: End) -> Result<Times, BenchError> {
     })?;
     // It is still to set up its signals.
     std::thread::sleep(Duration::from_millis(500));
-    let times = Watch::new(pid, &[], gib * GIB)?.end(|| {
-        signal_to(pid, end.signal());
+    let mut helpers = processes_named(&format!("cleanup/{pid}"));
+    helpers.truncate(usize::from(is_async));
+    let before = cgroup.cpu_seconds()?;
+    let mut times = Watch::new(pid, &helpers, gib * GIB)?.end(|| {
+        for pid in
+            std::iter::once(pid).chain(helpers.iter().copied().filter(|_| end == End::KillAll))
+        {
+            signal_to(pid, end.signal());
+        }
         Ok(())
     })?;
     let _ = child.0.wait();
+    times.cpu = Some((cgroup.cpu_seconds()? - before) * 1e3);
     Ok(times)
 }
 

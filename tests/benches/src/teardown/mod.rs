@@ -11,6 +11,7 @@ mod files;
 mod guests;
 mod live;
 mod machines;
+mod neighbour;
 mod orders;
 mod sparse;
 
@@ -62,6 +63,7 @@ enum Part {
     Files,
     Ceiling,
     Machines,
+    Neighbour,
     Sparse,
 }
 
@@ -72,11 +74,12 @@ const SECONDS: Metric = ("time", "s");
 /// Measures a part.
 type Measure = fn(&mut Results, &Arguments) -> Result<(), BenchError>;
 
-const PARTS: [(Part, Measure); 5] = [
+const PARTS: [(Part, Measure); 6] = [
     (Part::Engine, engine::measure),
     (Part::Files, files::measure),
     (Part::Ceiling, ceiling::measure),
     (Part::Machines, machines::measure),
+    (Part::Neighbour, neighbour::measure),
     (Part::Sparse, sparse::measure),
 ];
 
@@ -92,6 +95,10 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
         return ceiling::half(bytes, arguments.half_in_files);
     }
     let mut results = Results::default();
+    results.note(
+        "p99 and max: of the latencies of a neighbour that answers a request of about 50 µs each millisecond on each processor, \
+         while the other machine ends or is reclaimed from",
+    );
     results.note(
         "Nw: so many threads free memory. A machine has two: its reaper and a thread of that. QEMU has one",
     );

@@ -24,6 +24,7 @@ const PACKAGES: &[&str] = &[
     "kmod",
     "mount",
     "strace",
+    "systemd",
     "util-linux",
     "gcc",
     "libc6-dev",
