@@ -334,8 +334,8 @@ impl<W: Words> Drop for Taken<'_, W> {
 mod tests {
     use super::*;
 
-    /// A table in this process.
-    struct Own(Vec<AtomicU64>);
+    /// A table in this process, and a lock that each swap takes for a moment.
+    struct Own(Vec<AtomicU64>, Mutex<()>);
 
     impl Words for Own {
         fn count(&self) -> usize {
@@ -353,15 +353,17 @@ mod tests {
         }
 
         fn swap(&self, index: usize, current: Word, new: Word) -> bool {
+            drop(lock(&self.1));
             ebb_hypercall_abi::shared_word::swap(&self.0[index], current, new)
         }
     }
 
     const FIRST: usize = 3;
-    const LEN: usize = 1500;
+    const LEN: usize = 1536;
 
     fn table() -> Table<Own> {
-        Table::new(Own((0..LEN).map(|_| AtomicU64::new(0)).collect()), FIRST)
+        let words = (0..LEN).map(|_| AtomicU64::new(0)).collect();
+        Table::new(Own(words, Mutex::new(())), FIRST)
     }
 
     fn set(table: &Table<Own>, index: usize, state: State, generation: u64) {
@@ -448,6 +450,28 @@ mod tests {
             })
         };
         while !waited() {}
+    }
+
+    #[test]
+    fn reuse_waits_for_what_is_taken_between_its_look_and_its_swap() {
+        let table = table();
+        // On a crowded host the thread may begin too late to have to wait.
+        let waited = || {
+            set(&table, 20, State::Reclaiming, 1);
+            std::thread::scope(|scope| {
+                let swaps = lock(&table.words.1);
+                let reuse = scope.spawn(|| table.reuse(20));
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                // Refused by the host and taken again, the granule says what it said.
+                table.taken.insert(20);
+                drop(swaps);
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                table.release(std::iter::once(20));
+                reuse.join().unwrap()
+            })
+        };
+        while !waited() {}
+        assert_eq!(state(&table, 20), Some(State::InUse));
     }
 
     #[test]

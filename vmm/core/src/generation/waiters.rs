@@ -118,6 +118,8 @@ mod tests {
     fn one_that_is_woken_for_a_moment_only_returns_once() {
         let waiters = Waiters::new(10);
         let open = AtomicBool::new(false);
+        let moment = || thread::sleep(Duration::from_millis(5));
+        moment();
         assert_eq!(waiters.wake_all(), None, "nobody waits");
         thread::scope(|scope| {
             let vcpu = scope.spawn(|| {
@@ -128,14 +130,24 @@ mod tests {
             while waiters.asleep() == 0 {
                 thread::yield_now();
             }
-            for _ in 0..3 {
+            let woken = Instant::now();
+            assert_eq!(waiters.wake_all(), None);
+            let least = Instant::now();
+            moment();
+            for _ in 0..2 {
                 assert_eq!(waiters.wake_all(), None, "it is not back");
             }
+            let least = least.elapsed();
             open.store(true, Ordering::SeqCst);
             let times = [waiters.wake_all(), vcpu.join().unwrap()];
-            assert_eq!(times.iter().flatten().count(), 1, "who ends it");
+            let times: Vec<_> = times.into_iter().flatten().collect();
+            assert_eq!(times.len(), 1, "who ends it");
+            assert!(least <= times[0] && times[0] <= woken.elapsed());
         });
-        assert_eq!(waiters.asleep(), 0);
+        assert_eq!(
+            (waiters.asleep(), *lock(&waiters.groups[1].sleepers)),
+            (0, 0)
+        );
         assert_eq!((waiters.entered(9), waiters.wake_all()), (None, None));
     }
 }
