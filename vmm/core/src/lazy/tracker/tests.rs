@@ -464,3 +464,21 @@ fn a_storm_of_fragments_is_tracked_in_bounded_memory() {
         ([0; 4], 0, 0)
     );
 }
+
+/// The maps of a region are there while one of its blocks is split.
+#[test]
+fn whole_blocks_take_no_maps() {
+    let mut rig = Rig::default();
+    rig.free(pages(0, SECOND), 1);
+    let whole = rig.tracker.bytes();
+    rig.reuse(pages(0, 1), 0);
+    rig.reuse(pages(BLOCK_PAGES, BLOCK_PAGES + 1), 0);
+    assert_eq!(rig.tracker.bytes(), whole + REGION_SIZE / PAGE_SIZE / 4);
+    rig.free(pages(0, 1), 2);
+    assert!(rig.tracker.bytes() > whole);
+    rig.free(pages(BLOCK_PAGES, BLOCK_PAGES + 1), 2);
+    assert_eq!(rig.tracker.bytes(), whole);
+    rig.reuse(pages(5, 6), 0);
+    rig.reuse(pages(0, BLOCK_PAGES), 0);
+    assert_eq!(rig.tracker.bytes(), whole);
+}
