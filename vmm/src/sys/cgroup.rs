@@ -75,12 +75,12 @@ impl Cgroup {
         }
     }
 
-    /// The cgroup of version 2 with the files in `folder`, in which this process is not.
+    /// The cgroup `path` of version 2 below `point`, in which this process is not.
     #[cfg(test)]
-    pub(crate) fn at(folder: &Path) -> Self {
+    pub(crate) fn at(point: &Path, path: &str) -> Self {
         Self {
             member_of: "0::/elsewhere\n".into(),
-            levels: levels(folder, Path::new(""), Version::Two),
+            levels: levels(point, Path::new(path), Version::Two),
             ..Self::own()
         }
     }
@@ -345,7 +345,7 @@ mod tests {
         };
         write(own, &[("current", "1")]);
         events(7, 2, 0);
-        let mut cgroup = Cgroup::at(own);
+        let mut cgroup = Cgroup::at(own, "");
         assert_eq!(cgroup.take_events(), 0, "that was before");
         events(8, 2, 0);
         assert_eq!((cgroup.take_events(), cgroup.take_events()), (1, 0));
@@ -362,7 +362,7 @@ mod tests {
         write(root.path(), &[("current", "1")]);
         // Reading a folder fails, as reading the file of a removed cgroup does.
         fs::create_dir(root.path().join("memory.events.local")).unwrap();
-        let mut cgroup = Cgroup::at(root.path());
+        let mut cgroup = Cgroup::at(root.path(), "");
         assert_eq!(cgroup.take_events(), 0);
         assert!(cgroup.levels[0].events().is_none());
     }

@@ -75,7 +75,7 @@ impl Limit {
         let claims = u128::from(self.others.before) + u128::from(self.others.after);
         let should = claims.saturating_mul(u128::from(given.max(BLOCK_SIZE)));
         let did = u128::from(others).saturating_mul(2 * u128::from(own));
-        claims > 0 && did < should
+        did < should
     }
 
     /// The part of `need` bytes that a monitor with `own` lazily freed bytes answers for.
@@ -115,6 +115,12 @@ mod tests {
         let low = |total| limit(total, 0).room.low();
         assert_eq!((low(0), low(MIB), low(512 * MIB)), (0, MIB / 4, 128 * MIB));
         assert_eq!((low(4 * GIB), low(64 * GIB)), (256 * MIB, 64 * GIB / 20));
+    }
+
+    #[test]
+    fn the_shortage_is_negative_where_there_is_enough() {
+        let shortage = |mib| limit(4 * GIB, mib * MIB).room.shortage() / i128::from(MIB);
+        assert_eq!((shortage(250), shortage(256), shortage(300)), (6, 0, -44));
     }
 
     #[test]
@@ -171,6 +177,9 @@ mod tests {
             (first(40), first(64), first(u32::MAX)),
             (800 * MIB, 800 * MIB, 800 * MIB)
         );
+        assert_eq!(parts(1, &[GIB, GIB], 0), [2 * MIB, 0]);
+        assert_eq!(parts(1, &[GIB, GIB], 1), [2 * MIB, 2 * MIB]);
+        assert_eq!(parts(0, &[GIB, GIB], 1), [0, 0]);
     }
 
     #[test]

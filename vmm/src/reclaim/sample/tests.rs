@@ -138,7 +138,7 @@ fn write_cgroup(folder: &Path, available: u64, events: u64) {
 fn a_limit_that_is_reached_is_an_event_and_the_next_one_waits_a_moment() {
     let folder = cgroup(0, 3);
     let mut source = PressureSource {
-        cgroup: Some(Cgroup::at(folder.path())),
+        cgroup: Some(Cgroup::at(folder.path(), "")),
         ..PressureSource::watermark_only()
     };
     let start = source.start;
@@ -156,7 +156,7 @@ fn a_limit_that_is_reached_is_an_event_and_the_next_one_waits_a_moment() {
 fn a_sample_has_the_room_of_the_own_cgroup() {
     let folder = cgroup(5 << 20, 0);
     let mut source = PressureSource {
-        cgroup: Some(Cgroup::at(folder.path())),
+        cgroup: Some(Cgroup::at(folder.path(), "")),
         ..PressureSource::watermark_only()
     };
     let sample = source.sample(false);
@@ -171,7 +171,7 @@ fn a_sample_has_the_room_of_the_own_cgroup() {
 fn a_process_that_is_moved_is_followed() {
     let folder = cgroup(5 << 20, 0);
     let mut source = PressureSource {
-        cgroup: Some(Cgroup::at(folder.path())),
+        cgroup: Some(Cgroup::at(folder.path(), "")),
         ..with_triggers(connection().1, connection().1)
     };
     source.wait(not_stopped().as_fd(), Duration::ZERO).unwrap();
@@ -185,27 +185,35 @@ fn a_process_that_is_moved_is_followed() {
 fn monitors_hear_of_each_other_when_memory_is_short() {
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().join("peers");
+    // Two of them are in one cgroup, below a tighter one.
     let cgroup = cgroup(0, 0);
+    let one = cgroup.path().join("one");
+    fs::create_dir(&one).unwrap();
+    write_cgroup(&one, 1 << 30, 0);
     let mut sources: Vec<_> = (0..3)
         .map(|index| PressureSource {
-            cgroup: (index != 1).then(|| Cgroup::at(cgroup.path())),
+            cgroup: (index != 1).then(|| Cgroup::at(cgroup.path(), "one")),
             ..PressureSource::watermark_only().with_peers(Peers::at(&path).unwrap())
         })
         .collect();
-    let short = |lazy| Sample {
-        host: Limit {
-            room: Room {
-                total: 1 << 40,
-                available: 0,
-            },
-            ..Limit::default()
-        },
-        lazy,
-        unmapped: lazy,
-        given: lazy,
-        ..Sample::default()
+    let room = Room {
+        total: 1 << 40,
+        available: 0,
     };
-    let mut told = |index: usize, lazy| sources[index].shared(short(lazy));
+    let mut told = |index: usize, lazy| {
+        let sample = sources[index].sample(false);
+        assert!(sample.at > Duration::ZERO);
+        sources[index].shared(Sample {
+            host: Limit {
+                room,
+                ..Limit::default()
+            },
+            lazy,
+            unmapped: lazy,
+            given: lazy,
+            ..sample
+        })
+    };
     told(0, 1);
     told(1, 10);
     told(2, 100);
@@ -222,10 +230,26 @@ fn monitors_hear_of_each_other_when_memory_is_short() {
         (sample.host.others.after, sample.own.others.after),
         (220, 200)
     );
-    assert_eq!(sample.above.others, Default::default());
+    assert_eq!(sample.above.others.after, 200);
+    assert_eq!(sample.above.room.available, 0);
     let calm = sources[0].shared(Sample {
         lazy: 1,
         ..Sample::default()
     });
     assert_eq!(calm.host.others, Default::default(), "nobody is asked");
+}
+
+#[test]
+fn a_wait_lasts_as_long_as_its_pause_unless_events_count_again_before() {
+    let stop = not_stopped();
+    let mut source = PressureSource::watermark_only();
+    let (start, ms) = (source.start, Duration::from_millis);
+    source.events_from = start + ms(10);
+    let timeout = |now, until| source.timeout(start + ms(now), start + ms(until));
+    assert_eq!((timeout(0, 20), timeout(4, 20)), (ms(10), ms(6)));
+    assert_eq!((timeout(10, 20), timeout(0, 5)), (ms(10), ms(5)));
+    assert_eq!(timeout(30, 20), Duration::ZERO);
+    let start = Instant::now();
+    source.wait(stop.as_fd(), ms(40)).unwrap();
+    assert!(start.elapsed() >= ms(30));
 }
