@@ -334,8 +334,8 @@ impl<W: Words> Drop for Taken<'_, W> {
 mod tests {
     use super::*;
 
-    /// A table in this process, and a lock that each swap takes for a moment.
-    struct Own(Vec<AtomicU64>, Mutex<()>);
+    /// A table in this process. A swap is counted before it begins, and takes a lock for a moment.
+    struct Own(Vec<AtomicU64>, AtomicU64, Mutex<()>);
 
     impl Words for Own {
         fn count(&self) -> usize {
@@ -353,7 +353,8 @@ mod tests {
         }
 
         fn swap(&self, index: usize, current: Word, new: Word) -> bool {
-            drop(lock(&self.1));
+            self.1.fetch_add(1, Ordering::AcqRel);
+            drop(lock(&self.2));
             ebb_hypercall_abi::shared_word::swap(&self.0[index], current, new)
         }
     }
@@ -363,7 +364,7 @@ mod tests {
 
     fn table() -> Table<Own> {
         let words = (0..LEN).map(|_| AtomicU64::new(0)).collect();
-        Table::new(Own(words, Mutex::new(())), FIRST)
+        Table::new(Own(words, AtomicU64::new(0), Mutex::new(())), FIRST)
     }
 
     fn set(table: &Table<Own>, index: usize, state: State, generation: u64) {
@@ -455,13 +456,16 @@ mod tests {
     #[test]
     fn reuse_waits_for_what_is_taken_between_its_look_and_its_swap() {
         let table = table();
-        // On a crowded host the thread may begin too late to have to wait.
+        // On a crowded host the thread may look too late to have to wait.
         let waited = || {
             set(&table, 20, State::Reclaiming, 1);
             std::thread::scope(|scope| {
-                let swaps = lock(&table.words.1);
+                let swaps = lock(&table.words.2);
+                let before = table.words.1.load(Ordering::Acquire);
                 let reuse = scope.spawn(|| table.reuse(20));
-                std::thread::sleep(std::time::Duration::from_millis(10));
+                while table.words.1.load(Ordering::Acquire) == before {
+                    std::thread::yield_now();
+                }
                 // Refused by the host and taken again, the granule says what it said.
                 table.taken.insert(20);
                 drop(swaps);
