@@ -136,6 +136,9 @@ fn every_thread_reuses_what_it_freed_without_a_fault() {
     let faults: u64 = faults.unwrap().parse().unwrap();
     // Each page faults once, however long it runs: about 22,000 in all. With one thread on arena 0 it is 45,000 in 2 s.
     assert!(faults < 30_000, "{said}");
+    // Nor would a program fault much whose heap is not in the arena.
+    let counts = device.counts();
+    assert!(counts.lazy > 10, "{counts:?}");
 }
 
 /// What a thread keeps for later would keep most granules in use, as Redis does after FLUSHALL.
