@@ -212,12 +212,10 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_stops_at_once() {
+    fn the_thread_stops_and_returns_its_source() {
         for source in [PressureSource::open(), PressureSource::watermark_only()] {
             let thread = ReclaimThread::start(setup().1, source).unwrap();
-            let start = Instant::now();
-            drop(thread);
-            assert!(start.elapsed() < Duration::from_millis(500));
+            assert!(thread.stop().is_some());
         }
     }
 

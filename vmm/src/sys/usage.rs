@@ -43,14 +43,10 @@ mod tests {
 
     #[test]
     fn touched_memory_counts() {
-        let before = resident_bytes().unwrap();
+        const TOUCHED: usize = 256 << 20;
         // Keeps the compiler from leaving out the allocation.
-        let touched = std::hint::black_box(vec![1u8; 32 << 20]);
-        let after = resident_bytes().unwrap();
-        assert!(
-            after >= before + (24 << 20),
-            "{before} {after} {}",
-            touched.len()
-        );
+        let touched = std::hint::black_box(vec![1u8; TOUCHED]);
+        assert!(resident_bytes().unwrap() >= TOUCHED as u64);
+        drop(touched);
     }
 }
