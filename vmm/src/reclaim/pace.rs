@@ -17,13 +17,14 @@ pub(super) const MAX_CHUNK: u64 = 16 << 20;
 /// Assumed cost of a MiB until a slower one was measured: that of pages of 4 KiB on a slow host.
 const FIRST_COST: Duration = Duration::from_micros(150);
 
-/// The cost of the slowest MiB is forgotten by this part with each chunk, by half after 89.
-const FORGET: u32 = 128;
+/// The cost of the slowest MiB is forgotten by this part with each chunk, by half after 44.
+const FORGET: u32 = 64;
 
 /// Finds the size of chunks such that one takes about [`AIM`], whatever the page size and the host.
 ///
 /// Memory without pages, or with huge ones, is released in next to no time, and memory in pages of 4 KiB may follow at any
-/// moment. So the slowest MiB counts, at once, and is forgotten slowly.
+/// moment. So the slowest MiB counts, at once, and is forgotten slowly. A chunk that is half as slow again as
+/// those before it may have been disturbed: it counts for the next chunk only, unless that is slow, too.
 ///
 /// If a chunk of one block takes longer than [`CHUNK_TIME`], the call itself takes the time: it interrupts every running
 /// vCPU, which takes milliseconds on an emulated or a crowded host. Small chunks would then not help a reuse and slow down
@@ -33,6 +34,8 @@ pub(super) struct Pace {
     size: u64,
     /// Time of the slowest MiB of late.
     cost: Duration,
+    /// Time of a MiB of the last chunk, if that may have been disturbed.
+    suspect: Option<Duration>,
     /// Time that a chunk of one block takes if nothing disturbs it; 0 as long as that is not known.
     block: Duration,
 }
@@ -43,6 +46,7 @@ impl Pace {
         Self {
             size: BLOCK_SIZE,
             cost: FIRST_COST,
+            suspect: None,
             block: Duration::ZERO,
         }
     }
@@ -73,14 +77,30 @@ impl Pace {
             (Duration::ZERO, AIM)
         };
         let cost = per_mib(took.saturating_sub(fixed), len).min(per_mib(aim, BLOCK_SIZE));
-        self.cost = match (was_slow, slow) {
-            (false, true) => cost,
-            (true, false) => cost.max(FIRST_COST),
-            _ => cost.max(self.cost - self.cost / FORGET),
-        };
-        let fit = aim.as_nanos() * (1 << 20) / self.cost.as_nanos().max(1);
+        if was_slow == slow {
+            self.count(cost);
+        } else {
+            self.suspect = None;
+            self.cost = if slow { cost } else { cost.max(FIRST_COST) };
+        }
+        let cost = self.suspect.map_or(self.cost, |cost| cost.max(self.cost));
+        let fit = aim.as_nanos() * (1 << 20) / cost.as_nanos().max(1);
         let fit = u64::try_from(fit).unwrap_or(u64::MAX) / BLOCK_SIZE * BLOCK_SIZE;
         self.size = fit.clamp(BLOCK_SIZE, MAX_CHUNK.min(self.size * 2));
+    }
+
+    /// A MiB of the last chunk took `cost`.
+    fn count(&mut self, cost: Duration) {
+        let confirmed = match self.suspect.take() {
+            Some(before) if cost >= before / 2 => cost.min(before),
+            None if cost > self.cost * 3 / 2 => {
+                self.suspect = Some(cost);
+                return;
+            }
+            Some(_) => cost.min(self.cost),
+            None => cost,
+        };
+        self.cost = confirmed.max(self.cost - self.cost / FORGET);
     }
 }
 
@@ -111,26 +131,23 @@ mod tests {
 
     #[test]
     fn chunks_aim_at_less_than_a_millisecond() {
-        for (mib, want) in [(80, 4), (140, 4), (220, 2), (450, 2)] {
-            let (sizes, _) = run(&mut Pace::new(), 40, 4, mib);
+        for (mib, want) in [(80, 6), (140, 4), (220, 2), (450, 2)] {
+            let (sizes, late) = run(&mut Pace::new(), 100, 4, mib);
             assert_eq!(sizes[0], 2, "nothing is known yet");
-            assert!(
-                sizes[1..].iter().all(|size| *size == want),
-                "{mib}: {sizes:?}"
-            );
+            assert_eq!((sizes[99], late), (want, 0), "{mib}: {sizes:?}");
         }
     }
 
     #[test]
     fn memory_without_pages_does_not_make_the_next_chunk_long() {
-        for untouched in [1, 50, 1000] {
+        for untouched in [1, 20, 1000] {
             let mut pace = Pace::new();
             let (sizes, late) = run(&mut pace, untouched, 2, 0);
             assert!(sizes.iter().all(|size| *size <= 16), "{sizes:?}");
             assert_eq!(late, 0);
             let (sizes, late) = run(&mut pace, 100, 2, 220);
             assert!(late <= 1, "after {untouched}: {late} {sizes:?}");
-            assert!(untouched > 80 || late == 0, "{sizes:?}");
+            assert!(untouched > 20 || late == 0, "{sizes:?}");
         }
     }
 
@@ -146,10 +163,16 @@ mod tests {
         run(&mut pace, 10, 4, 80);
         pace.learn(4 * MIB, Duration::from_millis(80));
         assert_eq!(pace.size(), 2 * MIB);
+        run(&mut pace, 1, 4, 80);
+        assert_eq!(pace.size(), 4 * MIB);
+        run(&mut pace, 2, 4, 400);
+        assert_eq!(pace.size(), 2 * MIB);
+        run(&mut pace, 1, 4, 80);
+        assert_eq!(pace.size(), 2 * MIB, "two in a row were no disturbance");
         run(&mut pace, 100, 4, 80);
-        assert_eq!(pace.size(), 4 * MIB);
+        assert_eq!(pace.size(), 6 * MIB);
         pace.learn(0, Duration::from_secs(1));
-        assert_eq!(pace.size(), 4 * MIB);
+        assert_eq!(pace.size(), 6 * MIB);
     }
 
     #[test]

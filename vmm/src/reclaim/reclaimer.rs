@@ -46,7 +46,7 @@ pub(super) struct Round {
 }
 
 /// Returns lazily freed memory to the host. Of several reclaims one works at a time, for a few steps, the most urgent one
-/// first (see [`Turns`]). A reuse never waits for a reclaim, only for the chunk that it meets.
+/// first. A reuse never waits for a reclaim, only for the chunk that it meets.
 ///
 /// Whole blocks are discarded by calls of many megabytes with the vCPUs running: one interrupt for each call is nothing
 /// compared with the work. Smaller pieces are discarded in slices, see [`ebb_core::slice`].
