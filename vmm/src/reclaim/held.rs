@@ -79,8 +79,11 @@ impl Held<'_> {
             let Some(range) = self.lazy.next_range(sweep, STEP) else {
                 return true;
             };
-            let held = blocks(range).filter(|&part| self.pages.held(part) > Some(0));
-            *found += held.map(|part| self.lazy.refilled(part)).sum::<u64>();
+            // One look tells of a range without pages, as most are.
+            if self.pages.held(range) > Some(0) {
+                let held = blocks(range).filter(|&part| self.pages.held(part) > Some(0));
+                *found += held.map(|part| self.lazy.refilled(part)).sum::<u64>();
+            }
         }
         true
     }
