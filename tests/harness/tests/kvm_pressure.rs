@@ -3,12 +3,23 @@
 use std::fs;
 use std::path::Path;
 
-use ebb_harness::Launch;
+use ebb_harness::api::Metrics;
 use ebb_harness::cgroup::Cgroup;
 use ebb_harness::error::{Context, Result};
 use ebb_harness::host::meminfo;
 use ebb_harness::size::MIB;
 use ebb_harness::wait::{LONG, until};
+use ebb_harness::{Api, Guest, Launch};
+
+/// The guest hands 160 MiB over, lazily. Returns what the API says then.
+fn hand_over(guest: &mut Guest, api: &Api) -> Result<Metrics> {
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    api.set_balloon(160 * MIB)?;
+    until("the guest hands its memory over", LONG, || {
+        Ok(Some(api.lazy()?).filter(|state| state["lazy_bytes"] == 160 * MIB))
+    })
+}
 
 /// The monitor's own cgroup is over its limit: lazy memory goes, first while the guest rests, then while it needs more.
 #[test]
@@ -23,12 +34,7 @@ fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
     assert!(cgroup.members()?.contains(&monitor.pid()));
     let api = monitor.api();
     let checksum = guest.checksum("keep 64M")?;
-    guest.ask("fill 160M")?;
-    guest.ask("drop")?;
-    api.set_balloon(160 * MIB)?;
-    let before = until("the guest hands its memory over", LONG, || {
-        Ok(Some(api.lazy()?).filter(|state| state["lazy_bytes"] == 160 * MIB))
-    })?;
+    let before = hand_over(&mut guest, &api)?;
     // The guest rests, so nothing stalls: the monitor must see by itself that the limit is reached. Only a little over
     // it, because far over it the kernel makes every thread of a cgroup sleep, those that free memory too.
     let limit = cgroup.number("memory.current")? - 4 * MIB;
@@ -72,12 +78,7 @@ fn a_cgroup_near_its_limit_takes_lazy_memory_before_anything_stalls() -> Result<
     let mut guest = monitor.guest()?;
     assert!(own.members()?.contains(&monitor.pid()));
     let api = monitor.api();
-    guest.ask("fill 160M")?;
-    guest.ask("drop")?;
-    api.set_balloon(160 * MIB)?;
-    let before = until("the guest hands its memory over", LONG, || {
-        Ok(Some(api.lazy()?).filter(|state| state["lazy_bytes"] == 160 * MIB))
-    })?;
+    let before = hand_over(&mut guest, &api)?;
     assert_eq!(before["pressure_events_total"], 0, "{before:?}");
 
     // The watermark is a quarter of such a limit: more than what is left.
@@ -110,12 +111,7 @@ fn a_spike_to_the_limit_is_heard_whenever_samples_are_taken() -> Result<()> {
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
     let api = monitor.api();
-    guest.ask("fill 160M")?;
-    guest.ask("drop")?;
-    api.set_balloon(160 * MIB)?;
-    let before = until("the guest hands its memory over", LONG, || {
-        Ok(Some(api.lazy()?).filter(|state| state["lazy_bytes"] == 160 * MIB))
-    })?;
+    let before = hand_over(&mut guest, &api)?;
     assert_eq!(before["limit_events_total"], 0, "{before:?}");
     cgroup.set("memory.high", cgroup.number("memory.current")? + 16 * MIB)?;
     let mut spike = cgroup.command(Path::new("dd"));
