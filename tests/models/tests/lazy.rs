@@ -355,22 +355,27 @@ fn one_reclaimer() {
     );
 }
 
-/// A reuse of a part of a discarded block makes the rest lazy again, for the next reclaim. What was reused stays in use.
-fn the_rest_of_a_block_comes_back() {
-    let world = build(1, 2, LazyMemory::with_huge_pages);
-    world.lazy.free(&[page(0), page(1)]);
+/// The guest takes page 0 back and writes to it, while another thread does what `reclaim` says.
+fn reuse_while(world: &Arc<World>, reclaim: impl FnOnce(&World) + Send + 'static) {
     let reclaimer = {
-        let world = Arc::clone(&world);
-        thread::spawn(move || {
-            for _ in 0..2 {
-                world.open(every(Release::Discard));
-            }
-        })
+        let world = Arc::clone(world);
+        thread::spawn(move || reclaim(&world))
     };
     world.lazy.reuse(&[page(0)]);
     world.cells.write(page(0));
     reclaimer.join().unwrap();
     world.check_books();
+}
+
+/// A reuse of a part of a discarded block makes the rest lazy again, for the next reclaim. What was reused stays in use.
+fn the_rest_of_a_block_comes_back() {
+    let world = build(1, 2, LazyMemory::with_huge_pages);
+    world.lazy.free(&[page(0), page(1)]);
+    reuse_while(&world, |world| {
+        for _ in 0..2 {
+            world.open(every(Release::Discard));
+        }
+    });
     world.open(every(Release::Discard));
     assert_eq!(world.lazy.snapshot().discarded_bytes, PAGE_SIZE);
 }
@@ -389,18 +394,11 @@ fn what_came_back_is_discarded_again() {
     let world = world(2);
     world.lazy.free(&[page(0), page(1)]);
     world.open(every(Release::Discard));
-    let reclaimer = {
-        let world = Arc::clone(&world);
-        thread::spawn(move || {
-            let bytes: u64 = (0..2).map(|index| world.lazy.refilled(page(index))).sum();
-            assert!(bytes >= PAGE_SIZE);
-            world.open(every(Release::Discard));
-        })
-    };
-    world.lazy.reuse(&[page(0)]);
-    world.cells.write(page(0));
-    reclaimer.join().unwrap();
-    world.check_books();
+    reuse_while(&world, |world| {
+        let bytes: u64 = (0..2).map(|index| world.lazy.refilled(page(index))).sum();
+        assert!(bytes >= PAGE_SIZE);
+        world.open(every(Release::Discard));
+    });
     assert_eq!(world.lazy.snapshot().discarded_bytes, PAGE_SIZE);
 }
 
@@ -418,18 +416,11 @@ fn a_refused_chunk_is_taken_again() {
     let world = world(1);
     world.lazy.free(&[page(0)]);
     world.cells.refusals.store(1, Ordering::Relaxed);
-    let reclaimer = {
-        let world = Arc::clone(&world);
-        thread::spawn(move || {
-            for _ in 0..2 {
-                world.open(every(Release::Discard));
-            }
-        })
-    };
-    world.lazy.reuse(&[page(0)]);
-    world.cells.write(page(0));
-    reclaimer.join().unwrap();
-    world.check_books();
+    reuse_while(&world, |world| {
+        for _ in 0..2 {
+            world.open(every(Release::Discard));
+        }
+    });
     let stats = world.lazy.snapshot();
     assert_eq!(stats.reused_bytes_total, PAGE_SIZE);
     assert!(stats.kept_bytes_total <= PAGE_SIZE);
