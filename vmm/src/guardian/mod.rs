@@ -2,9 +2,10 @@
 //!
 //! The monitor makes two of them before it does anything else. The *reaper* ([`Reaper`]) shares the monitor's memory and
 //! frees it, with several threads, once the monitor is dead: so the end is visible at once, and memory is freed after
-//! it. The *guardian* is a copy of the monitor, made while that is small, with the same descriptors. It reports a violent end,
-//! removes the API's socket, closes the descriptors, helps the kernel if the reaper is killed too, passes on how many workers the operator wants, and lets go of the lock
-//! that says that memory is not free yet. Neither of them kills anything.
+//! it. The *guardian* is a copy of the monitor, made while that is small, with the same descriptors. It reports a violent
+//! end, removes the API's socket, closes the descriptors, helps the kernel if the reaper is killed too, passes on how many
+//! workers the operator wants, and lets go of the lock that says that memory is not free yet. Neither of them kills
+//! anything.
 
 pub mod lock;
 mod watch;
