@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod exit;
 pub mod faults;
 pub mod guardian;
+pub mod guest_kernel;
 pub mod guest_memory;
 pub mod hypercall;
 pub mod irq;

@@ -114,6 +114,15 @@ impl GuestRam {
         Arc::clone(self.memory.as_ref().expect("only drop takes the handle"))
     }
 
+    /// The memory itself, without a handle of one's own.
+    ///
+    /// # Panics
+    /// Never: it exists until this value is dropped.
+    #[must_use]
+    pub fn view(&self) -> &GuestMemoryMmap {
+        self.memory.as_deref().expect("only drop takes the handle")
+    }
+
     /// The regions, ascending.
     #[must_use]
     pub fn regions(&self) -> &[RamRegion] {
