@@ -19,6 +19,7 @@ use ebb_core::release::Release;
 use ebb_hypercall_abi::arena::ArenaInfo;
 
 use crate::arena::{Arena, Arenas, BadArena};
+use crate::guest_kernel::{BadNote, KnownKernel, Lost, NoteSource};
 use crate::kvm::KickTable;
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::reclaim::{
@@ -26,7 +27,7 @@ use crate::reclaim::{
 };
 use crate::strict::{self, Strict, StrictThread};
 
-pub use ops::{LazyOps, RangeSink, States, Survey};
+pub use ops::{KernelEvents, LazyOps, RangeSink, States, Survey};
 
 /// The memory of a machine cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +85,7 @@ impl Setup {
 pub struct GuestMemory {
     strict: Option<Arc<Strict>>,
     reported: ReportedMemory,
+    kernel: Arc<KnownKernel>,
     reclaimer: Arc<Reclaimer>,
     gate: Arc<Gate>,
     lazy: Arc<LazyMemory>,
@@ -113,6 +115,11 @@ impl GuestMemory {
         });
         let (frees, entries) = (Arc::clone(&lazy), Arc::clone(&gate));
         let reclaimer = Reclaimer::new(frees, ram.clone(), entries, setup.tuning);
+        let kernel = Arc::new(if setup.strict {
+            KnownKernel::off("strict mode reads no free lists")
+        } else {
+            KnownKernel::new()
+        });
         let strict = setup.strict.then(|| {
             let (lazy, ram) = (Arc::clone(&lazy), Arc::clone(&ram));
             Arc::new(Strict::new(lazy, ram, Arc::clone(kicks), vcpus))
@@ -120,6 +127,7 @@ impl GuestMemory {
         Ok(Self {
             strict,
             reported: ReportedMemory::new(Arc::clone(&lazy), Arc::clone(&ram), setup.reported),
+            kernel,
             reclaimer: Arc::new(reclaimer.with_arenas(Arc::clone(&arenas))),
             gate,
             lazy,
@@ -162,6 +170,12 @@ impl GuestMemory {
     #[must_use]
     pub const fn reported(&self) -> &ReportedMemory {
         &self.reported
+    }
+
+    /// The guest kernel whose free lists are read.
+    #[must_use]
+    pub const fn kernel(&self) -> &Arc<KnownKernel> {
+        &self.kernel
     }
 
     /// Strict mode, if it is on.
@@ -290,6 +304,16 @@ impl LazyOps for GuestMemory {
             ranges: all.ranges,
             generation: all.generation,
         }
+    }
+}
+
+impl KernelEvents for GuestMemory {
+    fn note(&self, note: GpaRange, source: NoteSource) -> Result<(), BadNote> {
+        self.kernel.offer(&*self.ram, note, source)
+    }
+
+    fn lost(&self, why: Lost) {
+        self.kernel.forget(why);
     }
 }
 

@@ -1,10 +1,13 @@
-//! What the guest may ask of its memory: by hypercalls ([`LazyOps`]) and through the balloon ([`RangeSink`]).
+//! What the guest may ask of its memory: by hypercalls ([`LazyOps`]) and through the balloon ([`RangeSink`]); and what is
+//! learned of its kernel ([`KernelEvents`]).
 //!
 //! The callers (`hypercall`, `devices`) stand above this module and know these traits only, so their tests can put a
 //! model in the place of [`super::GuestMemory`].
 
 use ebb_core::range::GpaRange;
 use ebb_hypercall_abi::arena::ArenaInfo;
+
+use crate::guest_kernel::{BadNote, Lost, NoteSource};
 
 /// Bytes of lazily freed memory by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,4 +93,17 @@ pub trait RangeSink: Send + Sync {
 
     /// Returns true if every page of `range` is RAM.
     fn is_ram(&self, range: GpaRange) -> bool;
+}
+
+/// What devices and vCPUs learn of the guest's kernel. They report it before the vCPU that has caused it enters the guest
+/// again.
+pub trait KernelEvents: Send + Sync {
+    /// The kernel's vmcoreinfo note is at `note`.
+    ///
+    /// # Errors
+    /// [`BadNote`]: it is not used.
+    fn note(&self, note: GpaRange, source: NoteSource) -> Result<(), BadNote>;
+
+    /// A note that was given before does not count any more.
+    fn lost(&self, why: Lost);
 }
