@@ -186,8 +186,11 @@ impl GuestKernel {
     #[must_use]
     pub fn is_free(&self, memory: &dyn ReadGuest, range: GpaRange) -> bool {
         let (first, end) = (range.start() / PAGE_SIZE, range.end() / PAGE_SIZE);
-        self.descriptors(memory, first)
-            .is_some_and(|mut descriptors| descriptors.block_over(first, end).is_some())
+        let is_free = |mut descriptors: Descriptors<'_>| {
+            let block = descriptors.block_over(first, end);
+            block.is_some_and(|(head, _)| descriptors.is_listed(head))
+        };
+        self.descriptors(memory, first).is_some_and(is_free)
     }
 
     /// Looks for free memory in `within`, at most at 128 MiB of it: appends free pieces to `found`, ascending, each at least
@@ -235,7 +238,8 @@ fn find_in_section(
     while page < end {
         // The block that has the first page may begin before it. All others are met at their heads.
         let block_end = if page == start {
-            descriptors.block_over(page, page + step)
+            let block = descriptors.block_over(page, page + step);
+            block.map(|(_, end)| end)
         } else {
             let head = descriptors.free_order(page);
             head.filter(|&free| free >= order)

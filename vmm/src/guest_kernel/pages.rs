@@ -1,7 +1,7 @@
 //! The descriptor of a page (`struct page`): where it is, and what it says about a free block.
 //!
 //! **Where.** Descriptors are found through the section of 128 MiB that the page belongs to (`mem_section`, Linux
-//! `include/linux/mmzone.h`), as makedumpfile does: kernels before 6.8 do not name `vmemmap` in their note. A section
+//! `include/linux/mmzone.h`), as makedumpfile does: older kernels, 6.1 among them, do not name `vmemmap` in their note. A section
 //! without memory, or one that is not online, has no free page for us. Linux marks a section online after it has initialised
 //! its descriptors, so what hotplug has not yet filled in is not read.
 //!
@@ -9,6 +9,13 @@
 //! there), and `order` in `private`. The note's `NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)` is that word as it is in a free page:
 //! it differs between kernels ([`BUDDY_WORDS`]). The other pages of the block say nothing. So a page is free if one of its
 //! possible heads says so: the page itself, or one at a lower address that is a multiple of a larger block.
+//!
+//! **A vCPU that stands still anywhere.** The gate stops a vCPU between any two instructions, also in the middle of the
+//! allocator. When a block becomes free, `__free_one_page` writes its order, then the mark, then links it into a free list.
+//! The compiler may swap the first two, and does so in Debian's 6.1: one instruction long the mark stands beside an order
+//! that the page's last user left. So a block counts only when it is linked. When a block is split (`expand`), the link comes
+//! before the order; but the address of each new head is no multiple of more than its own order, and a larger one is not
+//! believed. When a block is allocated, it is first unlinked, then the mark is removed.
 
 use super::ReadGuest;
 use super::note::Note;
@@ -47,6 +54,7 @@ pub(super) struct Layout {
     page_size: u64,
     mapcount: u64,
     private: u64,
+    lru: u64,
     /// What the word at `mapcount` is in a free block's head.
     buddy: u32,
     /// Order of the largest blocks.
@@ -97,6 +105,8 @@ impl Layout {
             page_size,
             mapcount: field("OFFSET(page._mapcount)", 4, page_size)?,
             private: field("OFFSET(page.private)", 8, page_size)?,
+            // A `struct list_head`: two pointers.
+            lru: field("OFFSET(page.lru)", 8, page_size - 8)?,
             buddy: buddy_word(note)?,
             max_order: orders as u32 - 1,
         })
@@ -169,8 +179,8 @@ impl<'a> Descriptors<'a> {
         (order <= self.layout.max_order && pfn.trailing_zeros() >= order).then_some(order)
     }
 
-    /// The end of the free block that has all pages from `pfn` to `end`, which is more than `pfn`.
-    pub(super) fn block_over(&mut self, pfn: u64, end: u64) -> Option<u64> {
+    /// Head and end of the free block that has all pages from `pfn` to `end`, which is more than `pfn`.
+    pub(super) fn block_over(&mut self, pfn: u64, end: u64) -> Option<(u64, u64)> {
         let mut looked_at = None;
         (0..=self.layout.max_order).find_map(|order| {
             let head = pfn >> order << order;
@@ -178,8 +188,16 @@ impl<'a> Descriptors<'a> {
                 return None;
             }
             let block_end = head + (1 << self.free_order(head)?);
-            (end <= block_end).then_some(block_end)
+            (end <= block_end).then_some((head, block_end))
         })
+    }
+
+    /// Returns true if the head of a free block is on a list: the next entry points back to it.
+    pub(super) fn is_listed(&mut self, head: u64) -> bool {
+        let entry = self.field(head, self.layout.lru);
+        let next = self.walker.load(entry);
+        let prev = next.and_then(|next| self.walker.load(next.checked_add(8)?));
+        prev == Some(entry)
     }
 
     /// As the kernel computes it. A sum that wraps is no address of the kernel, or the guest's own affair.

@@ -87,6 +87,7 @@ fn untouched(gpa: u64) -> u64 {
 pub struct Machine {
     pub memory: Memory,
     pub text: String,
+    root: u64,
     levels: u32,
     encrypted: u64,
     next_table: u64,
@@ -98,10 +99,12 @@ impl Machine {
         let mut machine = Self {
             memory: Memory::default(),
             text: text.into(),
+            root: 0,
             levels: 4,
             encrypted: 0,
             next_table: TABLES,
         };
+        machine.root = machine.image("init_top_pgt");
         machine.levels += machine.number("NUMBER(pgtable_l5_enabled)") as u32;
         machine.encrypted = machine.number("NUMBER(sme_mask)") as u64;
         machine.write_note();
@@ -139,7 +142,7 @@ impl Machine {
     }
 
     pub fn root(&self) -> u64 {
-        self.image("init_top_pgt")
+        self.root
     }
 
     pub fn write_note(&mut self) {
@@ -225,15 +228,26 @@ impl Machine {
         self.entry(VMEMMAP + page * 64, leaf)
     }
 
-    /// Makes `page` the head of a free block.
+    /// Makes `page` the head of a free block, the only one on its list.
     pub fn free(&mut self, page: u64, order: u64) {
         let word = self.number("NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)") as u32;
+        let entry = VMEMMAP + page * 64 + 8;
+        self.link(page, entry, entry);
         self.describe(page, word, order);
     }
 
-    /// `page` is in use again.
+    /// `page` is in use again. The order is left there.
     pub fn allocate(&mut self, page: u64) {
-        self.describe(page, u32::MAX, 0);
+        let order = self.memory.words[&(DESCRIPTORS + page * 64 + 40)];
+        self.link(page, 0xdead_0000_0000_0100, 0xdead_0000_0000_0122);
+        self.describe(page, u32::MAX, order);
+    }
+
+    /// The next and the previous entry in the list that `page` is on.
+    pub fn link(&mut self, page: u64, next: u64, prev: u64) {
+        let at = DESCRIPTORS + page * 64 + 8;
+        self.memory.set(at, next);
+        self.memory.set(at + 8, prev);
     }
 
     pub fn describe(&mut self, page: u64, page_type: u32, private: u64) {

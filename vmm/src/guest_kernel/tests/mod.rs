@@ -1,6 +1,9 @@
 //! What is read of a guest's kernel: real notes, tables made by hand.
 
+mod hostile;
 mod machine;
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 use machine::{Leaf, Machine, Memory, NOTE_6_1, NOTE_6_12, PAGE, RAM, pages, range};
@@ -98,6 +101,39 @@ fn a_range_is_free_only_if_one_block_has_all_of_it() {
     assert!(!is_free(&machine, 4 * BLOCK + 16, 32));
     assert!(is_free(&machine, 4 * BLOCK + 16, 16));
     assert!(is_free(&machine, 5 * BLOCK, BLOCK));
+}
+
+#[test]
+fn a_block_counts_once_it_is_on_a_list() {
+    let mut machine = Machine::stock();
+    let kernel = accept(&machine);
+    // A vCPU stands between mark and order: the mark of a page beside the order that its last user left.
+    machine.free(4 * BLOCK, 9);
+    machine.allocate(4 * BLOCK);
+    machine.describe(4 * BLOCK, 0xf000_0000, 9);
+    let block = pages(4 * BLOCK, BLOCK);
+    assert_eq!(
+        find(&kernel, &machine.memory, range(0, RAM), 9),
+        [block],
+        "a candidate"
+    );
+    assert!(!kernel.is_free(&machine.memory, block));
+    // The neighbours on the list are other blocks; one does not point back.
+    let entry = |page: u64| 0xffff_f385_c000_0000 + page * 64 + 8;
+    machine.link(4 * BLOCK, entry(6 * BLOCK), entry(8 * BLOCK));
+    for (prev, is_free) in [
+        (entry(4 * BLOCK), true),
+        (entry(4 * BLOCK) - 8, false),
+        (0, false),
+    ] {
+        machine.link(6 * BLOCK, 0, prev);
+        assert_eq!(kernel.is_free(&machine.memory, block), is_free);
+    }
+    // A list that leads out of all memory.
+    for next in [0, u64::MAX, u64::MAX - 7, entry(6 * BLOCK) + 4] {
+        machine.link(4 * BLOCK, next, next);
+        assert!(!kernel.is_free(&machine.memory, block));
+    }
 }
 
 #[test]
@@ -336,6 +372,7 @@ mod notes {
             ("OFFSET(page._mapcount)", "62"),
             ("OFFSET(page._mapcount)", "9223372036854775804"),
             ("OFFSET(page.private)", "44"),
+            ("OFFSET(page.lru)", "56"),
             ("LENGTH(zone.free_area)", "0"),
             ("LENGTH(zone.free_area)", "17"),
             ("NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)", "-1"),
@@ -444,6 +481,60 @@ mod cost {
         // A word for each block, and the order for each free one; for 128 MiB the section (two walks and words) and a walk.
         assert!(machine.memory.loads() <= 512 + 256 + 8 * (3 * 4 + 2));
         assert!(kernel.is_free(&machine.memory, pages(2 * BLOCK, BLOCK)));
-        assert!(machine.memory.loads() <= 3 * 4 + 2 + 2);
+        assert!(machine.memory.loads() <= 3 * 4 + 2 + 2 + 2);
+    }
+}
+
+mod layouts {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What one section holds, in order: blocks of an order, free or not.
+    fn blocks() -> impl Strategy<Value = Vec<(u32, bool)>> {
+        prop::collection::vec((0u32..=10, prop::bool::weighted(0.6)), 1..60)
+    }
+
+    /// Lays the blocks out at the next place that fits each. Returns the free ones: first page and end.
+    fn lay_out(machine: &mut Machine, blocks: &[(u32, bool)]) -> Vec<(u64, u64)> {
+        let (mut at, mut free) = (0u64, Vec::new());
+        for &(order, is_free) in blocks {
+            let head = at.next_multiple_of(1 << order);
+            at = head + (1 << order);
+            if is_free {
+                machine.free(head, order.into());
+                free.push((head, at));
+            }
+        }
+        free
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn exactly_what_is_free_is_found(
+            blocks in blocks(),
+            order in 0u32..=10,
+            (first, count) in (0u64..4096, 1u64..4096),
+        ) {
+            let mut machine = Machine::stock();
+            let kernel = accept(&machine);
+            let free = lay_out(&mut machine, &blocks);
+            let within = pages(first, count);
+            let unit = 1u64 << order;
+            let is_free = |page: u64, count: u64| {
+                free.iter().any(|&(head, end)| head <= page && page + count <= end)
+            };
+            let units = first.next_multiple_of(unit)..first + count;
+            let units = units.step_by(unit as usize).filter(|page| page + unit <= first + count);
+            let (expected, used): (Vec<_>, Vec<_>) = units.partition(|&page| is_free(page, unit));
+            let found = find(&kernel, &machine.memory, within, order);
+            let found = found.iter().flat_map(|piece| (piece.start()..piece.end()).step_by((unit * PAGE) as usize));
+            prop_assert_eq!(found.map(|gpa| gpa / PAGE).collect::<Vec<_>>(), expected.clone());
+            for (page, is_free) in expected.into_iter().map(|page| (page, true)).chain(used.into_iter().map(|page| (page, false))) {
+                prop_assert_eq!(kernel.is_free(&machine.memory, pages(page, unit)), is_free);
+            }
+            prop_assert_eq!(kernel.is_free(&machine.memory, within), is_free(first, count));
+        }
     }
 }
