@@ -162,6 +162,7 @@ impl Rig {
                 Arc::new(NoCalls),
             )),
             on_exit: Box::new(|reason| eprintln!("the guest has ended: {reason:?}")),
+            kernel: Arc::default(),
             strict: None,
         };
         let rig = Self {

@@ -21,6 +21,9 @@ const GUEST_MODULES: &[&str] = &[
 /// Modules that create `/dev/daxN.M` for arenas. A guest loads them only if it has an arena.
 const ARENA_MODULES: &[&str] = &["device_dax", "dax_hmem"];
 
+/// The module that tells the monitor where the kernel's note is. Tests load it; a Debian with udev does so by itself.
+const NOTE_MODULES: &[&str] = &["qemu_fw_cfg"];
+
 /// Modules of the nested machine: KVM.
 const NESTED_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
 
@@ -95,6 +98,12 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
         &mut archive,
         &assets.load_modules(ARENA_MODULES)?,
         "/etc/modules.arena",
+        &[],
+    );
+    add_modules(
+        &mut archive,
+        &assets.load_modules(NOTE_MODULES)?,
+        "/etc/modules.note",
         &[],
     );
     Ok(archive.finish())

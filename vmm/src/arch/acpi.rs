@@ -43,7 +43,7 @@ pub enum AcpiError {
 
 /// Writes all tables to guest memory.
 ///
-/// Returns the guest-physical address of the RSDP.
+/// `fw_cfg` is true if the machine has that device. Returns the guest-physical address of the RSDP.
 ///
 /// # Errors
 /// [`AcpiError`].
@@ -51,6 +51,7 @@ pub fn write(
     memory: &GuestMemoryMmap,
     vcpus: u32,
     virtio: &[VirtioWindow],
+    fw_cfg: bool,
 ) -> Result<u64, AcpiError> {
     let rsdp = layout::ACPI_TABLES;
     // The RSDP comes first but contains the address of the XSDT, so it is written last.
@@ -61,7 +62,7 @@ pub fn write(
         image.resize(image.len().next_multiple_of(16), 0);
         rsdp + at as u64
     };
-    let dsdt = place(&dsdt(virtio));
+    let dsdt = place(&dsdt(virtio, fw_cfg));
     let fadt = place(&fadt(dsdt));
     let madt = place(&madt(vcpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, 1);
@@ -123,17 +124,17 @@ fn madt(vcpus: u32) -> impl Aml {
     madt
 }
 
-fn dsdt(virtio: &[VirtioWindow]) -> Sdt {
+fn dsdt(virtio: &[VirtioWindow], fw_cfg: bool) -> Sdt {
     let mut body = Vec::new();
     let zero = 0u8;
     Name::new("_S5_".into(), &Package::new(vec![&S5, &zero, &zero, &zero])).to_aml_bytes(&mut body);
-    system_bus(virtio, &mut body);
+    system_bus(virtio, fw_cfg, &mut body);
     let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
     sdt.append_slice(&body);
     sdt
 }
 
-fn system_bus(virtio: &[VirtioWindow], body: &mut Vec<u8>) {
+fn system_bus(virtio: &[VirtioWindow], fw_cfg: bool, body: &mut Vec<u8>) {
     let serial_io = IO::new(
         layout::SERIAL_PORT as u16,
         layout::SERIAL_PORT as u16,
@@ -141,12 +142,6 @@ fn system_bus(virtio: &[VirtioWindow], body: &mut Vec<u8>) {
         layout::SERIAL_PORT_LEN as u8,
     );
     let serial_irq = Interrupt::new(true, true, false, false, layout::SERIAL_GSI);
-    let panic_io = IO::new(
-        layout::PVPANIC_PORT as u16,
-        layout::PVPANIC_PORT as u16,
-        1,
-        1,
-    );
     let zero = 0u8;
     let mut scope = Vec::new();
     Device::new(
@@ -161,19 +156,29 @@ fn system_bus(virtio: &[VirtioWindow], body: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(&mut scope);
-    Device::new(
-        "PEVT".into(),
-        vec![
-            &Name::new("_HID".into(), &"QEMU0001"),
-            &Name::new("_STA".into(), &0xfu8),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&panic_io])),
-        ],
-    )
-    .to_aml_bytes(&mut scope);
+    qemu_device("PEVT", "QEMU0001", layout::PVPANIC_PORT, 1, &mut scope);
+    if fw_cfg {
+        let len = layout::FW_CFG_PORT_LEN as u8;
+        qemu_device("FWCF", "QEMU0002", layout::FW_CFG_PORT, len, &mut scope);
+    }
     for (index, window) in virtio.iter().enumerate() {
         virtio_device(index, *window, &mut scope);
     }
     body.extend(aml::Scope::raw("_SB_".into(), scope));
+}
+
+/// A device of QEMU's with `ports` I/O ports, by the hardware id `id` that Linux's driver binds to.
+fn qemu_device(name: &str, id: &'static str, port: u64, ports: u8, scope: &mut Vec<u8>) {
+    let io = IO::new(port as u16, port as u16, 1, ports);
+    Device::new(
+        name.into(),
+        vec![
+            &Name::new("_HID".into(), &id),
+            &Name::new("_STA".into(), &0xfu8),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&io])),
+        ],
+    )
+    .to_aml_bytes(scope);
 }
 
 /// One virtio-mmio device, by the hardware id that Linux's driver binds to
@@ -207,7 +212,7 @@ mod tests {
                 gsi: layout::VIRTIO_GSI + i as u32,
             })
             .collect();
-        let rsdp = write(&memory, vcpus, &windows).unwrap();
+        let rsdp = write(&memory, vcpus, &windows, true).unwrap();
         let mut image = vec![0; (layout::ACPI_TABLES_END - rsdp) as usize];
         memory.read_slice(&mut image, GuestAddress(rsdp)).unwrap();
         (image, rsdp)
@@ -241,6 +246,8 @@ mod tests {
             (&b"FACP"[..], &b"APIC"[..], &b"DSDT"[..])
         );
         assert_eq!(madt.len(), 44 + 255 * 8 + 12);
-        assert_eq!(dsdt.windows(8).filter(|w| w == b"LNRO0005").count(), 19);
+        let count = |id: &[u8]| dsdt.windows(8).filter(|window| *window == id).count();
+        let devices = [&b"LNRO0005"[..], b"QEMU0001", b"QEMU0002"];
+        assert_eq!(devices.map(count), [19, 1, 1]);
     }
 }

@@ -71,6 +71,10 @@ pub const I8042_PORT_LEN: u64 = 5;
 pub const PCI_PORT: u64 = 0xcf8;
 /// Its number of ports.
 pub const PCI_PORT_LEN: u64 = 8;
+/// fw_cfg (QEMU, `docs/specs/fw_cfg.rst`).
+pub const FW_CFG_PORT: u64 = 0x510;
+/// Its number of ports.
+pub const FW_CFG_PORT_LEN: u64 = 12;
 /// pvpanic (QEMU, `docs/specs/pvpanic.rst`).
 pub const PVPANIC_PORT: u64 = 0x505;
 /// ACPI sleep control (+0), sleep status (+1) and reset (+2).

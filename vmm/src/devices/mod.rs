@@ -1,5 +1,6 @@
 //! Emulated devices.
 
+pub mod fw_cfg;
 pub mod platform;
 pub mod serial;
 pub mod virtio;

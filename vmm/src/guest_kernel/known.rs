@@ -1,5 +1,6 @@
 //! Which guest kernel is read, or why none is.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebb_core::range::GpaRange;
@@ -36,6 +37,12 @@ pub enum Lost {
     Poisoned,
 }
 
+/// At most this many changes are logged.
+const LINES: u32 = 64;
+
+/// Why a kernel is not read that could be replaced unseen.
+const NO_CLOCK: &str = "the kernel does not use kvmclock, so its end would not be seen (kexec)";
+
 /// Whether the free lists of the guest's kernel are read.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FreePagesState {
@@ -48,8 +55,24 @@ pub struct FreePagesState {
 }
 
 struct State {
+    /// Notes are taken. Otherwise `why_not` says for good why not.
+    enabled: bool,
     kernel: Option<(Arc<GuestKernel>, NoteSource)>,
     why_not: String,
+    /// The vCPUs whose kvmclock is on.
+    clocks: BTreeSet<usize>,
+    /// How often a kernel may have ended.
+    ends: u64,
+    /// Lines that may still be logged: a guest can come and go as often as it likes.
+    lines: u32,
+}
+
+impl State {
+    fn may_log(&mut self) -> bool {
+        let may = self.lines > 0;
+        self.lines = self.lines.saturating_sub(1);
+        may
+    }
 }
 
 /// The guest kernel that is read. vCPU threads offer notes and report what makes them stale; the reclaimer reads.
@@ -57,8 +80,6 @@ struct State {
 /// A vCPU thread reports before its vCPU enters the guest again. So whoever has closed the gate, and looks then, sees every
 /// report that matters.
 pub struct KnownKernel {
-    /// `None`: free lists are not read in this machine, and `why_not` says so for good.
-    enabled: bool,
     state: Mutex<State>,
 }
 
@@ -77,13 +98,30 @@ impl KnownKernel {
 
     fn with(enabled: bool, why_not: &str) -> Self {
         let state = State {
+            enabled,
             kernel: None,
             why_not: why_not.into(),
+            clocks: BTreeSet::new(),
+            ends: 0,
+            lines: LINES,
         };
         Self {
-            enabled,
             state: Mutex::new(state),
         }
+    }
+
+    /// Returns true unless notes are refused for good.
+    #[must_use]
+    pub fn is_enabled(&self) -> bool {
+        self.state().enabled
+    }
+
+    /// Takes no note from now on, because of `why_not`.
+    pub fn turn_off(&self, why_not: &str) {
+        let mut state = self.state();
+        state.enabled = false;
+        state.kernel = None;
+        state.why_not = why_not.into();
     }
 
     /// The guest has a note at `note`. It counts if it passes all checks.
@@ -96,14 +134,25 @@ impl KnownKernel {
         note: GpaRange,
         source: NoteSource,
     ) -> Result<(), BadNote> {
-        if !self.enabled {
-            return Err(BadNote(self.state().why_not.clone()));
-        }
+        let ends = {
+            let state = self.state();
+            if !state.enabled {
+                return Err(BadNote(state.why_not.clone()));
+            }
+            state.ends
+        };
         let accepted = GuestKernel::accept(memory, note);
         let mut state = self.state();
+        let accepted = match accepted {
+            Ok(_) if state.clocks.is_empty() => Err(BadNote(NO_CLOCK.into())),
+            Ok(_) if state.ends != ends => Err(BadNote("the kernel ended meanwhile".into())),
+            accepted => accepted,
+        };
         match accepted {
             Ok(kernel) => {
-                tracing::info!(release = kernel.release(), ?source, "free lists are read");
+                if state.may_log() {
+                    tracing::info!(release = kernel.release(), ?source, "free lists are read");
+                }
                 state.kernel = Some((Arc::new(kernel), source));
                 state.why_not.clear();
                 Ok(())
@@ -116,11 +165,25 @@ impl KnownKernel {
         }
     }
 
-    /// The note that was accepted, if there is one, does not count any more.
+    /// The vCPU `index` has switched its kvmclock on or off. A kernel that uses it switches it off before another one starts,
+    /// so its end is seen; a note of any other kernel is refused.
+    pub fn clock_set(&self, index: usize, on: bool) {
+        let mut state = self.state();
+        if on {
+            state.clocks.insert(index);
+        } else {
+            state.clocks.remove(&index);
+        }
+    }
+
+    /// The note that was accepted, or that is being looked at, does not count any more.
     pub fn forget(&self, why: Lost) {
         let mut state = self.state();
+        state.ends += 1;
         if state.kernel.take().is_some() {
-            tracing::info!(%why, "free lists are not read any more");
+            if state.may_log() {
+                tracing::info!(%why, "free lists are not read any more");
+            }
             state.why_not = why.to_string();
         }
     }

@@ -19,7 +19,7 @@ use ebb_core::release::Release;
 use ebb_hypercall_abi::arena::ArenaInfo;
 
 use crate::arena::{Arena, Arenas, BadArena};
-use crate::guest_kernel::{BadNote, KnownKernel, Lost, NoteSource};
+use crate::guest_kernel::KnownKernel;
 use crate::kvm::KickTable;
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::reclaim::{
@@ -27,6 +27,7 @@ use crate::reclaim::{
 };
 use crate::strict::{self, Strict, StrictThread};
 
+pub use crate::guest_kernel::{BadNote, Lost, NoteSource};
 pub use ops::{KernelEvents, LazyOps, RangeSink, States, Survey};
 
 /// The memory of a machine cannot be set up.

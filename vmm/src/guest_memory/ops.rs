@@ -95,7 +95,7 @@ pub trait RangeSink: Send + Sync {
     fn is_ram(&self, range: GpaRange) -> bool;
 }
 
-/// What devices and vCPUs learn of the guest's kernel. They report it before the vCPU that has caused it enters the guest
+/// What devices learn of the guest's kernel. They report it before the vCPU that has caused it enters the guest
 /// again.
 pub trait KernelEvents: Send + Sync {
     /// The kernel's vmcoreinfo note is at `note`.

@@ -4,6 +4,7 @@ mod hypercall;
 mod irqfd;
 mod kick;
 mod limits;
+mod msr;
 mod run_pages;
 mod synchronous;
 
@@ -20,6 +21,7 @@ use limits::Limits;
 
 pub use irqfd::IrqFd;
 pub use kick::{KickTable, KickTarget, Registration, kick, prepare_kicks};
+pub use msr::{MSR_KVM_SYSTEM_TIME_NEW, MSR_LSTAR};
 pub use run_pages::{RegisteredPage, RunPages};
 
 /// What KVM refuses, or cannot do on this host.

@@ -16,8 +16,9 @@ use ebb_hypercall_abi::call::KVM_HC_MAP_GPA_RANGE;
 use ebb_hypercall_abi::discovery::PORT;
 
 use crate::bus::{Action, Bus, ExitReason};
+use crate::guest_kernel::{KnownKernel, Lost};
 use crate::hypercall::{Arguments, Hypercalls};
-use crate::kvm::{KickTable, KickTarget, RunPages, kick};
+use crate::kvm::{KickTable, KickTarget, MSR_KVM_SYSTEM_TIME_NEW, RunPages, kick};
 use crate::reclaim::EntryHook;
 use crate::strict::Strict;
 
@@ -39,6 +40,8 @@ pub struct Shared {
     pub run_pages: Arc<RunPages>,
     /// Carries out the guest's calls.
     pub hypercalls: Arc<Hypercalls>,
+    /// Is told when a vCPU enters or leaves a kernel.
+    pub kernel: Arc<KnownKernel>,
     /// Strict mode, where it is on.
     pub strict: Option<Arc<Strict>>,
     /// Called when an exit of a vCPU ends the machine. Several vCPUs may call it; the first reason counts.
@@ -140,6 +143,10 @@ fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Opti
             Ok((VcpuExit::IoOut(port, data), size)) => write_port(&shared.ports, port, data, size),
             Ok((VcpuExit::MmioRead(addr, data), _)) => read_mmio(&shared.mmio, addr, data),
             Ok((VcpuExit::MmioWrite(addr, data), _)) => shared.mmio.write(addr, data),
+            Ok((VcpuExit::X86Wrmsr(write), _)) => {
+                let (register, data) = (write.index, write.data);
+                write_msr(index, &mut vcpu, (register, data), &shared.kernel)
+            }
             Ok((VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen, _)) => Action::Continue,
             Ok((VcpuExit::SystemEvent(event, _), _)) => Action::Exit(reason_of(event)),
             Ok((VcpuExit::Shutdown, _)) => crash(index, "triple fault"),
@@ -189,6 +196,21 @@ fn hypercall(call: HypercallExit<'_>, shared: &Shared) -> Action {
         attributes,
     });
     *call.ret = status.cast_unsigned();
+    Action::Continue
+}
+
+/// A write that says that a kernel starts or ends: it is reported, and then carried out.
+fn write_msr(
+    index: usize,
+    vcpu: &mut KickTarget,
+    (register, data): (u32, u64),
+    kernel: &KnownKernel,
+) -> Action {
+    if register == MSR_KVM_SYSTEM_TIME_NEW {
+        kernel.clock_set(index, data & 1 != 0);
+    }
+    kernel.forget(Lost::KernelLeft);
+    vcpu.write_msr(register, data);
     Action::Continue
 }
 

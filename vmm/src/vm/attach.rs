@@ -13,22 +13,26 @@ use crate::arch::acpi::{self, VirtioWindow};
 use crate::arch::layout;
 use crate::bus::{Bus, ExitReason};
 use crate::config::{BalloonConfig, SerialConfig};
+use crate::devices::fw_cfg::FwCfg;
 use crate::devices::platform::{I8042, PciConfig, Power, PvPanic};
 use crate::devices::serial::{ConsoleInput, Output, RawMode, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::blk::{Block, Disk};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use crate::guest_memory::RangeSink;
+use crate::guest_memory::{KernelEvents, RangeSink};
 use crate::kvm;
 
 /// The devices of a machine while it is being built.
-#[derive(Default)]
 pub struct Devices {
+    /// Is told what the devices learn of the guest's kernel.
+    kernel: Arc<dyn KernelEvents>,
     /// I/O ports.
     pub ports: Bus,
     /// Memory-mapped devices.
     pub mmio: Bus,
+    /// There is a [`FwCfg`], for the ACPI tables.
+    pub fw_cfg: bool,
     /// Where the virtio devices are, for the ACPI tables.
     pub windows: Vec<VirtioWindow>,
     /// The virtio devices, to shut them down.
@@ -44,6 +48,18 @@ pub struct Console {
 }
 
 impl Devices {
+    /// No devices yet. Those to come tell `kernel` what they learn of the guest's kernel.
+    pub fn new(kernel: Arc<dyn KernelEvents>) -> Self {
+        Self {
+            kernel,
+            ports: Bus::default(),
+            mmio: Bus::default(),
+            fw_cfg: false,
+            windows: Vec::new(),
+            virtio: Vec::new(),
+        }
+    }
+
     /// Power, reset and panic ports.
     pub fn attach_platform(&mut self) -> Result<(), LaunchError> {
         let power = Power {
@@ -62,6 +78,18 @@ impl Devices {
             layout::I8042_PORT_LEN,
             Arc::new(Mutex::new(I8042)),
         )?;
+        Ok(())
+    }
+
+    /// By this the guest's kernel tells where its note is.
+    pub fn attach_fw_cfg(&mut self, memory: &Arc<GuestMemoryMmap>) -> Result<(), LaunchError> {
+        let device = FwCfg::new(Arc::clone(memory), Arc::clone(&self.kernel));
+        self.ports.insert(
+            layout::FW_CFG_PORT,
+            layout::FW_CFG_PORT_LEN,
+            Arc::new(Mutex::new(device)),
+        )?;
+        self.fw_cfg = true;
         Ok(())
     }
 
@@ -147,7 +175,8 @@ impl Devices {
         }
         let base = layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_SIZE;
         let line = Arc::new(machine.interrupt(gsi)?);
-        let transport = MmioTransport::new(device, Arc::clone(memory), line)?;
+        let transport = MmioTransport::new(device, Arc::clone(memory), line)?
+            .with_kernel(Arc::clone(&self.kernel));
         for (queue, event) in transport.queue_notifiers() {
             machine.doorbell(base + QUEUE_NOTIFY, queue, event)?;
         }

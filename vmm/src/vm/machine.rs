@@ -86,10 +86,19 @@ impl Vm {
             machine.fault_synchronously()?;
         }
 
-        let mut devices = Devices::default();
+        if memory.kernel().is_enabled() && !host.report_kernels(&machine)? {
+            memory.kernel().turn_off(
+                "this host's KVM does not report writes of MSRs (KVM_CAP_X86_MSR_FILTER, Linux 5.10)",
+            );
+        }
+
+        let mut devices = Devices::new(Arc::clone(&memory) as _);
         devices.attach_platform()?;
         if !setup.arenas.is_empty() {
             devices.attach_pci()?;
+        }
+        if memory.kernel().is_enabled() {
+            devices.attach_fw_cfg(&ram)?;
         }
         devices.attach_disks(&machine, &ram, disks)?;
         let sink = Arc::clone(&memory) as _;
@@ -161,6 +170,7 @@ impl Vm {
             kicks,
             run_pages: Arc::clone(teardown.run_pages()),
             hypercalls,
+            kernel: Arc::clone(memory.kernel()),
             strict: memory.strict().cloned(),
             on_exit,
         });
@@ -248,7 +258,7 @@ fn load_guest(
     memory: &GuestMemoryMmap,
     devices: &Devices,
 ) -> Result<Entry, LaunchError> {
-    let rsdp = acpi::write(memory, config.vcpus, &devices.windows)?;
+    let rsdp = acpi::write(memory, config.vcpus, &devices.windows, devices.fw_cfg)?;
     reset::write(memory).map_err(BootError::Write)?;
     let arenas: Vec<GpaRange> = setup.arenas.iter().map(|arena| arena.gpa).collect();
     let payload = Payload {

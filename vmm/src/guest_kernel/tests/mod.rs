@@ -1,6 +1,7 @@
 //! What is read of a guest's kernel: real notes, tables made by hand.
 
 mod hostile;
+mod known;
 mod machine;
 
 use std::sync::atomic::{AtomicU64, Ordering};

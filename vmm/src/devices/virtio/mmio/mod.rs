@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::queue::GuestFaults;
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice, VirtioInterrupt};
 use crate::bus::{Action, BusDevice};
+use crate::guest_memory::{KernelEvents, Lost};
 use crate::irq::Interrupt;
 use interrupt::MmioInterrupt;
 use queue::{QueueError, QueueSetup};
@@ -58,6 +59,8 @@ pub struct MmioTransport {
     driver_features: u64,
     status: u32,
     active: bool,
+    /// Is told when the driver resets the device while it is in use.
+    kernel: Option<Arc<dyn KernelEvents>>,
 }
 
 impl MmioTransport {
@@ -86,7 +89,17 @@ impl MmioTransport {
             driver_features: 0,
             status: 0,
             active: false,
+            kernel: None,
         })
+    }
+
+    /// The same, and `kernel` is told when the driver resets the device while it is in use.
+    #[must_use]
+    pub fn with_kernel(self, kernel: Arc<dyn KernelEvents>) -> Self {
+        Self {
+            kernel: Some(kernel),
+            ..self
+        }
     }
 
     /// Number and event of each queue. A write of the number to [`QUEUE_NOTIFY`], four bytes wide, signals the event:
@@ -218,6 +231,9 @@ impl MmioTransport {
     /// Virtio 1.3, 2.1 and 3.1.1: 0 resets, bits are set in order and never cleared.
     fn write_status(&mut self, value: u32) {
         if value == 0 {
+            if let Some(kernel) = self.kernel.as_ref().filter(|_| self.has(DRIVER_OK)) {
+                kernel.lost(Lost::DeviceReset);
+            }
             return self.reset();
         }
         let value = value & !NEEDS_RESET;

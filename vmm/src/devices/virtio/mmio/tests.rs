@@ -12,7 +12,7 @@ use super::*;
 use crate::config::BalloonConfig;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::queue::tests::driver::{MockQueue, memory, wait_for};
-use crate::guest_memory::RangeSink;
+use crate::guest_memory::{BadNote, KernelEvents, Lost, NoteSource, RangeSink};
 
 const STATUS: u64 = 0x70;
 const QUEUE_SEL: u64 = 0x30;
@@ -499,4 +499,41 @@ proptest! {
         }
         rig.bind();
     }
+}
+
+/// Counts what it is told, and whether the device was still in use then.
+#[derive(Default)]
+struct Kernel(Mutex<Vec<(Lost, u32)>>, Arc<Mutex<Log>>);
+
+impl KernelEvents for Kernel {
+    fn note(&self, _note: GpaRange, _source: NoteSource) -> Result<(), BadNote> {
+        Ok(())
+    }
+
+    fn lost(&self, why: Lost) {
+        let resets = self.1.lock().unwrap().resets;
+        self.0.lock().unwrap().push((why, resets));
+    }
+}
+
+#[test]
+fn a_reset_of_a_device_in_use_is_told_before_it_happens() {
+    let mut rig = Rig::new();
+    let kernel = Arc::new(Kernel(Mutex::default(), Arc::clone(&rig.log)));
+    let line = Arc::new(Line::default());
+    let device = Box::new(MockDevice(Arc::clone(&rig.log)));
+    let transport = MmioTransport::new(device, Arc::clone(&rig.memory), line).unwrap();
+    rig.transport = transport.with_kernel(Arc::clone(&kernel) as _);
+    rig.negotiate(1 << VIRTIO_F_VERSION_1);
+    rig.write(STATUS, 0);
+    assert_eq!(*kernel.0.lock().unwrap(), [], "not in use");
+    rig.negotiate(1 << VIRTIO_F_VERSION_1);
+    let queue = MockQueue::new(&rig.memory, 0x10_0000, 64);
+    rig.set_up(0, &queue);
+    rig.write(STATUS, READY);
+    let resets = rig.log.lock().unwrap().resets;
+    rig.write(STATUS, 0);
+    assert_eq!(*kernel.0.lock().unwrap(), [(Lost::DeviceReset, resets)]);
+    rig.transport.shut_down();
+    assert_eq!(kernel.0.lock().unwrap().len(), 1, "the machine ends");
 }
