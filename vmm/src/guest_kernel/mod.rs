@@ -24,12 +24,12 @@
 //!
 //! **Trust:** nothing is written, and nothing read here is trusted. A guest that lies loses its own data. Every word is
 //! loaded through [`ReadGuest`], which knows RAM from everything else, and each call loads a number of words that depends
-//! on its arguments only: no loop ends because of what the guest says. Nothing read is kept from one call to the next but
-//! the note.
+//! on its arguments only: no loop goes on because of what the guest says. Nothing read is kept from one call to the next but
+//! the note, and whether the kernel poisons free pages.
 //!
 //! **Kernels that look at free pages:** with `page_poison=1` Linux fills pages with a pattern when it frees them, and
 //! complains if the pattern has changed when it allocates them; a page that was discarded reads zero. See
-//! [`is_poisoned`]. `init_on_free=1` expects zeros, which is what a discarded page has. KASAN and KMSAN keep what they know
+//! [`GuestKernel::poisons`]. `init_on_free=1` expects zeros, which is what a discarded page has. KASAN and KMSAN keep what they know
 //! of a page in shadow memory, which is in use and never free; they do not read the content of free pages.
 
 mod known;
@@ -39,6 +39,8 @@ mod ram;
 #[cfg(test)]
 mod tests;
 mod walk;
+
+use std::sync::OnceLock;
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 
@@ -81,6 +83,7 @@ pub struct GuestKernel {
     uts: (u64, u64),
     /// What was there when the note was accepted: release and version ("#1 SMP …").
     names: Vec<u8>,
+    poisons: OnceLock<bool>,
 }
 
 impl GuestKernel {
@@ -132,39 +135,33 @@ impl GuestKernel {
             layout: Layout::of(note)?,
             uts,
             names,
+            poisons: OnceLock::new(),
         })
     }
 
     /// Checks the note against memory; `page` is the note's first one.
     fn check_tables(&self, memory: &dyn ReadGuest, page: u64) -> Result<(), BadNote> {
-        if !self.tables.root.is_multiple_of(PAGE_SIZE) {
-            return Err(BadNote(format!(
-                "init_top_pgt at {:#x} is not a page",
-                self.tables.root
-            )));
-        }
-        if self.names[..UTS_LEN].split(|&byte| byte == 0).next() != Some(self.release.as_bytes()) {
-            return Err(BadNote(
-                "OSRELEASE is not the release in init_uts_ns".into(),
-            ));
-        }
-        if !self.is_unchanged(memory) {
-            return Err(BadNote(
-                "the page tables at init_top_pgt do not map init_uts_ns".into(),
-            ));
-        }
-        let mut descriptors = self
-            .descriptors(memory, page)
-            .ok_or_else(|| BadNote("mem_section does not have the note's own section".into()))?;
-        if descriptors.page_type(page).is_none() {
-            return Err(BadNote(
-                "the note's own page has no descriptor in RAM".into(),
-            ));
-        }
-        if descriptors.block_over(page, page + 1).is_some() {
-            return Err(BadNote("the note's own page is described as free".into()));
-        }
-        Ok(())
+        let check = |holds: bool, otherwise: &str| match holds {
+            true => Ok(()),
+            false => Err(BadNote(otherwise.into())),
+        };
+        let is_page = self.tables.root.is_multiple_of(PAGE_SIZE);
+        check(is_page, "init_top_pgt is not at the start of a page")?;
+        let release = self.names.split(|&byte| byte == 0).next();
+        let is_release = release == Some(self.release.as_bytes());
+        check(is_release, "OSRELEASE is not the release in init_uts_ns")?;
+        let is_mapped = self.is_unchanged(memory);
+        check(
+            is_mapped,
+            "the tables at init_top_pgt do not map init_uts_ns",
+        )?;
+        let descriptors = self.descriptors(memory, page);
+        let no_section = || BadNote("mem_section does not have the note's own section".into());
+        let mut descriptors = descriptors.ok_or_else(no_section)?;
+        let is_described = descriptors.page_type(page).is_some();
+        check(is_described, "the note's own page has no descriptor in RAM")?;
+        let is_in_use = descriptors.block_over(page, page + 1).is_none();
+        check(is_in_use, "the note's own page is described as free")
     }
 
     /// The kernel's release, as `uname -r` prints it.
@@ -191,6 +188,13 @@ impl GuestKernel {
             block.is_some_and(|(head, _)| descriptors.is_listed(head))
         };
         self.descriptors(memory, first).is_some_and(is_free)
+    }
+
+    /// Returns true if this kernel fills free pages with a pattern and checks it (`page_poison=1`); `free` is free. The first
+    /// call decides: with poisoning every free page has the pattern from boot on, and poisoning is not switched on later.
+    #[must_use]
+    pub fn poisons(&self, memory: &dyn ReadGuest, free: GpaRange) -> bool {
+        *self.poisons.get_or_init(|| is_poisoned(memory, free))
     }
 
     /// Looks for free memory in `within`, at most at 128 MiB of it: appends free pieces to `found`, ascending, each at least

@@ -334,6 +334,19 @@ fn a_page_with_the_pattern_is_poisoned() {
     assert!(is_poisoned(&machine.memory, range(0x20_0000, 0x20_0000)));
 }
 
+#[test]
+fn the_first_free_block_says_whether_the_kernel_poisons() {
+    let mut machine = Machine::stock();
+    let block = pages(512, 512);
+    let (kernel, poisoning) = (accept(&machine), accept(&machine));
+    assert!(!kernel.poisons(&machine.memory, block));
+    for gpa in [0x20_0000, 0x20_0ff8, 0x3f_f000, 0x3f_fff8] {
+        machine.memory.set(gpa, 0xaaaa_aaaa_aaaa_aaaa);
+    }
+    assert!(!kernel.poisons(&machine.memory, block), "a program's data");
+    assert!(poisoning.poisons(&machine.memory, block));
+}
+
 mod notes {
     use super::*;
 
