@@ -19,8 +19,8 @@
 //! for that.
 //!
 //! **When a note can be there:** Linux writes it in an initcall (`crash_save_vmcoreinfo_init`). All descriptors are
-//! initialised before the first initcall, deferred ones too (`page_alloc_init_late`). So there is no note whose
-//! descriptors hold what was in memory before.
+//! initialised by then, deferred ones too (`page_alloc_init_late` runs before `do_basic_setup`). So no kernel has a note
+//! while its descriptors still hold what was in memory before.
 //!
 //! **Trust:** nothing is written, and nothing read here is trusted. A guest that lies loses its own data. Every word is
 //! loaded through [`ReadGuest`], which knows RAM from everything else, and each call loads a number of words that depends
@@ -29,8 +29,9 @@
 //!
 //! **Kernels that look at free pages:** with `page_poison=1` Linux fills pages with a pattern when it frees them, and
 //! complains if the pattern has changed when it allocates them; a page that was discarded reads zero. See
-//! [`GuestKernel::poisons`]. `init_on_free=1` expects zeros, which is what a discarded page has. KASAN and KMSAN keep what they know
-//! of a page in shadow memory, which is in use and never free; they do not read the content of free pages.
+//! [`GuestKernel::poisons`]. `init_on_free=1` expects zeros, which is what a discarded page has. KASAN and KMSAN keep what
+//! they know of a page in shadow memory, which is in use and never free; they do not read the content of free pages. The note
+//! does not say which of these a kernel has.
 
 mod known;
 mod note;

@@ -15,7 +15,8 @@ const LONGEST_TEXT: u64 = 64 << 10;
 /// A message shows this much of a value.
 const SHOWN: usize = 40;
 
-/// Returns true if a vmcoreinfo note begins at `gpa`: three words are looked at.
+/// Returns true if a vmcoreinfo note begins at `gpa`: one word is looked at, and two more where it could be the length of
+/// a note's name and text.
 #[must_use]
 pub fn is_note(memory: &dyn ReadGuest, gpa: u64) -> bool {
     text_len(memory, gpa).is_some()
@@ -26,14 +27,15 @@ fn text_len(memory: &dyn ReadGuest, gpa: u64) -> Option<u64> {
     let word = |index: u64| memory.load(gpa.checked_add(8 * index)?);
     let sizes = word(0)?;
     let (name_len, text_len) = (sizes & 0xffff_ffff, sizes >> 32);
+    if name_len != 11 || !(1..=LONGEST_TEXT).contains(&text_len) {
+        return None;
+    }
     let name = [(word(1)? >> 32) << 32, word(2)?];
-    let is_note = name_len == 11
-        && name
-            == [
-                u64::from(u32::from_le_bytes(*b"VMCO")) << 32,
-                u64::from_le_bytes(*b"REINFO\0\0"),
-            ];
-    (is_note && (1..=LONGEST_TEXT).contains(&text_len)).then_some(text_len)
+    let vmcoreinfo = [
+        u64::from(u32::from_le_bytes(*b"VMCO")) << 32,
+        u64::from_le_bytes(*b"REINFO\0\0"),
+    ];
+    (name == vmcoreinfo).then_some(text_len)
 }
 
 /// Copies `len` bytes at `gpa`. `None` if not all of them are in RAM.
