@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::arena::ArenaStats;
 use crate::config::MachineConfig;
 use crate::devices::virtio::balloon::{ReportStats, Statistics};
+use crate::guest_kernel::FreePagesState;
 use crate::hypercall::HypercallStats;
-use crate::reclaim::{ReclaimStats, ReportedStats};
+use crate::reclaim::{FreePagesStats, ReclaimStats, ReportedStats};
 use crate::strict::StrictStats;
 
 /// The metrics in the API's answers: the path of the request, the object in its answer, and what that object holds.
@@ -21,6 +22,7 @@ pub const METRICS: &[(&str, &str, &[Metric])] = &[
     ("/lazy-memory", "", ReclaimStats::METRICS),
     ("/lazy-memory", "gate", GateStats::METRICS),
     ("/lazy-memory", "hypercalls", HypercallStats::METRICS),
+    ("/lazy-memory", "free_pages", FreePagesStats::METRICS),
     ("/lazy-memory", "reporting", ReportStats::METRICS),
     ("/lazy-memory", "reporting", ReportedStats::METRICS),
     ("/lazy-memory", "strict", StrictStats::METRICS),
@@ -164,7 +166,7 @@ pub struct BalloonStatistics {
 }
 
 /// Lazily freed memory: bytes by state, and the counters of everything that deals with it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LazyMemoryState {
     /// What is lazily free, and in which state.
     #[serde(flatten)]
@@ -176,11 +178,24 @@ pub struct LazyMemoryState {
     pub gate: GateStats,
     /// The guest's calls.
     pub hypercalls: HypercallStats,
+    /// The free lists of the guest's kernel.
+    pub free_pages: FreePages,
     /// Free page reporting.
     pub reporting: ReportingState,
     /// Strict mode, where it is on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub strict: Option<StrictStats>,
+}
+
+/// The free lists of the guest's kernel. What is free by them is never tracked as lazily free.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreePages {
+    /// Whether they are read.
+    #[serde(flatten)]
+    pub state: FreePagesState,
+    /// What was done with what is free by them.
+    #[serde(flatten)]
+    pub stats: FreePagesStats,
 }
 
 /// Free page reporting. Reported memory is never tracked as lazily free.

@@ -43,6 +43,12 @@ pub trait ReleasePages: Send + Sync {
         None
     }
 
+    /// Returns true if all of `range` is known to lie in huge pages: then it takes less time to release it as a whole than
+    /// in pieces.
+    fn in_huge_pages(&self, _range: GpaRange) -> bool {
+        false
+    }
+
     /// The maximum number of ranges that one call should be given.
     fn max_batch(&self) -> usize;
 

@@ -7,11 +7,12 @@ use std::time::Duration;
 use ebb_vmm::api::{self, ClientError};
 use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
 use ebb_vmm::control::{
-    ArenaState, BalloonState, InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingMode,
-    ReportingState, TeardownState,
+    ArenaState, BalloonState, FreePages, InstanceInfo, LazyMemoryState, ReclaimOutcome,
+    ReportingMode, ReportingState, TeardownState,
 };
 use ebb_vmm::exit;
 use ebb_vmm::guardian::lock;
+use ebb_vmm::guest_kernel::NoteSource;
 use hyper::Method;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -125,6 +126,10 @@ fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
         format!("balloon      {}", balloon.as_deref().unwrap_or("none")),
         format!("lazy memory  {}", describe_lazy(&lazy)),
     ];
+    lines.push(format!(
+        "free lists   {}",
+        describe_free_pages(&lazy.free_pages)
+    ));
     lines.extend(describe_reporting(&lazy.reporting).map(|text| format!("reporting    {text}")));
     lines.extend(parse::<Vec<_>>(arenas)?.iter().map(describe_arena));
     Ok(lines.join("\n"))
@@ -295,6 +300,28 @@ fn describe_lazy(state: &LazyMemoryState) -> String {
     )
 }
 
+fn describe_free_pages(free: &FreePages) -> String {
+    let Some(kernel) = &free.state.kernel else {
+        let why_not = free
+            .state
+            .why_not
+            .as_deref()
+            .unwrap_or("no reason is known");
+        return format!("not read: {why_not}");
+    };
+    let source = match free.state.note_from {
+        Some(NoteSource::FwCfg) => " (told by fw_cfg)",
+        Some(NoteSource::Hypercall) => " (told by a hypercall)",
+        Some(NoteSource::Search) => " (found in its memory)",
+        None => "",
+    };
+    format!(
+        "read from Linux {kernel}{source}; {} free in blocks and resident; so far {} taken",
+        human(free.stats.resident_bytes),
+        human(free.stats.taken_bytes_total),
+    )
+}
+
 fn describe_arena(arena: &ArenaState) -> String {
     format!(
         "arena        {}, {}: {} free and still here, {} returned to the host; so far {} reclaimed",
@@ -386,6 +413,18 @@ mod tests {
         let mut state = LazyMemoryState::default();
         state.lazy.lazy_bytes = 4096;
         assert!(describe_lazy(&state).starts_with("4 KiB free and still here, 0 B returned"));
+        state.free_pages.state.why_not = Some("it is off".to_owned());
+        assert_eq!(
+            describe_free_pages(&state.free_pages),
+            "not read: it is off"
+        );
+        state.free_pages.state.kernel = Some("6.12.117".to_owned());
+        state.free_pages.state.note_from = Some(NoteSource::FwCfg);
+        state.free_pages.stats.resident_bytes = 4 << 20;
+        assert_eq!(
+            describe_free_pages(&state.free_pages),
+            "read from Linux 6.12.117 (told by fw_cfg); 4 MiB free in blocks and resident; so far 0 B taken"
+        );
         assert_eq!(describe_reporting(&state.reporting), None);
         state.reporting.mode = ReportingMode::Eager;
         state.reporting.found.bytes_total = 8192;

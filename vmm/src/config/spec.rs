@@ -192,6 +192,14 @@ fn reporting() -> impl TypedValueParser<Value = Release> {
     })
 }
 
+fn auto_off() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new([
+        PossibleValue::new("auto").help("as soon as the guest's kernel has told how they are read"),
+        PossibleValue::new("off").help("never"),
+    ])
+    .map(|name| name == "auto")
+}
+
 /// `--lazy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Args, Serialize)]
 pub struct LazyConfig {
@@ -210,6 +218,9 @@ pub struct LazyConfig {
     /// Percentage of their time that vCPUs may lose; a pause counts twice, because caches are cold after it
     #[arg(long, value_parser = number::<u32>(1..=50), default_value = "1")]
     pub share: u32,
+    /// Also take memory that is free by the guest kernel's own free lists, where they can be read
+    #[arg(long = "free_pages", alias = "free-pages", action = Set, value_parser = auto_off(), default_value = "auto")]
+    pub free_pages: bool,
     /// For those who write guest allocators: discard at once, and report accesses to freed memory; allows no other key
     #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
     pub strict: bool,
@@ -237,7 +248,7 @@ impl Keys for LazyConfig {
             if let Some(key) = given.iter().find(|key| *key != "strict") {
                 return Err(ConfigError::StrictTuned { key: key.clone() });
             }
-            self.mode = LazyMode::Off;
+            (self.mode, self.free_pages) = (LazyMode::Off, false);
         } else if is_given("age") && !is_given("mode") {
             self.mode = LazyMode::Age;
         }
@@ -381,6 +392,7 @@ mod tests {
             pause_us: 100,
             slice: 512,
             share: 1,
+            free_pages: true,
             strict: false,
         };
         for (text, expected) in [
@@ -406,10 +418,19 @@ mod tests {
                     ..default
                 },
             ),
+            ("free_pages=auto", default),
+            (
+                "free-pages=off",
+                LazyConfig {
+                    free_pages: false,
+                    ..default
+                },
+            ),
             (
                 "strict=on",
                 LazyConfig {
                     mode: LazyMode::Off,
+                    free_pages: false,
                     strict: true,
                     ..default
                 },
@@ -489,6 +510,7 @@ mod tests {
             ("slice=0", "slice=0: choose 1 to 65536"),
             ("share=0,mode=eager", "share=0: choose 1 to 50"),
             ("share=99", "at most 50"),
+            ("free_pages=on", "free_pages=on: write auto or off"),
             (
                 "strict=on,mode=eager",
                 "--lazy strict=on,mode: strict mode discards at once and needs no tuning; remove mode",

@@ -38,7 +38,7 @@ mod note;
 mod pages;
 mod ram;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod walk;
 
 use std::sync::OnceLock;

@@ -23,7 +23,8 @@ use crate::guest_kernel::KnownKernel;
 use crate::kvm::KickTable;
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::reclaim::{
-    self, Mode, Peers, PressureSource, ReclaimThread, ReclaimTuning, Reclaimer, ReportedMemory,
+    self, KnownLists, Mode, Peers, PressureSource, ReclaimThread, ReclaimTuning, Reclaimer,
+    ReportedMemory,
 };
 use crate::strict::{self, Strict, StrictThread};
 
@@ -67,6 +68,8 @@ pub struct Setup {
     pub reported: Release,
     /// Strict mode is on.
     pub strict: bool,
+    /// Take what is free by the guest kernel's free lists, too.
+    pub free_pages: bool,
 }
 
 impl Setup {
@@ -115,12 +118,16 @@ impl GuestMemory {
             LazyMemory::new(generation)
         });
         let (frees, entries) = (Arc::clone(&lazy), Arc::clone(&gate));
-        let reclaimer = Reclaimer::new(frees, ram.clone(), entries, setup.tuning);
         let kernel = Arc::new(if setup.strict {
             KnownKernel::off("strict mode reads no free lists")
-        } else {
+        } else if setup.free_pages {
             KnownKernel::new()
+        } else {
+            KnownKernel::off("--lazy free_pages=off")
         });
+        let lists = KnownLists::new(Arc::clone(&kernel), ram.clone(), setup.ram.clone());
+        let reclaimer = Reclaimer::new(frees, ram.clone(), entries, setup.tuning)
+            .with_free_lists(Box::new(lists));
         let strict = setup.strict.then(|| {
             let (lazy, ram) = (Arc::clone(&lazy), Arc::clone(&ram));
             Arc::new(Strict::new(lazy, ram, Arc::clone(kicks), vcpus))

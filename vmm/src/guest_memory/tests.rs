@@ -28,6 +28,7 @@ fn setup() -> Setup {
         tuning: ReclaimTuning::default(),
         reported: Release::MarkFree,
         strict: false,
+        free_pages: true,
     }
 }
 

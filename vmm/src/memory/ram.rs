@@ -13,6 +13,7 @@ use super::MemoryError;
 use super::backing::{self, Backing, file_size};
 use super::release::{Extent, HostKernel, OwnProcess, release, retry_while_busy};
 use crate::sys::Mapping;
+use crate::sys::pagemap::PageMap;
 
 pub use missing::{MissingPage, MissingPages};
 
@@ -228,6 +229,13 @@ impl GuestRam {
         (resident > 0).then_some(resident as u64)
     }
 
+    fn is_huge(&self, extent: Extent) -> bool {
+        let mapping = &self.mappings[extent.mapping];
+        let address = mapping.address() + extent.offset;
+        let huge = |map: &PageMap| map.huge(address, extent.len).ok();
+        self.process.page_map().and_then(huge) == Some(extent.len)
+    }
+
     /// `part` rounded inward to whole units.
     fn whole_units(&self, part: GpaRange) -> Option<GpaRange> {
         let start = part.start().checked_next_multiple_of(self.unit)?;
@@ -268,6 +276,11 @@ impl ReleasePages for GuestRam {
     fn held(&self, range: GpaRange) -> Option<u64> {
         let parts = self.parts(range).map(|part| self.extent(0, part));
         parts.map(|part| self.held_extent(part)).sum()
+    }
+
+    fn in_huge_pages(&self, range: GpaRange) -> bool {
+        let mut parts = self.parts(range).map(|part| self.extent(0, part));
+        self.unit == BLOCK_SIZE || parts.all(|part| self.is_huge(part))
     }
 
     /// As many as there are where the kernel takes process_madvise(2) on this process (Linux 6.13), else one.

@@ -81,7 +81,7 @@ impl Held<'_> {
             };
             // One look tells of a range without pages, as most are.
             if self.pages.held(range) > Some(0) {
-                let held = blocks(range).filter(|&part| self.pages.held(part) > Some(0));
+                let held = parts(range, BLOCK_SIZE).filter(|&part| self.pages.held(part) > Some(0));
                 *found += held.map(|part| self.lazy.refilled(part)).sum::<u64>();
             }
         }
@@ -120,11 +120,11 @@ impl Look {
     }
 }
 
-/// The parts of `range` by block.
-fn blocks(range: GpaRange) -> impl Iterator<Item = GpaRange> {
-    let starts = range.start() / BLOCK_SIZE..range.end().div_ceil(BLOCK_SIZE);
-    starts.filter_map(move |block| {
-        let (start, end) = (block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE);
+/// The parts of `range` between multiples of `size`.
+pub(super) fn parts(range: GpaRange, size: u64) -> impl Iterator<Item = GpaRange> {
+    let numbers = range.start() / size..range.end().div_ceil(size);
+    numbers.filter_map(move |number| {
+        let (start, end) = (number * size, (number + 1) * size);
         GpaRange::new(range.start().max(start), range.end().min(end))
     })
 }

@@ -9,10 +9,12 @@ use ebb_core::release::Release;
 use ebb_core::slice::{Limits, SliceOutcome, SliceRequest};
 
 use super::blocks::BlockPass;
+use super::free;
 use super::granules::GranulePass;
+use super::outcome::Pause;
 use super::reclaimer::Reclaimer;
 use super::turns::{Ended, Ticket, Turn, Work};
-use super::{Order, Outcome, Reach};
+use super::{Mode, Order, Outcome, Reach};
 use crate::arena::Arena;
 
 /// How long a reclaim waits for vCPUs that have not seen the latest generation, before it looks at other orders.
@@ -46,8 +48,9 @@ pub(super) struct Job<'a> {
 
 impl Job<'_> {
     /// Discards, in this order: what is unmapped; blocks and granules that have survived the previous reclaim, whose last
-    /// generation is `old`; all lazy blocks and granules; fragments; a piece of a block. `now` is the machine's
-    /// generation. Each of these passes is one sweep, and a sweep finds nothing twice, so this ends whatever fails.
+    /// generation is `old`; all lazy blocks and granules; blocks that are free by the guest's free lists; fragments; free
+    /// pieces; a piece of a block. `now` is the machine's generation. Each of these passes is one sweep, and a sweep finds
+    /// nothing twice, so this ends whatever fails.
     pub fn discard(&mut self, old: u64, now: u64) -> Result<(), Ended> {
         self.unmapped()?;
         let newest = now.min(self.order.newest);
@@ -55,10 +58,12 @@ impl Job<'_> {
         self.arenas(old.min(self.order.newest))?;
         self.blocks(Sweep::new(Pieces::Blocks, newest))?;
         self.arenas(self.order.newest)?;
+        self.free_pages(free::BLOCKS, Work::Blocks)?;
         self.fragments(newest)?;
         if self.order.reach >= Reach::Fragments && self.refilled()? {
             self.lazy_ram()?;
         }
+        self.free_pieces()?;
         // A block is broken up only for less than a block.
         if self.order.reach >= Reach::Everything && self.left() < BLOCK_SIZE {
             self.slices(Sweep::new(Pieces::Any, newest))?;
@@ -81,6 +86,16 @@ impl Job<'_> {
         self.fragments(self.order.newest)
     }
 
+    /// Takes free memory in pieces smaller than a block, if memory is really short: the guest needs new pages soon.
+    fn free_pieces(&mut self) -> Result<(), Ended> {
+        let Reclaimer { tuning, pages, .. } = self.reclaimer;
+        let short = self.order.urgent || tuning.mode != Mode::Eager;
+        if self.order.reach < Reach::Fragments || !short || pages.unit() >= BLOCK_SIZE {
+            return Ok(());
+        }
+        self.free_pages(free::PIECES, Work::Fragments)
+    }
+
     /// Takes lazy fragments, if the order reaches so far.
     fn fragments(&mut self, newest: u64) -> Result<(), Ended> {
         if self.order.reach < Reach::Fragments {
@@ -90,7 +105,7 @@ impl Job<'_> {
     }
 
     /// Bytes that are still to be taken.
-    const fn left(&self) -> u64 {
+    pub const fn left(&self) -> u64 {
         self.order.bytes.saturating_sub(self.outcome.bytes)
     }
 
@@ -224,7 +239,11 @@ impl Job<'_> {
     }
 
     /// Gives `pass` one turn after the other until it returns true: it is done.
-    fn until_done(&self, work: Work, mut pass: impl FnMut(&Turn<'_>) -> bool) -> Result<(), Ended> {
+    pub fn until_done(
+        &self,
+        work: Work,
+        mut pass: impl FnMut(&Turn<'_>) -> bool,
+    ) -> Result<(), Ended> {
         let mut turn = self.turn(work)?;
         while !pass(&turn) {
             drop(turn);
@@ -261,9 +280,9 @@ impl Job<'_> {
             }
             request.limits.bytes = self.left();
             let slice = {
-                let _turn = self.turn_after_rest()?;
+                let _turn = self.turn_after_rest(Work::Fragments)?;
                 let slice = self.slice(&mut request);
-                reclaimer.round().last_slice = Some((Instant::now(), slice));
+                reclaimer.round().last_pause = Some((Instant::now(), Pause::from(&slice)));
                 slice
             };
             self.outcome += &slice;
@@ -274,17 +293,17 @@ impl Job<'_> {
         Ok(())
     }
 
-    /// A turn for a slice, after the rest that is due after the last one, whoever has run it.
-    fn turn_after_rest(&self) -> Result<Turn<'_>, Ended> {
+    /// A turn for a pause, after the rest that is due after the last one, whoever has made it.
+    pub fn turn_after_rest(&self, work: Work) -> Result<Turn<'_>, Ended> {
         let reclaimer = self.reclaimer;
         let share = share_of_time(reclaimer.tuning.share, self.order.urgent);
         let rested = || {
-            let (end, slice) = reclaimer.round().last_slice?;
-            end.checked_add(rest_after(&slice, share))
+            let (end, pause) = reclaimer.round().last_pause?;
+            end.checked_add(rest_after(&pause, share))
         };
         loop {
             let at = rested();
-            let turn = reclaimer.turns.take(&self.ticket, Work::Fragments, at)?;
+            let turn = reclaimer.turns.take(&self.ticket, work, at)?;
             if rested() <= at {
                 return Ok(turn);
             }
@@ -345,12 +364,12 @@ fn share_of_time(configured: u32, urgent: bool) -> u32 {
     (configured * factor).clamp(1, 50)
 }
 
-/// How long the vCPUs must run after `slice`, so that what it cost them is at most `share` percent of their time.
-fn rest_after(slice: &SliceOutcome, share: u32) -> Duration {
-    if slice.disturbed == 0 && !slice.missed {
+/// How long the vCPUs must run after `pause`, so that what it cost them is at most `share` percent of their time.
+fn rest_after(pause: &Pause, share: u32) -> Duration {
+    if pause.disturbed == 0 && !pause.missed {
         return Duration::ZERO;
     }
-    let rest = slice.held * (100 * PAUSE_COST / share - 1);
+    let rest = pause.held * (100 * PAUSE_COST / share - 1);
     rest.min(MAX_REST)
 }
 
@@ -358,12 +377,11 @@ fn rest_after(slice: &SliceOutcome, share: u32) -> Duration {
 mod tests {
     use super::*;
 
-    fn slice(disturbed: u64, missed: bool) -> SliceOutcome {
-        SliceOutcome {
+    fn pause(disturbed: u64, missed: bool) -> Pause {
+        Pause {
             disturbed,
             missed,
             held: Duration::from_micros(100),
-            ..SliceOutcome::default()
         }
     }
 
@@ -380,14 +398,14 @@ mod tests {
     fn the_vcpus_lose_their_share_of_time_and_no_more() {
         for (share, rest) in [(1, 19_900), (10, 1_900), (50, 300)] {
             for (disturbed, missed) in [(1, false), (0, true)] {
-                let rest_us = rest_after(&slice(disturbed, missed), share).as_micros();
+                let rest_us = rest_after(&pause(disturbed, missed), share).as_micros();
                 assert_eq!(rest_us, rest, "{share} {disturbed} {missed}");
             }
         }
-        assert_eq!(rest_after(&slice(0, false), 1), Duration::ZERO);
-        let long = SliceOutcome {
+        assert_eq!(rest_after(&pause(0, false), 1), Duration::ZERO);
+        let long = Pause {
             held: Duration::from_secs(1),
-            ..slice(1, false)
+            ..pause(1, false)
         };
         assert_eq!(rest_after(&long, 1), MAX_REST);
     }

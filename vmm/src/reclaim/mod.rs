@@ -6,6 +6,7 @@
 
 mod backoff;
 mod blocks;
+mod free;
 mod granules;
 mod held;
 mod job;
@@ -16,12 +17,14 @@ pub mod policy;
 pub mod reclaimer;
 pub mod reported;
 pub mod sample;
+pub mod spread;
 mod stats;
 #[cfg(test)]
 mod tests;
 pub mod thread;
 mod turns;
 
+pub use free::{FreeLists, FreePagesStats, KernelLists, KnownLists, Look};
 pub use outcome::{Order, Outcome};
 pub use peers::Peers;
 pub use policy::{

@@ -36,6 +36,27 @@ pub struct Outcome {
     pub cut_short: bool,
 }
 
+/// What one closing of the gate has cost the vCPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Pause {
+    /// How long the gate was closed.
+    pub held: Duration,
+    /// Number of vCPUs that had to wait for it or were kicked.
+    pub disturbed: u64,
+    /// They were not out in time.
+    pub missed: bool,
+}
+
+impl From<&SliceOutcome> for Pause {
+    fn from(slice: &SliceOutcome) -> Self {
+        Self {
+            held: slice.held,
+            disturbed: slice.disturbed,
+            missed: slice.missed,
+        }
+    }
+}
+
 impl From<&Released> for Outcome {
     fn from(released: &Released) -> Self {
         Self {

@@ -2,24 +2,33 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ebb_core::generation::Gate;
 use ebb_core::lazy::LazyMemory;
 use ebb_core::offer::OfferSlot;
-use ebb_core::range::GpaRange;
+use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use ebb_core::release::{Release, ReleasePages};
-use ebb_core::slice::{SliceOutcome, Slicer};
+use ebb_core::slice::Slicer;
 
 use super::backoff::Backoff;
+use super::free::{self, FreeLists, FreePagesStats};
 use super::granules::Marked;
 use super::held::{Held, Look};
 use super::job::{Job, MAX_MISSES};
+use super::outcome::Pause;
 use super::pace::Pace;
 use super::stats::{Counters, ReclaimStats};
 use super::turns::{Ended, Turns};
 use super::{Mode, Order, Outcome, Reach, ReclaimTuning, Sample, Until};
 use crate::arena::Arenas;
+
+/// How long the status may look at free lists, and the reclaim thread, before they take an estimate.
+const STATUS_TIME: Duration = Duration::from_millis(10);
+const ESTIMATE_TIME: Duration = Duration::from_millis(2);
+
+/// How long such an estimate is used.
+const ESTIMATE_AGE: Duration = Duration::from_millis(500);
 
 /// Work that a vCPU thread does for the machine before it enters the guest.
 pub trait EntryHook: Send + Sync {
@@ -31,8 +40,8 @@ pub trait EntryHook: Send + Sync {
 pub(super) struct Round {
     /// The size of chunks.
     pub pace: Pace,
-    /// The last slice, and when it ended.
-    pub last_slice: Option<(Instant, SliceOutcome)>,
+    /// The last pause, and when it ended.
+    pub last_pause: Option<(Instant, Pause)>,
     /// The machine's generation when the last reclaim began. What was freed up to then has survived it.
     old: u64,
     /// How far the granules of each arena are marked free.
@@ -43,6 +52,8 @@ pub(super) struct Round {
     pub offers: Backoff,
     /// Runs slices with the gate open after vCPUs have missed [`MAX_MISSES`] pauses in a row.
     pub holds: Backoff,
+    /// How free lists are read.
+    pub free: free::Memory,
 }
 
 /// Returns lazily freed memory to the host. Of several reclaims one works at a time, for a few steps, the most urgent one
@@ -58,6 +69,7 @@ pub struct Reclaimer {
     pub(super) pages: Arc<dyn ReleasePages>,
     pub(super) gate: Arc<Gate>,
     pub(super) arenas: Arenas,
+    pub(super) free: Option<Box<dyn FreeLists>>,
     pub(super) tuning: ReclaimTuning,
     round: Mutex<Round>,
     /// Cost of a range in a slice, see [`Slicer::cost`].
@@ -65,6 +77,7 @@ pub struct Reclaimer {
     pub(super) offer: OfferSlot,
     pub(super) turns: Turns,
     pub(super) counters: Counters,
+    pub(super) free_counters: free::Counters,
 }
 
 impl Reclaimer {
@@ -81,20 +94,23 @@ impl Reclaimer {
             pages,
             gate,
             arenas: Arenas::from([]),
+            free: None,
             tuning,
             round: Mutex::new(Round {
                 pace: Pace::new(),
-                last_slice: None,
+                last_pause: None,
                 marked: Vec::new(),
                 look: Look::new(),
                 old: 0,
                 offers: Backoff::new(),
                 holds: Backoff::tolerant(MAX_MISSES - 1),
+                free: free::Memory::new(),
             }),
             cost: AtomicU64::new(0),
             offer: OfferSlot::default(),
             turns: Turns::default(),
             counters: Counters::default(),
+            free_counters: free::Counters::default(),
         }
     }
 
@@ -106,6 +122,15 @@ impl Reclaimer {
         // What is freed from now on has not survived a reclaim.
         reclaimer.next_generation();
         reclaimer
+    }
+
+    /// Takes what is free by `lists`, too, whose addresses are those of its pages.
+    #[must_use]
+    pub fn with_free_lists(self, lists: Box<dyn FreeLists>) -> Self {
+        Self {
+            free: Some(lists),
+            ..self
+        }
     }
 
     /// When and how it reclaims.
@@ -273,6 +298,40 @@ impl Reclaimer {
             quiescent_generation: self.gate.quiescent_generation(),
             ..self.counters.snapshot()
         }
+    }
+
+    /// The counters of free lists.
+    #[must_use]
+    pub fn free_pages(&self) -> FreePagesStats {
+        FreePagesStats {
+            resident_bytes: self.free_bytes(free::BLOCKS, STATUS_TIME),
+            ..self.free_counters.snapshot()
+        }
+    }
+
+    /// What could be taken that is free by the guest's free lists: an estimate of some milliseconds, refreshed twice a second.
+    /// With `pieces` what is smaller than a block counts, too. 0 if the decision about `sample` does not depend on it.
+    pub(super) fn free_now(&self, sample: &Sample, pieces: bool) -> u64 {
+        if self.tuning.mode == Mode::Off || (self.tuning.mode != Mode::Eager && sample.is_calm()) {
+            return 0;
+        }
+        let pieces = pieces && self.pages.unit() < BLOCK_SIZE;
+        let order = if pieces { free::PIECES } else { free::BLOCKS };
+        let (now, last) = (Instant::now(), self.round().free.estimate);
+        let fresh = last.filter(|(at, of, _)| *of == order && now < *at + ESTIMATE_AGE);
+        if let Some((_, _, bytes)) = fresh {
+            return bytes;
+        }
+        let bytes = self.free_bytes(order, ESTIMATE_TIME);
+        self.round().free.estimate = Some((now, order, bytes));
+        bytes
+    }
+
+    fn free_bytes(&self, order: u32, time: Duration) -> u64 {
+        let source = self.free.as_deref();
+        source.map_or(0, |source| {
+            free::held_bytes(source, &*self.pages, order, time)
+        })
     }
 
     pub(super) fn held(&self) -> Held<'_> {

@@ -91,6 +91,7 @@ fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
                     sample.aged = ages.aged(start.elapsed(), sample.generation, age);
                 }
                 sample.given = answers.given;
+                sample.free = reclaimer.free_now(&sample, answers.state.is_hard());
                 let sample = source.shared(sample);
                 answers.respond(reclaimer, sample, &|| source.is_reported());
             }

@@ -14,6 +14,9 @@ const SWAPPED: u64 = 1 << 4;
 /// The page is the zero page, which takes no memory.
 const ZERO: u64 = 1 << 5;
 
+/// The page is a part of a huge page that is mapped as one.
+const HUGE: u64 = 1 << 6;
+
 /// Runs of pages in one answer.
 const RUNS: usize = 64;
 
@@ -65,6 +68,19 @@ impl PageMap {
     /// # Errors
     /// Those of ioctl(2): `ENOTTY` before Linux 6.7.
     pub fn held(&self, address: usize, len: usize) -> io::Result<usize> {
+        self.count(address, len, ZERO, PRESENT | SWAPPED)
+    }
+
+    /// How many of these bytes lie in huge pages that are mapped as such.
+    ///
+    /// # Errors
+    /// As for [`PageMap::held`].
+    pub fn huge(&self, address: usize, len: usize) -> io::Result<usize> {
+        self.count(address, len, ZERO | HUGE, PRESENT)
+    }
+
+    /// How many bytes have one of the categories `any` and all of `mask`: `ZERO` in it means "not the zero page".
+    fn count(&self, address: usize, len: usize, mask: u64, any: u64) -> io::Result<usize> {
         let (mut at, end) = (address as u64, (address + len) as u64);
         let (mut runs, mut held) = ([Run::default(); RUNS], 0);
         while at < end {
@@ -75,9 +91,9 @@ impl PageMap {
                 vec: runs.as_mut_ptr().expose_provenance() as u64,
                 vec_len: RUNS as u64,
                 category_inverted: ZERO,
-                category_mask: ZERO,
-                category_anyof_mask: PRESENT | SWAPPED,
-                return_mask: PRESENT | SWAPPED,
+                category_mask: mask,
+                category_anyof_mask: any,
+                return_mask: any,
                 ..Scan::default()
             };
             // SAFETY: the kernel writes `walk_end` of `scan`, and as many elements of `runs` as it has. It reads page tables
@@ -124,5 +140,6 @@ mod tests {
         mapping.release(0, 100 * PAGE, Release::Discard).unwrap();
         assert_eq!(held(0, 512).unwrap(), 150 * PAGE);
         assert_eq!(held(401, 111).unwrap(), 0);
+        assert_eq!(map.huge(mapping.address(), 512 * PAGE).unwrap(), 0);
     }
 }

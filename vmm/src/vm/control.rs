@@ -11,7 +11,7 @@ use crate::arena::Arena;
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
 use crate::control::{
-    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, InstanceInfo,
+    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, FreePages, InstanceInfo,
     LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
 };
 use crate::devices::virtio::balloon::BalloonHandle;
@@ -126,6 +126,10 @@ impl Controller for Control {
             },
             gate: memory.gate().stats(),
             hypercalls: self.hypercalls.stats(),
+            free_pages: FreePages {
+                state: memory.kernel().status(),
+                stats: memory.reclaimer().free_pages(),
+            },
             reporting: self.reporting_state(),
             strict: memory.strict().map(|strict| strict.snapshot()),
         }

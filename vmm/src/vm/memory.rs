@@ -36,6 +36,7 @@ pub fn setup(config: &MachineConfig) -> Setup {
         tuning: tuning(config.lazy),
         reported: reporting.unwrap_or(Release::MarkFree),
         strict: config.lazy.strict,
+        free_pages: config.lazy.free_pages,
     }
 }
 

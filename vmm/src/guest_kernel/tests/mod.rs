@@ -2,7 +2,7 @@
 
 mod hostile;
 mod known;
-mod machine;
+pub mod machine;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -49,6 +49,8 @@ pub struct Sample {
     pub lazy: u64,
     /// Unmapped memory that could be discarded.
     pub unmapped: u64,
+    /// Memory that the host holds and that is free by the guest's free lists; an estimate.
+    pub free: u64,
     /// Memory that this policy's decisions have given back until now.
     pub given: u64,
     /// The machine's generation.
@@ -69,7 +71,13 @@ impl Sample {
     }
 
     /// What could be taken.
-    const fn all(&self) -> u64 {
+    #[must_use]
+    pub const fn all(&self) -> u64 {
+        self.tracked().saturating_add(self.free)
+    }
+
+    /// What could be taken and is tracked.
+    const fn tracked(&self) -> u64 {
         self.lazy.saturating_add(self.unmapped)
     }
 }
@@ -120,6 +128,14 @@ pub struct PolicyState {
     pressure: Option<Pressure>,
 }
 
+impl PolicyState {
+    /// Returns true if pressure has lasted for so long that small pieces are taken, too.
+    #[must_use]
+    pub fn is_hard(&self) -> bool {
+        self.pressure.is_some_and(|pressure| pressure.is_hard())
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Pressure {
     /// When the last sample showed it.
@@ -133,6 +149,10 @@ struct Pressure {
 }
 
 impl Pressure {
+    const fn is_hard(&self) -> bool {
+        self.level >= HARD_LEVEL
+    }
+
     /// Goes on from `before` with a sample in which `limit` needs something.
     fn next(before: Option<Self>, sample: &Sample, limit: &Limit) -> Self {
         let mark = (sample.at, sample.given, limit.others.given);
@@ -268,11 +288,15 @@ fn under_pressure(sample: &Sample, state: PolicyState) -> (Decision, PolicyState
     let whole = bytes == wanted;
     let decision = Decision {
         bytes,
-        invalidate: if whole { bytes.min(all - bytes) } else { 0 },
-        reach: if pressure.level < HARD_LEVEL {
-            Reach::Blocks
+        invalidate: if whole {
+            bytes.min(sample.tracked().saturating_sub(bytes))
         } else {
+            0
+        },
+        reach: if pressure.is_hard() {
             Reach::Fragments
+        } else {
+            Reach::Blocks
         },
         pressed: true,
         pause: if whole {

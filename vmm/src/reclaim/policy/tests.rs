@@ -327,3 +327,31 @@ fn modes_decide_what_is_taken_without_pressure() {
         (4 * MIB, u64::MAX, true)
     );
 }
+
+#[test]
+fn what_is_free_by_the_guests_lists_is_taken_but_not_prepared() {
+    let with_free = |lazy, free| Sample {
+        free,
+        ..sample(0, lazy)
+    };
+    let decision = decide_first(with_free(300 * MIB, GIB));
+    assert!(decision.bytes > 800 * MIB, "the whole shortage");
+    assert_eq!(decision.invalidate, 0);
+    let decision = decide_first(with_free(0, 100 * MIB));
+    assert_eq!((decision.bytes, decision.invalidate), (100 * MIB, 0));
+    assert_eq!(decision.pause, ALERT);
+    let eager = decide(Mode::Eager, with_free(0, GIB), PolicyState::default()).0;
+    assert_eq!(eager.bytes, GIB);
+}
+
+#[test]
+fn pressure_that_lasts_is_hard() {
+    let (mut state, short) = (PolicyState::default(), sample(0, GIB));
+    let mut hard = Vec::new();
+    for second in 0..4 {
+        let at = Duration::from_secs(second);
+        state = decide(Mode::Pressure, Sample { at, ..short }, state).1;
+        hard.push(state.is_hard());
+    }
+    assert_eq!(hard, [false, false, true, true]);
+}

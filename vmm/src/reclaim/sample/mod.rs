@@ -279,7 +279,7 @@ impl PressureSource {
         let levels = self.cgroup.as_ref().map_or(&[][..], Cgroup::levels);
         let own = levels.first().map(Level::id);
         self.peers.tell(&Notice {
-            lazy: sample.lazy.saturating_add(sample.unmapped),
+            lazy: sample.all(),
             given: sample.given,
             cgroups: Notice::cgroups(levels.iter().map(Level::id)),
         });

@@ -1,0 +1,76 @@
+//! The part of a reclaim that takes free pages.
+
+use std::time::Instant;
+
+use super::{FreePass, Walk};
+use crate::reclaim::Outcome;
+use crate::reclaim::job::{Job, MAX_MISSES};
+use crate::reclaim::turns::{Ended, Work};
+
+impl Job<'_> {
+    /// Takes what is free by the free lists of the guest's kernel, in pieces of 2^`order` pages and more. Nothing in an order
+    /// by age: nobody knows since when it is free.
+    pub fn free_pages(&mut self, order: u32, work: Work) -> Result<(), Ended> {
+        let reclaimer = self.reclaimer;
+        let source = reclaimer.free.as_ref();
+        let source = source.filter(|_| self.order.newest == u64::MAX && self.left() > 0);
+        let Some((source, lists)) = source.and_then(|source| Some((source, source.current()?)))
+        else {
+            return Ok(());
+        };
+        let walk = Walk::new(source.ram(), reclaimer.round().free.cursor);
+        let mut pass = FreePass::new(lists, &*reclaimer.pages, order, walk);
+        let result = self.free_pass(&mut pass, work);
+        reclaimer.round().free.cursor = pass.position();
+        result
+    }
+
+    fn free_pass(&mut self, pass: &mut FreePass<'_>, work: Work) -> Result<(), Ended> {
+        let mut misses = 0;
+        loop {
+            let left = self.left();
+            self.until_done(work, |turn| pass.collect(left, turn))?;
+            let found = pass.candidates() as u64;
+            self.reclaimer.free_counters.candidates_total.add(found);
+            if found == 0 {
+                return Ok(());
+            }
+            while pass.candidates() > 0 {
+                // There is no form with the gate open: vCPUs that miss too many pauses are left alone for a while.
+                let due = self.order.urgent || self.reclaimer.round().free.holds.is_due();
+                if misses == MAX_MISSES || !due {
+                    return Ok(());
+                }
+                let (outcome, missed) = self.take_free(pass, work)?;
+                self.outcome += outcome;
+                misses = if missed { misses + 1 } else { 0 };
+            }
+        }
+    }
+
+    /// Takes candidates of `pass` in one pause. Returns whether the vCPUs missed it.
+    fn take_free(&self, pass: &mut FreePass<'_>, work: Work) -> Result<(Outcome, bool), Ended> {
+        let (reclaimer, counters) = (self.reclaimer, &self.reclaimer.free_counters);
+        let _turn = self.turn_after_rest(work)?;
+        let mut cost = reclaimer.round().free.cost;
+        let taken = pass.take(&reclaimer.gate, &reclaimer.tuning, &mut cost);
+        let mut round = reclaimer.round();
+        round.free.cost = cost;
+        round.last_pause = Some((Instant::now(), taken.pause));
+        if taken.pause.missed {
+            round.free.holds.failed();
+            counters.missed_total.increment();
+        } else {
+            round.free.holds.succeeded();
+            counters.pauses_total.increment();
+        }
+        if let Some((_, _, bytes)) = &mut round.free.estimate {
+            *bytes = bytes.saturating_sub(taken.outcome.bytes);
+        }
+        drop(round);
+        counters.stale_total.add(taken.stale);
+        counters.taken_bytes_total.add(taken.outcome.bytes);
+        counters.failures_total.add(taken.outcome.failures);
+        Ok((taken.outcome, taken.pause.missed))
+    }
+}
