@@ -293,8 +293,7 @@ impl Image {
 /// Returns true if a free `block` holds the pattern of Linux's page poisoning (`mm/page_poison.c`): in the first and the
 /// last word of its first and of its last page. With poisoning all free pages do, so one that does not is proof that
 /// there is none. The reverse is no proof: a program may have left the same bytes there.
-#[must_use]
-pub fn is_poisoned(memory: &dyn ReadGuest, block: GpaRange) -> bool {
+fn is_poisoned(memory: &dyn ReadGuest, block: GpaRange) -> bool {
     let (first, last) = (block.start(), block.end() - PAGE_SIZE);
     let words = [first, first + PAGE_SIZE - 8, last, last + PAGE_SIZE - 8];
     words.iter().all(|&gpa| memory.load(gpa) == Some(POISON))
