@@ -1,6 +1,7 @@
 //! Decides how much to reclaim. Pure, so that tests can replay recorded samples.
 
 mod ages;
+mod balloon;
 mod need;
 #[cfg(test)]
 mod tests;
@@ -8,6 +9,10 @@ mod tests;
 use std::time::Duration;
 
 pub use ages::Ages;
+pub use balloon::{
+    BalloonBounds, BalloonDoing, BalloonFigures, BalloonState, BalloonStep, GuestFigures,
+    run_balloon,
+};
 pub use need::{Limit, Others, Room};
 
 /// Minimum size in bytes of one answer to a stall that says nothing of its size.
