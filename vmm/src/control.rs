@@ -13,8 +13,10 @@ use crate::config::MachineConfig;
 use crate::devices::virtio::balloon::{ReportStats, Statistics};
 use crate::guest_kernel::FreePagesState;
 use crate::hypercall::HypercallStats;
-use crate::reclaim::{FreePagesStats, ReclaimStats, ReportedStats};
+use crate::reclaim::{AutoBalloonStats, FreePagesStats, ReclaimStats, ReportedStats};
 use crate::strict::StrictStats;
+
+pub use crate::reclaim::BalloonDoing;
 
 /// The metrics in the API's answers: the path of the request, the object in its answer, and what that object holds.
 pub const METRICS: &[(&str, &str, &[Metric])] = &[
@@ -27,6 +29,7 @@ pub const METRICS: &[(&str, &str, &[Metric])] = &[
     ("/lazy-memory", "reporting", ReportedStats::METRICS),
     ("/lazy-memory", "strict", StrictStats::METRICS),
     ("/arenas", "", ArenaStats::METRICS),
+    ("/balloon", "auto", AutoBalloonStats::METRICS),
 ];
 
 /// A request was understood, but the machine cannot carry it out. The message is for the operator.
@@ -135,7 +138,7 @@ pub struct InstanceInfo {
 /// The balloon, in the names and units of Firecracker's API.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonState {
-    /// MiB that the host has asked for.
+    /// MiB that the host asks for.
     pub amount_mib: u64,
     /// MiB that the guest says it has handed back.
     pub actual_mib: u64,
@@ -147,6 +150,23 @@ pub struct BalloonState {
     pub lazy: bool,
     /// The guest's driver is bound and reports free pages.
     pub free_page_reporting: bool,
+    /// The balloon runs itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto: Option<AutoBalloonState>,
+}
+
+/// A balloon that runs itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoBalloonState {
+    /// MiB that an operator has asked for: it never asks for less.
+    pub floor_mib: u64,
+    /// MiB that stay available to the guest.
+    pub reserve_mib: u64,
+    /// What it does, or why it does nothing.
+    pub doing: BalloonDoing,
+    /// What it has done.
+    #[serde(flatten)]
+    pub stats: AutoBalloonStats,
 }
 
 /// The balloon's size, and memory statistics of the guest.

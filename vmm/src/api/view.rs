@@ -27,6 +27,8 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "free_page_reporting": balloon.free_page_reporting.is_some(),
         })
     });
+    // Only a balloon that runs itself has one.
+    let reserve = config.balloon.as_ref().and_then(|it| it.auto_reserve);
     let huge_pages = if config.memory.hugepages {
         "2M"
     } else {
@@ -55,6 +57,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "shared": config.memory.shared,
             "arenas": config.arenas,
             "lazy": config.lazy,
+            "balloon_reserve_mib": reserve.map(|bytes| bytes >> 20),
             "serial": config.serial,
             "api_socket": config.api_socket,
         },

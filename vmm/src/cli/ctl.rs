@@ -7,8 +7,8 @@ use std::time::Duration;
 use ebb_vmm::api::{self, ClientError};
 use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
 use ebb_vmm::control::{
-    ArenaState, BalloonState, FreePages, InstanceInfo, LazyMemoryState, ReclaimOutcome,
-    ReportingMode, ReportingState, TeardownState,
+    ArenaState, AutoBalloonState, BalloonDoing, BalloonState, FreePages, InstanceInfo,
+    LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
 };
 use ebb_vmm::exit;
 use ebb_vmm::guardian::lock;
@@ -42,11 +42,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Set the size of the balloon: how much the guest should hand back, in whole MiB
+    /// Show the balloon, or set its size: how much the guest should hand back, in whole MiB
     Balloon {
-        /// For instance 512M
+        /// For instance 512M; a balloon that runs itself does not go below that
         #[arg(value_parser = parse_size)]
-        size: u64,
+        size: Option<u64>,
     },
     /// Return up to this much lazily freed memory to the host now
     Reclaim {
@@ -75,14 +75,15 @@ pub fn main(args: Args) -> u8 {
     let socket = args.api_socket.path;
     let done = match args.command {
         Command::Status { json } => status(&socket, json),
-        Command::Balloon { size } if !size.is_multiple_of(1 << 20) => {
+        Command::Balloon { size: None } => show_balloon(&socket),
+        Command::Balloon { size: Some(size) } if !size.is_multiple_of(1 << 20) => {
             let size = format_size(size);
             super::complain(&format!(
                 "balloon {size}: give whole MiB, for instance 512M"
             ));
             return exit::BAD_ARGUMENTS;
         }
-        Command::Balloon { size } => balloon(&socket, size),
+        Command::Balloon { size: Some(size) } => balloon(&socket, size),
         Command::Reclaim { size: 0 } => {
             super::complain(&"reclaim 0: give more, for instance 512M");
             return exit::BAD_ARGUMENTS;
@@ -133,6 +134,10 @@ fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
     lines.extend(describe_reporting(&lazy.reporting).map(|text| format!("reporting    {text}")));
     lines.extend(parse::<Vec<_>>(arenas)?.iter().map(describe_arena));
     Ok(lines.join("\n"))
+}
+
+fn show_balloon(socket: &Path) -> Result<String, ClientError> {
+    parse(get(socket, "/balloon")?).map(|balloon| describe_balloon(&balloon))
 }
 
 fn balloon(socket: &Path, size: u64) -> Result<String, ClientError> {
@@ -284,7 +289,28 @@ fn describe_balloon(balloon: &BalloonState) -> String {
         human(balloon.actual_mib << 20),
         human(balloon.amount_mib << 20),
     );
-    format!("{actual} of {target}, {frees}")
+    let auto = balloon.auto.as_ref().map(describe_auto);
+    format!("{actual} of {target}, {frees}{}", auto.unwrap_or_default())
+}
+
+fn describe_auto(auto: &AutoBalloonState) -> String {
+    let doing = match auto.doing {
+        BalloonDoing::Idle => "nothing is needed",
+        BalloonDoing::Inflating => "grows",
+        BalloonDoing::Deflating => "shrinks, there has been plenty for a while",
+        BalloonDoing::NoDriver => "waits for a driver that tells before it reuses a page",
+        BalloonDoing::NoStatistics => "waits for the guest's statistics",
+        BalloonDoing::Following => "waits for the guest to follow",
+        BalloonDoing::OtherSources => "waits, memory that the guest does not use is taken first",
+        BalloonDoing::NotLasting => "waits, memory has not been short for long",
+        BalloonDoing::Reserve => "holds, the guest has no more than its reserve",
+        BalloonDoing::Faults => "rests, the guest had to read pages from disk again",
+        BalloonDoing::OutOfMemory => "rests, the guest has killed a process for lack of memory",
+        BalloonDoing::TakenBack => "rests, the guest took pages back by itself",
+        BalloonDoing::Stuck => "rests, the guest did not hand over what it was asked for",
+    };
+    let (floor, reserve) = (human(auto.floor_mib << 20), human(auto.reserve_mib << 20));
+    format!("; runs itself above {floor}, leaves {reserve} available to the guest: {doing}")
 }
 
 fn describe_lazy(state: &LazyMemoryState) -> String {
@@ -408,8 +434,16 @@ mod tests {
             "amount_mib": 512, "actual_mib": 100, "lazy": true, "deflate_on_oom": false,
             "stats_polling_interval_s": 0, "free_page_reporting": false,
         });
-        let balloon = parse(balloon).unwrap();
+        let mut balloon: BalloonState = parse(balloon).unwrap();
         assert_eq!(describe_balloon(&balloon), "100 MiB of 512 MiB, lazy");
+        balloon.auto = Some(AutoBalloonState {
+            reserve_mib: 96,
+            doing: BalloonDoing::Reserve,
+            ..AutoBalloonState::default()
+        });
+        let text = "100 MiB of 512 MiB, lazy; runs itself above 0 B, leaves 96 MiB available to the guest: \
+                    holds, the guest has no more than its reserve";
+        assert_eq!(describe_balloon(&balloon), text);
         let mut state = LazyMemoryState::default();
         state.lazy.lazy_bytes = 4096;
         assert!(describe_lazy(&state).starts_with("4 KiB free and still here, 0 B returned"));

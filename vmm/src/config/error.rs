@@ -76,6 +76,18 @@ pub enum ConfigError {
     StrictHugePages { key: &'static str },
     #[error("--balloon free_page_reporting=off,reporting: remove one of them")]
     ReportingOff,
+    #[error(
+        "--balloon reserve: only a balloon that runs itself keeps one; add auto=on or remove reserve"
+    )]
+    ReserveAlone,
+    #[error(
+        "--balloon auto=on,statistics=0: it goes by the guest's statistics; remove statistics=0"
+    )]
+    AutoWithoutStatistics,
+    #[error("--balloon auto=on --lazy {key}: nothing looks at the host then; remove one of them")]
+    AutoWithoutReclaim { key: &'static str },
+    #[error("--balloon reserve={}: the guest has only {} of memory; choose less", format_size(*.reserve), format_size(*.memory))]
+    ReserveTooLarge { reserve: u64, memory: u64 },
     #[error("--balloon size={}: the guest has only {} of memory; choose less", format_size(*.balloon), format_size(*.memory))]
     BalloonTooLarge { balloon: u64, memory: u64 },
 

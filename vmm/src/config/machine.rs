@@ -82,6 +82,8 @@ pub struct BalloonConfig {
     pub deflate_on_oom: bool,
     /// Seconds between two requests for statistics; 0: the statistics queue is not offered.
     pub statistics_interval_s: u16,
+    /// The balloon runs itself and leaves this many bytes available to the guest; `None`: it is set by hand.
+    pub auto_reserve: Option<u64>,
     /// How pages that the guest reports free go back to the host; `None`: reporting is not offered.
     pub free_page_reporting: Option<Release>,
 }

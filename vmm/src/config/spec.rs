@@ -153,12 +153,18 @@ pub struct BalloonSpec {
     /// What the guest is asked for at the start, at most its memory
     #[arg(long, value_parser = size(0..=MAX_MEMORY, 4096), default_value = "0")]
     pub size: u64,
-    /// Let the guest take pages back when it runs out of memory
+    /// Let the guest take pages back when it runs out of memory; on with auto=on, else off by default
+    #[arg(long, value_parser = on_off())]
+    pub deflate_on_oom: Option<bool>,
+    /// Seconds between two requests for the guest's statistics; 0: never; 1 with auto=on, else 0 by default
+    #[arg(long, value_parser = number::<u16>(0..=u16::MAX as u64))]
+    pub statistics: Option<u16>,
+    /// Let the balloon run itself: it grows, beyond size=, when the host or the monitor's cgroup stays short, and shrinks when the guest or nobody needs it
     #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
-    pub deflate_on_oom: bool,
-    /// Seconds between two requests for the guest's statistics; 0: never
-    #[arg(long, value_parser = number::<u16>(0..=u16::MAX as u64), default_value = "0")]
-    pub statistics: u16,
+    pub auto: bool,
+    /// With auto=on: what stays available to the guest; an eighth of its memory by default, at least 64M
+    #[arg(long, value_parser = size(0..=MAX_MEMORY, 4096))]
+    pub reserve: Option<u64>,
     /// Let the guest report free pages by itself; on if reporting= is given
     #[arg(long, value_parser = on_off())]
     pub free_page_reporting: Option<bool>,
@@ -173,6 +179,12 @@ impl Keys for BalloonSpec {
             (Some(false), Some(_)) => return Err(ConfigError::ReportingOff),
             (Some(true), None) => self.reporting = Some(Release::MarkFree),
             _ => {}
+        }
+        if !self.auto && self.reserve.is_some() {
+            return Err(ConfigError::ReserveAlone);
+        }
+        if self.auto && self.statistics == Some(0) {
+            return Err(ConfigError::AutoWithoutStatistics);
         }
         Ok(self)
     }
@@ -363,8 +375,10 @@ mod tests {
             parse_keys("size=1G,deflate_on_oom=on,statistics=5,reporting=eager").unwrap();
         let expected = BalloonSpec {
             size: 1 << 30,
-            deflate_on_oom: true,
-            statistics: 5,
+            deflate_on_oom: Some(true),
+            statistics: Some(5),
+            auto: false,
+            reserve: None,
             free_page_reporting: None,
             reporting: Some(Release::Discard),
         };
@@ -499,6 +513,15 @@ mod tests {
                 "free_page_reporting=off,reporting=lazy",
                 "free_page_reporting=off,reporting: remove one of them",
             ),
+            (
+                "reserve=1G",
+                "--balloon reserve: only a balloon that runs itself keeps one; add auto=on or remove reserve",
+            ),
+            (
+                "auto=on,statistics=0",
+                "--balloon auto=on,statistics=0: it goes by the guest's statistics; remove statistics=0",
+            ),
+            ("auto=maybe", "auto=maybe: write on or off"),
         ]);
         assert_refused::<LazyConfig>(&[
             (

@@ -90,6 +90,26 @@ fn hugepages_and_strict_mode_turn_transparent_pages_off() {
 }
 
 #[test]
+fn a_balloon_that_runs_itself_fills_in_what_it_needs() {
+    let folder = Folder::new();
+    let balloon = |memory: &str, balloon: &str| {
+        let options = [memory, balloon].map(str::to_owned);
+        let machine = folder.check(&[&options[0], &options[1]]).unwrap();
+        let balloon = machine.balloon.unwrap();
+        let (oom, interval) = (balloon.deflate_on_oom, balloon.statistics_interval_s);
+        (balloon.auto_reserve.map(|bytes| bytes >> 20), oom, interval)
+    };
+    let auto = "--balloon=auto=on";
+    assert_eq!(balloon("--memory=size=8G", auto), (Some(1024), true, 1));
+    assert_eq!(balloon("--memory=size=256M", auto), (Some(64), true, 1));
+    assert_eq!(balloon("--memory=size=64M", auto), (Some(32), true, 1));
+    let given = "--balloon=auto=on,reserve=100M,deflate_on_oom=off,statistics=3";
+    assert_eq!(balloon("--memory=size=8G", given), (Some(100), false, 3));
+    let none = balloon("--memory=size=8G", "--balloon=size=1G");
+    assert_eq!(none, (None, false, 0));
+}
+
+#[test]
 fn values_that_contradict_each_other() {
     let folder = Folder::new();
     let complaint = |option: &str| folder.complaint(&[option]);
@@ -100,6 +120,17 @@ fn values_that_contradict_each_other() {
         message.contains("size=513M: the guest has only 512M"),
         "{message}"
     );
+    for (balloon, lazy, part) in [
+        ("auto=on", "mode=off", "remove one of them"),
+        ("auto=on", "strict=on", "--lazy strict=on: nothing looks"),
+        ("auto=on,reserve=512M", "mode=age", "has only 512M"),
+        ("auto=on,reserve=508M", "mode=age", ""),
+    ] {
+        let (balloon, lazy) = (format!("--balloon={balloon}"), format!("--lazy={lazy}"));
+        let message = folder.complaint(&[&balloon, &lazy]);
+        assert!(message.contains(part), "{message}");
+        assert_eq!(part.is_empty(), message.is_empty(), "{message}");
+    }
     let cmdline = |text: &str| folder.complaint(&["--cmdline", text]);
     assert!(cmdline(&"a".repeat(2048)).contains("2048 bytes"));
     assert_eq!(cmdline(&"a".repeat(2047)), "");

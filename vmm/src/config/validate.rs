@@ -7,7 +7,12 @@ use super::files::{check_disks, check_image, check_output, check_socket};
 use super::keys::defaults;
 use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
 use super::machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, MemoryConfig};
-use super::spec::{ArenaSpec, BalloonSpec, CpusSpec, MachineSpec, MemorySpec, SerialConfig};
+use super::spec::{
+    ArenaSpec, BalloonSpec, CpusSpec, LazyConfig, LazyMode, MachineSpec, MemorySpec, SerialConfig,
+};
+
+/// Minimum of the default reserve in bytes, unless that is more than half of the guest's memory.
+const MIN_RESERVE: u64 = 64 << 20;
 
 impl MachineSpec {
     /// Checks the spec, files included, and fills in what follows from other values.
@@ -22,7 +27,9 @@ impl MachineSpec {
         let memory = check_memory(self.memory.map_or_else(defaults, Ok)?, lazy.strict)?;
         let arenas = check_arenas(self.arenas)?;
         let cmdline = cmdline(self.cmdline, !arenas.is_empty())?;
-        let balloon = self.balloon.map(|spec| check_balloon(&spec, memory.size));
+        let balloon = self
+            .balloon
+            .map(|spec| check_balloon(&spec, memory.size, &lazy));
         check_image("--kernel", &self.kernel)?;
         if let Some(path) = &self.initramfs {
             check_image("--initramfs", path)?;
@@ -137,17 +144,36 @@ fn check_arenas(specs: Vec<ArenaSpec>) -> Result<Vec<ArenaConfig>, ConfigError> 
     Ok(arenas)
 }
 
-fn check_balloon(spec: &BalloonSpec, memory: u64) -> Result<BalloonConfig, ConfigError> {
+fn check_balloon(
+    spec: &BalloonSpec,
+    memory: u64,
+    lazy: &LazyConfig,
+) -> Result<BalloonConfig, ConfigError> {
     if spec.size > memory {
         return Err(ConfigError::BalloonTooLarge {
             balloon: spec.size,
             memory,
         });
     }
+    if spec.auto && lazy.mode == LazyMode::Off {
+        let key = if lazy.strict { "strict=on" } else { "mode=off" };
+        return Err(ConfigError::AutoWithoutReclaim { key });
+    }
+    let reserve = spec.reserve.unwrap_or_else(|| default_reserve(memory));
+    if reserve >= memory {
+        return Err(ConfigError::ReserveTooLarge { reserve, memory });
+    }
     Ok(BalloonConfig {
         size: spec.size,
-        deflate_on_oom: spec.deflate_on_oom,
-        statistics_interval_s: spec.statistics,
+        deflate_on_oom: spec.deflate_on_oom.unwrap_or(spec.auto),
+        statistics_interval_s: spec.statistics.unwrap_or(spec.auto.into()),
+        auto_reserve: spec.auto.then_some(reserve),
         free_page_reporting: spec.reporting,
     })
+}
+
+/// What a balloon that runs itself leaves available to a guest with so much memory: an eighth, at least 64 MiB, but at
+/// most half.
+fn default_reserve(memory: u64) -> u64 {
+    (memory / 8).max(MIN_RESERVE).min(memory / 2)
 }

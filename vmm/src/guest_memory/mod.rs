@@ -23,8 +23,8 @@ use crate::guest_kernel::KnownKernel;
 use crate::kvm::KickTable;
 use crate::memory::{Backing, GuestRam, MemoryError};
 use crate::reclaim::{
-    self, KnownLists, Mode, Peers, PressureSource, ReclaimThread, ReclaimTuning, Reclaimer,
-    ReportedMemory,
+    self, AutoBalloon, KnownLists, Mode, Peers, PressureSource, ReclaimThread, ReclaimTuning,
+    Reclaimer, ReportedMemory,
 };
 use crate::strict::{self, Strict, StrictThread};
 
@@ -201,17 +201,22 @@ impl GuestMemory {
         resident::resident_bytes(&self.lazy, &*self.ram, &ram)
     }
 
-    /// Starts the thread that reclaims as [`ReclaimTuning::mode`] says; `None` for [`Mode::Off`].
+    /// Starts the thread that reclaims as [`ReclaimTuning::mode`] says, and that runs `balloon`; `None` for [`Mode::Off`].
     ///
     /// # Errors
     /// [`reclaim::StartError`].
-    pub fn start_reclaim(&self) -> Result<Option<ReclaimThread>, reclaim::StartError> {
+    pub fn start_reclaim(
+        &self,
+        balloon: Option<AutoBalloon>,
+    ) -> Result<Option<ReclaimThread>, reclaim::StartError> {
         let source = match self.reclaimer.tuning().mode {
             Mode::Off => return Ok(None),
-            Mode::Eager => PressureSource::watermark_only(),
-            Mode::Pressure | Mode::Age(_) => PressureSource::open().with_peers(Peers::join()),
+            Mode::Eager if balloon.is_none() => PressureSource::watermark_only(),
+            Mode::Eager | Mode::Pressure | Mode::Age(_) => {
+                PressureSource::open().with_peers(Peers::join())
+            }
         };
-        ReclaimThread::start(Arc::clone(&self.reclaimer), source).map(Some)
+        ReclaimThread::start(Arc::clone(&self.reclaimer), source, balloon).map(Some)
     }
 
     /// Starts the thread that catches accesses to lazily freed memory; `None` unless strict mode is on.

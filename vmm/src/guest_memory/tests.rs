@@ -131,7 +131,7 @@ fn in_strict_mode_both_ways_discard_at_once() {
     let kept: Vec<_> = (0..8).filter(|&mib| holds(&memory, mib)).collect();
     assert_eq!(kept, [2, 3, 5, 6, 7]);
     assert_eq!(memory.lazy().snapshot().discarded_bytes, 3 * MIB);
-    assert!(memory.strict().is_some() && memory.start_reclaim().unwrap().is_none());
+    assert!(memory.strict().is_some() && memory.start_reclaim(None).unwrap().is_none());
 }
 
 #[test]
@@ -261,10 +261,10 @@ fn the_reclaim_thread_runs_unless_the_mode_is_off() {
         };
         memory(&Setup { tuning, ..setup() })
     };
-    assert!(with(Mode::Off).start_reclaim().unwrap().is_none());
+    assert!(with(Mode::Off).start_reclaim(None).unwrap().is_none());
     let eager = with(Mode::Eager);
     LazyOps::lazy_free(&eager, &[range(0, 2)]);
-    let thread = eager.start_reclaim().unwrap();
+    let thread = eager.start_reclaim(None).unwrap();
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while eager.lazy().snapshot().discarded_bytes < 2 * MIB {
         assert!(std::time::Instant::now() < deadline, "nothing is taken");

@@ -10,8 +10,8 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::policy::ALERT;
 use super::{
-    Ages, Decision, Mode, Order, Outcome, PolicyState, PressureSource, Reclaimer, Sample, Until,
-    decide,
+    Ages, AutoBalloon, Decision, Mode, Order, Outcome, PolicyState, PressureSource, Reclaimer,
+    Sample, Until, decide,
 };
 
 /// An order ends after this time, and the host is looked at again: fragments may take minutes, and need may grow.
@@ -30,11 +30,15 @@ pub struct ReclaimThread {
 }
 
 impl ReclaimThread {
-    /// Starts the thread.
+    /// Starts the thread, which also runs `balloon`.
     ///
     /// # Errors
     /// [`StartError`] if the host has no descriptor or thread left.
-    pub fn start(reclaimer: Arc<Reclaimer>, source: PressureSource) -> Result<Self, StartError> {
+    pub fn start(
+        reclaimer: Arc<Reclaimer>,
+        source: PressureSource,
+        balloon: Option<AutoBalloon>,
+    ) -> Result<Self, StartError> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| StartError(error.into()))?;
         let stop = Arc::new(stop);
         let stopped = Arc::clone(&stop);
@@ -43,7 +47,7 @@ impl ReclaimThread {
             .name("ebb-reclaim".into())
             .spawn(move || {
                 let mut source = source;
-                watch(&worker, &mut source, &stopped);
+                watch(&worker, &mut source, balloon, &stopped);
                 source
             })
             .map_err(StartError)?;
@@ -79,7 +83,12 @@ impl Drop for ReclaimThread {
     }
 }
 
-fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
+fn watch(
+    reclaimer: &Reclaimer,
+    source: &mut PressureSource,
+    mut balloon: Option<AutoBalloon>,
+    stop: &OwnedFd,
+) {
     let (mut answers, mut ages, start) =
         (Answers::new(LOOK_AGAIN), Ages::default(), Instant::now());
     loop {
@@ -94,6 +103,9 @@ fn watch(reclaimer: &Reclaimer, source: &mut PressureSource, stop: &OwnedFd) {
                 sample.free = reclaimer.free_now(&sample, answers.state.is_hard());
                 let sample = source.shared(sample);
                 answers.respond(reclaimer, sample, &|| source.is_reported());
+                if let Some(balloon) = &mut balloon {
+                    balloon.look(reclaimer, &sample);
+                }
             }
             Ok(None) => return,
             Err(error) => {
@@ -215,7 +227,7 @@ mod tests {
     #[test]
     fn the_thread_stops_and_returns_its_source() {
         for source in [PressureSource::open(), PressureSource::watermark_only()] {
-            let thread = ReclaimThread::start(setup().1, source).unwrap();
+            let thread = ReclaimThread::start(setup().1, source, None).unwrap();
             assert!(thread.stop().is_some());
         }
     }

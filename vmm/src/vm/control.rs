@@ -11,13 +11,14 @@ use crate::arena::Arena;
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
 use crate::control::{
-    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, FreePages, InstanceInfo,
-    LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
+    ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
+    FreePages, InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState,
+    TeardownState,
 };
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
 use crate::hypercall::Hypercalls;
-use crate::reclaim::{ReclaimStats, Until};
+use crate::reclaim::{BalloonReport, ReclaimStats, Until};
 use crate::teardown::{MAX_WORKERS, Teardown, TuneError};
 
 const MIB: u64 = 1 << 20;
@@ -32,6 +33,8 @@ pub struct Control {
     pub exit: Arc<ExitSlot>,
     /// The balloon, if there is one.
     pub balloon: Option<BalloonHandle>,
+    /// What the balloon is doing, if it runs itself.
+    pub auto: Option<Arc<BalloonReport>>,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The guest's calls.
@@ -80,6 +83,12 @@ impl Controller for Control {
             stats_polling_interval_s: status.statistics_interval_s,
             lazy: status.lazy,
             free_page_reporting: status.reporting,
+            auto: self.auto.as_ref().map(|auto| AutoBalloonState {
+                floor_mib: status.floor_bytes / MIB,
+                reserve_mib: auto.bounds().reserve / MIB,
+                doing: auto.doing(),
+                stats: auto.stats(),
+            }),
         })
     }
 

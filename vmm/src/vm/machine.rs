@@ -10,6 +10,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::LaunchError;
 use super::attach::{Console, Devices};
+use super::balloon::MachineBalloon;
 use super::control::Control;
 use super::events::{self, ExitSlot};
 use super::memory;
@@ -25,7 +26,7 @@ use crate::guardian::Guardian;
 use crate::guest_memory::{GuestMemory, Setup};
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable, RunPages};
-use crate::reclaim::{ReclaimThread, Reclaimer};
+use crate::reclaim::{AutoBalloon, BalloonBounds, ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
 use crate::sys::TerminationSignals;
 use crate::teardown::{PageSize, Teardown};
@@ -123,6 +124,7 @@ impl Vm {
             started,
             exit: Arc::clone(&exit),
             balloon,
+            auto: None,
             hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
             memory,
             teardown: Arc::new(teardown),
@@ -137,7 +139,7 @@ impl Vm {
         devices: Devices,
         console: Option<Console>,
         vcpus: Vec<VcpuFd>,
-        control: Control,
+        mut control: Control,
     ) -> Result<Self, LaunchError> {
         let Devices {
             ports,
@@ -149,7 +151,9 @@ impl Vm {
         let hypercalls = Arc::clone(&control.hypercalls);
         let teardown = Arc::clone(&control.teardown);
         let memory = Arc::clone(&control.memory);
-        let reclaim = memory.start_reclaim()?;
+        let auto = auto_balloon(&control);
+        control.auto = auto.as_ref().map(|auto| Arc::clone(auto.report()));
+        let reclaim = memory.start_reclaim(auto)?;
         let strict = memory.start_strict()?;
         let socket = control.config.api_socket.clone();
         let api = socket
@@ -220,6 +224,20 @@ impl Vm {
         drop((reclaimer, vcpus, devices));
         teardown.free((kvm, pressure));
     }
+}
+
+/// The balloon that runs itself, if it shall.
+fn auto_balloon(control: &Control) -> Option<AutoBalloon> {
+    let config = &control.config;
+    let reserve = config.balloon.as_ref()?.auto_reserve?;
+    let device = MachineBalloon {
+        handle: control.balloon.clone()?,
+        memory: Arc::clone(&control.memory),
+    };
+    let memory = config.memory.size;
+    let bounds = BalloonBounds { memory, reserve };
+    let arenas = !config.arenas.is_empty();
+    Some(AutoBalloon::new(Box::new(device), bounds, arenas))
 }
 
 /// From here on the guest's memory is freed fast, also if the monitor is killed.

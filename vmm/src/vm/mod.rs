@@ -1,6 +1,7 @@
 //! The machine: the only place where its parts are wired together.
 
 mod attach;
+mod balloon;
 mod control;
 mod events;
 mod machine;

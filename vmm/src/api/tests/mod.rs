@@ -64,6 +64,7 @@ impl Controller for Machine {
             stats_polling_interval_s: 5,
             lazy: true,
             free_page_reporting: true,
+            auto: None,
         })
     }
 

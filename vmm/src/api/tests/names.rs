@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::control::{
-    ArenaState, BalloonState, BalloonStatistics, InstanceInfo, LazyMemoryState, METRICS,
-    ReclaimOutcome, ReportingMode, TeardownState,
+    ArenaState, AutoBalloonState, BalloonDoing, BalloonState, BalloonStatistics, InstanceInfo,
+    LazyMemoryState, METRICS, ReclaimOutcome, ReportingMode, TeardownState,
 };
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
@@ -41,10 +41,19 @@ const ARENA: &str = "
     discarded_bytes gpa granule_bytes id lazy_bytes reclaimed_bytes_total reuse_calls_total
     reused_bytes_total reuse_waits_total scans_total scan_us size_bytes";
 
+const BALLOON: &str = "
+    actual_mib amount_mib deflate_on_oom free_page_reporting lazy stats_polling_interval_s";
+
+/// What a balloon that runs itself answers with, too.
+const AUTO: &str = "
+    auto.deflations_total auto.doing auto.fault_backoffs_total auto.floor_mib auto.inflations_total
+    auto.oom_backoffs_total auto.reserve_backoffs_total auto.reserve_mib auto.stuck_total
+    auto.taken_back_total";
+
 const STATISTICS: &str = "
-    actual_mib actual_pages available_memory disk_caches free_memory hugetlb_allocations
-    hugetlb_failures major_faults minor_faults swap_in swap_out target_mib target_pages
-    total_memory";
+    actual_mib actual_pages alloc_stall async_reclaim async_scan available_memory direct_reclaim
+    direct_scan disk_caches free_memory hugetlb_allocations hugetlb_failures major_faults
+    minor_faults oom_kill swap_in swap_out target_mib target_pages total_memory";
 
 /// The paths of all values in `answer`; those of nested objects with dots.
 fn names(answer: &impl Serialize) -> BTreeSet<String> {
@@ -114,14 +123,22 @@ fn every_metric_is_described() {
     assert_eq!(without(&described("/lazy-memory"), &[]), lazy);
     let arena = without(ARENA, &["gpa", "granule_bytes", "id", "size_bytes"]);
     assert_eq!(without(&described("/arenas"), &[]), arena);
+    let auto = without(AUTO, &["auto.doing", "auto.floor_mib", "auto.reserve_mib"]);
+    assert_eq!(without(&described("/balloon"), &[]), auto);
 }
 
 #[test]
 fn the_names_of_everything_else() {
     expect(&ArenaState::default(), ARENA);
-    let balloon =
-        "actual_mib amount_mib deflate_on_oom free_page_reporting lazy stats_polling_interval_s";
-    expect(&BalloonState::default(), balloon);
+    expect(&BalloonState::default(), BALLOON);
+    let balloon = BalloonState {
+        auto: Some(AutoBalloonState::default()),
+        ..BalloonState::default()
+    };
+    expect(&balloon, &format!("{BALLOON} {AUTO}"));
+    let doing = [BalloonDoing::Idle, BalloonDoing::NoStatistics];
+    let doing = doing.map(|doing| serde_json::to_value(doing).unwrap());
+    assert_eq!(doing, ["idle", "no_statistics"]);
     let modes = [
         ReportingMode::Off,
         ReportingMode::Eager,
@@ -141,6 +158,12 @@ fn the_names_of_everything_else() {
         &mut all.guest.disk_caches,
         &mut all.guest.hugetlb_allocations,
         &mut all.guest.hugetlb_failures,
+        &mut all.guest.oom_kill,
+        &mut all.guest.alloc_stall,
+        &mut all.guest.async_scan,
+        &mut all.guest.direct_scan,
+        &mut all.guest.async_reclaim,
+        &mut all.guest.direct_reclaim,
     ] {
         *field = Some(1);
     }

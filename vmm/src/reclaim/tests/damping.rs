@@ -91,7 +91,7 @@ fn monitor(host: &Arc<Host>, source: PressureSource) -> ReclaimThread {
     lazy.free(&[GpaRange::new(0, LAZY).unwrap()]);
     let pages = Arc::clone(host) as Arc<dyn ReleasePages>;
     let reclaimer = Reclaimer::new(lazy, pages, gate, ReclaimTuning::default());
-    ReclaimThread::start(Arc::new(reclaimer), source).unwrap()
+    ReclaimThread::start(Arc::new(reclaimer), source, None).unwrap()
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use ebb_core::range::PAGE_SIZE;
 use vmm_sys_util::eventfd::EventFd;
@@ -43,8 +44,10 @@ pub enum BalloonError {
 /// The balloon's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalloonStatus {
-    /// Bytes that the host asked for.
+    /// Bytes that the host asks for.
     pub target_bytes: u64,
+    /// Bytes that an operator has asked for: the target, unless the balloon runs itself and is larger.
+    pub floor_bytes: u64,
     /// Bytes that the guest says it has handed back.
     pub actual_bytes: u64,
     /// The guest may take pages back when it runs out of memory.
@@ -78,6 +81,22 @@ struct Driver {
     interrupt: Arc<dyn VirtioInterrupt>,
 }
 
+/// Pages that are asked for. The larger one counts.
+#[derive(Clone, Copy, Default)]
+struct Targets {
+    /// By an operator.
+    floor: u32,
+    /// By the balloon that runs itself; 0: not more than by the operator.
+    auto: u32,
+}
+
+/// The latest statistics, and when they came.
+#[derive(Clone, Copy, Default)]
+struct Told {
+    statistics: Statistics,
+    at: Option<Instant>,
+}
+
 /// The state that device, workers and handles share.
 pub(super) struct Shared {
     /// Features on offer.
@@ -87,10 +106,11 @@ pub(super) struct Shared {
     poison: AtomicU32,
     reports: Reports,
     interval: AtomicU16,
+    targets: Mutex<Targets>,
     /// The interval has changed.
     pub wake: EventFd,
     driver: Mutex<Option<Driver>>,
-    statistics: Mutex<Statistics>,
+    statistics: Mutex<Told>,
     pub faults: GuestFaults,
 }
 
@@ -103,6 +123,7 @@ impl Shared {
             poison: AtomicU32::new(0),
             reports: Reports::default(),
             interval: AtomicU16::new(interval),
+            targets: Mutex::default(),
             wake,
             driver: Mutex::new(None),
             statistics: Mutex::default(),
@@ -143,10 +164,35 @@ impl Shared {
         self.interval.load(Ordering::Relaxed)
     }
 
-    pub fn statistics(&self) -> MutexGuard<'_, Statistics> {
+    fn told(&self) -> MutexGuard<'_, Told> {
         self.statistics
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn set_statistics(&self, statistics: Statistics) {
+        let at = Some(Instant::now());
+        *self.told() = Told { statistics, at };
+    }
+
+    /// Changes what is asked for, for the driver to read.
+    fn change_targets(&self, change: impl FnOnce(&mut Targets)) {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut targets);
+        if targets.auto <= targets.floor {
+            targets.auto = 0;
+        }
+        let pages = targets.floor.max(targets.auto);
+        self.num_pages.store(pages, Ordering::Relaxed);
+    }
+
+    /// Asks the driver for what is to be handed back.
+    fn ask(&self, change: impl FnOnce(&mut Targets)) {
+        self.change_targets(change);
+        if let Some(driver) = self.driver().as_ref() {
+            let told = driver.interrupt.configuration_changed();
+            told.unwrap_or_else(|error| tracing::warn!("balloon: interrupt: {error}"));
+        }
     }
 
     fn driver(&self) -> MutexGuard<'_, Option<Driver>> {
@@ -160,13 +206,23 @@ impl Shared {
         });
     }
 
-    /// Forgets the driver and its statistics.
+    /// Forgets the driver, its statistics, and what it was asked for beyond an operator's wish.
     pub fn unbind(&self) {
         *self.driver() = None;
-        *self.statistics() = Statistics::default();
+        *self.told() = Told::default();
+        self.change_targets(|targets| targets.auto = 0);
         self.actual.store(0, Ordering::Relaxed);
         self.poison.store(0, Ordering::Relaxed);
     }
+}
+
+/// The number of pages of `bytes` bytes.
+fn pages(bytes: u64) -> Result<u32, BalloonError> {
+    if !bytes.is_multiple_of(PAGE_SIZE) {
+        return Err(BalloonError::TargetUnaligned { bytes });
+    }
+    let max = u64::from(u32::MAX) * PAGE_SIZE;
+    u32::try_from(bytes / PAGE_SIZE).map_err(|_| BalloonError::TargetTooLarge { bytes, max })
 }
 
 /// The operator's handle of a balloon.
@@ -181,17 +237,19 @@ impl BalloonHandle {
     /// # Errors
     /// [`BalloonError::TargetTooLarge`] or [`BalloonError::TargetUnaligned`].
     pub fn set_target(&self, bytes: u64) -> Result<(), BalloonError> {
-        if !bytes.is_multiple_of(PAGE_SIZE) {
-            return Err(BalloonError::TargetUnaligned { bytes });
-        }
-        let max = u64::from(u32::MAX) * PAGE_SIZE;
-        let pages = u32::try_from(bytes / PAGE_SIZE)
-            .map_err(|_| BalloonError::TargetTooLarge { bytes, max })?;
-        self.shared.num_pages.store(pages, Ordering::Relaxed);
-        if let Some(driver) = self.shared.driver().as_ref() {
-            let told = driver.interrupt.configuration_changed();
-            told.unwrap_or_else(|error| tracing::warn!("balloon: interrupt: {error}"));
-        }
+        let floor = pages(bytes)?;
+        self.shared.ask(|targets| targets.floor = floor);
+        Ok(())
+    }
+
+    /// Asks the guest to hand back `bytes`, a multiple of 4 KiB, or what [`BalloonHandle::set_target`] has asked for, if
+    /// that is more. Forgotten when the driver goes.
+    ///
+    /// # Errors
+    /// [`BalloonError::TargetTooLarge`] or [`BalloonError::TargetUnaligned`].
+    pub fn set_auto_target(&self, bytes: u64) -> Result<(), BalloonError> {
+        let auto = pages(bytes)?;
+        self.shared.ask(|targets| targets.auto = auto);
         Ok(())
     }
 
@@ -199,6 +257,7 @@ impl BalloonHandle {
     #[must_use]
     pub fn status(&self) -> BalloonStatus {
         let config = self.shared.config();
+        let targets = *(self.shared.targets.lock()).unwrap_or_else(PoisonError::into_inner);
         let driver = self.shared.driver();
         let negotiated = |feature| {
             driver
@@ -207,6 +266,7 @@ impl BalloonHandle {
         };
         BalloonStatus {
             target_bytes: u64::from(config.num_pages) * PAGE_SIZE,
+            floor_bytes: u64::from(targets.floor) * PAGE_SIZE,
             actual_bytes: u64::from(config.actual) * PAGE_SIZE,
             deflate_on_oom: self.shared.features & F_DEFLATE_ON_OOM != 0,
             statistics_interval_s: self.shared.interval(),
@@ -229,7 +289,14 @@ impl BalloonHandle {
         if self.shared.features & F_STATS_VQ == 0 {
             return Err(BalloonError::NoStatistics);
         }
-        Ok(*self.shared.statistics())
+        Ok(self.shared.told().statistics)
+    }
+
+    /// The latest statistics, and how old they are; `None` before the first ones, and after the driver is gone.
+    #[must_use]
+    pub fn latest(&self) -> Option<(Statistics, Duration)> {
+        let told = *self.shared.told();
+        Some((told.statistics, told.at?.elapsed()))
     }
 
     /// Asks for statistics every `seconds` from now on.

@@ -102,6 +102,7 @@ impl Rig {
             size: 0,
             deflate_on_oom: true,
             statistics_interval_s,
+            auto_reserve: None,
             free_page_reporting: Some(Release::Discard),
         };
         Self {
@@ -210,6 +211,7 @@ fn a_fragmented_balloon_is_the_hosts_to_the_last_page() {
         size: 0,
         deflate_on_oom: false,
         statistics_interval_s: 0,
+        auto_reserve: None,
         free_page_reporting: None,
     };
     let mut balloon = Balloon::new(&config, memory.clone()).unwrap();
@@ -454,6 +456,8 @@ fn statistics_are_asked_for_and_bounded() {
         "statistics",
     );
     assert_eq!(handle.statistics().unwrap().total_memory, Some(2 << 20));
+    let (latest, _) = handle.latest().unwrap();
+    assert_eq!(latest.total_memory, Some(2 << 20));
     // The buffer comes back when the time has come, and not before.
     wait_for(|| rig.statistics.used_index() == 1, "request");
     // Far too large, far too many.
@@ -471,6 +475,29 @@ fn statistics_are_asked_for_and_bounded() {
     rig.assert_alive();
     rig.balloon.reset();
     assert_eq!(handle.statistics(), Ok(Statistics::default()));
+    assert_eq!(handle.latest(), None);
+}
+
+#[test]
+fn the_larger_one_of_two_targets_is_asked_for() {
+    let mut rig = Rig::active(F_MUST_TELL_HOST);
+    let handle = rig.balloon.handle();
+    let asked = || {
+        let status = handle.status();
+        (status.target_bytes >> 20, status.floor_bytes >> 20)
+    };
+    handle.set_auto_target(5 << 20).unwrap();
+    assert_eq!(asked(), (5, 0));
+    handle.set_target(3 << 20).unwrap();
+    assert_eq!(asked(), (5, 3));
+    handle.set_target(9 << 20).unwrap();
+    handle.set_target(1 << 20).unwrap();
+    assert_eq!(asked(), (1, 1), "what an operator asked for is not kept");
+    handle.set_auto_target(5 << 20).unwrap();
+    assert_eq!(rig.interrupt.config.load(Ordering::SeqCst), 5);
+    assert!(handle.set_auto_target(5).is_err());
+    rig.balloon.reset();
+    assert_eq!(asked(), (1, 1), "a new driver has a new guest");
 }
 
 #[test]
@@ -713,6 +740,7 @@ fn reporting_is_there_only_when_asked_for() {
         size: 0,
         deflate_on_oom: false,
         statistics_interval_s: 0,
+        auto_reserve: None,
         free_page_reporting: None,
     };
     let memory = memory(16);

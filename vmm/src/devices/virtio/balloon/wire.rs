@@ -193,7 +193,8 @@ fn split(
     refused
 }
 
-/// Memory statistics of the guest (virtio 1.3, 5.5.6.3), in bytes unless they are numbers. `None`: not reported.
+/// Memory statistics of the guest (virtio 1.3, 5.5.6.3; those from `oom_kill` on are Linux's, in virtio_balloon.h since
+/// 6.10), in bytes unless they are numbers. `None`: not reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Statistics {
     /// Memory that was swapped in.
@@ -226,6 +227,24 @@ pub struct Statistics {
     /// Number of failed hugetlb allocations.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hugetlb_failures: Option<u64>,
+    /// Number of processes that were killed for lack of memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oom_kill: Option<u64>,
+    /// Number of allocations that waited for memory to be reclaimed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alloc_stall: Option<u64>,
+    /// Memory that was looked through in the background for what could be reclaimed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub async_scan: Option<u64>,
+    /// Memory that allocations have looked through.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direct_scan: Option<u64>,
+    /// Memory that was reclaimed in the background.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub async_reclaim: Option<u64>,
+    /// Memory that allocations have reclaimed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direct_reclaim: Option<u64>,
 }
 
 impl Statistics {
@@ -245,6 +264,12 @@ impl Statistics {
                 7 => &mut self.disk_caches,
                 8 => &mut self.hugetlb_allocations,
                 9 => &mut self.hugetlb_failures,
+                10 => &mut self.oom_kill,
+                11 => &mut self.alloc_stall,
+                12 => &mut self.async_scan,
+                13 => &mut self.direct_scan,
+                14 => &mut self.async_reclaim,
+                15 => &mut self.direct_reclaim,
                 _ => continue,
             };
             *field = Some(value);
@@ -329,7 +354,7 @@ mod tests {
     #[test]
     fn statistics_are_packed_and_unknown_tags_ignored() {
         let mut raw = vec![];
-        for (tag, value) in [(4_u16, 1000_u64), (0x7777, 1), (9, 3), (4, 2000)] {
+        for (tag, value) in [(4_u16, 1000_u64), (0x7777, 1), (9, 3), (4, 2000), (10, 7)] {
             raw.extend(tag.to_le_bytes());
             raw.extend(value.to_le_bytes());
         }
@@ -339,6 +364,7 @@ mod tests {
         let expected = Statistics {
             free_memory: Some(2000),
             hugetlb_failures: Some(3),
+            oom_kill: Some(7),
             ..Statistics::default()
         };
         assert_eq!(statistics, expected);

@@ -353,7 +353,7 @@ impl StatisticsQueue {
             Ok(count) => {
                 let mut statistics = Statistics::default();
                 statistics.update(raw.get(..count).unwrap_or_default());
-                *context.shared.statistics() = statistics;
+                context.shared.set_statistics(statistics);
             }
             Err(error) => context.faults().report(format_args!("statistics: {error}")),
         }

@@ -439,6 +439,7 @@ fn a_balloon_behind_the_registers_is_lazy_and_resets_before_the_status_does() {
         size: 0,
         deflate_on_oom: false,
         statistics_interval_s: 0,
+        auto_reserve: None,
         free_page_reporting: None,
     };
     let balloon = Balloon::new(&config, sink.clone()).unwrap();

@@ -83,8 +83,10 @@ pub struct BalloonFigures {
     pub guest: Option<GuestFigures>,
     /// What the guest could touch without a call and the host holds no page for.
     pub untouched: u64,
-    /// What the host holds and the other sources can still take.
+    /// What is lazily free and the host still holds.
     pub left: u64,
+    /// What is free by the guest's free lists and the host holds.
+    pub listed: u64,
 }
 
 /// The bounds of a balloon, in bytes.
@@ -361,6 +363,8 @@ impl Look<'_> {
         }
         let since = *self.state.short.get_or_insert(self.now);
         let shortage = missing.saturating_sub(self.figures.left);
+        // What is taken of it can grow again, so it counts here only.
+        let shortage = shortage.saturating_sub(self.figures.listed);
         (shortage, self.now.saturating_sub(since) >= LASTING)
     }
 

@@ -161,6 +161,7 @@ impl World {
             }),
             untouched: (self.free() - self.freed) * MIB,
             left: self.held * MIB,
+            listed: 0,
         }
     }
 
@@ -557,7 +558,8 @@ fn memory_that_others_can_give_comes_first() {
             ..Sample::default()
         };
         let left = BalloonFigures {
-            left: 3 * GIB,
+            left: GIB,
+            listed: 2 * GIB,
             ..figures(0, 0)
         };
         let bounds = BalloonBounds {
@@ -591,7 +593,8 @@ prop_compose! {
         let [floor, above, actual] = [floor, above, actual].map(|bytes| bytes & !4095);
         let target = floor.max(above);
         let guest = told.then_some(guest);
-        BalloonFigures { bound, floor, target, actual, guest, untouched, left }
+        let listed = left / 3;
+        BalloonFigures { bound, floor, target, actual, guest, untouched, left, listed }
     }
 }
 
