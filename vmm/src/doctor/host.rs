@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::{Check, Status, syscalls};
 use crate::sys::Userfault;
+use crate::sys::pagemap::PageMap;
 
 /// There is a warning if less memory than this is available.
 const LITTLE_MEMORY: u64 = 512 << 20;
@@ -22,6 +23,7 @@ pub(super) fn checks() -> Vec<Check> {
             "/sys/kernel/mm/transparent_hugepage/enabled",
         )),
         process_madvise(syscalls::process_madvise_self()),
+        page_map(PageMap::open().and_then(|map| map.held(0, 4096))),
         process_mrelease(syscalls::has_process_mrelease()),
         available_memory(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         huge_pages(fs::read_to_string(
@@ -105,6 +107,21 @@ fn process_madvise(probe: io::Result<()>) -> Check {
             name,
             format!("not for a process's own memory ({error}): one madvise per range is used"),
             "use Linux 6.13 or newer, if reclaim has to be as fast as possible",
+        ),
+    }
+}
+
+fn page_map(probe: io::Result<usize>) -> Check {
+    let name = "PAGEMAP_SCAN";
+    match probe {
+        Ok(_) => Check::ok(
+            name,
+            "tells which free pages of a guest the host holds, and which are huge",
+        ),
+        Err(error) => Check::warn(
+            name,
+            format!("not there ({error}): free pages are taken in small pieces, and not from swap"),
+            "use Linux 6.7 or newer",
         ),
     }
 }
@@ -198,6 +215,13 @@ mod tests {
         assert_eq!(transparent_huge_pages(missing()).status, Status::Warn);
         assert!(huge_pages(Ok("12\n".to_owned())).detail.starts_with("12"));
         assert!(huge_pages(missing()).detail.starts_with("none"));
+    }
+
+    #[test]
+    fn a_host_without_a_scan_of_pages_is_warned() {
+        assert_eq!(page_map(Ok(0)).status, Status::Ok);
+        let old = page_map(Err(io::Error::from_raw_os_error(libc::ENOTTY)));
+        assert_eq!(old.status, Status::Warn);
     }
 
     #[test]

@@ -33,6 +33,11 @@ const OPTIONAL: &[(u32, &str)] = &[
     (bindings::KVM_CAP_EXIT_HYPERCALL, "hypercall exits"),
     (bindings::KVM_CAP_SYNC_REGS, "register synchronization"),
     (bindings::KVM_CAP_BINARY_STATS_FD, "statistics"),
+    (
+        bindings::KVM_CAP_X86_USER_SPACE_MSR,
+        "exits at writes of MSRs",
+    ),
+    (bindings::KVM_CAP_X86_MSR_FILTER, "filter of MSRs"),
 ];
 
 /// All checks of this file. Those that use KVM are made only if it can be opened.

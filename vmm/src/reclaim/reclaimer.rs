@@ -327,6 +327,24 @@ impl Reclaimer {
         bytes
     }
 
+    /// What has been free by the guest's free lists for `age` at least, and the host holds; it is `now`.
+    pub(super) fn old_free(&self, now: Duration, age: Duration) -> u64 {
+        let Some(source) = self.free.as_deref() else {
+            return 0;
+        };
+        let mut ages = std::mem::take(&mut self.round().free.ages);
+        let bytes = ages.look((now, age), source, &*self.pages, ESTIMATE_TIME);
+        self.round().free.ages = ages;
+        bytes
+    }
+
+    /// Takes what [`Reclaimer::old_free`] has found, as far as `order` goes, but not for longer than `until`.
+    pub(super) fn discard_old_free(&self, order: Order, until: Until<'_>) -> Outcome {
+        let outcome = self.work(order, Release::Discard, until, Job::old_free_blocks);
+        self.count_discard(&outcome);
+        outcome
+    }
+
     fn free_bytes(&self, order: u32, time: Duration) -> u64 {
         let source = self.free.as_deref();
         source.map_or(0, |source| {

@@ -97,7 +97,9 @@ fn watch(
                 reclaimer.count_limit_events(source.take_limit_events());
                 let mut sample = reclaimer.sampled(sample);
                 if let Mode::Age(age) = reclaimer.tuning().mode {
-                    sample.aged = ages.aged(start.elapsed(), sample.generation, age);
+                    let now = start.elapsed();
+                    sample.aged = ages.aged(now, sample.generation, age);
+                    sample.old_free = reclaimer.old_free(now, age);
                 }
                 sample.given = answers.given;
                 sample.free = reclaimer.free_now(&sample, answers.state.is_hard());
@@ -173,6 +175,14 @@ impl Answers {
                 // To ask again at once would only keep a core busy.
                 self.pause = self.pause.max(ALERT);
             }
+            self.go_on_after(&outcome);
+            if outcome.cut_short {
+                return;
+            }
+        }
+        if let Some(order) = order(&decision, decision.old_free) {
+            let outcome = reclaimer.discard_old_free(order, until);
+            self.given = self.given.saturating_add(outcome.bytes);
             self.go_on_after(&outcome);
             if outcome.cut_short {
                 return;

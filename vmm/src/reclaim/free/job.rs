@@ -1,25 +1,46 @@
 //! The part of a reclaim that takes free pages.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::{FreePass, Walk};
+use super::{BLOCKS, Bits, FreePass, Walk};
 use crate::reclaim::Outcome;
 use crate::reclaim::job::{Job, MAX_MISSES};
 use crate::reclaim::turns::{Ended, Work};
 
 impl Job<'_> {
     /// Takes what is free by the free lists of the guest's kernel, in pieces of 2^`order` pages and more. Nothing in an order
-    /// by age: nobody knows since when it is free.
+    /// by age.
     pub fn free_pages(&mut self, order: u32, work: Work) -> Result<(), Ended> {
+        if self.order.newest < u64::MAX {
+            return Ok(());
+        }
+        self.free_pages_of(order, work, None)
+    }
+
+    /// Takes blocks that have been free for some time.
+    pub fn old_free_blocks(&mut self) -> Result<(), Ended> {
+        let old = self.reclaimer.round().free.ages.old();
+        self.free_pages_of(BLOCKS, Work::Blocks, Some(old))?;
+        self.reclaimer.round().free.ages.taken();
+        Ok(())
+    }
+
+    fn free_pages_of(
+        &mut self,
+        order: u32,
+        work: Work,
+        only: Option<Arc<Bits>>,
+    ) -> Result<(), Ended> {
         let reclaimer = self.reclaimer;
         let source = reclaimer.free.as_ref();
-        let source = source.filter(|_| self.order.newest == u64::MAX && self.left() > 0);
+        let source = source.filter(|_| self.left() > 0);
         let Some((source, lists)) = source.and_then(|source| Some((source, source.current()?)))
         else {
             return Ok(());
         };
         let walk = Walk::new(source.ram(), reclaimer.round().free.cursor);
-        let mut pass = FreePass::new(lists, &*reclaimer.pages, order, walk);
+        let mut pass = FreePass::new(lists, &*reclaimer.pages, order, walk).only(only);
         let result = self.free_pass(&mut pass, work);
         reclaimer.round().free.cursor = pass.position();
         result

@@ -4,6 +4,7 @@
 //! after it was read again at that moment; see [`crate::guest_kernel`] for why it has to be then. Nothing is tracked: the
 //! guest's next touch finds a page of zeroes.
 
+mod ages;
 mod cost;
 mod estimate;
 mod job;
@@ -19,6 +20,7 @@ use ebb_core::range::GpaRange;
 
 use super::backoff::Backoff;
 use super::job::MAX_MISSES;
+use ages::{Bits, FreeAges};
 use cost::Cost;
 
 pub(super) use estimate::held_bytes;
@@ -29,6 +31,9 @@ use walk::Walk;
 /// Orders of the blocks of 2 MiB and more, and of the smallest pieces that are worth a pause.
 pub(super) const BLOCKS: u32 = 9;
 pub(super) const PIECES: u32 = 4;
+
+/// Bytes of RAM that are looked at in one step.
+const STEP: u64 = 128 << 20;
 
 ebb_core::metrics! {
     /// What was done with memory that is free by the guest kernel's free lists, since the machine started.
@@ -63,7 +68,7 @@ pub(super) struct Piece {
 }
 
 /// What one pass leaves to the next.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Memory {
     /// Where the next pass begins.
     pub cursor: u64,
@@ -72,15 +77,18 @@ pub(super) struct Memory {
     pub holds: Backoff,
     /// What there was to take when it was last estimated, less what was taken since: when, of which order, and the bytes.
     pub estimate: Option<(Instant, u32, u64)>,
+    /// Which blocks have been free for some time. Only for orders by age.
+    pub ages: FreeAges,
 }
 
 impl Memory {
-    pub const fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             cursor: 0,
             cost: Cost::new(),
             holds: Backoff::tolerant(MAX_MISSES - 1),
             estimate: None,
+            ages: FreeAges::default(),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! One pass over the free lists of the guest's kernel.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ebb_core::generation::{Gate, Hold};
@@ -8,7 +9,7 @@ use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use ebb_core::release::{Release, ReleasePages};
 
 use super::cost::Cost;
-use super::{BLOCKS, KernelLists, Look, Piece, Walk};
+use super::{BLOCKS, Bits, KernelLists, Look, Piece, STEP, Walk};
 use crate::reclaim::held::parts;
 use crate::reclaim::outcome::Pause;
 use crate::reclaim::turns::Turn;
@@ -21,8 +22,7 @@ const MAX_PIECE: u64 = 512 << 10;
 /// So many candidates are enough to close the gate. One step finds as many at most, so there are never twice as many.
 const ENOUGH: usize = 256;
 
-/// Bytes of RAM that are looked at in one step, by whole blocks and by smaller pieces.
-const STEP: u64 = 128 << 20;
+/// Bytes of RAM that are looked at in one step for pieces smaller than a block.
 const SMALL_STEP: u64 = 16 << 20;
 
 /// One pass: candidates are collected and taken in turns, until all RAM was looked at once.
@@ -30,6 +30,8 @@ pub(in crate::reclaim) struct FreePass<'a> {
     lists: Box<dyn KernelLists>,
     pages: &'a dyn ReleasePages,
     order: u32,
+    /// No other blocks are taken.
+    only: Option<Arc<Bits>>,
     walk: Walk,
     candidates: VecDeque<Piece>,
 }
@@ -56,8 +58,17 @@ impl<'a> FreePass<'a> {
             lists,
             pages,
             order,
+            only: None,
             walk,
             candidates: VecDeque::new(),
+        }
+    }
+
+    /// Takes no other blocks than `blocks`.
+    pub fn only(self, blocks: Option<Arc<Bits>>) -> Self {
+        Self {
+            only: blocks,
+            ..self
         }
     }
 
@@ -106,6 +117,9 @@ impl<'a> FreePass<'a> {
             return;
         }
         for block in parts(range, BLOCK_SIZE) {
+            if self.only.as_ref().is_some_and(|only| !only.has(block)) {
+                continue;
+            }
             let whole = block.len() == BLOCK_SIZE;
             let huge = whole && self.pages.in_huge_pages(block);
             let size = if huge { BLOCK_SIZE } else { MAX_PIECE };

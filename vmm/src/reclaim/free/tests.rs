@@ -520,3 +520,37 @@ fn what_is_free_is_taken_after_lazy_blocks_and_never_by_age() {
     };
     assert_eq!(scene.reclaimer.discard(aged).bytes, 0);
 }
+
+#[test]
+fn by_age_only_blocks_that_were_free_at_two_looks_are_taken() {
+    let scene = scene(4);
+    let age = Duration::from_secs(60);
+    let old_free = |seconds| scene.reclaimer.old_free(Duration::from_secs(seconds), age);
+    let free = |blocks: &[u64]| {
+        scene.world.state().free = blocks.iter().copied().map(block).collect();
+    };
+    assert_eq!(old_free(0), 0);
+    free(&[1, 2, 3]);
+    scene.world.state().absent = vec![block(3)];
+    assert_eq!(old_free(59), 0, "no look is due");
+    assert_eq!(
+        old_free(60),
+        2 * BLOCK_SIZE,
+        "0 is in use, and the host has no 3"
+    );
+    free(&[0, 1, 3]);
+    let take = || {
+        let aged = order(u64::MAX, Reach::Fragments);
+        scene
+            .reclaimer
+            .discard_old_free(aged, Until::default())
+            .bytes
+    };
+    assert_eq!(take(), BLOCK_SIZE, "2 is in use again");
+    assert_eq!(scene.world.state().released(), [block(1)]);
+    assert_eq!((old_free(61), take()), (0, 0));
+    assert_eq!(old_free(120), 0, "0 was not free the last time");
+    assert_eq!(old_free(180), BLOCK_SIZE);
+    scene.world.state().kernel = 0;
+    assert_eq!((old_free(181), take()), (0, 0));
+}

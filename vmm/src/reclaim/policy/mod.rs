@@ -56,6 +56,8 @@ pub struct Sample {
     pub unmapped: u64,
     /// Memory that the host holds and that is free by the guest's free lists; an estimate.
     pub free: u64,
+    /// The part of it that has been free for the age of [`Mode::Age`]. Perhaps it was used in between.
+    pub old_free: u64,
     /// Memory that this policy's decisions have given back until now.
     pub given: u64,
     /// The machine's generation.
@@ -203,7 +205,9 @@ pub struct Decision {
     pub bytes: u64,
     /// Maximum number of bytes to invalidate after that, ahead of need.
     pub invalidate: u64,
-    /// How small the pieces may be, for both.
+    /// Maximum number of bytes to take of what has been free by the guest's free lists for some time.
+    pub old_free: u64,
+    /// How small the pieces may be, for the first two.
     pub reach: Reach,
     /// Ranges of later generations are not taken.
     pub newest: u64,
@@ -217,6 +221,7 @@ impl Decision {
     const NOTHING: Self = Self {
         bytes: 0,
         invalidate: 0,
+        old_free: 0,
         reach: Reach::Blocks,
         newest: u64::MAX,
         pressed: false,
@@ -244,6 +249,7 @@ pub fn decide(mode: Mode, sample: Sample, state: PolicyState) -> (Decision, Poli
             let aged = Decision {
                 bytes: sample.unmapped,
                 invalidate: sample.lazy,
+                old_free: sample.old_free,
                 reach: Reach::Fragments,
                 newest: sample.aged,
                 pause: pressed.pause,

@@ -355,3 +355,20 @@ fn pressure_that_lasts_is_hard() {
     }
     assert_eq!(hard, [false, false, true, true]);
 }
+
+#[test]
+fn what_has_been_free_for_long_goes_by_age_unless_memory_is_short() {
+    let mode = Mode::Age(Duration::from_secs(1));
+    let decide = |available| {
+        let sample = Sample {
+            free: GIB,
+            old_free: MIB,
+            ..sample(available, 0)
+        };
+        decide(mode, sample, PolicyState::default()).0
+    };
+    let calm = decide(8 * GIB);
+    assert_eq!((calm.bytes, calm.old_free), (0, MIB));
+    let short = decide(0);
+    assert!(short.bytes > 0 && short.old_free == 0);
+}
