@@ -6,6 +6,7 @@ mod discovery;
 mod install;
 mod instruction_count;
 mod meminfo;
+mod note;
 mod pattern;
 mod run;
 mod setup;
@@ -26,6 +27,8 @@ ebb-guest: programs and memory in an Ebb guest
   ebb-guest uninstall as root: remove what install has written; --root DIR
   ebb-guest run -- PROGRAM [ARGUMENT...]
                       run a program with its heap in an arena (libebb_malloc.so, or --library FILE before the --)
+  ebb-guest note      as root: tell the monitor where the kernel's vmcoreinfo note is, so that it can read the free lists;
+                      not needed where the kernel's module qemu_fw_cfg is loaded
   ebb-guest recover   free the granules of dead programs in all arenas
   ebb-guest bench DEVICE
                       measure freeing and reusing a granule, compared with madvise on normal memory
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         ["setup", ref words @ ..] => setup::main(words),
         ["install", ref words @ ..] => install::main(words, install::install),
         ["uninstall", ref words @ ..] => install::main(words, install::uninstall),
+        ["note"] => note::main(),
         ["run", ref words @ ..] => run::main(words),
         ["recover"] => run::recover(),
         ["bench", ref words @ ..] => bench::main(words),

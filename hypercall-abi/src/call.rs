@@ -40,11 +40,13 @@ pub enum Operation {
     Reset = 7,
     /// Describes an arena, in an arena block; [`Error::NoSuchCall`] without [`crate::Features::ARENA`].
     ArenaInfo = 8,
+    /// The kernel's vmcoreinfo note is in the range; [`Error::NoSuchCall`] without [`crate::Features::KERNEL_NOTE`].
+    KernelNote = 9,
 }
 
 impl Operation {
     /// All of them, in the order of their numbers, which start at 1.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Features,
         Self::LazyFree,
         Self::Reuse,
@@ -53,6 +55,7 @@ impl Operation {
         Self::Query,
         Self::Reset,
         Self::ArenaInfo,
+        Self::KernelNote,
     ];
 
     /// The flags that it takes.
@@ -177,6 +180,7 @@ mod tests {
             (Attributes::new(Operation::Query), 0xebb0_0600),
             (Attributes::new(Operation::Reset), 0xebb0_0700),
             (Attributes::new(Operation::ArenaInfo), 0xebb0_0800),
+            (Attributes::new(Operation::KernelNote), 0xebb0_0900),
         ] {
             assert_eq!(attributes.encode(), word);
             assert_eq!(Attributes::decode(word), Ok(attributes));
@@ -192,7 +196,7 @@ mod tests {
             (0xebb0_0200 | 1 << 32, Error::NoSuchCall),
             (0xeba0_0200, Error::NoSuchCall),
             (0xebb0_0000, Error::NoSuchCall),
-            (0xebb0_0900, Error::NoSuchCall),
+            (0xebb0_0a00, Error::NoSuchCall),
             (0xebb0_ff00, Error::NoSuchCall),
             (0xebb0_0201, Error::Invalid),
             (0xebb0_0280, Error::Invalid),

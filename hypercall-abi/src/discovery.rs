@@ -20,7 +20,7 @@ pub const CPUID_VERSION_OFFSET: u32 = 1;
 
 /// Version of the interface: major in the upper 16 bits, minor in the lower. A guest refuses a major
 /// version that it does not know; minor versions only add.
-pub const VERSION: u32 = 1 << 16 | 1;
+pub const VERSION: u32 = 1 << 16 | 2;
 
 /// The I/O port of the second transport, as the monitor sets it. Guests read it from CPUID.
 pub const PORT: u16 = 0x0eb0;
@@ -57,6 +57,8 @@ impl Features {
     pub const QUERY: Self = Self(1 << 6);
     /// `ARENA_INFO`: the machine has one arena or more.
     pub const ARENA: Self = Self(1 << 7);
+    /// `KERNEL_NOTE`: the monitor reads the free lists of Linux kernels.
+    pub const KERNEL_NOTE: Self = Self(1 << 8);
 
     /// These bits.
     #[must_use]

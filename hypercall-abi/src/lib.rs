@@ -77,6 +77,7 @@ mod tests {
             (Features::PREFAULT, "PREFAULT"),
             (Features::QUERY, "QUERY"),
             (Features::ARENA, "ARENA"),
+            (Features::KERNEL_NOTE, "KERNEL_NOTE"),
         ] {
             says(&format!(
                 "| {} | `{name}` |",

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use ebb_core::generation::{Gate, VmGeneration};
 use ebb_core::lazy::LazyMemory;
 use ebb_core::range::{GpaRange, PAGE_SIZE};
+use ebb_hypercall_abi::Features;
 use ebb_payload::busy::{self, word};
 use ebb_vmm::arch::registers::Entry;
 use ebb_vmm::bus::Bus;
@@ -157,7 +158,7 @@ impl Rig {
             kicks,
             run_pages: Arc::new(RunPages::new(0, 4096)),
             hypercalls: Arc::new(Hypercalls::new(
-                offer(None, false),
+                offer(None, Features::default()),
                 memory,
                 Arc::new(NoCalls),
             )),

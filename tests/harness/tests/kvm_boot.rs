@@ -33,7 +33,7 @@ fn a_bzimage_finds_its_machine_and_powers_off() -> Result<()> {
     assert_eq!(guest.must("uname -r")?, release);
     assert_eq!(guest.must("nproc")?, "1");
     let status = guest.must("ebb-guest status")?;
-    assert!(status.starts_with("ebb: yes\\ninterface: 1.1"), "{status}");
+    assert!(status.starts_with("ebb: yes\\ninterface: 1.2"), "{status}");
     let clock = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
     let clock = guest.must(clock)?;
     assert!(["kvm-clock", "tsc"].contains(&clock.as_str()), "{clock}");

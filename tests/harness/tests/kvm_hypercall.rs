@@ -309,7 +309,7 @@ fn hostile_ranges_are_refused_by_every_transport() {
                 expected.push((INVALID, format!("{by:?} {operation:?} {gpa:#x} {pages:#x}")));
             }
         }
-        for attributes in [0, 0x10, 0xebb0_0000, 0xebb0_0900, 1 << 63 | 0xebb0_0200] {
+        for attributes in [0, 0x10, 0xebb0_0000, 0xebb0_0a00, 1 << 63 | 0xebb0_0200] {
             program.raw_call(by, RANGE, 1, attributes);
             expected.push((NO_SUCH_CALL, format!("{by:?} attributes {attributes:#x}")));
         }

@@ -254,6 +254,10 @@ impl LazyOps for GuestMemory {
         self.arena_of(range).is_some()
     }
 
+    fn kernel_note(&self, note: GpaRange) -> Result<(), BadNote> {
+        self.note(note, NoteSource::Hypercall)
+    }
+
     fn arenas(&self) -> u64 {
         self.arenas.len() as u64
     }

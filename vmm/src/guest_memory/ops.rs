@@ -56,6 +56,14 @@ pub trait LazyOps: Send + Sync {
         None
     }
 
+    /// The kernel's vmcoreinfo note begins `_note`.
+    ///
+    /// # Errors
+    /// [`BadNote`]: it is not used.
+    fn kernel_note(&self, _note: GpaRange) -> Result<(), BadNote> {
+        Err(BadNote("free lists are not read".into()))
+    }
+
     /// The guest promises not to touch `ranges` before it reuses them.
     fn lazy_free(&self, ranges: &[GpaRange]);
 

@@ -44,6 +44,8 @@ pub enum Request {
     Reset,
     /// Describe an arena in the block.
     ArenaInfo(GpaRange),
+    /// The kernel's note is in the range.
+    KernelNote(GpaRange),
 }
 
 impl Request {
@@ -59,6 +61,7 @@ impl Request {
             Self::Query(_) => Operation::Query,
             Self::Reset => Operation::Reset,
             Self::ArenaInfo(_) => Operation::ArenaInfo,
+            Self::KernelNote(_) => Operation::KernelNote,
         }
     }
 }
@@ -93,6 +96,7 @@ pub fn decode(arguments: Arguments) -> Result<Request, Error> {
         },
         Operation::Query if range.len() == PAGE_SIZE => Request::Query(range),
         Operation::ArenaInfo if range.len() == PAGE_SIZE => Request::ArenaInfo(range),
+        Operation::KernelNote => Request::KernelNote(range),
         Operation::Features if nowhere => Request::Features,
         Operation::Reset if nowhere => Request::Reset,
         _ => return Err(Error::Invalid),

@@ -19,9 +19,9 @@ use crate::faults::GuestFaults;
 use crate::guest_memory::LazyOps;
 
 /// The interface that a machine offers its guest. `instruction` is the feature bit of the hypercall instruction that KVM
-/// passes to the monitor, if there is one. `arenas` is true if the machine has arenas.
+/// passes to the monitor, if there is one. `more` is what this machine has beyond what all have.
 #[must_use]
-pub fn offer(instruction: Option<Features>, arenas: bool) -> Interface {
+pub fn offer(instruction: Option<Features>, more: Features) -> Interface {
     let always = [
         Features::PORT,
         Features::LAZY,
@@ -32,8 +32,7 @@ pub fn offer(instruction: Option<Features>, arenas: bool) -> Interface {
     let features = always
         .into_iter()
         .chain(instruction)
-        .chain(arenas.then_some(Features::ARENA))
-        .fold(Features::default(), Features::union);
+        .fold(more, Features::union);
     Interface {
         version: VERSION,
         features,
@@ -105,6 +104,7 @@ impl Hypercalls {
                 Ok(Success::LastRange)
             }
             Request::ArenaInfo(block) => self.arena_info(block),
+            Request::KernelNote(range) => self.kernel_note(range),
         }
     }
 
@@ -201,6 +201,19 @@ impl Hypercalls {
         };
         write_arena(&self.memory, block, info)?;
         known.map(|_| Success::Done).ok_or(Error::Invalid)
+    }
+
+    fn kernel_note(&self, range: GpaRange) -> Result<Success, Error> {
+        if !self.interface.features.contains(Features::KERNEL_NOTE) {
+            return Err(Error::NoSuchCall);
+        }
+        let told = self.ops.kernel_note(self.ram(range)?);
+        told.map(|()| Success::Done).map_err(|why| {
+            self.faults.report(format_args!(
+                "the guest's vmcoreinfo note is not used: {why}"
+            ));
+            Error::Invalid
+        })
     }
 
     fn query(&self, block: GpaRange) -> Result<Success, Error> {

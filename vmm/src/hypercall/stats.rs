@@ -22,6 +22,8 @@ ebb_core::metrics! {
         features_total: Counter,
         /// Calls of `ARENA_INFO`.
         arena_info_total: Counter,
+        /// Calls of `KERNEL_NOTE`.
+        kernel_note_total: Counter,
         /// Calls that failed, those of unknown operations included.
         failed_total: Counter,
         /// Memory populated because a reuse asked for it.
@@ -43,6 +45,7 @@ impl Counters {
             Operation::Reset => &self.reset_total,
             Operation::Features => &self.features_total,
             Operation::ArenaInfo => &self.arena_info_total,
+            Operation::KernelNote => &self.kernel_note_total,
         }
     }
 }

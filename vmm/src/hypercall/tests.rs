@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::guest_memory::{LazyOps, States, Survey};
+use crate::guest_memory::{BadNote, LazyOps, States, Survey};
 
 const PAGE: u64 = PAGE_SIZE;
 /// Two regions of RAM, in pages, with a hole between them.
@@ -25,6 +25,16 @@ struct Model {
     prefaulted: Mutex<Vec<GpaRange>>,
     arenas: bool,
     reused_granules: Mutex<Vec<GpaRange>>,
+    /// Where the kernel's note may be; `None`: no note is taken.
+    note: Option<GpaRange>,
+}
+
+/// What the model has.
+fn more(model: &Model) -> Features {
+    let arenas = model.arenas.then_some(Features::ARENA);
+    let note = model.note.map(|_| Features::KERNEL_NOTE);
+    let more = arenas.into_iter().chain(note);
+    more.fold(Features::default(), Features::union)
 }
 
 /// The model, shared with the test.
@@ -42,6 +52,11 @@ impl LazyOps for SharedModel {
         let (start, end) = (range.start() / PAGE, range.end() / PAGE);
         let inside = |(from, to): &(u64, u64)| from + 8 <= start && end <= *to;
         self.0.arenas && ARENAS.iter().any(inside)
+    }
+
+    fn kernel_note(&self, note: GpaRange) -> Result<(), BadNote> {
+        let good = self.0.note == Some(note);
+        good.then_some(()).ok_or_else(|| BadNote("no note".into()))
     }
 
     fn arenas(&self) -> u64 {
@@ -132,7 +147,7 @@ impl Fixture {
         let model = Arc::new(model);
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
         let ops = Arc::new(SharedModel(Arc::clone(&model)));
-        let interface = offer(Some(Features::VMMCALL), model.arenas);
+        let interface = offer(Some(Features::VMMCALL), more(&model));
         Self {
             calls: Hypercalls::new(interface, Arc::clone(&memory), ops),
             model,
@@ -210,14 +225,43 @@ fn free_and_reuse_and_the_last_range() {
 #[test]
 fn features_are_those_of_cpuid() {
     let fixture = fixture();
-    let bits = offer(Some(Features::VMMCALL), false).features.bits();
+    let bits = offer(Some(Features::VMMCALL), Features::default())
+        .features
+        .bits();
     let features = fixture.call(Operation::Features, 0, 1);
     assert_eq!(features, Ok(Success::Value(bits)));
-    assert!(!offer(None, false).features.contains(Features::VMMCALL));
-    assert!(!offer(None, false).features.contains(Features::VMCALL));
-    assert!(!offer(None, false).features.contains(Features::ARENA));
+    assert!(
+        !offer(None, Features::default())
+            .features
+            .contains(Features::VMMCALL)
+    );
+    assert!(
+        !offer(None, Features::default())
+            .features
+            .contains(Features::VMCALL)
+    );
+    assert!(
+        !offer(None, Features::default())
+            .features
+            .contains(Features::ARENA)
+    );
     let arena = fixture.call(Operation::ArenaInfo, 0, 1);
     assert_eq!(arena, Err(Error::NoSuchCall));
+}
+
+#[test]
+fn a_note_is_taken_or_refused() {
+    let without = fixture();
+    let told = |fixture: &Fixture, gpa, pages| fixture.call(Operation::KernelNote, gpa, pages);
+    assert_eq!(told(&without, 8 * PAGE, 2), Err(Error::NoSuchCall));
+    let fixture = Fixture::new(Model {
+        note: GpaRange::new(8 * PAGE, 10 * PAGE),
+        ..Model::default()
+    });
+    assert_eq!(told(&fixture, 8 * PAGE, 2), Ok(Success::Done));
+    assert_eq!(told(&fixture, 7 * PAGE, 2), Err(Error::Invalid), "no note");
+    assert_eq!(told(&fixture, 63 * PAGE, 2), Err(Error::Invalid), "no RAM");
+    assert_eq!(fixture.calls.stats().kernel_note_total, 3);
 }
 
 #[test]

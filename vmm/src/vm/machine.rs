@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use ebb_core::range::GpaRange;
+use ebb_hypercall_abi::Features;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
@@ -110,7 +111,7 @@ impl Vm {
 
         let entry = load_guest(&config, &setup, &ram, &devices)?;
         let instruction = host.take_hypercalls(&machine)?;
-        let interface = hypercall::offer(instruction, !setup.arenas.is_empty());
+        let interface = hypercall::offer(instruction, more_features(&memory));
         let vcpu = VcpuSetup {
             index: 0,
             vcpus: config.vcpus,
@@ -238,6 +239,17 @@ fn auto_balloon(control: &Control) -> Option<AutoBalloon> {
     let bounds = BalloonBounds { memory, reserve };
     let arenas = !config.arenas.is_empty();
     Some(AutoBalloon::new(Box::new(device), bounds, arenas))
+}
+
+/// What the hypercalls of this machine can do beyond what those of all machines can.
+fn more_features(memory: &GuestMemory) -> Features {
+    let arenas = (!memory.arenas().is_empty()).then_some(Features::ARENA);
+    let note = memory
+        .kernel()
+        .is_enabled()
+        .then_some(Features::KERNEL_NOTE);
+    let more = arenas.into_iter().chain(note);
+    more.fold(Features::default(), Features::union)
 }
 
 /// From here on the guest's memory is freed fast, also if the monitor is killed.

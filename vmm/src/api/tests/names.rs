@@ -27,7 +27,7 @@ const LAZY_MEMORY: &str = "
     gate.closings_total gate.kicks_total gate.longest_pause_us gate.longest_return_us
     gate.missed_total gate.pauses gate.pause_us_total gate.returns gate.waits_total
     hypercalls.arena_info_total hypercalls.failed_total hypercalls.features_total
-    hypercalls.lazy_free_batch_total hypercalls.lazy_free_total
+    hypercalls.kernel_note_total hypercalls.lazy_free_batch_total hypercalls.lazy_free_total
     hypercalls.prefaulted_bytes_total hypercalls.prefault_failures_total
     hypercalls.query_total hypercalls.reset_total hypercalls.reuse_batch_total
     hypercalls.reuse_total
