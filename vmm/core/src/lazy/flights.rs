@@ -112,3 +112,26 @@ impl Flights {
         first.map_or(0, |flight| flight.wanted.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(start: u64, end: u64) -> GpaRange {
+        GpaRange::new(start * PAGE_SIZE, end * PAGE_SIZE).unwrap()
+    }
+
+    #[test]
+    fn more_wishes_than_are_kept_are_a_wish_for_all() {
+        let (mut flights, mut ids) = (Flights::default(), Vec::new());
+        let chunk = pages(0, 512);
+        flights.add(chunk, PageState::Lazy);
+        for page in 0..MAX_WANTED as u64 {
+            flights.want(pages(page, page + 1), &mut ids);
+        }
+        assert_eq!(flights.wanted_of_first(), MAX_WANTED);
+        flights.want(pages(100, 101), &mut ids);
+        assert_eq!(ids.len(), 1);
+        assert_eq!(flights.remove(chunk), [chunk]);
+    }
+}

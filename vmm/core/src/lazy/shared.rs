@@ -505,7 +505,7 @@ mod tests {
         let half_way = LazyStats {
             generation,
             ranges: 4,
-            tracker_bytes: memory.snapshot().tracker_bytes,
+            tracker_bytes: memory.lock().tracker.bytes(),
             lazy_bytes: 11 * PAGE_SIZE,
             unmapped_bytes: 4 * PAGE_SIZE,
             reclaiming_bytes: 2 * PAGE_SIZE,
@@ -639,6 +639,23 @@ mod tests {
         let mut inside = Sweep::new(Pieces::Any, ALL).within(pages(5, 25));
         let parts = std::iter::from_fn(|| Some(memory.take_chunk(&mut inside, ALL)?.range()));
         assert_eq!(parts.collect::<Vec<_>>(), [pages(5, 10), pages(20, 25)]);
+    }
+
+    #[test]
+    fn a_sweep_finds_its_own_state_alone() {
+        let memory = memory();
+        memory.free(&[pages(0, 6)]);
+        let generation = memory.begin_generation();
+        let mut lazy = Sweep::new(Pieces::Any, ALL);
+        let mut take = || memory.take_chunk(&mut lazy, 2 * PAGE_SIZE).unwrap();
+        take().unmapped(generation);
+        take().discarded();
+        let found = |mut sweep| memory.next_range(&mut sweep, ALL);
+        let unmapped = |newest| found(Sweep::unmapped(Pieces::Any, newest));
+        assert_eq!(unmapped(generation), Some(pages(0, 2)));
+        assert_eq!(unmapped(generation - 1), None);
+        assert_eq!(found(Sweep::discarded()), Some(pages(2, 4)));
+        assert_eq!(found(Sweep::new(Pieces::Any, ALL)), Some(pages(4, 6)));
     }
 
     #[test]

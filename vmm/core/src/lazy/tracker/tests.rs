@@ -410,6 +410,26 @@ fn the_rest_of_a_discarded_block_is_lazy_again() {
 }
 
 #[test]
+fn what_stays_discarded_is_not_brought_back() {
+    let mut rig = Rig::new(true);
+    rig.free(pages(0, BLOCK_PAGES), 1);
+    let mut lazy = sweep(Lazy, Pieces::Any, u64::MAX);
+    let mut discard = |rig: &mut Rig, limit| {
+        let chunk = rig.take(&mut lazy, limit).unwrap();
+        rig.finish(chunk, Fate::Discarded);
+    };
+    let nothing: &mut dyn FnMut() -> u64 = &mut || unreachable!("nothing is brought back");
+    // The host still has this page, so the guest's touch brings no other one.
+    discard(&mut rig, 2 * PAGE_SIZE);
+    rig.tracker.reuse(pages(2, 3), nothing);
+    assert_eq!(rig.totals().discarded, 2 * PAGE_SIZE);
+    // No page of the block is left.
+    discard(&mut rig, u64::MAX);
+    rig.tracker.reuse(pages(0, BLOCK_PAGES), nothing);
+    assert_eq!(rig.totals().tracked(), 0);
+}
+
+#[test]
 fn a_failed_chunk_is_not_met_again_by_its_sweep() {
     let mut rig = Rig::default();
     rig.free(pages(0, 8), 1);
