@@ -114,10 +114,11 @@ impl LazyOps for SharedModel {
         let lazy = self.0.lazy.lock().unwrap();
         let count = |range| pages(range).filter(|page| lazy.contains(page)).count() as u64;
         Survey {
-            range: States {
-                lazy: range.map_or(0, count) * PAGE,
-                ..States::default()
-            },
+            range: range.map_or_else(States::default, |range| States {
+                lazy: count(range) * PAGE,
+                unmapped: 6 * PAGE,
+                discarded: 7 * PAGE,
+            }),
             examined: range.map_or(0, GpaRange::len),
             machine: States {
                 lazy: lazy.len() as u64 * PAGE,
@@ -500,7 +501,7 @@ fn a_query_is_answered_in_its_block() {
     };
     let (result, answer) = ask(10 * PAGE, 5);
     assert_eq!(result, Ok(Success::Done));
-    assert_eq!(answer, [10 * PAGE, 5, 5, 2, 0, 0, 4, 2, 3, 4, 5, 0, 99]);
+    assert_eq!(answer, [10 * PAGE, 5, 5, 2, 6, 7, 4, 2, 3, 4, 5, 0, 99]);
     let (result, answer) = ask(1, 0);
     assert_eq!(result, Ok(Success::Done), "the machine alone");
     assert_eq!(answer[..7], [1, 0, 0, 0, 0, 0, 4]);
@@ -512,6 +513,30 @@ fn a_query_is_answered_in_its_block() {
         fixture.call(Operation::Query, BLOCK, 2),
         Err(Error::Invalid)
     );
+}
+
+#[test]
+fn a_block_is_as_long_as_its_call_allows() {
+    let fixture = Fixture::new(Model {
+        arenas: true,
+        ..Model::default()
+    });
+    fixture.write_batch(1, &[(8 * PAGE, 1)]);
+    let call = |operation, pages| fixture.call(operation, BLOCK, pages);
+    for operation in [Operation::LazyFreeBatch, Operation::ReuseBatch] {
+        assert!(call(operation, 4).is_ok(), "{operation:?}");
+        assert_eq!(call(operation, 5), Err(Error::Invalid), "{operation:?}");
+    }
+    // The question about all of the machine, and the number of the first arena.
+    let zeros = words(&[0; 13]);
+    fixture
+        .memory
+        .write_slice(&zeros, GuestAddress(BLOCK))
+        .unwrap();
+    for operation in [Operation::Query, Operation::ArenaInfo] {
+        assert_eq!(call(operation, 2), Err(Error::Invalid), "{operation:?}");
+        assert_eq!(call(operation, 1), Ok(Success::Done), "{operation:?}");
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use ebb_core::range::PAGE_SIZE;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
+use crate::kvm::prepare_kicks;
 use crate::memory::Backing;
 
 const PAGES: u64 = 4096;
@@ -79,4 +80,37 @@ fn threads_that_touch_one_page_at_once_all_go_on_and_are_one_report() {
         }
     });
     assert_eq!(strict.snapshot().device_violations_total, 500);
+}
+
+/// The thread of the test acts as the vCPU's.
+#[test]
+fn what_a_vcpu_touches_is_told_at_its_exit() {
+    let (strict, _thread, memory) = start();
+    prepare_kicks().unwrap();
+    let _registered = strict.kicks.register(0);
+    strict.free(&[pages(0, 100)]);
+    let inside = strict.in_guest(0);
+    assert!(!strict.is_caught(0));
+    write(&memory, 0);
+    assert!(strict.is_caught(0));
+    strict.tell(0, 0x1000);
+    assert_eq!((strict.is_caught(0), strict.faults.count()), (false, 1));
+    // In one exit, one more than are kept.
+    let many = MAX_CAUGHT as u64 + 1;
+    (1..=many).for_each(|page| write(&memory, page));
+    strict.tell(0, 0x1000);
+    assert_eq!(strict.faults.count(), many);
+    // Outside it works for a device.
+    drop(inside);
+    write(&memory, 50);
+    assert!(!strict.is_caught(0));
+    let stats = strict.snapshot();
+    let violations = (stats.vcpu_violations_total, stats.device_violations_total);
+    assert_eq!(violations, (many + 1, 1));
+}
+
+#[test]
+fn reads_are_told_from_writes() {
+    let verbs = [true, false].map(|write| Access { page: 0, write }.verb());
+    assert_eq!(verbs, ["writes to", "reads"]);
 }
