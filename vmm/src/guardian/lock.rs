@@ -265,13 +265,27 @@ mod tests {
             let heard = std::iter::repeat_with(|| lock.take_request()).find_map(|heard| heard);
             assert_eq!((heard, asked.join().unwrap()), (Some(3), true));
         });
+        let no_worker = format!("{:>20}\n", 0);
+        let at = PROGRESS_LEN as u64;
+        lock.file.write_all_at(no_worker.as_bytes(), at).unwrap();
+        assert_eq!(lock.take_request(), None);
         // A request that nobody has answered is not for the next machine.
         let request = format!("{:>20}\n", 5);
         let stale = request.as_bytes();
-        lock.file.write_all_at(stale, PROGRESS_LEN as u64).unwrap();
+        lock.file.write_all_at(stale, at).unwrap();
         let next = MemoryLock::acquire(&socket).unwrap();
         assert_eq!(next.take_request(), None);
         drop((lock, next));
         assert!(!ask(), "the file is left, but nobody holds it");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_is_not_taken_for_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api");
+        let path = path_of(&socket);
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        assert!(request_workers(&socket, 3).is_err());
+        assert!(wait(&socket, |_, _| panic!("there is no lock")).is_err());
     }
 }

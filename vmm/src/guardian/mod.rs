@@ -123,3 +123,27 @@ fn start(
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_helpers_the_lock_goes_when_the_monitor_has_finished() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api");
+        let guardian = Guardian::start(false, "test", Some(&socket), &None).unwrap();
+        assert!(guardian.reaper().is_none());
+        let lock = folder.path().join("api.memory");
+        assert!(lock.exists() && !guardian.status().is_finished());
+        guardian.finish();
+        assert!(guardian.status().is_finished() && !lock.exists());
+    }
+
+    #[test]
+    fn a_relative_path_is_of_the_present_folder() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(absolute(Path::new("api")), here.join("api"));
+        assert_eq!(absolute(Path::new("/run/api")), Path::new("/run/api"));
+    }
+}

@@ -260,10 +260,21 @@ mod tests {
         let pidfd = pidfd_open(killed, PidfdFlags::empty()).unwrap();
         assert!(wait_for_exit(pidfd.as_fd(), Some(LIMIT)));
         assert_eq!(signal_of(killed), Some(9));
+        assert_eq!(cause_of_end(killed), "killed by signal 9");
         rustix::process::waitpid(Some(killed), WaitOptions::empty()).unwrap();
         assert_eq!(signal_of(killed), None);
+        assert_eq!(cause_of_end(killed), "killed");
         let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
         assert!(!wait_for_exit(own.as_fd(), Some(PERIOD)));
+    }
+
+    #[test]
+    fn a_process_that_ended_by_itself_has_no_signal() {
+        let ended = fork_for_test(|| 0);
+        let pidfd = pidfd_open(ended, PidfdFlags::empty()).unwrap();
+        assert!(wait_for_exit(pidfd.as_fd(), Some(LIMIT)));
+        assert_eq!(signal_of(ended), None);
+        rustix::process::waitpid(Some(ended), WaitOptions::empty()).unwrap();
     }
 
     #[test]

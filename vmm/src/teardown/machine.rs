@@ -238,6 +238,13 @@ mod tests {
     }
 
     #[test]
+    fn its_page_is_the_one_that_the_helpers_share() {
+        let status = status();
+        let teardown = teardown(status, None, &touched());
+        assert!(std::ptr::eq(teardown.status(), status));
+    }
+
+    #[test]
     fn without_a_reaper_the_monitor_frees_the_memory() {
         let (ram, closed) = (touched(), Cell::new(false));
         teardown(status(), None, &ram).free(Closed(&closed));

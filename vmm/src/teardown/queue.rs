@@ -165,6 +165,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_on_a_node_that_is_left_out_counts_as_on_the_first() {
+        for (node, order) in [(0, "bcdae"), (1, "aebcd")] {
+            let freed = RefCell::new(String::new());
+            let free = |batch: &char| freed.borrow_mut().push(*batch);
+            assert!(located(2).work(&BATCHES, node, || true, free));
+            assert_eq!(*freed.borrow(), order, "node {node}");
+        }
+    }
+
+    #[test]
     fn workers_of_two_nodes_meet_only_at_the_end() {
         let queue = located(3);
         let taken: Vec<_> = [1, 2, 1, 2, 1, 2].map(|node| queue.take(node)).into();

@@ -198,6 +198,13 @@ mod tests {
     }
 
     #[test]
+    fn a_moment_is_in_nanoseconds() {
+        let seconds = || clock_gettime(ClockId::Monotonic).tv_sec.unsigned_abs();
+        let (before, moment, after) = (seconds(), now(), seconds());
+        assert!((before..=after).contains(&(moment / 1_000_000_000)));
+    }
+
+    #[test]
     fn the_number_of_workers_is_bounded_whoever_sets_it() {
         let status = StatusPage::default();
         for (set, workers) in [(0, 1), (3, 3), (usize::MAX, MAX_WORKERS)] {

@@ -123,6 +123,17 @@ fn the_batches_of_a_plan_are_freed() {
 }
 
 #[test]
+fn a_batch_is_where_its_region_is_mapped() {
+    let range = |start: u64, end: u64| GpaRange::new(start << 20, end << 20).unwrap();
+    let layout = [range(0, 16), range(32, 80)];
+    let ram = GuestRam::allocate(Backing::default(), &layout).unwrap();
+    let batch = Batch::new(&ram, range(48, 64)).unwrap();
+    let address = ram.regions()[1].host + (16 << 20);
+    assert_eq!((batch.place(), batch.shared), ((address, 16 << 20), false));
+    assert_eq!(Batch::new(&ram, range(8, 48)), None);
+}
+
+#[test]
 fn run_pages_are_unmapped() {
     let status = after(|reaper, _| {
         let (registered, gone) = (touched(true), touched(true));
