@@ -233,21 +233,53 @@ mod tests {
         lazy
     }
 
-    /// Runs a pass to its end on so many cores. Returns the bytes that it has released.
-    fn run(cores: u64, memory: (&LazyMemory, &dyn ReleasePages), how: Release, bytes: u64) -> u64 {
+    /// Keeps the first block, or panics at it.
+    struct Keeping {
+        panics: bool,
+    }
+
+    impl ReleasePages for Keeping {
+        fn can_mark_free(&self) -> bool {
+            true
+        }
+
+        fn max_batch(&self) -> usize {
+            1
+        }
+
+        fn release(&self, ranges: &[GpaRange], _: Release) -> Released {
+            let first = ranges[0].start() == 0;
+            assert!(!(first && self.panics), "on purpose");
+            Released {
+                bytes: vec![if first { 0 } else { ranges[0].len() }],
+                calls: 1,
+                failures: first.into(),
+                ..Released::default()
+            }
+        }
+    }
+
+    /// Runs a pass to its end on so many cores. Returns what it did.
+    fn run(
+        cores: u64,
+        memory: (&LazyMemory, &dyn ReleasePages),
+        how: Release,
+        bytes: u64,
+    ) -> Outcome {
         let (turns, chunks) = (Turns::default(), Histogram::default());
         let ticket = turns.ticket(true, Until::default());
         let turn = turns.take(&ticket, Work::Blocks, None).unwrap();
         let sweep = Sweep::new(Pieces::Blocks, u64::MAX);
         let pass = BlockPass::new(memory, how, sweep, bytes, &chunks);
         assert!(pass.run_on(cores, &turn, &mut Pace::new()));
-        pass.outcome().bytes
+        pass.outcome()
     }
 
     #[test]
     fn much_memory_is_released_by_several_threads_at_once() {
         let (lazy, pages) = (lazy(2 * GIB), Meeting::new(2));
-        assert_eq!(run(2, (&lazy, &pages), Release::Discard, u64::MAX), 2 * GIB);
+        let outcome = run(2, (&lazy, &pages), Release::Discard, u64::MAX);
+        assert_eq!(outcome.bytes, 2 * GIB);
         assert_eq!(pages.threads(), 2);
         assert_eq!(lazy.snapshot().discarded_bytes, 2 * GIB);
     }
@@ -256,9 +288,20 @@ mod tests {
     fn a_little_is_released_by_the_caller_alone() {
         for (free, wanted) in [(GIB - 4096, u64::MAX), (8 * GIB, GIB - 4096)] {
             let (lazy, pages) = (lazy(free), Meeting::new(1));
-            let taken = run(64, (&lazy, &pages), Release::MarkFree, wanted);
-            assert_eq!(taken, GIB - BLOCK_SIZE);
+            let outcome = run(64, (&lazy, &pages), Release::MarkFree, wanted);
+            assert_eq!(outcome.bytes, GIB - BLOCK_SIZE);
             assert_eq!(pages.threads(), 1, "{free} {wanted}");
+        }
+    }
+
+    #[test]
+    fn another_block_goes_for_one_that_is_kept_and_a_panic_is_a_failure() {
+        for (panics, blocks) in [(false, 2), (true, 1)] {
+            let (lazy, pages) = (lazy(4 * BLOCK_SIZE), Keeping { panics });
+            let outcome = run(1, (&lazy, &pages), Release::Discard, 2 * BLOCK_SIZE);
+            let done = (outcome.bytes, outcome.failures);
+            assert_eq!(done, (blocks * BLOCK_SIZE, 1), "panics: {panics}");
+            assert_eq!(lazy.snapshot().discarded_bytes, outcome.bytes);
         }
     }
 

@@ -222,6 +222,7 @@ mod tests {
         let (outcome, lengths, state, resident) = take_large_granule(usize::MAX);
         assert_eq!((outcome.bytes, outcome.cut_short), (256 * MIB, false));
         assert_eq!(lengths.iter().sum::<u64>(), 256 * MIB);
+        assert_eq!(outcome.calls, lengths.len() as u64);
         assert!(lengths.iter().all(|len| *len <= 16 * MIB), "{lengths:?}");
         assert_eq!((state, resident), (Some(State::Discarded), 2 * 4096));
 
@@ -290,6 +291,19 @@ mod tests {
             };
             self.reclaimer.sampled(sample).lazy
         }
+    }
+
+    #[test]
+    fn a_granule_that_the_kernel_refuses_stays_lazy_and_is_a_failure() {
+        let machine = machine(Mode::Pressure);
+        machine.free(9);
+        let start = START + 9 * GRANULE;
+        let page = GpaRange::new(start, start + 4096).unwrap();
+        machine.ram.lock(page);
+        let outcome = machine.reclaimer.reclaim(u64::MAX);
+        machine.ram.unlock(page);
+        assert_eq!((outcome.bytes, machine.state(9)), (0, Some(State::Lazy)));
+        assert!(outcome.failures > 0);
     }
 
     #[test]

@@ -219,4 +219,60 @@ mod tests {
         pace.learn(BLOCK_SIZE, Duration::from_micros(160));
         assert_eq!(pace.size(), 6 * MIB);
     }
+
+    const fn us(micros: u64) -> Duration {
+        Duration::from_micros(micros)
+    }
+
+    #[test]
+    fn what_is_slow_counts_at_once_or_is_a_suspect() {
+        let mut pace = Pace::new();
+        pace.count(us(150));
+        assert_eq!((pace.cost, pace.suspect), (us(150), None));
+        pace.count(us(1000));
+        assert_eq!((pace.cost, pace.suspect), (us(150), Some(us(1000))));
+        pace.count(us(300));
+        assert_eq!(pace.cost, us(150), "far less than the suspect");
+        pace.count(us(32));
+        assert_eq!(pace.cost, us(150) - us(150) / FORGET);
+    }
+
+    #[test]
+    fn a_call_is_known_from_a_small_chunk_after_a_large_one() {
+        let mut pace = Pace::new();
+        pace.learn(4 * BLOCK_SIZE, us(200 + 400));
+        pace.learn(BLOCK_SIZE, us(200 + 100));
+        assert_eq!((pace.call, pace.block), (us(200), us(300)));
+    }
+
+    #[test]
+    fn the_time_of_a_block_grows_by_an_eighth_at_most() {
+        let mut pace = Pace::new();
+        pace.learn(BLOCK_SIZE, us(800));
+        pace.learn(BLOCK_SIZE, us(2000));
+        assert_eq!(pace.block, us(900));
+    }
+
+    /// Two blocks that take just as long as a chunk may are too much, and one block that does is not slow.
+    #[test]
+    fn what_takes_just_as_long_as_it_may_is_not_made_longer() {
+        let mut pace = Pace::new();
+        pace.learn(BLOCK_SIZE, CHUNK_TIME / 2);
+        assert_eq!(pace.size(), BLOCK_SIZE);
+        let mut pace = Pace::new();
+        (0..2).for_each(|_| pace.learn(BLOCK_SIZE, CHUNK_TIME));
+        assert_eq!((pace.size(), pace.cost), (BLOCK_SIZE, us(300)));
+        pace.learn(2 * BLOCK_SIZE, us(0));
+        assert_eq!(pace.cost, us(300) - us(300) / FORGET);
+    }
+
+    #[test]
+    fn the_slowest_of_slow_chunks_is_forgotten_slowly_too() {
+        let mut pace = Pace::new();
+        run(&mut pace, 3, 15_000, 500);
+        let before = pace.cost;
+        assert!(!before.is_zero());
+        pace.learn(8 * BLOCK_SIZE, us(15_000));
+        assert_eq!(pace.cost, before - before / FORGET);
+    }
 }

@@ -295,4 +295,33 @@ mod tests {
         assert_eq!(turns.waiting(), 0);
         assert!(turn.goes_on());
     }
+
+    #[test]
+    fn an_order_is_over_when_it_is_late_or_something_else_is_due() {
+        let over = |timeout| Until::after(timeout).is_over();
+        assert!(!over(None) && !over(Some(LONG)) && over(Some(Duration::ZERO)));
+        for due in [true, false] {
+            let until = Until {
+                other: Some(&|| due),
+                ..Until::after(Some(LONG))
+            };
+            assert_eq!(until.is_over(), due);
+        }
+    }
+
+    #[test]
+    fn a_turn_does_not_begin_before_its_time() {
+        let turns = Turns::default();
+        let asked = AtomicBool::new(false);
+        let again = || asked.swap(true, Ordering::Relaxed);
+        let until = Until {
+            other: Some(&again),
+            ..Until::default()
+        };
+        let (ticket, now) = (turns.ticket(false, until), Instant::now());
+        let early = turns.take(&ticket, Work::Blocks, Some(now + LONG));
+        assert_eq!(early.err(), Some(Ended), "when it was asked again");
+        asked.store(false, Ordering::Relaxed);
+        assert!(turns.take(&ticket, Work::Blocks, Some(now)).is_ok());
+    }
 }
