@@ -242,6 +242,15 @@ fn a_fragmented_balloon_is_the_hosts_to_the_last_page() {
 }
 
 #[test]
+fn the_device_says_what_it_is_and_can_do() {
+    let bits = [32, 29, 0, 1, 2, 4, 5];
+    let features = bits.iter().fold(0, |all, bit| all | 1 << bit);
+    let balloon = Rig::new(1).balloon;
+    let found = (balloon.device_type(), balloon.features());
+    assert_eq!(found, (5, features));
+}
+
+#[test]
 fn a_driver_that_does_not_tell_has_its_pages_discarded_first() {
     let rig = Rig::active(0);
     assert!(!rig.balloon.handle().status().lazy);

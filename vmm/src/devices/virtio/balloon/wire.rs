@@ -370,6 +370,36 @@ mod tests {
         assert_eq!(statistics, expected);
     }
 
+    #[test]
+    fn each_tag_has_a_field_of_its_own() {
+        let mut raw = vec![];
+        for tag in 0..16_u16 {
+            raw.extend(tag.to_le_bytes());
+            raw.extend(u64::from(100 + tag).to_le_bytes());
+        }
+        let mut statistics = Statistics::default();
+        statistics.update(&raw);
+        let expected = Statistics {
+            swap_in: Some(100),
+            swap_out: Some(101),
+            major_faults: Some(102),
+            minor_faults: Some(103),
+            free_memory: Some(104),
+            total_memory: Some(105),
+            available_memory: Some(106),
+            disk_caches: Some(107),
+            hugetlb_allocations: Some(108),
+            hugetlb_failures: Some(109),
+            oom_kill: Some(110),
+            alloc_stall: Some(111),
+            async_scan: Some(112),
+            direct_scan: Some(113),
+            async_reclaim: Some(114),
+            direct_reclaim: Some(115),
+        };
+        assert_eq!(statistics, expected);
+    }
+
     proptest! {
         #[test]
         fn merging_keeps_exactly_the_pages_that_are_ram(

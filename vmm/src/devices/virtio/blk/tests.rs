@@ -153,6 +153,18 @@ fn what_is_written_is_read_back() {
     );
 }
 
+/// `VRING_AVAIL_F_NO_INTERRUPT`.
+#[test]
+fn a_driver_that_wants_no_interrupt_gets_none() {
+    let mut rig = Rig::new(false);
+    let flags = GuestAddress(rig.queue.avail());
+    rig.memory.write_obj(1_u16, flags).unwrap();
+    assert_eq!(rig.request(FLUSH, 0, 0), (STATUS_OK, 1));
+    // Joins the thread, which ends its pass first.
+    rig.block.reset();
+    assert_eq!(rig.interrupt.used.load(Ordering::SeqCst), 0);
+}
+
 /// A pipe cannot be flushed: fdatasync(2) fails with EINVAL. So its error proves that the call was made.
 #[test]
 fn a_flush_reaches_the_host_and_its_failure_the_guest() {
@@ -336,6 +348,20 @@ fn reset_stops_the_thread_and_the_driver_can_come_back() {
         || rig.interrupt.reset.load(Ordering::SeqCst) == 1,
         "reset request",
     );
+}
+
+/// Numbers of the specification: a block device is 2; the bits are those of virtio 1.3, 5.2.3 and 6.
+#[test]
+fn the_device_says_what_it_is_and_can_do() {
+    let always = [32, 29, 28, 2, 6, 9]
+        .iter()
+        .fold(0, |all, bit| all | 1 << bit);
+    for (readonly, expected) in [(false, always), (true, always | 1 << 5)] {
+        let rig = Rig::new(readonly);
+        assert_eq!(rig.block.features(), expected);
+        assert_eq!(rig.block.device_type(), 2);
+        assert_eq!(rig.block.queue_sizes(), [QUEUE_SIZE]);
+    }
 }
 
 #[test]

@@ -31,7 +31,7 @@ struct Log {
     config: [u8; 8],
 }
 
-/// Offers features 0, 33 and VERSION_1, and two queues.
+/// Offers features 0, 33, EVENT_IDX and VERSION_1, and two queues.
 struct MockDevice(Arc<Mutex<Log>>);
 
 impl VirtioDevice for MockDevice {
@@ -39,7 +39,7 @@ impl VirtioDevice for MockDevice {
         42
     }
     fn features(&self) -> u64 {
-        1 | 1 << VIRTIO_F_VERSION_1 | 1 << 33
+        1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_F_VERSION_1 | 1 << 33
     }
     fn queue_sizes(&self) -> &[u16] {
         &[256, 16]
@@ -172,7 +172,8 @@ fn the_device_is_what_it_says() {
     let mut rig = Rig::new();
     let identity = [0, 4, 8, 12].map(|offset| rig.read(offset));
     assert_eq!(identity, [MAGIC, 2, 42, VENDOR]);
-    for (select, features) in [(0, 1), (1, 0b11), (2, 0), (u32::MAX, 0)] {
+    let low = 1 | 1 << VIRTIO_RING_F_EVENT_IDX;
+    for (select, features) in [(0, low), (1, 0b11), (2, 0), (u32::MAX, 0)] {
         rig.write(0x14, select);
         assert_eq!(rig.read(0x10), features);
     }
@@ -395,6 +396,49 @@ fn registers_are_four_bytes_wide_and_configuration_any() {
     assert_eq!(data, [0, 0]);
 }
 
+#[test]
+fn only_what_a_good_driver_does_not_do_is_a_fault() {
+    const FEATURES: u64 = 0x20;
+    const FEATURES_SEL: u64 = 0x24;
+    let mut rig = Rig::new();
+    // Linux removes its queues after it has reset the device, and clears features that do not exist.
+    rig.write(STATUS, ACKNOWLEDGE | DRIVER);
+    rig.write(FEATURES_SEL, 2);
+    for (offset, value, faults) in [
+        (QUEUE_READY, 0, 0),
+        (FEATURES, 0, 0),
+        (QUEUE_READY, 1, 1),
+        (QUEUE_NUM, 0, 2),
+        (FEATURES, 1, 3),
+    ] {
+        rig.write(offset, value);
+        let found = rig.transport.faults.count();
+        assert_eq!(found, faults, "{value} at {offset:#x}");
+    }
+}
+
+#[test]
+fn queues_have_event_indices_if_the_driver_accepts_them() {
+    for event_idx in [0, 1 << VIRTIO_RING_F_EVENT_IDX] {
+        let mut rig = Rig::new();
+        rig.negotiate(1 << VIRTIO_F_VERSION_1 | event_idx);
+        let queue = MockQueue::new(&rig.memory, 0x10_0000, 64);
+        rig.set_up(0, &queue);
+        rig.write(STATUS, READY);
+        let enabled = rig.current(|it| it.queues[0].as_ref().unwrap().queue.event_idx_enabled());
+        assert_eq!(enabled, event_idx != 0);
+    }
+}
+
+#[test]
+fn a_transport_that_is_shut_down_has_reset_its_device() {
+    let mut rig = Rig::new();
+    rig.bind();
+    rig.transport.shut_down();
+    assert!(rig.log.lock().unwrap().current.is_none());
+    assert_eq!(rig.read(STATUS), 0);
+}
+
 /// Remembers pages and resets.
 #[derive(Default)]
 struct Sink(Mutex<Vec<String>>);
@@ -444,6 +488,7 @@ fn a_balloon_behind_the_registers_is_lazy_and_resets_before_the_status_does() {
     };
     let balloon = Balloon::new(&config, sink.clone()).unwrap();
     let handle = balloon.handle();
+    assert!(!handle.status().deflate_on_oom);
     let memory = Arc::clone(&rig.memory);
     rig.transport = MmioTransport::new(Box::new(balloon), memory, rig.line.clone()).unwrap();
     for round in 1..4 {
