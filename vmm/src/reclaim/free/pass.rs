@@ -160,7 +160,7 @@ impl<'a> FreePass<'a> {
 
     fn take_held(&mut self, hold: &Hold<'_>, ranges: usize, cost: &mut Cost, taken: &mut Taken) {
         let mut left = ranges.max(1);
-        while left > 0 && !hold.expired() {
+        while left > 0 {
             let start = Instant::now();
             let batch = self.batch(hold, left, cost, taken);
             if batch.is_empty() {

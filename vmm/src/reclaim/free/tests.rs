@@ -11,6 +11,7 @@ use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use ebb_core::release::{Release, ReleasePages, Released};
 
 use super::{FreeLists, KernelLists, Look};
+use crate::reclaim::held::parts;
 use crate::reclaim::job::MAX_MISSES;
 use crate::reclaim::{Order, Outcome, Reach, ReclaimTuning, Reclaimer, Until};
 
@@ -36,6 +37,8 @@ struct State {
     /// In huge pages.
     huge: bool,
     poisoned: bool,
+    /// Nothing else than whole free blocks may be released.
+    only_free: bool,
     /// The number of the kernel that counts; 0: none.
     kernel: u64,
     orders: Vec<u32>,
@@ -61,9 +64,10 @@ struct World {
     unit: u64,
     max_batch: usize,
     state: Mutex<State>,
-    /// Is called when vCPUs are kicked, at the end of each `find`, and in each release.
+    /// Is called when vCPUs are kicked, at the end of each `find`, in each look, and in each release.
     on_kick: OnceLock<Hook>,
     on_find: OnceLock<Hook>,
+    on_look: OnceLock<Hook>,
     on_release: OnceLock<Hook>,
 }
 
@@ -80,6 +84,7 @@ impl World {
             }),
             on_kick: OnceLock::new(),
             on_find: OnceLock::new(),
+            on_look: OnceLock::new(),
             on_release: OnceLock::new(),
         }
     }
@@ -127,6 +132,13 @@ impl ReleasePages for World {
         assert_eq!(how, Release::Discard);
         self.call(&self.on_release);
         let mut state = self.state();
+        if state.only_free {
+            assert!(
+                ranges
+                    .iter()
+                    .all(|range| parts(*range, BLOCK_SIZE).all(|block| state.is_free(block)))
+            );
+        }
         state.calls.push(ranges.to_vec());
         state.absent.extend(ranges);
         Released {
@@ -174,6 +186,7 @@ impl KernelLists for Kernel {
     }
 
     fn look(&self, _: &Hold<'_>, piece: GpaRange) -> Look {
+        self.world.call(&self.world.on_look);
         let mut state = self.world.state();
         state.looked_at.push(piece);
         match (state.poisoned, state.is_free(piece)) {
@@ -320,6 +333,7 @@ fn nothing_is_taken_while_a_vcpu_is_in_the_guest() {
 fn what_is_released_is_free_at_that_moment_whatever_the_vcpus_do() {
     const BLOCKS: u64 = 16;
     let scene = scene(BLOCKS);
+    scene.world.state().only_free = true;
     let inside = Arc::new(AtomicU64::new(0));
     let (end, seen) = (AtomicBool::new(false), Arc::clone(&inside));
     set(&scene.world.on_release, move |_| {
@@ -442,6 +456,25 @@ fn a_pause_ends_in_time_and_the_next_goes_on() {
     let stats = scene.reclaimer.free_pages();
     assert_eq!((stats.pauses_total, stats.missed_total), (5, 0));
     assert_eq!(scene.world.state().calls.len(), 5, "one call a pause");
+}
+
+#[test]
+fn a_pause_ends_in_time_if_nothing_is_free_any_more() {
+    let pause = Duration::from_millis(5);
+    let world = World::new(10);
+    world.state().free = (0..4).map(block).collect();
+    set(&world.on_look, move |world| {
+        world.state().free.clear();
+        thread::sleep(pause);
+    });
+    let scene = scene_with(world, pause);
+    assert_eq!(scene.discard(u64::MAX, Reach::Blocks).bytes, 0);
+    let stats = scene.reclaimer.free_pages();
+    assert_eq!(
+        (stats.pauses_total, stats.stale_total),
+        (4, 4),
+        "one look a pause"
+    );
 }
 
 #[test]
