@@ -190,7 +190,9 @@ impl<'a> FreePass<'a> {
             let first = last.is_none() && taken.outcome.calls == 0;
             let next = (sum.0 + usize::from(!joins), sum.1 + cost.of(&piece));
             let fits = next.0 <= max && next.1 <= room;
-            if differs || !(fits || first) || hold.expired() {
+            // One candidate is looked at whatever the time, so that each pause comes on.
+            let begun = !first || taken.stale > 0;
+            if differs || !(fits || first) || (begun && hold.expired()) {
                 break;
             }
             self.candidates.pop_front();

@@ -459,6 +459,15 @@ fn a_pause_ends_in_time_and_the_next_goes_on() {
 }
 
 #[test]
+fn each_pause_comes_on_even_if_its_time_is_over_at_once() {
+    let world = World::new(10);
+    world.state().free = (0..4).map(block).collect();
+    let scene = scene_with(world, Duration::ZERO);
+    assert_eq!(scene.discard(u64::MAX, Reach::Blocks).bytes, 4 * BLOCK_SIZE);
+    assert_eq!(scene.reclaimer.free_pages().pauses_total, 4);
+}
+
+#[test]
 fn a_pause_ends_in_time_if_nothing_is_free_any_more() {
     let pause = Duration::from_millis(5);
     let world = World::new(10);
