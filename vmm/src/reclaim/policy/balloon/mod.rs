@@ -1,7 +1,7 @@
 //! Decides how large a balloon that runs itself should be. Pure, so that tests can replay samples.
 //!
-//! It inflates for two reasons. A guest that could still grow past the limit of the monitor's own cgroup loses, in quick
-//! steps, the free memory that it could do so with: it would never get it, the kernel would kill the monitor. And when
+//! It inflates for two reasons. A guest that could still grow past a limit of the monitor's cgroup, or of one above it,
+//! loses, in quick steps, the free memory that it could do so with: the kernel would kill the monitor before. And when
 //! memory stays short and the other sources have nothing left, the guest's caches are squeezed, in slow steps. It
 //! deflates in big steps when the guest suffers, and slowly when there has been plenty for a while.
 
@@ -422,10 +422,10 @@ impl Look<'_> {
         self.figures.target.saturating_sub(self.figures.floor)
     }
 
-    /// What every limit has above `keep`, and the own cgroup also above what the guest may still fill.
+    /// What host and limits have above `keep`, and limits also above what the guest may still fill.
     fn spare(&self, keep: impl Fn(Room) -> u64) -> u64 {
         let [host, own, above] = self.rooms;
-        let limits = [(host, 0), (own, self.growth()), (above, 0)];
+        let limits = [(host, 0), (own, self.growth()), (above, self.growth())];
         let limits = limits.into_iter().filter(|(room, _)| room.total > 0);
         let spare = limits.map(|(room, grows)| {
             room.available
@@ -440,14 +440,15 @@ impl Look<'_> {
         free.min(self.figures.untouched)
     }
 
-    /// By how much the guest could grow past the watermark of its own cgroup: memory that it must not fill.
+    /// By how much the guest could grow past the watermark of a cgroup's limit: memory that it must not fill.
     fn overhang(&self) -> u64 {
-        let [_, own, _] = self.rooms;
-        if own.total == 0 {
-            return 0;
-        }
-        let kept = own.low().saturating_add(self.growth());
-        kept.saturating_sub(own.available.saturating_add(self.figures.left))
+        let [_, own, above] = self.rooms;
+        let over = |room: Room| {
+            let kept = room.low().saturating_add(self.growth());
+            kept.saturating_sub(room.available.saturating_add(self.figures.left))
+        };
+        let limits = [own, above].into_iter().filter(|room| room.total > 0);
+        limits.map(over).max().unwrap_or(0)
     }
 
     /// How much larger the balloon should be, or why it must not grow although something is needed.

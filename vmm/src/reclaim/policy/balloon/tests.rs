@@ -227,6 +227,32 @@ fn a_cache_that_grows_never_reaches_the_limit() {
     assert_eq!(world.target, before, "it stays");
 }
 
+/// The limit is that of a cgroup above the monitor's, as of a pod. A host that has less than the guest could fill is no
+/// reason: its memory is everybody's, and only what is missing there counts.
+#[test]
+fn a_limit_above_the_own_cgroup_counts_too() {
+    let guest = figures(0, 0);
+    let step = |host, above| {
+        let sample = Sample {
+            at: seconds(10),
+            host,
+            above,
+            ..Sample::default()
+        };
+        let bounds = BalloonBounds {
+            memory: 8 * GIB,
+            reserve: GIB,
+        };
+        run_balloon(&sample, &guest, bounds, BalloonState::default()).0
+    };
+    let (none, tight) = (limit(0, 0), limit(6 * GIB, 5 * GIB / 2));
+    let expected = 3 * GIB - (5 * GIB / 2 - 6 * GIB / 20);
+    let inflated = step(none, tight);
+    assert_eq!(inflated.doing, BalloonDoing::Inflating);
+    assert_eq!(inflated.target, expected / MIB * MIB);
+    assert_eq!(step(tight, none).doing, BalloonDoing::Idle);
+}
+
 #[test]
 fn a_limit_that_is_lifted_gives_all_back_slowly() {
     let mut world = World::new(8192, 6144);
