@@ -52,6 +52,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
         "ebb": {
             "id": config.id,
             "kernel_entry": config.kernel.entry,
+            "nested": config.nested,
             "thp": config.memory.thp,
             "prefault": config.memory.prefault,
             "shared": config.memory.shared,

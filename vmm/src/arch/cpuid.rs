@@ -8,6 +8,10 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, ECX: the local APIC timer has a TSC-deadline mode.
 const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: Intel's virtualization.
+const VMX: u32 = 1 << 5;
+/// Leaf 0x8000_0001, ECX: AMD's virtualization.
+const SVM: u32 = 1 << 2;
 /// Leaf 1, EDX: several logical processors in the package.
 const HTT: u32 = 1 << 28;
 
@@ -20,6 +24,8 @@ pub struct Topology {
     pub vcpus: u32,
     /// KVM's local APIC has the TSC-deadline mode.
     pub tsc_deadline: bool,
+    /// The guest may run virtual machines of its own, where the host can.
+    pub nested: bool,
 }
 
 /// Makes the CPUID of one vCPU from the CPUID that KVM `supported`. `interface` is what the guest is offered.
@@ -57,6 +63,7 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology) {
         apic_id,
         vcpus,
         tsc_deadline,
+        nested,
     } = topology;
     match entry.function {
         0x0 => entry.eax = entry.eax.clamp(0xb, 0x1e),
@@ -64,6 +71,9 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology) {
             // Initial APIC id, logical processors, CLFLUSH size (8 × 8 bytes).
             entry.ebx = (apic_id & 0xff) << 24 | vcpus.min(255) << 16 | 8 << 8 | entry.ebx & 0xff;
             entry.ecx |= HYPERVISOR;
+            if !nested {
+                entry.ecx &= !VMX;
+            }
             if tsc_deadline {
                 entry.ecx |= TSC_DEADLINE;
             }
@@ -81,6 +91,11 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology) {
         0x8000_0008 => {
             let bits = topology_bits(vcpus);
             entry.ecx = bits << 12 | (vcpus - 1) & 0xff;
+        }
+        0x8000_0001 if !nested => entry.ecx &= !SVM,
+        // AMD: what its virtualization can do.
+        0x8000_000a if !nested => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (apic_id, apic_id & 0xff, 0),
         _ => {}
@@ -178,6 +193,7 @@ mod tests {
                 apic_id,
                 vcpus,
                 tsc_deadline: true,
+                nested: false,
             };
             let cpuid = for_vcpu(&host(), topology, INTERFACE).unwrap();
             assert_eq!(find(&cpuid, 1, 0).ebx >> 24, apic_id);
@@ -193,6 +209,7 @@ mod tests {
             apic_id: 0,
             vcpus: 1,
             tsc_deadline: false,
+            nested: false,
         };
         let cpuid = for_vcpu(&host(), topology, INTERFACE).unwrap();
         let found = Interface::discover(|leaf| {
@@ -201,5 +218,28 @@ mod tests {
             entry.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
         });
         assert_eq!(found, Some(INTERFACE));
+    }
+
+    #[test]
+    fn virtualization_is_hidden_unless_it_is_asked_for() {
+        let full = |function| kvm_cpuid_entry2 {
+            function,
+            eax: u32::MAX,
+            ecx: u32::MAX,
+            ..Default::default()
+        };
+        let host = CpuId::from_entries(&[1, 0x8000_0001, 0x8000_000a].map(full)).unwrap();
+        for nested in [false, true] {
+            let topology = Topology {
+                apic_id: 0,
+                vcpus: 1,
+                tsc_deadline: false,
+                nested,
+            };
+            let cpuid = for_vcpu(&host, topology, INTERFACE).unwrap();
+            assert_eq!(find(&cpuid, 1, 0).ecx & VMX != 0, nested);
+            assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx & SVM != 0, nested);
+            assert_eq!(find(&cpuid, 0x8000_000a, 0).eax != 0, nested);
+        }
     }
 }

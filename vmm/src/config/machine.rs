@@ -20,6 +20,8 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Number of vCPUs, at least 1.
     pub vcpus: u32,
+    /// They show the guest the host's virtualization.
+    pub nested: bool,
     /// The guest's RAM.
     pub memory: MemoryConfig,
     /// Arenas, in the order of the command line.

@@ -45,7 +45,8 @@ pub struct MachineSpec {
     /// A disk. Repeat the option for more disks: the first is /dev/vda
     #[arg(long = "disk", value_name = PAIRS, value_parser = keys::<DiskConfig>())]
     pub disks: Vec<DiskConfig>,
-    /// The first serial port: this terminal (Ctrl-A X quits), nothing, or a file for the output
+    /// The first serial port: this terminal (Ctrl-A X quits), nothing, or a file for the output, which becomes
+    /// PATH.1 and begins anew at 64 MiB
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
     pub serial: SerialConfig,
     /// The balloon, by which a stock guest hands memory back lazily
@@ -91,6 +92,9 @@ pub struct CpusSpec {
     /// Number of vCPUs
     #[arg(long, value_parser = number::<u32>(1..=MAX_VCPUS as u64), default_value = "1")]
     pub boot: u32,
+    /// Let the guest run virtual machines of its own, where the host can (VMX, SVM)
+    #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
+    pub nested: bool,
 }
 
 impl Keys for CpusSpec {}
@@ -351,7 +355,13 @@ mod tests {
             shared: true,
         };
         assert_eq!(memory, Ok(expected));
-        assert_eq!(parse_keys("boot=4"), Ok(CpusSpec { boot: 4 }));
+        assert_eq!(
+            parse_keys("boot=4,nested=on"),
+            Ok(CpusSpec {
+                boot: 4,
+                nested: true
+            })
+        );
         let disk: DiskConfig = parse_keys("path=/d,readonly=on").unwrap();
         assert_eq!((disk.path, disk.readonly), (PathBuf::from("/d"), true));
         let arena: ArenaSpec = parse_keys("size=1G").unwrap();
@@ -477,7 +487,7 @@ mod tests {
             ("boot=-1", "boot=-1: write a whole number"),
             ("boot=0", "boot=0: choose 1 to 255"),
             ("boot=256", "at most 255"),
-            ("4", "the keys are boot"),
+            ("4", "the keys are boot, nested"),
         ]);
         assert_refused::<ArenaSpec>(&[
             (

@@ -51,6 +51,7 @@ impl MachineSpec {
             initramfs: self.initramfs,
             cmdline,
             vcpus: cpus.boot,
+            nested: cpus.nested,
             memory,
             arenas,
             disks: self.disks,

@@ -14,6 +14,8 @@ pub struct VcpuSetup {
     pub index: u32,
     /// Number of vCPUs.
     pub vcpus: u32,
+    /// The guest may run virtual machines of its own.
+    pub nested: bool,
     /// Where vCPU 0 starts.
     pub entry: Entry,
     /// The hypercalls that the guest is offered.
@@ -28,6 +30,7 @@ pub fn configure(fd: &mut VcpuFd, host: &Hypervisor, setup: VcpuSetup) -> Result
     let VcpuSetup {
         index,
         vcpus,
+        nested,
         entry,
         interface,
     } = setup;
@@ -35,6 +38,7 @@ pub fn configure(fd: &mut VcpuFd, host: &Hypervisor, setup: VcpuSetup) -> Result
         apic_id: index,
         vcpus,
         tsc_deadline: host.tsc_deadline(),
+        nested,
     };
     let cpuid = cpuid::for_vcpu(host.cpuid(), topology, interface)
         .map_err(|_| KvmError::Lacks("room for our CPUID leaves"))?;

@@ -130,6 +130,7 @@ impl Vm {
             memory,
             teardown: Arc::new(teardown),
             config,
+            nested: config.nested,
         };
         Self::start(machine, kicks, devices, console, vcpus, control)
     }
