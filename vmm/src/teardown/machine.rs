@@ -87,9 +87,11 @@ impl Teardown {
 
     /// The settings in force.
     pub fn tuning(&self) -> TeardownTuning {
+        // Locked, so that both are of one request.
+        let batch = self.batch();
         TeardownTuning {
             workers: self.status.workers(),
-            batch: self.batch().unwrap_or(self.page_size.default_batch()),
+            batch: batch.unwrap_or(self.page_size.default_batch()),
         }
     }
 
@@ -104,12 +106,12 @@ impl Teardown {
         if batch == Some(0) {
             return Err(TuneError::Batch);
         }
+        // Locked until the reaper has the job, so that the later of two requests wins as a whole.
+        let mut current = self.batch();
         if let Some(workers) = workers {
             self.status.set_workers(workers);
         }
         if batch.is_some() {
-            // Locked until the reaper has the job, so that the later of two requests wins as a whole.
-            let mut current = self.batch();
             *current = batch;
             self.set_job(&self.plan(batch));
         }
@@ -179,12 +181,10 @@ mod tests {
 
     /// 32 MiB, all of it touched.
     fn touched() -> Arc<GuestRam> {
-        let backing = Backing {
-            prefault: true,
-            ..Backing::default()
-        };
         let range = GpaRange::new(0, 32 * MIB).unwrap();
-        Arc::new(GuestRam::allocate(backing, &[range]).unwrap())
+        let ram = GuestRam::allocate(Backing::default(), &[range]).unwrap();
+        ram.populate(range).unwrap();
+        Arc::new(ram)
     }
 
     fn teardown(
@@ -295,5 +295,21 @@ mod tests {
             mem::forget(teardown);
         });
         assert_eq!(status.report().unwrap().workers, 5);
+    }
+
+    #[test]
+    fn of_two_requests_one_wins_as_a_whole() {
+        const REQUESTS: [(usize, u64); 2] = [(2, 2 * MIB), (3, 4 * MIB)];
+        let teardown = teardown(status(), None, &touched());
+        for _ in 0..200 {
+            std::thread::scope(|scope| {
+                for (workers, batch) in REQUESTS {
+                    let teardown = &teardown;
+                    scope.spawn(move || teardown.tune(Some(workers), Some(batch)).unwrap());
+                }
+            });
+            let TeardownTuning { workers, batch } = teardown.tuning();
+            assert!(REQUESTS.contains(&(workers, batch)), "{workers} {batch}");
+        }
     }
 }
