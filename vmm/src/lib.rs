@@ -20,6 +20,7 @@ pub mod hypercall;
 pub mod irq;
 pub mod kvm;
 pub mod memory;
+pub mod output;
 pub mod reclaim;
 pub mod strict;
 pub mod sys;

@@ -47,6 +47,7 @@ pub const WAIT_FOR: u64 = 15;
 pub const WRITE_RANDOM: u64 = 16;
 pub const PAIR: u64 = 17;
 pub const HALT: u64 = 18;
+pub const OUTPUT_BYTE: u64 = 19;
 
 /// Pairs of words that one [`WRITE_RANDOM`] writes.
 const RANDOM_PAIRS: u64 = 1 << 16;
@@ -122,6 +123,8 @@ global_asm!(
     "je 37f",
     "cmp rcx, {halt}",
     "je 38f",
+    "cmp rcx, {output_byte}",
+    "je 39f",
     "ud2",
     // VMCALL, VMMCALL, PORT_CALL.
     "21:",
@@ -267,6 +270,12 @@ global_asm!(
     "38:",
     "hlt",
     "jmp 38b",
+    // OUTPUT_BYTE.
+    "39:",
+    "mov edx, edi",
+    "mov eax, esi",
+    "out dx, al",
+    "jmp 70f",
     // Repeat the step, or write the result to the serial port.
     "70:",
     "dec r13",
@@ -329,6 +338,7 @@ global_asm!(
     lazy_free = const Attributes::new(Operation::LazyFree).encode(),
     reuse = const Attributes::new(Operation::Reuse).encode(),
     halt = const HALT,
+    output_byte = const OUTPUT_BYTE,
 );
 
 unsafe extern "C" {

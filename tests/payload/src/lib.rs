@@ -171,6 +171,22 @@ impl Program {
         self.push([code::OUTPUT, PORT.into(), value.into(), 0, 1])
     }
 
+    /// Writes one byte to any port, `times` times, at least once.
+    pub fn output_byte(&mut self, port: u16, value: u8, times: u64) -> Step {
+        self.push([
+            code::OUTPUT_BYTE,
+            port.into(),
+            value.into(),
+            0,
+            times.max(1),
+        ])
+    }
+
+    /// Ends in a triple fault: the step is none.
+    pub fn crash(&mut self) {
+        self.push([u64::MAX, 0, 0, 0, 1]);
+    }
+
     /// The result is the time stamp counter.
     pub fn time(&mut self) -> Step {
         self.push([code::TIME, 0, 0, 0, 1])

@@ -3,11 +3,11 @@
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -29,6 +29,7 @@ use tokio::time::{sleep, timeout};
 use super::routes::{self, Fault, Reply};
 use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::Controller;
+use crate::sys::sockets::{FileIdentity, file_identity, remove_file_if};
 
 /// Connections that are served at the same time. Further ones wait in the socket's backlog.
 pub(super) const MAX_CONNECTIONS: usize = 16;
@@ -42,8 +43,10 @@ const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 
 const LIFETIME: Duration = Duration::from_secs(60);
 /// Time that the last answer of a connection past its lifetime may take.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
-/// Time that requests in progress have to finish when the server stops.
-const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time that requests which are being carried out have to finish when the server stops.
+pub(super) const FINISH_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 1 });
+/// Time in which an answer that is there is written. A client that has not sent its request by then is cut off.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(20);
 
 /// The server could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -81,13 +84,19 @@ impl Server {
 
     /// Device and inode of the socket.
     #[must_use]
-    pub const fn identity(&self) -> (u64, u64) {
+    pub const fn identity(&self) -> FileIdentity {
         self.socket.identity
+    }
+
+    /// Removes the socket, while it is still open. Those who are connected stay so.
+    pub fn remove_socket(&mut self) {
+        self.socket.remove();
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
+        self.remove_socket();
         self.stop.send_replace(true);
         if let Some(thread) = self.thread.take() {
             // A panic of the thread was reported when it happened.
@@ -141,20 +150,22 @@ fn bind_error(path: &Path, source: io::Error) -> ApiError {
     }
 }
 
-/// A socket in the file system that this server created. Dropping it removes the socket, unless another file has taken
-/// its place.
+/// A socket in the file system that this server created.
 #[derive(Debug)]
 struct BoundPath {
     path: PathBuf,
-    identity: (u64, u64),
+    identity: FileIdentity,
+    is_removed: bool,
 }
 
-impl Drop for BoundPath {
-    fn drop(&mut self) {
-        let identity = self.path.symlink_metadata().map(|it| (it.dev(), it.ino()));
-        if identity.is_ok_and(|identity| identity == self.identity)
-            && let Err(error) = std::fs::remove_file(&self.path)
-        {
+impl BoundPath {
+    /// Removes the socket, once, unless another file has taken its place. The socket must be open: later, another file may
+    /// have its identity.
+    fn remove(&mut self) {
+        if std::mem::replace(&mut self.is_removed, true) {
+            return;
+        }
+        if let Err(error) = remove_file_if(&self.path, self.identity) {
             tracing::warn!("{}: not removed: {error}", self.path.display());
         }
     }
@@ -167,13 +178,27 @@ fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    let metadata = path.symlink_metadata()?;
     let bound = BoundPath {
         path: path.to_owned(),
-        identity: (metadata.dev(), metadata.ino()),
+        identity: identity_of_bound(path)?,
+        is_removed: false,
     };
     rustix::net::listen(&socket, 128)?;
     Ok((UnixListener::from(socket), bound))
+}
+
+/// The identity of a socket that was just bound. The guardian of a machine before this one may move it aside for a moment, to
+/// look whose it is.
+fn identity_of_bound(path: &Path) -> io::Result<FileIdentity> {
+    for _ in 0..100 {
+        match file_identity(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            identity => return identity,
+        }
+    }
+    file_identity(path)
 }
 
 /// Accepts connections until `stopped` is set, then waits for those in progress.
@@ -233,9 +258,14 @@ async fn serve_connection(
     controller: Arc<dyn Controller>,
     mut stopped: watch::Receiver<bool>,
 ) {
+    let is_busy = AtomicBool::new(false);
     let service = service_fn(|request| {
-        let controller = Arc::clone(&controller);
-        async move { Ok::<_, Infallible>(respond(answer(request, controller).await)) }
+        let (controller, is_busy) = (Arc::clone(&controller), &is_busy);
+        async move {
+            let reply = answer(request, controller, is_busy).await;
+            is_busy.store(false, Ordering::Relaxed);
+            Ok::<_, Infallible>(respond(reply))
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -247,7 +277,8 @@ async fn serve_connection(
     let alive = first(connection.as_mut(), stop);
     let grace = match timeout(LIFETIME, alive).await {
         Ok(Some(result)) => return log_end(result),
-        Ok(None) => FINISH_TIMEOUT,
+        Ok(None) if is_busy.load(Ordering::Relaxed) => FINISH_TIMEOUT,
+        Ok(None) => FLUSH_TIMEOUT,
         Err(_) => LAST_ANSWER_TIMEOUT,
     };
     connection.as_mut().graceful_shutdown();
@@ -262,10 +293,11 @@ fn log_end(result: Result<(), hyper::Error>) {
     }
 }
 
-/// Reads the request, then runs its handler on a thread that may block.
+/// Reads the request, then runs its handler on a thread that may block. From then on `is_busy` is set.
 async fn answer(
     request: Request<Incoming>,
     controller: Arc<dyn Controller>,
+    is_busy: &AtomicBool,
 ) -> Result<Reply, Fault> {
     let handler = routes::find(request.method(), request.uri().path())?;
     let too_long = || {
@@ -288,6 +320,7 @@ async fn answer(
             return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };
+    is_busy.store(true, Ordering::Relaxed);
     tokio::task::spawn_blocking(move || handler(controller.as_ref(), &body))
         .await
         .unwrap_or_else(|error| Err(Fault::internal(format!("the command failed: {error}"))))

@@ -1,12 +1,11 @@
 //! `ebb run`: builds a machine and runs it to its end.
 
-use std::fs::OpenOptions;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use ebb_vmm::config::MachineSpec;
 use ebb_vmm::exit;
-use ebb_vmm::guardian::Log;
+use ebb_vmm::output::Log;
 use tracing::Level;
 
 /// Start a guest and stay with it until it ends
@@ -38,7 +37,7 @@ pub fn main(args: Args) -> u8 {
             return exit::BAD_ARGUMENTS;
         }
     };
-    // The log file is created only now, so that a wrong command line leaves no file behind.
+    // The log file is made only now, so that a wrong command line leaves no file behind.
     let log = match start_log(args.log_file, args.verbose) {
         Ok(log) => log,
         Err(error) => {
@@ -46,9 +45,12 @@ pub fn main(args: Args) -> u8 {
             return exit::BAD_ARGUMENTS;
         }
     };
-    match ebb_vmm::vm::run(config, &log) {
+    let ended = ebb_vmm::vm::run(config, &log);
+    log.finish();
+    match ended {
         Ok(reason) => exit::status(reason),
         Err(error) => {
+            log.remove_if_unused();
             super::complain_of(&error);
             exit::BAD_ARGUMENTS
         }
@@ -63,22 +65,18 @@ fn start_log(path: Option<PathBuf>, verbose: u8) -> Result<Log, String> {
         2 => Level::DEBUG,
         _ => Level::TRACE,
     };
-    let log = tracing_subscriber::fmt().with_max_level(level);
-    let Some(path) = path else {
-        log.with_writer(std::io::stderr).init();
-        return Ok(None);
-    };
-    let file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(&path)
-        .map_err(|error| {
+    let log = match path {
+        None => Log::to_stderr(),
+        Some(path) => Log::to_file(&path).map_err(|error| {
             format!(
                 "--log-file {}: {error}; name a file that you may write",
                 path.display()
             )
-        })?;
-    let file = Arc::new(file);
-    log.with_writer(Arc::clone(&file)).init();
-    Ok(Some(file))
+        })?,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(Arc::new(log.clone()))
+        .init();
+    Ok(log)
 }

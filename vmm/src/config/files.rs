@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::{ConfigError, DiskConfig};
+use crate::sys::sockets::{is_dead, server_of};
 
 /// Maximum length of a unix socket's path in bytes: `sun_path` without the final zero.
 const MAX_SOCKET_PATH: usize = 107;
@@ -129,6 +130,8 @@ pub fn check_socket(path: &Path) -> Result<SocketPath, ConfigError> {
         return refuse(option, path, "is there already, and no socket", remedy);
     }
     match UnixStream::connect(path) {
+        // Its helpers may have the descriptor for some moments longer.
+        Ok(stream) if server_of(&stream).is_some_and(is_dead) => Ok(SocketPath::Stale),
         Ok(_) => {
             let remedy = "stop it, or choose another path";
             refuse(option, path, "a running server has this socket", remedy)

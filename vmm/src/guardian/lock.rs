@@ -24,7 +24,7 @@ const PROGRESS_LEN: usize = 42;
 const REQUEST_LEN: usize = 21;
 const NO_REQUEST: [u8; REQUEST_LEN] = [b' '; REQUEST_LEN];
 
-/// How often a request is looked at before it is given up.
+/// How often a request, or a lock that another process has, is looked at before it is given up.
 const ATTEMPTS: u32 = 25;
 
 /// A shared lock. Several machines that run one after the other may hold it at the same time.
@@ -47,7 +47,7 @@ impl MemoryLock {
     /// Takes the lock that belongs to the API's `socket`, and makes its file if there is none.
     ///
     /// # Errors
-    /// open(2)'s, flock(2)'s and write(2)'s.
+    /// open(2)'s, flock(2)'s and write(2)'s; another program has an exclusive lock on the file, and keeps it.
     pub fn acquire(socket: &Path) -> io::Result<Self> {
         let mut path = path_of(socket);
         loop {
@@ -56,7 +56,7 @@ impl MemoryLock {
                 .truncate(false)
                 .mode(0o600)
                 .open(&path)?;
-            flock(&file, FlockOperation::LockShared)?;
+            lock_shared(&file, &path)?;
             let lock = Self { path, file };
             // Another process may have removed the file between the two calls.
             if lock.is_current() {
@@ -73,7 +73,7 @@ impl MemoryLock {
     pub fn share(socket: &Path) -> Option<Self> {
         let path = path_of(socket);
         let file = options().open(&path).ok()?;
-        flock(&file, FlockOperation::LockShared).ok()?;
+        lock_shared(&file, &path).ok()?;
         Some(Self { path, file })
     }
 
@@ -112,6 +112,18 @@ impl MemoryLock {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// Takes a shared lock. Those who look whether anybody holds it have an exclusive one for a moment.
+fn lock_shared(file: &File, path: &Path) -> io::Result<()> {
+    for _ in 0..ATTEMPTS {
+        match flock(file, FlockOperation::NonBlockingLockShared) {
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => sleep(PERIOD),
+            result => return Ok(result?),
+        }
+    }
+    let held = format!("{}: another program has locked it", path.display());
+    Err(io::Error::other(held))
 }
 
 impl AsFd for MemoryLock {

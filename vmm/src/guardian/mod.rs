@@ -10,21 +10,30 @@
 pub mod lock;
 mod watch;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use rustix::process::getpid;
 
-use crate::sys;
+use crate::output::Log;
+use crate::sys::{self, Terminal};
 use crate::teardown::{Reaper, StatusPage};
 use lock::MemoryLock;
 use watch::Watch;
 
-/// Where the log goes: a file, or standard error.
-pub type Log = Option<Arc<File>>;
+/// The machine that is looked after.
+#[derive(Clone, Copy, Debug)]
+pub struct Watched<'a> {
+    /// Its name.
+    pub id: &'a str,
+    /// Path of its API's socket.
+    pub socket: Option<&'a Path>,
+    /// It will put the terminal at standard input into raw mode.
+    pub has_console: bool,
+    /// Where its log goes.
+    pub log: &'a Log,
+}
 
 /// The monitor's side of the reaper and the guardian. It is never dropped, because the reaper has the same descriptors.
 #[derive(Debug)]
@@ -36,22 +45,17 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Starts both processes for the machine `id` with its API at `socket`, unless `wanted` is false. Should that fail, a
+    /// Starts both processes for `machine`, unless `wanted` is false. Should that fail, a
     /// warning is logged, and there are none: then the monitor frees the memory before it ends.
     ///
     /// Must be called while the process has one thread.
     ///
     /// # Errors
     /// mmap(2)'s: there is no memory for the status page.
-    pub fn start(
-        wanted: bool,
-        id: &str,
-        socket: Option<&Path>,
-        log: &Log,
-    ) -> io::Result<&'static Self> {
+    pub fn start(wanted: bool, machine: &Watched<'_>) -> io::Result<&'static Self> {
         let status = StatusPage::new()?;
         // The end of process 1 of a namespace ends all others in it.
-        let reaper = (wanted && !getpid().is_init()).then(|| start(status, id, socket, log));
+        let reaper = (wanted && !getpid().is_init()).then(|| start(status, machine));
         let reaper = reaper.transpose().unwrap_or_else(|error| {
             tracing::warn!(
                 %error,
@@ -60,7 +64,7 @@ impl Guardian {
             None
         });
         // Only now is there a process that will remove the lock's file.
-        let lock = socket.map(MemoryLock::acquire).transpose();
+        let lock = machine.socket.map(MemoryLock::acquire).transpose();
         let lock = lock.unwrap_or_else(|error| {
             tracing::warn!(%error, "`ebb ctl wait` will not know when the memory is free");
             None
@@ -99,21 +103,17 @@ impl Guardian {
 }
 
 /// Starts the reaper and the guardian.
-fn start(
-    status: &'static StatusPage,
-    id: &str,
-    socket: Option<&Path>,
-    log: &Log,
-) -> io::Result<Reaper> {
+fn start(status: &'static StatusPage, machine: &Watched<'_>) -> io::Result<Reaper> {
     let reaper = Reaper::new(status)?;
     let watch = Watch {
         status,
         monitor: reaper.monitor(),
         pid: getpid(),
         reaper: reaper.as_fd(),
-        id,
-        socket: socket.map(absolute),
-        log,
+        id: machine.id,
+        socket: machine.socket.map(absolute),
+        terminal: Terminal::at_stdin().filter(|_| machine.has_console),
+        log: machine.log,
     };
     sys::process::fork_sharing_files(|files| watch.run(files))?;
     Ok(reaper)
@@ -132,7 +132,13 @@ mod tests {
     fn without_helpers_the_lock_goes_when_the_monitor_has_finished() {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("api");
-        let guardian = Guardian::start(false, "test", Some(&socket), &None).unwrap();
+        let machine = Watched {
+            id: "test",
+            socket: Some(&socket),
+            has_console: false,
+            log: &Log::to_stderr(),
+        };
+        let guardian = Guardian::start(false, &machine).unwrap();
         assert!(guardian.reaper().is_none());
         let lock = folder.path().join("api.memory");
         assert!(lock.exists() && !guardian.status().is_finished());

@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -11,11 +13,11 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Pid;
 
-use super::Log;
 use super::lock::MemoryLock;
-use crate::config::{SocketPath, check_socket};
-use crate::sys;
+use crate::output::Log;
 use crate::sys::process::SharedFiles;
+use crate::sys::sockets::{file_identity, remove_file_if, server_of};
+use crate::sys::{self, Terminal};
 use crate::teardown::StatusPage;
 
 /// Time between two looks at the reaper.
@@ -34,6 +36,8 @@ pub(super) struct Watch<'a> {
     pub id: &'a str,
     /// Path of the API's socket.
     pub socket: Option<PathBuf>,
+    /// The operator's terminal as it was before the monitor used it.
+    pub terminal: Option<Terminal>,
     pub log: &'a Log,
 }
 
@@ -46,6 +50,11 @@ impl Watch<'_> {
         let _ = rustix::thread::set_name(c"ebb-guardian");
         sys::process::shrink();
         wait_for_exit(self.monitor, None);
+        if !self.status.is_finished()
+            && let Some(terminal) = &self.terminal
+        {
+            terminal.leave_raw_mode();
+        }
         let null = File::options().read(true).write(true).open("/dev/null");
         if let Ok(null) = &null {
             // Another process may be waiting for their end.
@@ -54,6 +63,8 @@ impl Watch<'_> {
         }
         // Taken while the monitor's lock is still there: so it is not free before the guardian has done the rest, too.
         let lock = self.socket.as_deref().and_then(MemoryLock::share);
+        // Whoever starts the machine again needs its disks, now.
+        files.unlock_all_but(&lock.iter().map(AsFd::as_fd).collect::<Vec<_>>());
         let cause = (!self.status.is_finished()).then(|| cause_of_end(self.pid));
         if cause.is_some() {
             self.remove_socket();
@@ -75,10 +86,8 @@ impl Watch<'_> {
             }
             self.wait_for_reaper(lock.as_ref());
         });
-        if cause.is_some() {
-            // Again: a socket that the monitor had just made looked like one in use while it was open.
-            self.remove_socket();
-        }
+        // `close` has closed it.
+        mem::forget(null);
         self.log_teardown();
         if let Some(lock) = lock {
             lock.remove_if_last();
@@ -89,7 +98,7 @@ impl Watch<'_> {
     /// Closes the monitor's descriptors but those that reaper and guardian need. It takes long: KVM destroys the machine
     /// when its last descriptor goes, and the kernel waits before it removes a trigger of memory pressure.
     fn close(&self, files: &SharedFiles, lock: Option<&MemoryLock>) {
-        let log = self.log.as_ref().map(|file| file.as_fd());
+        let log = self.log.file();
         let kept = [self.monitor, self.reaper].into_iter();
         let kept = kept.chain(log).chain(lock.map(AsFd::as_fd));
         files.close_all_but(&kept.collect::<Vec<_>>());
@@ -102,24 +111,26 @@ impl Watch<'_> {
             self.id, self.pid
         );
         tracing::error!("{text}");
-        if self.log.is_some() {
+        if self.log.file().is_some() {
             let _ = writeln!(io::stderr(), "ebb: {text}");
         }
     }
 
-    /// Removes the API's socket, if it is still the monitor's.
+    /// Removes the API's socket, if it is still the monitor's. The monitor's descriptors must still be open: as long as the
+    /// socket is, no other file has its identity.
     fn remove_socket(&self) {
         let Some(path) = &self.socket else {
             return;
         };
-        let is_ours = match self.status.socket() {
-            Some(identity) => path
-                .symlink_metadata()
-                .is_ok_and(|it| (it.dev(), it.ino()) == identity),
+        let identity = self.status.socket().or_else(|| {
             // The monitor may have died between making the socket and telling us.
-            None => matches!(check_socket(path), Ok(SocketPath::Stale)),
-        };
-        if is_ours && let Err(error) = std::fs::remove_file(path) {
+            let identity = file_identity(path).ok()?;
+            let server = server_of(&UnixStream::connect(path).ok()?);
+            (server == Some(self.pid)).then_some(identity)
+        });
+        if let Some(identity) = identity
+            && let Err(error) = remove_file_if(path, identity)
+        {
             tracing::warn!("{}: not removed: {error}", path.display());
         }
     }
@@ -196,7 +207,8 @@ fn signal_of(pid: Pid) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixListener;
     use std::time::Instant;
 
     use rustix::process::{PidfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_open};
@@ -215,6 +227,7 @@ mod tests {
             reaper: process,
             id: "test",
             socket: None,
+            terminal: None,
             log,
         }
     }
@@ -232,19 +245,26 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api");
         let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
-        let mut watch = watch(own.as_fd(), &None);
+        let log = Log::to_stderr();
+        let mut watch = watch(own.as_fd(), &log);
         watch.socket = Some(path.clone());
-        // Made, and then served by nobody, before the monitor could tell which file it is.
-        drop(UnixListener::bind(&path).unwrap());
+        // Made before the monitor could tell which file it is.
+        let made = UnixListener::bind(&path).unwrap();
         watch.remove_socket();
         assert!(!path.exists());
+        drop(made);
         let served = UnixListener::bind(&path).unwrap();
+        watch.pid = Pid::INIT;
         watch.remove_socket();
         assert!(path.exists(), "another process serves it");
         let file = path.metadata().unwrap();
         watch.status.set_socket((file.dev(), file.ino() + 1));
         watch.remove_socket();
         assert!(path.exists(), "another machine has made it");
+        watch.status.set_socket((file.dev(), file.ino()));
+        watch.status.forget_socket();
+        watch.remove_socket();
+        assert!(path.exists(), "the monitor has removed its own");
         watch.status.set_socket((file.dev(), file.ino()));
         watch.remove_socket();
         assert!(!path.exists());
@@ -298,8 +318,8 @@ mod tests {
             }
         });
         let pidfd = pidfd_open(child, PidfdFlags::empty()).unwrap();
-        let none = None;
-        let watch = watch(pidfd.as_fd(), &none);
+        let log = Log::to_stderr();
+        let watch = watch(pidfd.as_fd(), &log);
         thread::scope(|scope| {
             scope.spawn(|| watch.wait_for_reaper(Some(&lock)));
             let heard = request_workers(&socket, 7);
@@ -334,7 +354,7 @@ mod tests {
         });
         assert!(stopped.resident_bytes() >= LEN);
         thread::scope(|scope| {
-            scope.spawn(|| watch(pidfd.as_fd(), &None).wait_for_reaper(None));
+            scope.spawn(|| watch(pidfd.as_fd(), &Log::to_stderr()).wait_for_reaper(None));
             until("memory is freed", || stopped.resident_bytes() < LEN / 2);
             drop(stopped);
         });

@@ -24,15 +24,12 @@ pub struct Backing {
     pub thp: bool,
     /// Use hugetlb pages of 2 MiB. `thp` has no effect then.
     pub hugepages: bool,
-    /// Populate the RAM at once.
-    pub prefault: bool,
     /// Use files without a name (memfd_create(2)) instead of private anonymous memory.
     pub shared: bool,
 }
 
 impl Backing {
-    /// The backing of arenas next to RAM of this backing: private memory of small or transparent huge pages, populated on
-    /// first touch.
+    /// The backing of arenas next to RAM of this backing: private memory of small or transparent huge pages.
     pub(super) fn of_arenas(self) -> Self {
         Self {
             thp: self.thp || self.hugepages,
@@ -77,10 +74,6 @@ pub(super) fn map(backing: Backing, gpa: GpaRange) -> Result<Mapping, MemoryErro
         },
     })?;
     advise(backing, &mapping)?;
-    if backing.prefault {
-        let error = |source| MemoryError::Populate { bytes, source };
-        mapping.populate().map_err(error)?;
-    }
     Ok(mapping)
 }
 

@@ -3,7 +3,10 @@
 mod missing;
 
 use std::io;
-use std::sync::Arc;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::available_parallelism;
 
 use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use ebb_core::release::{Release, ReleasePages, Released};
@@ -14,6 +17,7 @@ use super::backing::{self, Backing, file_size};
 use super::release::{Extent, HostKernel, OwnProcess, release, retry_while_busy};
 use crate::sys::Mapping;
 use crate::sys::pagemap::PageMap;
+use crate::workers;
 
 pub use missing::{MissingPage, MissingPages};
 
@@ -173,6 +177,60 @@ impl GuestRam {
                 gpa: range.start(),
                 source: io::Error::from_raw_os_error(errno),
             }),
+        }
+    }
+
+    /// Populates all RAM, with as many threads as there are cores, unless `is_cancelled` returns true: it is asked before
+    /// every 16 MiB. Returns false if it did.
+    ///
+    /// # Errors
+    /// [`MemoryError::Populate`] if the host has too few pages.
+    pub fn populate_unless(
+        &self,
+        is_cancelled: impl Fn() -> bool + Sync,
+    ) -> Result<bool, MemoryError> {
+        const STEP: u64 = 16 << 20;
+        let ram = self.regions.iter().take(self.ram);
+        let steps = ram.flat_map(|region| {
+            let starts = (region.gpa.start()..region.gpa.end()).step_by(STEP as usize);
+            let end = region.gpa.end();
+            starts.filter_map(move |start| GpaRange::new(start, end.min(start + STEP)))
+        });
+        let steps: Vec<GpaRange> = steps.collect();
+        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let first_error = OnceLock::new();
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        workers::share(
+            cores.min(steps.len()),
+            "fill",
+            || {},
+            || {
+                while let Some(step) = steps.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if is_cancelled() {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    if let Err(error) = self.populate(*step) {
+                        let _ = first_error.set(error);
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                }
+            },
+        );
+        match first_error.into_inner() {
+            Some(MemoryError::Populate { source, .. }) => Err(MemoryError::Populate {
+                bytes: self
+                    .regions
+                    .iter()
+                    .take(self.ram)
+                    .map(|it| it.gpa.len())
+                    .sum(),
+                source,
+            }),
+            Some(error) => Err(error),
+            None => Ok(!stop.into_inner()),
         }
     }
 

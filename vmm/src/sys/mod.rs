@@ -1,6 +1,7 @@
 //! The host kernel's interfaces that Ebb needs and no crate offers safely. Nothing here knows of guests.
 
 pub mod cgroup;
+mod files;
 mod kept;
 pub mod mapping;
 pub mod nodes;
@@ -9,14 +10,18 @@ pub mod pressure;
 pub mod process;
 mod signals;
 pub mod slots;
+pub mod sockets;
+mod terminal;
 mod usage;
 mod userfault;
 
 pub use cgroup::{Cgroup, MemoryLimit};
+pub use files::replace_file;
 pub use kept::KeptFile;
 pub use mapping::{Mapping, MappingKind};
 pub use pressure::{MemInfo, PsiTrigger};
-pub use signals::TerminationSignals;
+pub use signals::{Request, Signals};
 pub use slots::SlotFile;
+pub use terminal::{RawMode, Terminal};
 pub use usage::{own_process, resident_bytes, thread_name};
 pub use userfault::{Fault, Userfault};

@@ -33,6 +33,23 @@ pub struct SharedFiles {
 }
 
 impl SharedFiles {
+    /// Releases the locks (flock(2)) on all files but `kept`. It is quick, other than to close everything. Does nothing
+    /// while the parent lives.
+    pub fn unlock_all_but(&self, kept: &[BorrowedFd<'_>]) {
+        if getppid() == Some(self.parent) {
+            return;
+        }
+        let entries = fs::read_dir("/proc/self/fd")
+            .into_iter()
+            .flatten()
+            .flatten();
+        let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        for number in numbers.filter(|it| kept.iter().all(|kept| kept.as_raw_fd() != *it)) {
+            // SAFETY: the call takes numbers only. The parent is dead, and nobody else counts on its locks.
+            unsafe { libc::flock(number, libc::LOCK_UN) };
+        }
+    }
+
     /// Closes all of them but the standard streams and `kept`, for every process that shares them. Does nothing while the
     /// parent lives, because it uses them.
     ///

@@ -1,4 +1,4 @@
-//! Termination signals as a descriptor that can be polled (signalfd(2)).
+//! Signals from operators and supervisors, as a descriptor that can be polled (signalfd(2)).
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -6,15 +6,28 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::ptr;
 
-/// The signals by which an operator or a supervisor ends a program.
+/// Signals that are read. One that was ignored when the program was started, as nohup(1) does, stays ignored.
 const SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
-/// The termination signals of this process, blocked and turned into readable events.
-pub struct TerminationSignals(File);
+/// Signals that stop a program in the background which uses its terminal. With these blocked its output goes on, and
+/// it gets no input.
+const JOB_CONTROL: [libc::c_int; 2] = [libc::SIGTTOU, libc::SIGTTIN];
 
-impl TerminationSignals {
-    /// Blocks SIGTERM, SIGINT, SIGHUP and SIGQUIT in the calling thread, and so in the threads that it
-    /// starts from now on.
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// SIGTERM, SIGINT or SIGQUIT: the end.
+    End,
+    /// SIGHUP: the log begins a new file, or the terminal is gone.
+    HangUp,
+}
+
+/// The signals of this process that ask for something, blocked and turned into readable events.
+pub struct Signals(File);
+
+impl Signals {
+    /// Blocks SIGTERM, SIGINT, SIGHUP and SIGQUIT, unless they are ignored, in the calling thread, and so in the threads that
+    /// it starts from now on; and those of job control.
     ///
     /// # Errors
     /// The error of the system call.
@@ -24,9 +37,15 @@ impl TerminationSignals {
         // set, valid signal numbers, and a null pointer where the old mask is not wanted.
         let fd = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in SIGNALS {
+            for signal in SIGNALS.into_iter().filter(|signal| !is_ignored(*signal)) {
                 libc::sigaddset(set.as_mut_ptr(), signal);
             }
+            let mut job_control = std::mem::zeroed();
+            libc::sigemptyset(&raw mut job_control);
+            for signal in JOB_CONTROL {
+                libc::sigaddset(&raw mut job_control, signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const job_control, ptr::null_mut());
             let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
             if error != 0 {
                 return Err(io::Error::from_raw_os_error(error));
@@ -40,17 +59,21 @@ impl TerminationSignals {
         Ok(Self(unsafe { File::from_raw_fd(fd) }))
     }
 
-    /// The number of the next signal that has arrived, if any.
+    /// What the next signal that has arrived asks for, if there is one.
     ///
     /// # Errors
     /// The error of the system call.
-    pub fn take(&mut self) -> io::Result<Option<u32>> {
+    pub fn take(&self) -> io::Result<Option<Request>> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
-        match self.0.read(&mut info) {
+        match (&self.0).read(&mut info) {
             // The signal's number is the first field.
-            Ok(n) if n >= 4 => Ok(Some(u32::from_ne_bytes([
-                info[0], info[1], info[2], info[3],
-            ]))),
+            Ok(n) if n >= 4 => {
+                let number = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+                Ok(Some(match number {
+                    libc::SIGHUP => Request::HangUp,
+                    _ => Request::End,
+                }))
+            }
             Ok(_) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
@@ -58,7 +81,17 @@ impl TerminationSignals {
     }
 }
 
-impl AsRawFd for TerminationSignals {
+/// Returns true if this process ignores the signal.
+fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: sigaction only writes the action that is in force to `action`, of which all zeroes are a value.
+    unsafe {
+        libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) == 0
+            && action.assume_init().sa_sigaction == libc::SIG_IGN
+    }
+}
+
+impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }

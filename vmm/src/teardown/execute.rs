@@ -152,11 +152,9 @@ mod tests {
     }
 
     fn touched(layout: &[GpaRange], backing: Backing) -> GuestRam {
-        let backing = Backing {
-            prefault: true,
-            ..backing
-        };
-        GuestRam::allocate(backing, layout).unwrap()
+        let ram = GuestRam::allocate(backing, layout).unwrap();
+        assert!(ram.populate_unless(|| false).unwrap());
+        ram
     }
 
     /// Batches of 16 MiB, or of a file.

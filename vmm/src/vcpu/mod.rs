@@ -108,8 +108,8 @@ fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) 
         Ok(None) => {}
         Ok(Some(reason)) => (shared.on_exit)(reason),
         Err(_) => {
-            tracing::error!("vCPU {index}: a device model panicked");
             (shared.on_exit)(ExitReason::Crash);
+            tracing::error!("vCPU {index}: a device model panicked");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Wiring of devices, one short function each.
 
-use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use event_manager::MutEventSubscriber;
@@ -15,13 +15,15 @@ use crate::bus::{Bus, ExitReason};
 use crate::config::{BalloonConfig, SerialConfig};
 use crate::devices::fw_cfg::FwCfg;
 use crate::devices::platform::{I8042, PciConfig, Power, PvPanic};
-use crate::devices::serial::{ConsoleInput, Output, RawMode, SerialPort};
+use crate::devices::serial::{ConsoleInput, SerialFile, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::blk::{Block, Disk};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::guest_memory::{KernelEvents, RangeSink};
 use crate::kvm;
+use crate::output::Outlet;
+use crate::sys::RawMode;
 
 /// The devices of a machine while it is being built.
 pub struct Devices {
@@ -39,12 +41,18 @@ pub struct Devices {
     pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
 }
 
+/// Bytes of the guest's output that may wait for a terminal or a pipe.
+const OUTPUT_CAPACITY: usize = 1 << 20;
+
 /// The operator's side of the serial port.
+#[derive(Default)]
 pub struct Console {
+    /// Where the guest's output goes.
+    pub output: Option<Arc<Outlet>>,
     /// Restores the terminal when dropped.
     pub raw_mode: Option<RawMode>,
     /// Feeds standard input to the port.
-    pub input: Box<dyn MutEventSubscriber>,
+    pub input: Option<Box<dyn MutEventSubscriber>>,
 }
 
 impl Devices {
@@ -71,8 +79,11 @@ impl Devices {
             layout::POWER_PORT_LEN,
             Arc::new(Mutex::new(power)),
         )?;
-        self.ports
-            .insert(layout::PVPANIC_PORT, 1, Arc::new(Mutex::new(PvPanic)))?;
+        self.ports.insert(
+            layout::PVPANIC_PORT,
+            1,
+            Arc::new(Mutex::new(PvPanic::default())),
+        )?;
         self.ports.insert(
             layout::I8042_PORT,
             layout::I8042_PORT_LEN,
@@ -101,13 +112,13 @@ impl Devices {
         Ok(())
     }
 
-    /// The serial port; with a console when it goes to the terminal.
+    /// The serial port; with input when it goes to the terminal.
     pub fn attach_serial(
         &mut self,
         machine: &kvm::Machine,
         config: &SerialConfig,
         exit: &Arc<ExitSlot>,
-    ) -> Result<Option<Console>, LaunchError> {
+    ) -> Result<Console, LaunchError> {
         let interrupt = Arc::new(machine.interrupt(layout::SERIAL_GSI)?);
         let drained = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
             .map_err(LaunchError::system("eventfd"))?;
@@ -115,20 +126,25 @@ impl Devices {
             .try_clone()
             .map_err(LaunchError::system("eventfd"))?;
         let output = open_output(config)?;
-        let port = Arc::new(Mutex::new(SerialPort::new(interrupt, output, drained)));
+        let port = SerialPort::new(interrupt, output.clone(), drained);
+        let port = Arc::new(Mutex::new(port));
         self.ports
             .insert(layout::SERIAL_PORT, layout::SERIAL_PORT_LEN, port.clone())?;
         if *config != SerialConfig::Tty {
-            return Ok(None);
+            return Ok(Console {
+                output,
+                ..Console::default()
+            });
         }
         let raw_mode = RawMode::enter().map_err(LaunchError::system("terminal"))?;
         let exit = Arc::clone(exit);
         let quit = Box::new(move || exit.request(ExitReason::Stop));
         let input = ConsoleInput::new(port, input_drained, raw_mode.is_some(), quit);
-        Ok(Some(Console {
+        Ok(Console {
+            output,
             raw_mode,
-            input: Box::new(input),
-        }))
+            input: Some(Box::new(input)),
+        })
     }
 }
 
@@ -189,23 +205,34 @@ impl Devices {
     }
 }
 
-fn open_output(config: &SerialConfig) -> Result<Output, LaunchError> {
+fn open_output(config: &SerialConfig) -> Result<Option<Arc<Outlet>>, LaunchError> {
+    let start = |target: Box<dyn Write + Send>| {
+        let outlet = Outlet::start("ebb-console", OUTPUT_CAPACITY, target);
+        let outlet = outlet.map_err(LaunchError::system("console thread"))?;
+        Ok(Some(Arc::new(outlet)))
+    };
     match config {
-        SerialConfig::Tty => Ok(Output::Stdout),
-        SerialConfig::Null => Ok(Output::Null),
+        SerialConfig::Tty => start(Box::new(Stdout)),
+        SerialConfig::Null => Ok(None),
         SerialConfig::File(path) => {
-            let open = |path| -> std::io::Result<File> {
-                OpenOptions::new()
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .open(path)
-            };
-            let file = open(path).map_err(|source| LaunchError::SerialFile {
+            let file = SerialFile::create(path).map_err(|source| LaunchError::SerialFile {
                 path: path.clone(),
                 source,
             })?;
-            Ok(Output::File(file))
+            start(Box::new(file))
         }
+    }
+}
+
+/// Standard output, without the lock and the buffer that std has for it.
+struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(rustix::stdio::stdout(), bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -2,14 +2,16 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::OnceLock;
+use std::panic;
+use std::sync::{Arc, OnceLock};
+use std::thread;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::ExitReason;
-use crate::sys::TerminationSignals;
+use crate::output::Log;
+use crate::sys::{Request, Signals, Terminal};
 
 /// The reason why the machine ends. Any thread may give one; the first counts.
 pub struct ExitSlot {
@@ -57,27 +59,58 @@ impl MutEventSubscriber for Wake {
     }
 }
 
-/// Ends the machine on a termination signal.
-struct Signals {
-    signals: TerminationSignals,
+/// Does what signals ask for.
+struct SignalHandler {
+    signals: Signals,
+    log: Log,
+    has_terminal: bool,
     exit: Arc<ExitSlot>,
 }
 
-impl MutEventSubscriber for Signals {
+impl SignalHandler {
+    fn hang_up(&self) {
+        if self.has_terminal && Terminal::is_gone() {
+            self.exit.request(ExitReason::Stop);
+            return;
+        }
+        match self.log.reopen() {
+            Ok(()) => tracing::info!("SIGHUP: the log file was reopened"),
+            Err(error) => tracing::warn!("SIGHUP: the log file cannot be reopened: {error}"),
+        }
+    }
+}
+
+impl MutEventSubscriber for SignalHandler {
     fn init(&mut self, ops: &mut EventOps) {
         register(ops, &self.signals, "signals");
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         match self.signals.take() {
-            Ok(Some(signal)) => {
-                tracing::info!("signal {signal}: stopping");
+            Ok(Some(Request::End)) => {
                 self.exit.request(ExitReason::Stop);
+                tracing::info!("a signal asks for the end");
             }
+            Ok(Some(Request::HangUp)) => self.hang_up(),
             Ok(None) => {}
             Err(error) => tracing::warn!("signals cannot be read: {error}"),
         }
     }
+}
+
+/// From now on the end of a thread by a panic ends the machine, visibly. Only threads whose work others do then are left
+/// out: those that share a job (see [`crate::workers`]) and those that carry out one request.
+pub fn end_on_panic(exit: &Arc<ExitSlot>) {
+    const REPLACED: [&str; 3] = ["ebb-take", "ebb-free", "ebb-api-command"];
+    let exit = Arc::clone(exit);
+    panic::set_hook(Box::new(move |panic| {
+        let thread = thread::current();
+        let name = thread.name().unwrap_or("without a name");
+        if !REPLACED.iter().any(|replaced| name.starts_with(replaced)) {
+            exit.request(ExitReason::Crash);
+        }
+        tracing::error!("the thread {name} has panicked: {panic}");
+    }));
 }
 
 fn register(ops: &mut EventOps, source: &impl AsRawFd, what: &str) {
@@ -86,22 +119,32 @@ fn register(ops: &mut EventOps, source: &impl AsRawFd, what: &str) {
     }
 }
 
+/// What the main thread listens to.
+pub struct Operator {
+    /// Signals.
+    pub signals: Signals,
+    /// What is reopened when a signal asks for it.
+    pub log: Log,
+    /// The console is a terminal, with which the machine goes.
+    pub has_terminal: bool,
+    /// Console input.
+    pub console: Option<Box<dyn MutEventSubscriber>>,
+}
+
 /// Runs the loop until the machine ends, and returns the reason.
 ///
 /// # Errors
 /// The error of epoll.
-pub fn run(
-    exit: &Arc<ExitSlot>,
-    signals: TerminationSignals,
-    console: Option<Box<dyn MutEventSubscriber>>,
-) -> Result<ExitReason, event_manager::Error> {
+pub fn run(exit: &Arc<ExitSlot>, operator: Operator) -> Result<ExitReason, event_manager::Error> {
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
     manager.add_subscriber(Box::new(Wake(Arc::clone(exit))));
-    manager.add_subscriber(Box::new(Signals {
-        signals,
+    manager.add_subscriber(Box::new(SignalHandler {
+        signals: operator.signals,
+        log: operator.log,
+        has_terminal: operator.has_terminal,
         exit: Arc::clone(exit),
     }));
-    if let Some(console) = console {
+    if let Some(console) = operator.console {
         manager.add_subscriber(console);
     }
     loop {
@@ -109,5 +152,31 @@ pub fn run(
             return Ok(reason);
         }
         manager.run()?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{WaitOptions, waitpid};
+
+    use super::*;
+    use crate::sys::process::fork_for_test;
+
+    #[test]
+    fn a_thread_that_nobody_replaces_takes_the_machine_with_it() {
+        // In a process of its own: the hook is for all its threads.
+        let child = fork_for_test(|| {
+            let reason_after = |name: &str| {
+                let exit = ExitSlot::new().unwrap();
+                end_on_panic(&exit);
+                let thread = thread::Builder::new().name(name.to_owned());
+                let _ = thread.spawn(|| panic!("on purpose")).unwrap().join();
+                exit.reason()
+            };
+            let [disk, worker] = ["ebb-blk0", "ebb-take1"].map(reason_after);
+            u8::from((disk, worker) != (Some(ExitReason::Crash), None))
+        });
+        let (_, status) = waitpid(Some(child), WaitOptions::empty()).unwrap().unwrap();
+        assert_eq!(status.exit_status(), Some(0));
     }
 }

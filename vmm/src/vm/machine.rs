@@ -13,7 +13,7 @@ use super::LaunchError;
 use super::attach::{Console, Devices};
 use super::balloon::MachineBalloon;
 use super::control::Control;
-use super::events::{self, ExitSlot};
+use super::events::{self, ExitSlot, Operator, end_on_panic};
 use super::memory;
 use crate::api;
 use crate::arch::registers::Entry;
@@ -21,15 +21,15 @@ use crate::arch::{acpi, reset};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::ExitReason;
 use crate::config::{DiskConfig, MachineConfig};
-use crate::devices::serial::RawMode;
 use crate::devices::virtio::blk::Disk;
 use crate::guardian::Guardian;
-use crate::guest_memory::{GuestMemory, Setup};
+use crate::guest_memory::{GuestMemory, Setup, SetupError};
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable, RunPages};
+use crate::output::{Log, Outlet};
 use crate::reclaim::{AutoBalloon, BalloonBounds, ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
-use crate::sys::TerminationSignals;
+use crate::sys::{RawMode, Request, Signals};
 use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
@@ -46,8 +46,9 @@ pub struct Vm {
     kvm: kvm::Machine,
     teardown: Arc<Teardown>,
     exit: Arc<ExitSlot>,
+    output: Option<Arc<Outlet>>,
     /// Restores the terminal when dropped.
-    _raw_mode: Option<RawMode>,
+    raw_mode: Option<RawMode>,
 }
 
 /// Stops the devices of a running machine.
@@ -68,8 +69,12 @@ impl Vm {
     /// Builds the machine and starts its vCPUs.
     ///
     /// # Errors
-    /// [`LaunchError`].
-    pub fn build(config: MachineConfig, guardian: &'static Guardian) -> Result<Self, LaunchError> {
+    /// [`LaunchError`]; [`LaunchError::Stopped`] if one of `signals` has asked for the end.
+    pub fn build(
+        config: MachineConfig,
+        guardian: &'static Guardian,
+        signals: &Signals,
+    ) -> Result<Self, LaunchError> {
         let started = Instant::now();
         let mut host = Hypervisor::open()?;
         let setup = memory::setup(&config);
@@ -80,7 +85,11 @@ impl Vm {
         let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
         let ram = memory.ram().memory();
         let teardown = teardown(&config, guardian, &memory, &host)?;
+        if config.memory.prefault {
+            populate(&memory, &teardown, signals)?;
+        }
         let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
+        end_on_panic(&exit);
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(memory.ram()))?;
         if setup.strict {
@@ -115,6 +124,7 @@ impl Vm {
         let vcpu = VcpuSetup {
             index: 0,
             vcpus: config.vcpus,
+            nested: config.nested,
             entry,
             interface,
         };
@@ -130,7 +140,6 @@ impl Vm {
             memory,
             teardown: Arc::new(teardown),
             config,
-            nested: config.nested,
         };
         Self::start(machine, kicks, devices, console, vcpus, control)
     }
@@ -139,7 +148,7 @@ impl Vm {
         kvm: kvm::Machine,
         kicks: Arc<KickTable>,
         devices: Devices,
-        console: Option<Console>,
+        console: Console,
         vcpus: Vec<VcpuFd>,
         mut control: Control,
     ) -> Result<Self, LaunchError> {
@@ -181,10 +190,9 @@ impl Vm {
             on_exit,
         });
         let vcpus = Vcpus::start(vcpus, &shared).map_err(LaunchError::system("vCPU thread"))?;
-        let (raw_mode, input) = console.map_or((None, None), |c| (c.raw_mode, Some(c.input)));
         Ok(Self {
             reclaimer: Arc::clone(memory.reclaimer()),
-            input,
+            input: console.input,
             api,
             vcpus,
             devices: DeviceStop(virtio),
@@ -193,7 +201,8 @@ impl Vm {
             kvm,
             teardown,
             exit,
-            _raw_mode: raw_mode,
+            output: console.output,
+            raw_mode: console.raw_mode,
         })
     }
 
@@ -201,8 +210,14 @@ impl Vm {
     ///
     /// # Errors
     /// [`LaunchError::Loop`].
-    pub fn run(&mut self, signals: TerminationSignals) -> Result<ExitReason, LaunchError> {
-        let reason = events::run(&self.exit, signals, self.input.take())?;
+    pub fn run(&mut self, signals: Signals, log: &Log) -> Result<ExitReason, LaunchError> {
+        let operator = Operator {
+            signals,
+            log: log.clone(),
+            has_terminal: self.raw_mode.is_some(),
+            console: self.input.take(),
+        };
+        let reason = events::run(&self.exit, operator)?;
         tracing::info!("machine ends: {reason:?}");
         Ok(reason)
     }
@@ -210,8 +225,14 @@ impl Vm {
     /// Stops everything and frees the guest's memory, or leaves that to the reaper: see [`Teardown::free`].
     pub fn shut_down(mut self) {
         self.reclaimer.stop();
-        drop(self.api.take());
         self.vcpus.stop();
+        if let Some(mut api) = self.api.take() {
+            api.remove_socket();
+            self.teardown.status().forget_socket();
+        }
+        if let Some(output) = self.output.take() {
+            output.finish();
+        }
         self.devices.stop();
         let pressure = self.reclaim.take().and_then(ReclaimThread::stop);
         drop(self.strict.take());
@@ -273,6 +294,21 @@ fn teardown(
         page_size,
         Arc::new(run_pages),
     ))
+}
+
+/// Populates the guest's RAM, unless one of `signals` asks for the end. What is populated by then goes as at any end.
+fn populate(
+    memory: &Arc<GuestMemory>,
+    teardown: &Teardown,
+    signals: &Signals,
+) -> Result<(), LaunchError> {
+    let is_stopped = || matches!(signals.take(), Ok(Some(Request::End)));
+    let populated = memory.ram().populate_unless(is_stopped);
+    if populated.map_err(SetupError::from)? {
+        return Ok(());
+    }
+    teardown.free(Arc::clone(memory));
+    Err(LaunchError::Stopped)
 }
 
 fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {

@@ -28,7 +28,6 @@ pub fn setup(config: &MachineConfig) -> Setup {
         backing: Backing {
             thp: memory.thp,
             hugepages: memory.hugepages,
-            prefault: memory.prefault,
             shared: memory.shared,
         },
         arenas: arenas.collect(),

@@ -14,16 +14,17 @@ use crate::api::ApiError;
 use crate::arch::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::{ExitReason, Overlap};
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, SerialConfig};
 use crate::devices::virtio::balloon::BalloonError;
 use crate::devices::virtio::blk::DiskError;
 use crate::devices::virtio::mmio::TransportError;
-use crate::guardian::{Guardian, Log};
+use crate::guardian::{Guardian, Watched};
 use crate::guest_memory::SetupError;
 use crate::kvm::{self, KvmError};
+use crate::output::Log;
 use crate::reclaim;
 use crate::strict;
-use crate::sys::{self, TerminationSignals};
+use crate::sys::{self, Signals};
 use crate::teardown::Reaper;
 use machine::Vm;
 
@@ -85,6 +86,9 @@ pub enum LaunchError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// A signal has ended it while it was being built. No mistake.
+    #[error("stopped by a signal")]
+    Stopped,
     /// The main loop failed.
     #[error("the event loop failed")]
     Loop(#[from] event_manager::Error),
@@ -104,12 +108,20 @@ impl LaunchError {
 pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> {
     // The parser of the command line is not needed any more.
     sys::process::shrink();
-    let signals = TerminationSignals::block().map_err(LaunchError::system("signalfd"))?;
+    let signals = Signals::block().map_err(LaunchError::system("signalfd"))?;
     kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
     let socket = config.api_socket.as_deref();
-    let guardian = Guardian::start(config.guardian, &config.id, socket, log);
+    let machine = Watched {
+        id: &config.id,
+        socket,
+        has_console: config.serial == SerialConfig::Tty,
+        log,
+    };
+    let guardian = Guardian::start(config.guardian, &machine);
     let guardian = guardian.map_err(LaunchError::system("mmap"))?;
-    let reason = build_and_run(config, guardian, signals);
+    // The guardian could be made only while there was one thread.
+    let started = log.start().map_err(LaunchError::system("log thread"));
+    let reason = started.and_then(|()| build_and_run(config, guardian, signals, log));
     guardian.finish();
     reason
 }
@@ -117,12 +129,18 @@ pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> 
 fn build_and_run(
     config: MachineConfig,
     guardian: &'static Guardian,
-    signals: TerminationSignals,
+    signals: Signals,
+    log: &Log,
 ) -> Result<ExitReason, LaunchError> {
-    let built = Vm::build(config, guardian);
-    let mut vm =
-        built.inspect_err(|_| guardian.reaper().into_iter().for_each(Reaper::clear_job))?;
-    let reason = vm.run(signals);
+    let mut vm = match Vm::build(config, guardian, &signals) {
+        Ok(vm) => vm,
+        Err(LaunchError::Stopped) => return Ok(ExitReason::Stop),
+        Err(error) => {
+            guardian.reaper().into_iter().for_each(Reaper::clear_job);
+            return Err(error);
+        }
+    };
+    let reason = vm.run(signals, log);
     vm.shut_down();
     reason
 }

@@ -15,11 +15,10 @@ const SAID: &str = "now";
 /// What one of the processes does: it frees memory of `bytes` bytes as soon as there is a byte to read.
 pub(super) fn half(bytes: u64, shared: bool) -> Result<(), BenchError> {
     let backing = Backing {
-        prefault: true,
         shared,
         ..Backing::default()
     };
-    let ram = engine::memory(bytes, backing)?;
+    let ram = engine::populated(bytes, backing)?;
     println!("{SAID}");
     let mut byte = [0];
     io::stdin()

@@ -15,12 +15,21 @@ use crate::{BenchError, system};
 const WORKERS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
 /// Memory of `bytes` bytes.
-pub(super) fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
+fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
     let range = GpaRange::new(0, bytes).ok_or(std::io::ErrorKind::InvalidInput);
     let range = range.map_err(system("size the memory"))?;
     GuestRam::allocate(backing, &[range])
         .map_err(|error| std::io::Error::other(error.to_string()))
         .map_err(system("make the memory; give a smaller --gib"))
+}
+
+/// Memory of `bytes` bytes, all of it populated.
+pub(super) fn populated(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
+    let ram = memory(bytes, backing)?;
+    ram.populate_unless(|| false)
+        .map_err(|error| std::io::Error::other(error.to_string()))
+        .map_err(system("populate the memory; give a smaller --gib"))?;
+    Ok(ram)
 }
 
 /// Frees it as the kernel does at an exit: by one CPU.
@@ -51,11 +60,10 @@ pub(super) fn free(ram: &GuestRam, workers: usize) {
 /// Touched memory in pages of 4 KiB, or transparent huge pages.
 pub(super) fn touched(bytes: u64, thp: bool) -> Result<GuestRam, BenchError> {
     let backing = Backing {
-        prefault: true,
         thp,
         ..Backing::default()
     };
-    memory(bytes, backing)
+    populated(bytes, backing)
 }
 
 /// An address space of which one page in 2 MiB was read: no memory but the tables, which are real.

@@ -22,14 +22,13 @@ const PIECE: usize = 256 << 20;
 pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<(), BenchError> {
     let bytes = arguments.gib * GIB;
     let backing = Backing {
-        prefault: true,
         shared: true,
         ..Backing::default()
     };
     for run in 1..=arguments.runs {
-        let time = engine::serially(engine::memory(bytes, backing)?);
+        let time = engine::serially(engine::populated(bytes, backing)?);
         results.add(("munmap", "files"), SECONDS, time);
-        let time = engine::shared(engine::memory(bytes, backing)?, 2);
+        let time = engine::shared(engine::populated(bytes, backing)?, 2);
         results.add(("ebb", "files, 2w"), SECONDS, time);
         for files in FILES {
             let time = in_files(bytes, files)?;

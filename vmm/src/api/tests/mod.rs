@@ -455,6 +455,40 @@ fn slow_and_silent_clients_are_let_go() {
 }
 
 #[test]
+fn half_a_request_does_not_delay_the_end_but_an_order_is_answered() {
+    let bench = Bench::new();
+    let halves = [
+        &b"GET / HT"[..],
+        b"PATCH /balloon HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{",
+    ];
+    let clients = halves.map(|half| {
+        let mut stream = UnixStream::connect(bench.socket()).unwrap();
+        stream.write_all(half).unwrap();
+        stream
+    });
+    let socket = bench.socket();
+    let body = json!({ "amount_bytes": 5 });
+    let order = std::thread::spawn(move || {
+        let (method, path) = (Method::PUT, "/lazy-memory/reclaim");
+        request(&socket, method, path, Some(&body), TIMEOUT)
+    });
+    while bench.last().as_deref() != Some("reclaim 5") {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let Bench { server, go, .. } = bench;
+    let start = Instant::now();
+    let end = std::thread::spawn(|| drop(server));
+    for mut client in clients {
+        // The server cuts them off; it may reset the connection.
+        let _ = client.read_to_end(&mut Vec::new());
+    }
+    go.send(()).unwrap();
+    assert_eq!(order.join().unwrap().unwrap()["reclaimed_bytes"], 5);
+    end.join().unwrap();
+    assert!(start.elapsed() < super::server::FINISH_TIMEOUT / 2);
+}
+
+#[test]
 fn many_clients_at_once() {
     let bench = Bench::new();
     std::thread::scope(|scope| {

@@ -11,11 +11,13 @@ use super::{SerialPort, lock};
 
 /// The key with which commands to the monitor begin: Ctrl-A.
 const ESCAPE: u8 = 1;
-/// Maximum number of bytes read at once. No more are read before the guest has taken them.
+/// Maximum number of bytes read at once.
 const CHUNK: usize = 256;
+/// Keys that wait for a guest that takes none. Further ones are dropped: the key that ends the machine may be among them.
+const MAX_KEYS: usize = 64 << 10;
 
 /// Feeds standard input to a serial port. In a terminal, Ctrl-A X ends the machine and Ctrl-A Ctrl-A is
-/// one Ctrl-A.
+/// one Ctrl-A. Other input than a terminal waits until the guest has taken what came before it.
 pub struct ConsoleInput {
     port: Arc<Mutex<SerialPort>>,
     drained: EventFd,
@@ -87,11 +89,12 @@ impl ConsoleInput {
         }
     }
 
-    /// Gives the guest as much as it has room for. More is read only when all is given.
+    /// Gives the guest as much as it has room for. More is read only when all is given, but from a terminal always.
     fn pump(&mut self, ops: &mut EventOps) {
         let taken = lock(&self.port).enqueue(self.pending.make_contiguous());
         self.pending.drain(..taken);
-        self.watch(self.open && self.pending.is_empty(), ops);
+        let wanted = self.keys.is_some() || self.pending.is_empty();
+        self.watch(self.open && wanted, ops);
     }
 
     fn read(&mut self) {
@@ -110,6 +113,7 @@ impl ConsoleInput {
                 if keys.filter(bytes, &mut self.pending) {
                     (self.on_quit)();
                 }
+                self.pending.truncate(MAX_KEYS);
             }
         }
     }

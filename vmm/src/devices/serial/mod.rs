@@ -1,9 +1,8 @@
 //! The first serial port, a 16550A, and the terminal that it is connected to.
 
+mod file;
 mod input;
-mod terminal;
 
-use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,35 +11,26 @@ use vm_superio::serial::{Serial, SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Action, BusDevice};
+use crate::faults::GuestFaults;
 use crate::irq::Interrupt;
+use crate::output::Outlet;
 
+pub use file::SerialFile;
 pub use input::ConsoleInput;
-pub use terminal::RawMode;
 
-/// Where the guest's output goes.
-pub enum Output {
-    /// Standard output.
-    Stdout,
-    /// A file.
-    File(File),
-    /// Nowhere.
-    Null,
-}
+/// Where the guest's output goes; nowhere without an outlet.
+struct Output(Option<Arc<Outlet>>);
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Stdout => io::stdout().write(bytes),
-            Self::File(file) => file.write(bytes),
-            Self::Null => Ok(bytes.len()),
+        if let Some(outlet) = &self.0 {
+            outlet.put(bytes);
         }
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Stdout => io::stdout().flush(),
-            Self::File(_) | Self::Null => Ok(()),
-        }
+        Ok(())
     }
 }
 
@@ -72,18 +62,20 @@ impl SerialEvents for Drained {
 /// The serial port.
 pub struct SerialPort {
     uart: Serial<Line, Drained, Output>,
-    /// Only the first output error is logged: a full disk must not flood the log.
-    failed: bool,
+    faults: GuestFaults,
 }
 
 impl SerialPort {
-    /// A port that raises `interrupt`. `drained` is signalled whenever the guest has read all input.
+    /// A port that raises `interrupt` and writes to `output`. `drained` is signalled whenever the guest has read all input.
     #[must_use]
-    pub fn new(interrupt: Arc<dyn Interrupt>, output: Output, drained: EventFd) -> Self {
-        let uart = Serial::with_events(Line(interrupt), Drained(drained), output);
+    pub fn new(
+        interrupt: Arc<dyn Interrupt>,
+        output: Option<Arc<Outlet>>,
+        drained: EventFd,
+    ) -> Self {
         Self {
-            uart,
-            failed: false,
+            uart: Serial::with_events(Line(interrupt), Drained(drained), Output(output)),
+            faults: GuestFaults::new("serial port"),
         }
     }
 
@@ -95,16 +87,9 @@ impl SerialPort {
             return 0;
         }
         self.uart.enqueue_raw_bytes(bytes).unwrap_or_else(|error| {
-            self.complain(&error);
+            self.faults.report(format_args!("{error:?}"));
             0
         })
-    }
-
-    fn complain(&mut self, error: &dyn std::fmt::Debug) {
-        if !self.failed {
-            tracing::warn!("serial port: {error:?}; further errors are not reported");
-            self.failed = true;
-        }
     }
 }
 
@@ -119,7 +104,7 @@ impl BusDevice for SerialPort {
         if let ([byte], Ok(offset)) = (data, u8::try_from(offset))
             && let Err(error) = self.uart.write(offset, *byte)
         {
-            self.complain(&error);
+            self.faults.report(format_args!("{error:?}"));
         }
         Action::Continue
     }

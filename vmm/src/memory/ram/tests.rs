@@ -14,7 +14,6 @@ const SHARED: Backing = Backing {
     shared: true,
     thp: false,
     hugepages: false,
-    prefault: false,
 };
 
 fn two_regions() -> GuestRam {
@@ -195,14 +194,23 @@ fn what_is_marked_free_is_kept_once_written_to() {
 #[test]
 fn prefault_populates_and_keeps_zeroes() {
     for backing in [Backing::default(), SHARED] {
-        let backing = Backing {
-            prefault: true,
-            ..backing
-        };
-        let ram = GuestRam::allocate(backing, &[range(0, 4 * MIB)]).unwrap();
-        assert_eq!(ram.resident(), 4 * MIB);
+        let layout = [range(0, 4 * MIB), range(8 * MIB, 48 * MIB)];
+        let ram = GuestRam::allocate(backing, &layout).unwrap();
+        assert!(ram.populate_unless(|| false).unwrap());
+        assert_eq!(ram.resident(), 44 * MIB);
         assert_eq!(byte(&ram, 4 * MIB - 1), 0);
     }
+}
+
+#[test]
+fn a_prefault_stops_when_it_is_told_to() {
+    let ram = GuestRam::allocate(Backing::default(), &[range(0, 256 * MIB)]).unwrap();
+    let asked = AtomicUsize::new(0);
+    let stop_at_third = || asked.fetch_add(1, Ordering::Relaxed) >= 2;
+    assert!(!ram.populate_unless(stop_at_third).unwrap());
+    // Others are at work at that moment, each at a step.
+    assert!(ram.resident() < 256 * MIB, "{}", ram.resident());
+    assert!(!ram.populate_unless(|| true).unwrap());
 }
 
 /// Flags of the mapping at `address` (`VmFlags` in proc_pid_smaps(5)).

@@ -78,6 +78,11 @@ impl StatusPage {
         self.socket[1].store(inode, Ordering::Release);
     }
 
+    /// The monitor has removed the API's socket: from now on another file may have its identity.
+    pub fn forget_socket(&self) {
+        self.set_socket((u64::MAX, u64::MAX));
+    }
+
     /// Device and inode of the API's socket, if the monitor has made one.
     #[must_use]
     pub fn socket(&self) -> Option<(u64, u64)> {

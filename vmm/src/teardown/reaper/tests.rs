@@ -102,13 +102,11 @@ fn memory_in_files_is_freed_too() {
 #[test]
 fn the_batches_of_a_plan_are_freed() {
     let status = after(|reaper, status| {
-        let backing = Backing {
-            prefault: true,
-            ..Backing::default()
-        };
         let [below, above] = [(0, 16 << 20), (32 << 20, 80 << 20)]
             .map(|(start, end)| GpaRange::new(start, end).unwrap());
-        let ram = Arc::new(GuestRam::allocate(backing, &[below, above]).unwrap());
+        let ram = GuestRam::allocate(Backing::default(), &[below, above]).unwrap();
+        assert!(ram.populate_unless(|| false).unwrap());
+        let ram = Arc::new(ram);
         let regions = ram.regions().iter().map(|region| Region {
             range: region.gpa,
             page_size: PageSize::Small,

@@ -4,12 +4,20 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use super::wire::SECTOR_BYTES;
 use crate::config::DiskConfig;
+
+/// How long a lock is waited for: that of a machine which was killed at this moment goes soon.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often it is looked at.
+const PERIOD: Duration = Duration::from_millis(10);
 
 /// A disk cannot be used. The message names the file and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -193,7 +201,14 @@ fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), DiskError> {
             "add readonly=on to both",
         )
     };
-    match flock(file, operation) {
+    let patience = Instant::now() + PATIENCE;
+    let locked = loop {
+        match flock(file, operation) {
+            Err(Errno::WOULDBLOCK) if Instant::now() < patience => thread::sleep(PERIOD),
+            locked => break locked,
+        }
+    };
+    match locked {
         Ok(()) => Ok(()),
         Err(Errno::WOULDBLOCK) => Err(DiskError::Locked {
             path: path.to_owned(),

@@ -125,6 +125,9 @@ impl Poller {
 
     /// Waits for at most `timeout` (`None`: for ever) and calls `ready` with the token of each readable source.
     /// Returns false if the worker has to stop.
+    ///
+    /// # Panics
+    /// epoll_wait(2) fails as it never does. So the machine ends, instead of going on without the device.
     pub fn wait(&self, timeout: Option<Duration>, mut ready: impl FnMut(u32)) -> bool {
         let mut events = [EpollEvent::default(); 8];
         // Rounded up, so that a short timeout does not become a busy loop.
@@ -134,10 +137,7 @@ impl Poller {
         let count = match self.epoll.wait(timeout, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => {
-                tracing::error!("epoll_wait failed, the worker ends: {error}");
-                return false;
-            }
+            Err(error) => panic!("epoll_wait failed: {error}"),
         };
         if self.stop.is_stopped() {
             return false;

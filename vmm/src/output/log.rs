@@ -1,0 +1,216 @@
+//! Where the log goes: standard error, or a file.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::Outlet;
+use crate::sys;
+
+/// Bytes of the log that may wait to be written.
+const CAPACITY: usize = 256 << 10;
+
+/// How long a line may wait where no thread writes it.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+
+/// The log. It takes lines and never fails: what cannot be written is lost. Clones are the same log.
+#[derive(Clone, Debug)]
+pub struct Log(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    file: Option<LogFile>,
+    outlet: Mutex<Option<Arc<Outlet>>>,
+}
+
+#[derive(Debug)]
+struct LogFile {
+    path: PathBuf,
+    file: File,
+    /// It was not there before.
+    is_new: bool,
+}
+
+impl Log {
+    /// To standard error.
+    #[must_use]
+    pub fn to_stderr() -> Self {
+        Self::new(None)
+    }
+
+    /// To the end of the file at `path`, which is made if there is none.
+    ///
+    /// # Errors
+    /// open(2)'s.
+    pub fn to_file(path: &Path) -> io::Result<Self> {
+        let is_new = path.symlink_metadata().is_err();
+        Ok(Self::new(Some(LogFile {
+            file: open(path)?,
+            path: std::path::absolute(path)?,
+            is_new,
+        })))
+    }
+
+    fn new(file: Option<LogFile>) -> Self {
+        Self(Arc::new(Inner {
+            file,
+            outlet: Mutex::default(),
+        }))
+    }
+
+    /// From now on a thread, `ebb-log`, writes the lines, and nobody else waits for that.
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn start(&self) -> io::Result<()> {
+        let outlet = Outlet::start("ebb-log", CAPACITY, Target(Arc::clone(&self.0)))?;
+        *self.outlet() = Some(Arc::new(outlet));
+        Ok(())
+    }
+
+    /// Waits for the thread as [`Outlet::finish`] does. From now on lines are written by those who have them.
+    pub fn finish(&self) {
+        let outlet = self.outlet().take();
+        if let Some(outlet) = outlet {
+            outlet.finish();
+        }
+    }
+
+    /// The file, if there is one. It keeps its descriptor when it is opened again.
+    #[must_use]
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.0.file.as_ref().map(|it| it.file.as_fd())
+    }
+
+    /// Opens the file again by its path: another program may have moved it away. Does nothing without a file.
+    ///
+    /// # Errors
+    /// open(2)'s; then the log goes on in the file that it had.
+    pub fn reopen(&self) -> io::Result<()> {
+        match &self.0.file {
+            Some(log) => sys::replace_file(&log.file, open(&log.path)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes the file if it was made for this log and nothing stands in it.
+    pub fn remove_if_unused(&self) {
+        let Some(LogFile { path, file, is_new }) = &self.0.file else {
+            return;
+        };
+        let identity = |it: fs::Metadata| (it.dev(), it.ino(), it.len());
+        let (there, ours) = (path.symlink_metadata(), file.metadata());
+        if let (true, Ok(there), Ok(ours)) = (is_new, there.map(identity), ours.map(identity))
+            && there == ours
+            && ours.2 == 0
+        {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    fn outlet(&self) -> MutexGuard<'_, Option<Arc<Outlet>>> {
+        let outlet = self.0.outlet.lock();
+        outlet.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One line is one write.
+impl Write for &Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let outlet = self.outlet().clone();
+        match outlet {
+            Some(outlet) => outlet.put(bytes),
+            None => self.0.write_soon(bytes),
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Writes `bytes` unless nobody takes them within a second.
+    fn write_soon(&self, bytes: &[u8]) {
+        let stderr = rustix::stdio::stderr();
+        let output = self.file.as_ref().map_or(stderr, |it| it.file.as_fd());
+        let mut fds = [PollFd::from_borrowed_fd(output, PollFlags::OUT)];
+        if matches!(poll(&mut fds, Some(&PATIENCE)), Ok(1..)) {
+            let _ = rustix::io::write(output, bytes);
+        }
+    }
+}
+
+/// What the thread writes to.
+struct Target(Arc<Inner>);
+
+impl Write for Target {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = match &self.0.file {
+            Some(it) => rustix::io::write(&it.file, bytes)?,
+            None => rustix::io::write(rustix::stdio::stderr(), bytes)?,
+        };
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().create(true).append(true).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn say(log: &Log, text: &str) {
+        (&mut &*log).write_all(text.as_bytes()).unwrap();
+    }
+
+    #[test]
+    fn a_log_goes_on_where_its_path_leads() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, moved] = ["log", "log.1"].map(|name| folder.path().join(name));
+        fs::write(&path, "before\n").unwrap();
+        let log = Log::to_file(&path).unwrap();
+        say(&log, "direct\n");
+        log.start().unwrap();
+        say(&log, "thread\n");
+        log.finish();
+        fs::rename(&path, &moved).unwrap();
+        log.reopen().unwrap();
+        say(&log, "new\n");
+        assert_eq!(
+            fs::read_to_string(&moved).unwrap(),
+            "before\ndirect\nthread\n"
+        );
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new\n");
+    }
+
+    #[test]
+    fn only_a_file_that_was_made_for_nothing_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        Log::to_file(&path).unwrap().remove_if_unused();
+        assert!(!path.exists());
+        let log = Log::to_file(&path).unwrap();
+        say(&log, "something\n");
+        log.remove_if_unused();
+        assert!(path.exists(), "something stands in it");
+        fs::write(&path, "").unwrap();
+        Log::to_file(&path).unwrap().remove_if_unused();
+        assert!(path.exists(), "it was there before");
+    }
+}

@@ -1,0 +1,120 @@
+//! Unix sockets in the file system: whose they are, and removing one's own and no other.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// Device and inode of a file. While a socket is open, no other file has those of its own.
+pub type FileIdentity = (u64, u64);
+
+/// The identity of the file at `path` itself, not of what a link there leads to.
+///
+/// # Errors
+/// lstat(2)'s.
+pub fn file_identity(path: &Path) -> io::Result<FileIdentity> {
+    path.symlink_metadata().map(|it| (it.dev(), it.ino()))
+}
+
+/// The process that has made the other end of `stream` listen; `None` if it is outside of this one's namespace
+/// (`SO_PEERCRED`, unix(7)).
+#[must_use]
+pub fn server_of(stream: &UnixStream) -> Option<Pid> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the call writes at most `len` bytes to `peer`, which is plain data of that size.
+    let rc = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    (rc == 0).then(|| Pid::from_raw(peer.pid)).flatten()
+}
+
+/// Returns true if the process is dead, waited for or not.
+#[must_use]
+pub fn is_dead(pid: Pid) -> bool {
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(process) => {
+            let mut fds = [PollFd::new(&process, PollFlags::IN)];
+            matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
+        }
+        Err(error) => error == rustix::io::Errno::SRCH,
+    }
+}
+
+/// Removes the file at `path` if `identity` is its own, whatever others do to the path meanwhile. Returns true if it did.
+///
+/// # Errors
+/// rename(2)'s and unlink(2)'s.
+pub fn remove_file_if(path: &Path, identity: FileIdentity) -> io::Result<bool> {
+    if !file_identity(path).is_ok_and(|it| it == identity) {
+        return Ok(false);
+    }
+    // Another process may put its own file there now. So it is moved away first, and looked at again.
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".{}", std::process::id()));
+    let aside = Path::new(&aside);
+    fs::rename(path, aside)?;
+    if file_identity(aside)? == identity {
+        fs::remove_file(aside)?;
+        return Ok(true);
+    }
+    renameat_with(CWD, aside, CWD, path, RenameFlags::NOREPLACE)?;
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use rustix::process::{WaitOptions, waitpid};
+
+    use super::*;
+    use crate::sys::process::fork_for_test;
+
+    #[test]
+    fn only_the_file_that_is_meant_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, other] = ["socket", "other"].map(|name| folder.path().join(name));
+        fs::write(&path, "").unwrap();
+        fs::write(&other, "").unwrap();
+        let identity = file_identity(&path).unwrap();
+        assert!(!remove_file_if(&other, identity).unwrap());
+        assert!(remove_file_if(&path, identity).unwrap());
+        assert!(!remove_file_if(&path, identity).unwrap(), "it is gone");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    /// A socket that a dead process has made can still be connected to while another has the descriptor.
+    #[test]
+    fn the_server_of_a_socket_is_known_when_it_is_dead() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let own = UnixListener::bind(&path).unwrap();
+        let server = server_of(&UnixStream::connect(&path).unwrap()).unwrap();
+        assert_eq!(server, rustix::process::getpid());
+        assert!(!is_dead(server));
+        drop(own);
+        let child = fork_for_test(|| 0);
+        let pidfd = pidfd_open(child, PidfdFlags::empty()).unwrap();
+        poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap();
+        assert!(is_dead(child), "nobody has waited for it");
+        waitpid(Some(child), WaitOptions::empty()).unwrap();
+        assert!(is_dead(child));
+    }
+}
