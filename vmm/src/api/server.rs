@@ -38,7 +38,7 @@ const MAX_BODY: usize = 64 << 10;
 /// Maximum length of a request's line and headers in bytes.
 const MAX_HEAD: usize = 16 << 10;
 /// Time that a client has for a request's headers, then for its body, and between two requests.
-const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 5 });
 /// After this time a connection accepts no further request. The one in progress is still answered.
 const LIFETIME: Duration = Duration::from_secs(60);
 /// Time that the last answer of a connection past its lifetime may take.

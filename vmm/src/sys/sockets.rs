@@ -65,7 +65,11 @@ pub fn remove_file_if(path: &Path, identity: FileIdentity) -> io::Result<bool> {
     if !file_identity(path).is_ok_and(|it| it == identity) {
         return Ok(false);
     }
-    // Another process may put its own file there now. So it is moved away first, and looked at again.
+    remove_aside(path, identity)
+}
+
+/// Another process may put its own file at `path` at any time. So it is moved away first, and looked at there.
+fn remove_aside(path: &Path, identity: FileIdentity) -> io::Result<bool> {
     let mut aside = path.as_os_str().to_owned();
     aside.push(format!(".{}", std::process::id()));
     let aside = Path::new(&aside);
@@ -95,6 +99,9 @@ mod tests {
         fs::write(&other, "").unwrap();
         let identity = file_identity(&path).unwrap();
         assert!(!remove_file_if(&other, identity).unwrap());
+        // It was put there after the first look.
+        assert!(!remove_aside(&other, identity).unwrap());
+        assert!(other.exists());
         assert!(remove_file_if(&path, identity).unwrap());
         assert!(!remove_file_if(&path, identity).unwrap(), "it is gone");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
