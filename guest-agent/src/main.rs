@@ -3,6 +3,7 @@
 mod balloon;
 mod bench;
 mod discovery;
+mod exercise;
 mod install;
 mod instruction_count;
 mod meminfo;
@@ -36,6 +37,9 @@ ebb-guest: programs and memory in an Ebb guest
                       free and reuse a granule, or only spin, for that time: for counting exits
   ebb-guest stress DEVICE PROCESSES THREADS SECONDS
                       share an arena among processes that check their memory and are killed at random
+  ebb-guest exercise [OPTION...]
+                      take and free normal memory in every way, and check every byte; --kernel, as root: also compact
+                      it, drop caches, and take blocks of it off line
   ebb-guest workload  read commands from standard input, one a line; `help` lists them";
 
 fn main() -> ExitCode {
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         ["bench-worker", ref words @ ..] => instruction_count::worker(words),
         ["stress", ref words @ ..] => stress::main(words),
         ["stress-worker", ref words @ ..] => stress::worker(words),
+        ["exercise", ref words @ ..] => exercise::main(words),
         ["workload"] => workload::serve(),
         ["help" | "--help" | "-h"] => {
             println!("{USAGE}");
