@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod console;
 pub mod debian;
 pub mod error;
+pub mod free_pages;
 pub mod guest;
 pub mod host;
 pub mod idle;
