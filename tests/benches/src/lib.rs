@@ -4,6 +4,7 @@ pub mod arena;
 mod bare;
 pub mod boot;
 mod counters;
+pub mod free_pages;
 mod guest;
 mod host;
 pub mod integrity;

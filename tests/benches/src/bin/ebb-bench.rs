@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ebb_benches::{arena, boot, integrity, lazy, malloc, reclaim, reporting, scale, teardown};
+use ebb_benches::{
+    arena, boot, free_pages, integrity, lazy, malloc, reclaim, reporting, scale, teardown,
+};
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
 #[derive(Parser)]
@@ -19,6 +21,8 @@ enum Bench {
     Arena(arena::Arguments),
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
+    /// What it costs that the host may take what the guest's free lists hold, and how much it gets
+    FreePages(free_pages::Arguments),
     /// Guests verify their memory while it is reclaimed without a break: 10 million operations by default
     Integrity(integrity::Arguments),
     /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time compared with an empty exit
@@ -39,6 +43,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
         Bench::Arena(arguments) => arena::run(&arguments),
         Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::FreePages(arguments) => free_pages::run(&arguments),
         Bench::Integrity(arguments) => integrity::run(&arguments),
         Bench::Lazy(arguments) => lazy::run(&arguments),
         Bench::Malloc(arguments) => malloc::run(&arguments),
