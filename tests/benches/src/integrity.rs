@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::BenchError;
 use super::results::Results;
+use ebb_harness::free_pages;
 use ebb_harness::integrity::{Outcome, cases, run as run_case};
 
 /// Arguments of the benchmark.
@@ -18,6 +19,9 @@ pub struct Arguments {
     /// Run only the machine of this number, from 0 on
     #[arg(long)]
     only: Option<usize>,
+    /// Instead: so many operations of stock guests that check their memory while their free lists are taken
+    #[arg(long, value_parser = clap::value_parser!(u64).range(100..))]
+    free_pages: Option<u64>,
     /// Seconds that one machine may take
     #[arg(long, default_value_t = 3000)]
     limit: u64,
@@ -28,6 +32,9 @@ pub struct Arguments {
 /// # Errors
 /// [`BenchError`]: a machine did not come to its end, or something was lost.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
+    if let Some(operations) = arguments.free_pages {
+        return run_free_pages(arguments, operations);
+    }
     let cases = cases(arguments.operations, arguments.seed)
         .into_iter()
         .enumerate();
@@ -58,4 +65,34 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     results.lower("lost_pages", sum(|o| o.counts.lost));
     results.lower("foreign_bytes", sum(|o| o.counts.foreign_bytes));
     results.report("integrity").publish()
+}
+
+/// The run with free lists; it ends with the first machine that loses something.
+fn run_free_pages(arguments: &Arguments, operations: u64) -> Result<(), BenchError> {
+    let mut results = Results::default();
+    let (mut all, mut lost) = (0, 0);
+    let cases = free_pages::cases(operations, arguments.seed);
+    for (index, case) in cases.into_iter().enumerate() {
+        if arguments.only.is_some_and(|only| only != index) {
+            continue;
+        }
+        let outcome = free_pages::run(case, Duration::from_secs(arguments.limit))?;
+        println!("{outcome}");
+        outcome.check()?;
+        let of = (case.name, "free lists");
+        for (metric, value) in [
+            ("operations", outcome.operations),
+            ("checked-mib", outcome.checked_mib),
+            ("taken-mib", outcome.taken.iter().sum::<u64>() >> 20),
+            ("orders", outcome.orders),
+            ("pauses", outcome.pauses),
+            ("stale", outcome.stale),
+        ] {
+            results.add(of, (metric, ""), value as f64);
+        }
+        (all, lost) = (all + outcome.operations, lost + outcome.lost);
+    }
+    results.higher("operations", all as f64);
+    results.lower("lost_words", lost as f64);
+    results.report("integrity-free-pages").publish()
 }
