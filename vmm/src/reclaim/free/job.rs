@@ -8,6 +8,9 @@ use crate::reclaim::Outcome;
 use crate::reclaim::job::{Job, MAX_MISSES};
 use crate::reclaim::turns::{Ended, Work};
 
+/// So many pauses in a row may the vCPUs miss before an order for someone who waits takes no more free pages.
+const URGENT_MISSES: u32 = 16;
+
 impl Job<'_> {
     /// Takes what is free by the free lists of the guest's kernel, in pieces of 2^`order` pages and more. Nothing in an order
     /// by age.
@@ -48,6 +51,11 @@ impl Job<'_> {
 
     fn free_pass(&mut self, pass: &mut FreePass<'_>, work: Work) -> Result<(), Ended> {
         let mut misses = 0;
+        let enough = if self.order.urgent {
+            URGENT_MISSES
+        } else {
+            MAX_MISSES
+        };
         loop {
             let left = self.left();
             self.until_done(work, |turn| pass.collect(left, turn))?;
@@ -59,7 +67,7 @@ impl Job<'_> {
             while pass.candidates() > 0 {
                 // There is no form with the gate open: vCPUs that miss too many pauses are left alone for a while.
                 let due = self.order.urgent || self.reclaimer.round().free.holds.is_due();
-                if misses == MAX_MISSES || !due {
+                if misses == enough || !due {
                     return Ok(());
                 }
                 let (outcome, missed) = self.take_free(pass, work)?;
