@@ -10,6 +10,8 @@ use ebb_harness::{Api, Guest, Launch, Monitor};
 
 /// Memory that a program takes and lets go.
 const FREED: u64 = 256 * MIB;
+/// What of it must come back at least: the guest keeps some on its CPUs' own lists, and in pieces below 64 KiB.
+const TAKEN: u64 = FREED / 4 * 3;
 
 /// Loads the stock driver that tells where the kernel's note is.
 const LOAD: &str = "while read -r module; do insmod $module; done </etc/modules.note";
@@ -23,9 +25,8 @@ struct Scene {
 }
 
 impl Scene {
-    /// The pauses are long, because an emulated vCPU may take milliseconds to come out.
     fn start(launch: Launch) -> Result<Self> {
-        let mut monitor = launch.option("--lazy", "pause=100000").start()?;
+        let mut monitor = launch.start()?;
         let mut guest = monitor.guest()?;
         let api = monitor.api();
         guest.must(LOAD)?;
@@ -64,7 +65,9 @@ impl Scene {
 
 /// Takes all that there is on request. Returns how far the RSS has fallen.
 fn take_all(memory: &str) -> Result<(Scene, u64)> {
-    let scene = Scene::start(Launch::new()?.memory(memory))?;
+    // An emulated vCPU may take milliseconds to come out.
+    let launch = Launch::new()?.option("--lazy", "pause=100000");
+    let scene = Scene::start(launch.memory(memory))?;
     let (pid, before) = (scene.monitor.pid(), scene.free_pages()?);
     let full = rss(pid)?;
     assert!(before["resident_bytes"] >= FREED / 2, "{before:?}");
@@ -85,14 +88,14 @@ fn take_all(memory: &str) -> Result<(Scene, u64)> {
 #[test]
 fn what_a_guest_frees_without_a_word_is_given_back_on_request() -> Result<()> {
     let (scene, fallen) = take_all("size=512M")?;
-    assert!(fallen >= FREED / 10 * 9, "{fallen}");
+    assert!(fallen >= TAKEN, "{fallen}");
     scene.finish()
 }
 
 #[test]
 fn pages_of_4_kib_are_given_back_in_pieces() -> Result<()> {
     let (scene, fallen) = take_all("size=512M,thp=off")?;
-    assert!(fallen >= FREED / 10 * 9, "{fallen}");
+    assert!(fallen >= TAKEN, "{fallen}");
     scene.finish()
 }
 
