@@ -21,6 +21,10 @@ pub struct Images {
     pub system_disk: PathBuf,
     /// That Debian's own initramfs.
     pub system_initramfs: PathBuf,
+    /// A kernel of another version, a bzImage.
+    pub other_vmlinuz: PathBuf,
+    /// The guests' initramfs for that kernel.
+    pub other_initramfs: PathBuf,
     /// What `uname -r` says in the guest.
     pub release: String,
     /// `direct` or `nested`.
@@ -47,6 +51,8 @@ impl Images {
             root_disk: path("EBB_GUEST_ROOTDISK")?,
             system_disk: path("EBB_GUEST_SYSTEM")?,
             system_initramfs: path("EBB_GUEST_SYSTEM_INITRAMFS")?,
+            other_vmlinuz: path("EBB_GUEST_OTHER_VMLINUZ")?,
+            other_initramfs: path("EBB_GUEST_OTHER_INITRAMFS")?,
             release: text("EBB_GUEST_RELEASE")?,
             platform: text("EBB_PLATFORM")?,
         })

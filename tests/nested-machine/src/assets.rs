@@ -36,6 +36,10 @@ pub struct Assets {
     pub ebb_guest_agent: PathBuf,
     /// The guest's initramfs.
     pub guest_initramfs: PathBuf,
+    /// A kernel of another version, a bzImage.
+    pub other_vmlinuz: PathBuf,
+    /// The guest's initramfs for that kernel.
+    pub other_initramfs: PathBuf,
 }
 
 /// Folder where `cargo xtask setup` unpacks a QEMU that is newer than the distribution's.
@@ -95,6 +99,8 @@ impl Assets {
             nested_agent: agents.join("nested-agent"),
             ebb_guest_agent: agents.join("ebb-guest"),
             guest_initramfs: root.join("target/guest/initramfs.cpio"),
+            other_vmlinuz: root.join(".cache/other-kernel/vmlinuz"),
+            other_initramfs: root.join("target/guest/other.cpio"),
         }
     }
 

@@ -2,7 +2,10 @@
 
 use std::cmp::Ordering;
 
-/// The newest `linux-image-6.12.*-cloud-amd64` among package names, without unsigned kernels and debug symbols.
+/// The series that guests boot, and the one that they start by kexec.
+const SERIES: [&str; 2] = ["6.12.", "6.1."];
+
+/// The newest `linux-image-VERSION-cloud-amd64` of these series among package names, without unsigned kernels and debug symbols.
 pub fn newest_kernel<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let newest = names
         .into_iter()
@@ -15,8 +18,8 @@ pub fn newest_kernel<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<&'a
 pub fn release(package: &str) -> Option<&str> {
     let release = package.strip_prefix("linux-image-")?;
     let version = release.strip_suffix("-cloud-amd64")?;
-    let plain = version.starts_with("6.12.") && !version.contains("unsigned");
-    plain.then_some(release)
+    let known = SERIES.iter().any(|series| version.starts_with(series));
+    (known && !version.contains("unsigned")).then_some(release)
 }
 
 /// Orders two versions: runs of digits by value, other runs as text (deb-version(7), in short).

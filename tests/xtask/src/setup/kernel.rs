@@ -10,6 +10,9 @@ use ebb_nested_machine::package::{newest_kernel, release};
 use super::apt;
 use crate::shell::{Seconds, Size, command, progress, quietly};
 
+/// The kernels to choose from.
+const PATTERN: &str = r"^linux-image-6\.12\..*-cloud-amd64$";
+
 /// Makes sure that a kernel lies in the cache and returns its release.
 pub fn ensure(cache: &Path, refresh: bool) -> Result<String> {
     let folder = cache.join("kernel");
@@ -17,7 +20,7 @@ pub fn ensure(cache: &Path, refresh: bool) -> Result<String> {
         return Ok(release);
     }
     apt::update()?;
-    let package = choose()?;
+    let package = choose(PATTERN)?;
     let release = release(&package).unwrap_or_default().to_owned();
     let place = folder.join(&release);
     if !place.exists() {
@@ -36,8 +39,8 @@ fn cached(folder: &Path) -> Option<String> {
     release(newest).map(str::to_owned)
 }
 
-fn choose() -> Result<String> {
-    let pattern = r"^linux-image-6\.12\..*-cloud-amd64$";
+/// The newest package that matches `pattern`.
+pub fn choose(pattern: &str) -> Result<String> {
     let listed = quietly(command("apt-cache", ["search", "--names-only", pattern]))?;
     let names = listed
         .lines()
@@ -56,18 +59,7 @@ fn fetch(package: &str, release: &str, place: &Path) -> Result<()> {
         fs::remove_dir_all(&part).context(|| format!("remove {}", part.display()))?;
     }
     fs::create_dir_all(&part).context(|| format!("create {}", part.display()))?;
-    let deb = download(package, &part)?;
-    let size = fs::metadata(&deb).map_or(0, |meta| meta.len());
-    progress(format_args!(
-        "downloaded {} in {}",
-        Size(size),
-        Seconds(start.elapsed())
-    ));
-
-    let mut unpack = command("dpkg", ["-x"]);
-    unpack.arg(&deb).arg(&part);
-    quietly(unpack)?;
-    fs::remove_file(&deb).context(|| format!("remove {}", deb.display()))?;
+    unpack(package, &part)?;
     let mut depmod = command("/sbin/depmod", ["-b"]);
     depmod.arg(&part).arg(release);
     quietly(depmod)?;
@@ -83,6 +75,22 @@ fn fetch(package: &str, release: &str, place: &Path) -> Result<()> {
         "kernel {release} ready, {size} unpacked, {time}"
     ));
     Ok(())
+}
+
+/// Downloads a package and unpacks it in `folder`, without installing it.
+pub fn unpack(package: &str, folder: &Path) -> Result<()> {
+    let start = std::time::Instant::now();
+    let deb = download(package, folder)?;
+    let size = fs::metadata(&deb).map_or(0, |meta| meta.len());
+    progress(format_args!(
+        "downloaded {} in {}",
+        Size(size),
+        Seconds(start.elapsed())
+    ));
+    let mut unpack = command("dpkg", ["-x"]);
+    unpack.arg(&deb).arg(folder);
+    quietly(unpack)?;
+    fs::remove_file(&deb).context(|| format!("remove {}", deb.display()))
 }
 
 fn download(package: &str, folder: &Path) -> Result<PathBuf> {

@@ -2,6 +2,7 @@
 
 mod apt;
 mod kernel;
+mod other_kernel;
 mod qemu;
 mod root_disk;
 mod system_disk;
@@ -74,6 +75,7 @@ fn prepare(refresh: bool) -> Result<Assets> {
     )?;
     build_static("ebb-guest-agent", "ebb-guest", &[])?;
     initramfs::write_guest(&assets)?;
+    other_kernel::ensure(&cache, &assets)?;
     let size = std::fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
     progress(format_args!("guest initramfs: {}", Size(size)));
     Ok(assets)
