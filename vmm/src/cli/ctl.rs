@@ -338,7 +338,6 @@ fn describe_free_pages(free: &FreePages) -> String {
     let source = match free.state.note_from {
         Some(NoteSource::FwCfg) => " (told by fw_cfg)",
         Some(NoteSource::Hypercall) => " (told by a hypercall)",
-        Some(NoteSource::Search) => " (found in its memory)",
         None => "",
     };
     format!(

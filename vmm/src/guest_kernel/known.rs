@@ -16,8 +16,6 @@ pub enum NoteSource {
     FwCfg,
     /// A call of the guest.
     Hypercall,
-    /// It was found in the guest's RAM.
-    Search,
 }
 
 /// Why an accepted note does not count any more.

@@ -46,7 +46,6 @@ use std::sync::OnceLock;
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 
 pub use known::{FreePagesState, KnownKernel, Lost, NoteSource};
-pub use note::is_note;
 
 use note::{Note, bad};
 use pages::{Descriptors, Layout, SECTION_BITS};

@@ -15,15 +15,8 @@ const LONGEST_TEXT: u64 = 64 << 10;
 /// A message shows this much of a value.
 const SHOWN: usize = 40;
 
-/// Returns true if a vmcoreinfo note begins at `gpa`: one word is looked at, and two more where it could be the length of
-/// a note's name and text.
-#[must_use]
-pub fn is_note(memory: &dyn ReadGuest, gpa: u64) -> bool {
-    text_len(memory, gpa).is_some()
-}
-
 /// Length of the text of the note at `gpa` in bytes, if there is a note.
-fn text_len(memory: &dyn ReadGuest, gpa: u64) -> Option<u64> {
+pub(super) fn text_len(memory: &dyn ReadGuest, gpa: u64) -> Option<u64> {
     let word = |index: u64| memory.load(gpa.checked_add(8 * index)?);
     let sizes = word(0)?;
     let (name_len, text_len) = (sizes & 0xffff_ffff, sizes >> 32);

@@ -66,7 +66,7 @@ impl ReadGuest for Ending<'_> {
 fn a_kernel_that_ends_while_its_note_is_looked_at_does_not_count() {
     let (machine, known) = (Machine::stock(), known());
     let memory = Ending(&machine.memory, &known);
-    let offered = known.offer(&memory, machine.note(), NoteSource::Search);
+    let offered = known.offer(&memory, machine.note(), NoteSource::Hypercall);
     assert!(offered.is_err());
     assert!(known.current().is_none());
 }

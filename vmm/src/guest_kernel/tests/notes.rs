@@ -1,6 +1,7 @@
 //! Notes that are wrong, or that memory contradicts.
 
 use super::*;
+use crate::guest_kernel::note::text_len;
 
 /// The kernel with `text` for its note, in the memory of the stock machine.
 fn offer(text: &str) -> Result<GuestKernel, String> {
@@ -78,7 +79,7 @@ fn what_is_no_note_is_refused() {
         let note = range(start, pages * PAGE);
         GuestKernel::accept(&machine.memory, note).map_err(|BadNote(message)| message)
     };
-    assert!(is_note(&machine.memory, start) && accept(&machine, 1).is_ok());
+    assert!(text_len(&machine.memory, start).is_some() && accept(&machine, 1).is_ok());
     let sizes = machine.memory.words[&start];
     // Another length of the name; no text; a text larger than the range; one larger than any.
     for (word, is) in [
@@ -88,15 +89,15 @@ fn what_is_no_note_is_refused() {
         (11 | 65537 << 32, false),
     ] {
         machine.memory.set(start, word);
-        assert_eq!(is_note(&machine.memory, start), is, "{word:#x}");
+        assert_eq!(text_len(&machine.memory, start).is_some(), is, "{word:#x}");
         assert!(accept(&machine, 1).is_err());
     }
     machine.memory.set(start, sizes);
     machine.memory.set(start + 16, 0);
-    assert!(!is_note(&machine.memory, start) && accept(&machine, 1).is_err());
+    assert!(text_len(&machine.memory, start).is_none() && accept(&machine, 1).is_err());
     // At the end of RAM, and of all addresses.
     for gpa in [RAM - PAGE, RAM, u64::MAX - 0xfff, u64::MAX - 7, 12] {
-        assert!(!is_note(&machine.memory, gpa));
+        assert!(text_len(&machine.memory, gpa).is_none());
     }
 }
 
