@@ -217,13 +217,11 @@ fn hugetlb_pages_are_taken_and_given_back() -> Result<()> {
     until("the guest hands its memory over", LONG, || {
         Ok((api.lazy()?["lazy_bytes"] == 160 * MIB).then_some(()))
     })?;
-    assert_eq!(
-        HugePages::free()?,
-        touched,
-        "lazily: the pool has not changed"
-    );
+    // The guest may touch a page for the first time meanwhile.
+    let lazy = HugePages::free()?;
+    assert!(lazy <= touched, "lazily: nothing is back in the pool");
     let taken = api.reclaim(160 * MIB)?.reclaimed_bytes;
-    let freed = (HugePages::free()? - touched) * 2 * MIB;
+    let freed = HugePages::free()?.saturating_sub(lazy) * 2 * MIB;
     assert!(
         freed >= 96 * MIB && freed <= taken,
         "{taken} bytes taken, {freed} in the pool"
