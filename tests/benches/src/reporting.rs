@@ -52,13 +52,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     let mut results = Results::default();
     let mut scenes = MODES
         .into_iter()
-        .map(|(mode, options)| {
-            Scene::start(mode, options).or_else(|error| {
-                // An emulated machine breaks a guest's boot now and then; a second time is no accident.
-                eprintln!("reporting: {mode}: once more after: {error}");
-                Scene::start(mode, options)
-            })
-        })
+        .map(|(mode, options)| Scene::start(mode, options))
         .collect::<Result<Vec<_>>>()?;
     for run in 1..=arguments.runs {
         for scene in &mut scenes {
