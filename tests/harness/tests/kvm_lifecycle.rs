@@ -86,6 +86,14 @@ impl Bench {
         Ok(monitor)
     }
 
+    /// It still answers, and SIGTERM ends it.
+    fn ends_at_a_signal(&self, monitor: &mut Monitor) -> Result<()> {
+        self.until_it_answers(monitor)?;
+        monitor.signal(Signal::TERM);
+        assert_eq!(monitor.wait()?.code(), Some(0));
+        Ok(())
+    }
+
     fn until_it_answers(&self, monitor: &mut Monitor) -> Result<()> {
         let pid = monitor.pid();
         until_often("the API answers", PATIENCE, || {
@@ -149,9 +157,7 @@ fn output_that_nobody_reads_holds_up_nothing() -> Result<()> {
         let room = poll(&mut fds, Some(&Timespec::default())).context("poll")?;
         Ok((room == 0).then_some(()))
     })?;
-    bench.until_it_answers(&mut monitor)?;
-    monitor.signal(Signal::TERM);
-    assert_eq!(monitor.wait()?.code(), Some(0));
+    bench.ends_at_a_signal(&mut monitor)?;
     Ok(())
 }
 
@@ -220,9 +226,7 @@ fn a_log_that_nobody_drains_holds_up_nothing() -> Result<()> {
     std::io::Write::write_all(&mut writer, &vec![b' '; size]).context("fill the pipe")?;
     let mut command = bench.command(&["--serial", "null", "-vv"])?;
     let mut monitor = Monitor::start(command.stderr(writer))?;
-    bench.until_it_answers(&mut monitor)?;
-    monitor.signal(Signal::TERM);
-    assert_eq!(monitor.wait()?.code(), Some(0));
+    bench.ends_at_a_signal(&mut monitor)?;
     drop(reader);
     Ok(())
 }
@@ -316,9 +320,7 @@ fn what_nohup_ignores_stays_ignored() -> Result<()> {
         },
     )?;
     monitor.signal(Signal::HUP);
-    bench.until_it_answers(&mut monitor)?;
-    monitor.signal(Signal::TERM);
-    assert_eq!(monitor.wait()?.code(), Some(0));
+    bench.ends_at_a_signal(&mut monitor)?;
     Ok(())
 }
 

@@ -53,7 +53,7 @@ pub(super) struct Round {
     /// Runs slices with the gate open after vCPUs have missed [`MAX_MISSES`] pauses in a row.
     pub holds: Backoff,
     /// How free lists are read.
-    pub free: free::Memory,
+    pub free: free::Progress,
 }
 
 /// Returns lazily freed memory to the host. Of several reclaims one works at a time, for a few steps, the most urgent one
@@ -104,7 +104,7 @@ impl Reclaimer {
                 old: 0,
                 offers: Backoff::new(),
                 holds: Backoff::tolerant(MAX_MISSES - 1),
-                free: free::Memory::new(),
+                free: free::Progress::new(),
             }),
             cost: AtomicU64::new(0),
             offer: OfferSlot::default(),

@@ -22,7 +22,7 @@ pub trait KernelLists {
     fn find(&self, within: GpaRange, order: u32, found: &mut Vec<GpaRange>) -> u64;
 
     /// Returns true if this kernel still runs, and is the one whose lists count.
-    fn count(&self, _hold: &Hold<'_>) -> bool;
+    fn is_current(&self, _hold: &Hold<'_>) -> bool;
 
     /// What `piece` is at this moment.
     fn look(&self, _hold: &Hold<'_>, piece: GpaRange) -> Look;
@@ -83,7 +83,7 @@ impl KernelLists for Current {
         self.kernel.find_free(&*self.memory, within, order, found)
     }
 
-    fn count(&self, _: &Hold<'_>) -> bool {
+    fn is_current(&self, _: &Hold<'_>) -> bool {
         let current = self.known.current();
         if !current.is_some_and(|current| Arc::ptr_eq(&current, &self.kernel)) {
             return false;
@@ -166,16 +166,16 @@ mod tests {
     #[test]
     fn only_the_lists_of_the_last_note_count() {
         let (guest, known, lists) = guest();
-        let counts = |kernel: &dyn KernelLists| with_gate_closed(|hold| kernel.count(hold));
+        let current = |kernel: &dyn KernelLists| with_gate_closed(|hold| kernel.is_current(hold));
         let old = lists.current().unwrap();
-        assert!(counts(&*old));
+        assert!(current(&*old));
         let note = guest.machine().note();
         known.offer(&*guest, note, NoteSource::FwCfg).unwrap();
-        assert!(!counts(&*old), "the same kernel may have started anew");
+        assert!(!current(&*old), "the same kernel may have started anew");
         let new = lists.current().unwrap();
-        assert!(counts(&*new));
+        assert!(current(&*new));
         known.forget(Lost::DeviceReset);
-        assert!(!counts(&*new) && lists.current().is_none());
+        assert!(!current(&*new) && lists.current().is_none());
     }
 
     #[test]
@@ -184,7 +184,7 @@ mod tests {
         let release = guest.machine().image("init_uts_ns") + 136;
         guest.machine().memory.set(release, 0);
         let kernel = lists.current().unwrap();
-        assert!(!with_gate_closed(|hold| kernel.count(hold)));
+        assert!(!with_gate_closed(|hold| kernel.is_current(hold)));
         let why_not = |known: &KnownKernel| known.status().why_not.unwrap();
         assert_eq!(why_not(&known), Lost::OtherKernel.to_string());
 

@@ -69,7 +69,7 @@ pub(super) struct Piece {
 
 /// What one pass leaves to the next.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct Progress {
     /// Where the next pass begins.
     pub cursor: u64,
     pub cost: Cost,
@@ -81,7 +81,7 @@ pub(super) struct Memory {
     pub ages: FreeAges,
 }
 
-impl Memory {
+impl Progress {
     pub fn new() -> Self {
         Self {
             cursor: 0,

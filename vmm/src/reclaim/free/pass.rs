@@ -144,7 +144,7 @@ impl<'a> FreePass<'a> {
         let (waits, start) = (gate.waits(), Instant::now());
         let mut taken = Taken::default();
         if let Some(hold) = gate.hold(tuning.pause) {
-            if self.lists.count(&hold) {
+            if self.lists.is_current(&hold) {
                 self.take_held(&hold, tuning.slice, cost, &mut taken);
             } else {
                 self.end();

@@ -13,6 +13,7 @@ use ebb_core::release::{Release, ReleasePages, Released};
 use super::{FreeLists, KernelLists, Look};
 use crate::reclaim::held::parts;
 use crate::reclaim::job::MAX_MISSES;
+use crate::reclaim::tests::order;
 use crate::reclaim::{Order, Outcome, Reach, ReclaimTuning, Reclaimer, Until};
 
 const KIB: u64 = 1 << 10;
@@ -181,7 +182,7 @@ impl KernelLists for Kernel {
         within.end()
     }
 
-    fn count(&self, _: &Hold<'_>) -> bool {
+    fn is_current(&self, _: &Hold<'_>) -> bool {
         self.world.state().kernel == self.number
     }
 
@@ -244,15 +245,6 @@ fn scene(free: u64) -> Scene {
 impl Scene {
     fn discard(&self, bytes: u64, reach: Reach) -> Outcome {
         self.reclaimer.discard(order(bytes, reach))
-    }
-}
-
-const fn order(bytes: u64, reach: Reach) -> Order {
-    Order {
-        bytes,
-        reach,
-        newest: u64::MAX,
-        urgent: true,
     }
 }
 

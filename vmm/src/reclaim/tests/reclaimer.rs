@@ -9,6 +9,7 @@ use ebb_core::lazy::LazyMemory;
 use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use ebb_core::release::{Release, ReleasePages, Released};
 
+use super::order;
 use crate::memory::{Backing, GuestRam};
 use crate::reclaim::job::MAX_MISSES;
 use crate::reclaim::{EntryHook as _, Order, Reach, ReclaimTuning, Reclaimer};
@@ -29,15 +30,6 @@ fn over(pages: Arc<dyn ReleasePages>, vcpus: usize, tuning: ReclaimTuning) -> Re
     let gate = Gate::new(vcpus, Arc::clone(&generation), Box::new(NoKick));
     let lazy = LazyMemory::new(generation);
     Reclaimer::new(Arc::new(lazy), pages, Arc::new(gate), tuning)
-}
-
-const fn order(bytes: u64, reach: Reach) -> Order {
-    Order {
-        bytes,
-        reach,
-        newest: u64::MAX,
-        urgent: true,
-    }
 }
 
 #[test]

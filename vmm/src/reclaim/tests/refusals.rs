@@ -8,8 +8,9 @@ use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use ebb_core::release::ReleasePages;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::order;
 use crate::memory::{Backing, GuestRam};
-use crate::reclaim::{Order, Reach, ReclaimTuning, Reclaimer};
+use crate::reclaim::{Reach, ReclaimTuning, Reclaimer};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 48 * MIB;
@@ -83,15 +84,6 @@ impl Scene {
             + stats.reused_bytes_total;
         assert_eq!(stats.freed_bytes_total, all, "{stats:?}");
         stats
-    }
-
-    fn order(reach: Reach) -> Order {
-        Order {
-            bytes: u64::MAX,
-            reach,
-            newest: u64::MAX,
-            urgent: true,
-        }
     }
 }
 
@@ -168,7 +160,9 @@ fn a_locked_page_is_not_left_to_the_host_but_its_neighbours_are() {
     let scene = Scene::new();
     scene.ram.lock(bad());
     scene.lazy.free(&[range(FREED.0, FREED.1)]);
-    let outcome = scene.reclaimer.invalidate(Scene::order(Reach::Fragments));
+    let outcome = scene
+        .reclaimer
+        .invalidate(order(u64::MAX, Reach::Fragments));
     assert_eq!(outcome.bytes, FREED.1 - FREED.0 - BLOCK_SIZE);
     let stats = scene.stats();
     assert_eq!(
