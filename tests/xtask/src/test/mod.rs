@@ -93,7 +93,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
             tests.on_kvm(&binary, &mut runner, printed, &mut retried)
         });
     }
-    let passed = report.finish(&tests.out.join("summary.json"), &retried)?;
+    let passed = report.finish(&root().join("target"), &retried)?;
     Ok(u8::from(!passed))
 }
 

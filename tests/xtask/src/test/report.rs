@@ -1,5 +1,6 @@
 //! What was run, how it went, and the summary for people and for programs.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -74,11 +75,12 @@ impl Report {
         });
     }
 
-    /// Prints the summary and writes it to `file`, with what was `retried`. Returns true if everything passed.
+    /// Prints the summary and writes it to `test/summary.json` in the folder `target`, with what was `retried` and the
+    /// summaries of other commands that are in that folder. Returns true if everything passed.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn finish(&self, file: &Path, retried: &[String]) -> Result<bool> {
+    pub fn finish(&self, target: &Path, retried: &[String]) -> Result<bool> {
         let failed: Vec<String> = self.steps.iter().flat_map(Step::failed).collect();
         progress("summary");
         for step in &self.steps {
@@ -93,8 +95,15 @@ impl Report {
             .iter()
             .for_each(|name| println!("    failed: {name}"));
         retried.iter().for_each(|what| println!("    {what}"));
-        let text = format!("{:#}\n", self.summary(&failed, retried));
-        std::fs::write(file, text).context(|| format!("write {}", file.display()))?;
+        let mut summary = self.summary(&failed, retried);
+        for command in ["fuzz", "coverage"] {
+            if let Some(last) = read(&target.join(command).join("summary.json")) {
+                summary[command] = last;
+            }
+        }
+        let file = target.join("test/summary.json");
+        std::fs::write(&file, format!("{summary:#}\n"))
+            .context(|| format!("write {}", file.display()))?;
         let time = Seconds(self.start.elapsed());
         progress(format_args!("{time}; written to {}", file.display()));
         println!("{} passed, {} failed", self.passed(), failed.len());
@@ -116,15 +125,25 @@ impl Report {
         });
         let steps: Vec<Value> = steps.collect();
         let tests = steps.iter().filter_map(|step| step["tests"].as_u64());
+        let mut figures = BTreeMap::<&str, u64>::new();
+        for (name, value) in self.steps.iter().flat_map(|step| &step.tally.figures) {
+            *figures.entry(name).or_default() += value;
+        }
         json!({
             "run": tests.sum::<u64>(),
             "passed": self.passed(),
             "failed": failed,
             "retried": retried,
             "seconds": self.start.elapsed().as_secs_f64(),
+            "figures": figures,
             "steps": steps,
         })
     }
+}
+
+/// The summary of another command; `None` if there is none.
+fn read(file: &Path) -> Option<Value> {
+    serde_json::from_slice(&std::fs::read(file).ok()?).ok()
 }
 
 #[cfg(test)]
@@ -137,21 +156,26 @@ mod tests {
         report.check("format", || Ok(true));
         report.check("lints", || Ok(false));
         report.tests("kvm_boot", |printed| {
-            let text = "\nfailures:\n    a\n\ntest result: FAILED. 2 passed; 1 failed;";
+            let text = "\nFIGURE kill_points 5\n\nfailures:\n    a\n\ntest result: FAILED. 2 passed; 1 failed;";
             printed.extend_from_slice(text.as_bytes());
             Ok(false)
         });
         let folder = std::env::temp_dir().join(format!("ebb-report-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
-        let file = folder.join("summary.json");
+        for name in ["test", "fuzz"] {
+            std::fs::create_dir_all(folder.join(name)).unwrap();
+        }
+        std::fs::write(folder.join("fuzz/summary.json"), r#"{"executions":9}"#).unwrap();
         let retried = ["boot: ok after 1 retries".to_owned()];
-        assert!(!report.finish(&file, &retried).unwrap());
-        let summary: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        assert!(!report.finish(&folder, &retried).unwrap());
+        let summary = read(&folder.join("test/summary.json")).unwrap();
         std::fs::remove_dir_all(&folder).unwrap();
         assert_eq!(summary["run"], 3);
         assert_eq!(summary["passed"], 2);
         assert_eq!(summary["failed"], json!(["lints", "kvm_boot: a"]));
         assert_eq!(summary["retried"], json!(retried));
+        assert_eq!(summary["figures"], json!({ "kill_points": 5 }));
+        assert_eq!(summary["fuzz"], json!({ "executions": 9 }));
+        assert!(summary.get("coverage").is_none());
         assert_eq!(summary["steps"][1]["result"], "FAILED");
         assert_eq!(summary["steps"][2]["tests"], 3);
     }

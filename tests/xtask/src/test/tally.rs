@@ -1,14 +1,16 @@
 //! Counts tests by the output of the programs that ran them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-/// How many tests passed, and which failed.
+/// How many tests passed, which failed, and the figures that they told.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Number of tests that passed.
     pub passed: u64,
     /// Names of those that did not.
     pub failed: BTreeSet<String>,
+    /// What lines like `FIGURE name 12` say; several of one name are added up.
+    pub figures: BTreeMap<String, u64>,
 }
 
 impl Tally {
@@ -22,11 +24,22 @@ impl Tally {
         // What failed tests printed comes first, under the same heading; the list is indented.
         let lists = printed.split("\nfailures:\n").skip(1);
         let names = lists.flat_map(|list| list.lines().map_while(|line| line.strip_prefix("    ")));
+        let mut figures = BTreeMap::new();
+        for (name, value) in printed.lines().filter_map(figure) {
+            *figures.entry(name.to_owned()).or_default() += value;
+        }
         Self {
             passed,
             failed: names.map(str::to_owned).collect(),
+            figures,
         }
     }
+}
+
+/// The name and the number in `FIGURE name 12`.
+fn figure(line: &str) -> Option<(&str, u64)> {
+    let (name, value) = line.strip_prefix("FIGURE ")?.split_once(' ')?;
+    Some((name, value.trim_end().parse().ok()?))
 }
 
 /// The number in `ok. 3 passed; 0 failed; …`.
@@ -54,5 +67,14 @@ mod tests {
         let tally = Tally::read(&program.repeat(2));
         assert_eq!((tally.passed, tally.failed.len()), (6, 0));
         assert_eq!(Tally::read("running 2 tests\nkilled"), Tally::default());
+    }
+
+    #[test]
+    fn figures_are_added_up_by_name() {
+        let printed = "test a ... \nFIGURE kill_points 12\nok\nFIGURE fault_points 7\r\nFIGURE kill_points 3\n\
+                       FIGURE none\nFIGURE wrong x\n FIGURE indented 1\n";
+        let expected = [("fault_points", 7), ("kill_points", 15)];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value));
+        assert_eq!(Tally::read(printed).figures, BTreeMap::from(expected));
     }
 }
