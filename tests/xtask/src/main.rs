@@ -2,6 +2,7 @@
 
 mod bench;
 mod cargo;
+mod coverage;
 mod demo;
 mod exec;
 mod guest;
@@ -49,6 +50,8 @@ enum Task {
     Miri(miri::Arguments),
     /// Find changes of the code that no unit test notices (needs cargo-mutants)
     Mutants(mutants::Arguments),
+    /// Count the lines that run in unit tests and in a few tests with guests; a part below its floor fails
+    Coverage(coverage::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Task::Model(arguments) => model::run(&arguments),
         Task::Miri(arguments) => miri::run(&arguments),
         Task::Mutants(arguments) => mutants::run(&arguments),
+        Task::Coverage(arguments) => coverage::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -88,6 +88,11 @@ pub fn installed(assets: &Assets) -> Result<()> {
     system_disk::ensure(&root, assets)
 }
 
+/// Installs those of `packages` that are absent, for a subcommand that alone needs them.
+pub fn debian_packages(packages: &[&str]) -> Result<()> {
+    apt::install(packages)
+}
+
 /// Locks the cache, so that two setups of one repository do not run at once.
 fn lock(cache: &std::path::Path) -> Result<std::fs::File> {
     let path = cache.join("lock");

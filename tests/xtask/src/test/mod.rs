@@ -4,7 +4,7 @@ mod report;
 mod tally;
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use ebb_nested_machine::assets::Assets;
@@ -12,7 +12,7 @@ use ebb_nested_machine::error::{Context, Error, Result};
 use ebb_nested_machine::frame::Exit;
 use ebb_nested_machine::platform::Platform;
 use ebb_nested_machine::runner::{Runner, run_here};
-use ebb_nested_machine::session::Command;
+use ebb_nested_machine::session;
 use serde_json::Value;
 
 use self::report::Report;
@@ -37,12 +37,14 @@ pub struct Arguments {
     filters: Vec<String>,
 }
 
-/// A test binary of one of the packages [`ACROSS`].
-struct Binary {
-    name: String,
-    path: PathBuf,
+/// A test binary.
+pub struct Binary {
+    /// The test target's name.
+    pub name: String,
+    /// The executable.
+    pub path: PathBuf,
     /// The package's folder, which cargo would run it in.
-    folder: PathBuf,
+    pub folder: PathBuf,
 }
 
 /// Runs the subcommand.
@@ -139,16 +141,24 @@ fn models(printed: &mut Vec<u8>) -> Result<bool> {
 }
 
 /// Builds the tests of [`ACROSS`] and says where cargo put them.
-fn test_binaries() -> Result<Vec<Binary>> {
-    let what = format!("build the tests of {} (release)", ACROSS.join(", "));
-    progress(&what);
+pub fn test_binaries() -> Result<Vec<Binary>> {
+    progress(format_args!(
+        "build the tests of {} (release)",
+        ACROSS.join(", ")
+    ));
     let mut build = cargo(["test", "--release", "--no-run"]);
     ACROSS.iter().for_each(|package| {
         build.args(["-p", package]);
     });
+    binaries_of(build)
+}
+
+/// Runs a `cargo test --no-run` and says which test binaries it built.
+pub fn binaries_of(mut build: Command) -> Result<Vec<Binary>> {
     build
         .arg("--message-format=json-render-diagnostics")
         .stderr(Stdio::inherit());
+    let what = format!("run {build:?}");
     let output = build.output().context(|| what.clone())?;
     if !output.status.success() {
         return Err(Error::new(format!("{what}: {}", output.status)));
@@ -179,8 +189,8 @@ struct Tests {
 }
 
 impl Tests {
-    fn command(&self, binary: &Binary, platform: Platform) -> Command {
-        let mut command = Command::new([binary.path.to_string_lossy().into_owned()]);
+    fn command(&self, binary: &Binary, platform: Platform) -> session::Command {
+        let mut command = session::Command::new([binary.path.to_string_lossy().into_owned()]);
         // A word may mean a binary, all of it.
         if !self.filters.iter().any(|word| binary.name.contains(word)) {
             command.argv.extend(self.filters.iter().cloned());
