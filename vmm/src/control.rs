@@ -1,5 +1,5 @@
-//! What an operator can ask of a running machine: the trait [`Controller`] and its answers. The API calls it, the
-//! machine implements it, and neither knows more of the other.
+//! What an operator can ask of a machine: the traits [`Instance`], from its first moment on, and [`Controller`], while it
+//! runs, and their answers. The API calls them, the machine implements them, and neither knows more of the other.
 
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use crate::config::MachineConfig;
 use crate::devices::virtio::balloon::{ReportStats, Statistics};
 use crate::guest_kernel::FreePagesState;
 use crate::hypercall::HypercallStats;
+use crate::output::OutputStats;
 use crate::reclaim::{AutoBalloonStats, FreePagesStats, ReclaimStats, ReportedStats};
 use crate::strict::StrictStats;
 
@@ -20,6 +21,7 @@ pub use crate::reclaim::BalloonDoing;
 
 /// The metrics in the API's answers: the path of the request, the object in its answer, and what that object holds.
 pub const METRICS: &[(&str, &str, &[Metric])] = &[
+    ("/", "output", OutputStats::METRICS),
     ("/lazy-memory", "", LazyStats::METRICS),
     ("/lazy-memory", "", ReclaimStats::METRICS),
     ("/lazy-memory", "gate", GateStats::METRICS),
@@ -58,18 +60,24 @@ pub enum CommandError {
     Failed(String),
 }
 
+/// A machine that is being built, runs or ends. Its methods do not block.
+pub trait Instance: Send + Sync {
+    /// The machine's name, state and age.
+    fn info(&self) -> InstanceInfo;
+
+    /// The configuration that the machine is built from.
+    fn config(&self) -> &MachineConfig;
+
+    /// Ends the machine, as a SIGTERM to the monitor would. Returns at once.
+    fn stop(&self);
+}
+
 /// A running machine, as the operator sees it. A new request is one method here and one row in the API's table of
 /// routes.
 ///
 /// The API calls these methods on threads of its own, several at a time. A method may block for as long as its
 /// work takes.
 pub trait Controller: Send + Sync {
-    /// The machine's name, state and age.
-    fn info(&self) -> InstanceInfo;
-
-    /// The configuration that the machine was built from.
-    fn config(&self) -> &MachineConfig;
-
     /// The balloon's target, its actual size and its mode.
     ///
     /// # Errors
@@ -113,9 +121,25 @@ pub trait Controller: Send + Sync {
     /// # Errors
     /// [`CommandError::OutOfBounds`].
     fn set_teardown(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError>;
+}
 
-    /// Ends the machine, as a SIGTERM to the monitor would. Returns at once.
-    fn stop(&self);
+/// What a machine is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InstanceState {
+    /// Its memory is being populated, its kernel loaded.
+    #[default]
+    Building,
+    /// Its vCPUs run.
+    Running,
+}
+
+/// How far the guest's memory is populated (`prefault=on`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prefault {
+    /// Bytes that are.
+    pub populated_bytes: u64,
+    /// Bytes that will be.
+    pub total_bytes: u64,
 }
 
 /// The machine's name, state and age.
@@ -123,8 +147,11 @@ pub trait Controller: Send + Sync {
 pub struct InstanceInfo {
     /// Name of the machine.
     pub id: String,
-    /// `Running`: the API is served for a running machine only.
-    pub state: String,
+    /// What it is doing.
+    pub state: InstanceState,
+    /// How far its memory is populated, while it is being built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefault: Option<Prefault>,
     /// Version of the monitor.
     pub vmm_version: String,
     /// `Ebb`.
@@ -133,6 +160,9 @@ pub struct InstanceInfo {
     pub pid: u32,
     /// Milliseconds since the monitor started.
     pub uptime_ms: u64,
+    /// Output that was lost.
+    #[serde(default)]
+    pub output: OutputStats,
 }
 
 /// The balloon, in the names and units of Firecracker's API.

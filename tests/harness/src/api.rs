@@ -170,6 +170,13 @@ impl Api {
         self.must("GET", path, &Value::Null)
     }
 
+    /// Returns true if the machine of the process `pid` answers, and has been built.
+    #[must_use]
+    pub fn is_running(&self, pid: u32) -> bool {
+        let info = self.get("/");
+        info.is_ok_and(|info| info["pid"] == pid && info["state"] == "Running")
+    }
+
     /// The metrics of lazy memory.
     ///
     /// # Errors

@@ -1,7 +1,6 @@
 //! Machines whose guest only sleeps: for tests and measurements of how machines end.
 
 use std::fs;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -10,12 +9,12 @@ use ebb_payload::Program;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::Images;
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Result};
 pub use crate::host::Relative;
 use crate::host::relatives;
 use crate::wait::{LONG, until_often};
+use crate::{Api, Images};
 
 /// Where one machine after the other lives: a kernel that halts, and what the monitor makes beside it.
 pub struct Place {
@@ -116,13 +115,14 @@ impl Place {
     }
 
     fn until_it_runs(&self, mut idle: Idle) -> Result<Idle> {
+        let api = Api::new(&self.path("api"));
         until_often("the API answers", LONG, || {
             if let Some(status) = idle.child.try_wait().context("wait")? {
                 let (log, said) = (self.text("log"), self.text("stderr"));
                 let text = format!("the monitor has ended: {status}\n{log}\n{said}");
                 return Err(crate::Error::new(text));
             }
-            Ok(UnixStream::connect(self.path("api")).ok())
+            Ok(api.is_running(idle.pid()).then_some(()))
         })?;
         Ok(idle)
     }

@@ -101,8 +101,8 @@ impl Bench {
                 let text = format!("it has ended: {status}\n{}", self.text("stderr"));
                 return Err(ebb_harness::Error::new(text));
             }
-            let answer = Api::new(&self.path("api")).get("/");
-            Ok(answer.ok().filter(|it| it["pid"] == pid).map(drop))
+            let api = Api::new(&self.path("api"));
+            Ok(api.is_running(pid).then_some(()))
         })
     }
 }
@@ -376,6 +376,29 @@ fn a_signal_ends_a_machine_that_is_being_built() -> Result<()> {
     })?;
     assert_eq!(status.code(), Some(0), "{}", bench.text("stderr"));
     assert!(most < SIZE / 8 * 7, "{most} bytes were populated");
+    assert!(!bench.path("api").exists());
+    Ok(())
+}
+
+#[test]
+fn a_machine_that_is_being_built_tells_how_far_it_is_and_can_be_stopped() -> Result<()> {
+    const SIZE: u64 = 1 << 30;
+    let bench = Bench::new(&idle())?;
+    let memory = "size=1G,prefault=on,thp=off";
+    let mut monitor = bench.start(&["--serial", "null", "--memory", memory])?;
+    let api = Api::new(&bench.path("api"));
+    let populated = until_often("it populates", PATIENCE, || {
+        let Ok(info) = api.get("/") else {
+            return Ok(None);
+        };
+        assert_eq!(info["state"], "Building", "it is built already: {info}");
+        assert_eq!(info["prefault"]["total_bytes"], SIZE);
+        let populated = info["prefault"]["populated_bytes"].as_u64();
+        Ok(populated.filter(|bytes| *bytes > 0))
+    })?;
+    assert!(populated < SIZE, "{populated}");
+    api.stop()?;
+    assert_eq!(monitor.wait()?.code(), Some(0), "{}", bench.text("stderr"));
     assert!(!bench.path("api").exists());
     Ok(())
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::view;
-use crate::control::{CommandError, Controller};
+use crate::control::{CommandError, Controller, Instance};
 
 /// The answer to a request that was carried out.
 #[derive(Debug, PartialEq)]
@@ -60,38 +60,68 @@ impl From<CommandError> for Fault {
     }
 }
 
-/// Carries out a request with this body.
-type Handler = fn(&dyn Controller, &[u8]) -> Result<Reply, Fault>;
+/// Carries out a request with a body.
+#[derive(Clone, Copy)]
+pub(super) enum Handler {
+    /// Also while the machine is being built.
+    Always(fn(&dyn Instance, &[u8]) -> Result<Reply, Fault>),
+    /// When the machine runs.
+    Running(fn(&dyn Controller, &[u8]) -> Result<Reply, Fault>),
+}
+
+use Handler::{Always, Running};
 
 /// Every endpoint: method, path, handler. A new one is a row here and a method of [`Controller`].
 pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
-    (Method::GET, "/", |machine, _| Reply::json(&machine.info())),
-    (Method::GET, "/version", |_, _| {
-        Reply::json(&json!({ "vmm_version": env!("CARGO_PKG_VERSION") }))
-    }),
-    (Method::GET, "/vm/config", |machine, _| {
-        Reply::json(&view::config(machine.config()))
-    }),
-    (Method::GET, "/balloon", |machine, _| {
-        Reply::json(&machine.balloon()?)
-    }),
-    (Method::PATCH, "/balloon", patch_balloon),
-    (Method::GET, "/balloon/statistics", |machine, _| {
-        Reply::json(&machine.balloon_statistics()?)
-    }),
-    (Method::PATCH, "/balloon/statistics", patch_statistics),
-    (Method::PUT, "/actions", put_action),
-    (Method::GET, "/lazy-memory", |machine, _| {
-        Reply::json(&machine.lazy_memory())
-    }),
-    (Method::PUT, "/lazy-memory/reclaim", put_reclaim),
-    (Method::GET, "/arenas", |machine, _| {
-        Reply::json(&machine.arenas())
-    }),
-    (Method::GET, "/teardown", |machine, _| {
-        Reply::json(&machine.teardown())
-    }),
-    (Method::PATCH, "/teardown", patch_teardown),
+    (
+        Method::GET,
+        "/",
+        Always(|machine, _| Reply::json(&machine.info())),
+    ),
+    (
+        Method::GET,
+        "/version",
+        Always(|_, _| Reply::json(&json!({ "vmm_version": env!("CARGO_PKG_VERSION") }))),
+    ),
+    (
+        Method::GET,
+        "/vm/config",
+        Always(|machine, _| Reply::json(&view::config(machine.config()))),
+    ),
+    (
+        Method::GET,
+        "/balloon",
+        Running(|machine, _| Reply::json(&machine.balloon()?)),
+    ),
+    (Method::PATCH, "/balloon", Running(patch_balloon)),
+    (
+        Method::GET,
+        "/balloon/statistics",
+        Running(|machine, _| Reply::json(&machine.balloon_statistics()?)),
+    ),
+    (
+        Method::PATCH,
+        "/balloon/statistics",
+        Running(patch_statistics),
+    ),
+    (Method::PUT, "/actions", Always(put_action)),
+    (
+        Method::GET,
+        "/lazy-memory",
+        Running(|machine, _| Reply::json(&machine.lazy_memory())),
+    ),
+    (Method::PUT, "/lazy-memory/reclaim", Running(put_reclaim)),
+    (
+        Method::GET,
+        "/arenas",
+        Running(|machine, _| Reply::json(&machine.arenas())),
+    ),
+    (
+        Method::GET,
+        "/teardown",
+        Running(|machine, _| Reply::json(&machine.teardown())),
+    ),
+    (Method::PATCH, "/teardown", Running(patch_teardown)),
 ];
 
 /// Returns the handler of a request.
@@ -157,7 +187,7 @@ struct Action {
     action_type: String,
 }
 
-fn put_action(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+fn put_action(machine: &dyn Instance, body: &[u8]) -> Result<Reply, Fault> {
     let action: Action = parse(body)?;
     match action.action_type.as_str() {
         "InstanceStop" => {

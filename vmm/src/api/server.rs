@@ -1,6 +1,7 @@
 //! The API's server: one thread, a limited number of connections, and a time limit for each step of a connection.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -26,9 +27,9 @@ use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
-use super::routes::{self, Fault, Reply};
+use super::routes::{self, Fault, Handler, Reply};
 use crate::config::{ConfigError, SocketPath, check_socket};
-use crate::control::Controller;
+use crate::control::{Controller, Instance};
 use crate::sys::sockets::{FileIdentity, file_identity, remove_file_if};
 
 /// Connections that are served at the same time. Further ones wait in the socket's backlog.
@@ -67,10 +68,20 @@ pub enum ApiError {
     Thread(#[from] io::Error),
 }
 
+/// The machine, once it runs.
+type Running = Option<Arc<dyn Controller>>;
+
+/// What requests are made to.
+#[derive(Clone)]
+struct Served {
+    instance: Arc<dyn Instance>,
+    machine: watch::Receiver<Running>,
+}
+
 /// A running API server. Dropping it stops the server, joins its thread and removes the socket.
-#[derive(Debug)]
 pub struct Server {
     stop: watch::Sender<bool>,
+    machine: watch::Sender<Running>,
     thread: Option<JoinHandle<()>>,
     socket: BoundPath,
 }
@@ -88,9 +99,21 @@ impl Server {
         self.socket.identity
     }
 
+    /// The machine runs: requests to it, some of which may be waiting, are carried out from now on.
+    pub fn set_machine(&self, machine: Arc<dyn Controller>) {
+        self.machine.send_replace(Some(machine));
+    }
+
     /// Removes the socket, while it is still open. Those who are connected stay so.
     pub fn remove_socket(&mut self) {
         self.socket.remove();
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut server = f.debug_struct("Server");
+        server.field("socket", &self.socket).finish_non_exhaustive()
     }
 }
 
@@ -105,15 +128,17 @@ impl Drop for Server {
     }
 }
 
-/// Starts a thread that serves the API of `controller` on a unix socket at `path`, which only this user may open
+/// Starts a thread that serves the API of `instance` on a unix socket at `path`, which only this user may open
 /// (mode 0600). A socket that a dead server left there is replaced.
+///
+/// Requests to a running machine wait until there is one, see [`Server::set_machine`].
 ///
 /// Requests are carried out on further threads, so one that blocks does not delay other connections. When the
 /// server is dropped, requests in progress have a second to finish.
 ///
 /// # Errors
 /// [`ApiError`] when the path cannot be used, another server listens there, or the thread cannot be started.
-pub fn serve(path: &Path, controller: Arc<dyn Controller>) -> Result<Server, ApiError> {
+pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiError> {
     if check_socket(path)? == SocketPath::Stale {
         std::fs::remove_file(path).map_err(|source| bind_error(path, source))?;
     }
@@ -130,14 +155,20 @@ pub fn serve(path: &Path, controller: Arc<dyn Controller>) -> Result<Server, Api
         tokio::net::UnixListener::from_std(listener)?
     };
     let (stop, stopped) = watch::channel(false);
+    let machine = watch::Sender::new(None);
+    let served = Served {
+        instance,
+        machine: machine.subscribe(),
+    };
     let thread = std::thread::Builder::new()
         .name("ebb-api".to_owned())
         .spawn(move || {
-            runtime.block_on(accept(&listener, &controller, stopped));
+            runtime.block_on(accept(&listener, &served, stopped));
             runtime.shutdown_timeout(FINISH_TIMEOUT);
         })?;
     Ok(Server {
         stop,
+        machine,
         thread: Some(thread),
         socket,
     })
@@ -204,7 +235,7 @@ fn identity_of_bound(path: &Path) -> io::Result<FileIdentity> {
 /// Accepts connections until `stopped` is set, then waits for those in progress.
 async fn accept(
     listener: &tokio::net::UnixListener,
-    controller: &Arc<dyn Controller>,
+    served: &Served,
     mut stopped: watch::Receiver<bool>,
 ) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -227,9 +258,9 @@ async fn accept(
                 continue;
             }
         };
-        let (controller, stop) = (Arc::clone(controller), connection_stop.clone());
+        let (served, stop) = (served.clone(), connection_stop.clone());
         tokio::spawn(async move {
-            serve_connection(stream, controller, stop).await;
+            serve_connection(stream, served, stop).await;
             drop(permit);
         });
     }
@@ -253,16 +284,12 @@ async fn first<W: Future, S: Future>(
 }
 
 /// Serves one connection.
-async fn serve_connection(
-    stream: UnixStream,
-    controller: Arc<dyn Controller>,
-    mut stopped: watch::Receiver<bool>,
-) {
+async fn serve_connection(stream: UnixStream, served: Served, mut stopped: watch::Receiver<bool>) {
     let is_busy = AtomicBool::new(false);
     let service = service_fn(|request| {
-        let (controller, is_busy) = (Arc::clone(&controller), &is_busy);
+        let (served, is_busy) = (served.clone(), &is_busy);
         async move {
-            let reply = answer(request, controller, is_busy).await;
+            let reply = answer(request, served, is_busy).await;
             is_busy.store(false, Ordering::Relaxed);
             Ok::<_, Infallible>(respond(reply))
         }
@@ -293,10 +320,11 @@ fn log_end(result: Result<(), hyper::Error>) {
     }
 }
 
-/// Reads the request, then runs its handler on a thread that may block. From then on `is_busy` is set.
+/// Reads the request, waits for the machine if it is for one that runs, and then runs its handler on a thread that may
+/// block. From then on `is_busy` is set.
 async fn answer(
     request: Request<Incoming>,
-    controller: Arc<dyn Controller>,
+    mut served: Served,
     is_busy: &AtomicBool,
 ) -> Result<Reply, Fault> {
     let handler = routes::find(request.method(), request.uri().path())?;
@@ -320,8 +348,19 @@ async fn answer(
             return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };
+    let machine = match handler {
+        Handler::Always(_) => None,
+        Handler::Running(_) => served.machine.wait_for(Option::is_some).await.ok(),
+    };
+    let machine = machine.and_then(|machine| machine.clone());
     is_busy.store(true, Ordering::Relaxed);
-    tokio::task::spawn_blocking(move || handler(controller.as_ref(), &body))
+    let command = move || match (handler, machine) {
+        (Handler::Always(handler), _) => handler(served.instance.as_ref(), &body),
+        (Handler::Running(handler), Some(machine)) => handler(machine.as_ref(), &body),
+        // The server outlives its connections.
+        (Handler::Running(_), None) => Err(Fault::internal("the machine has ended")),
+    };
+    tokio::task::spawn_blocking(command)
         .await
         .unwrap_or_else(|error| Err(Fault::internal(format!("the command failed: {error}"))))
 }

@@ -8,7 +8,7 @@ use ebb_vmm::api::{self, ClientError};
 use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
 use ebb_vmm::control::{
     ArenaState, AutoBalloonState, BalloonDoing, BalloonState, FreePages, InstanceInfo,
-    LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
+    InstanceState, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
 };
 use ebb_vmm::exit;
 use ebb_vmm::guardian::lock;
@@ -110,6 +110,14 @@ pub fn main(args: Args) -> u8 {
 
 fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
     let info = get(socket, "/")?;
+    let machine: InstanceInfo = parse(info.clone())?;
+    if machine.state == InstanceState::Building {
+        // It has nothing else to tell yet.
+        return Ok(match json {
+            true => format!("{:#}", json!({ "info": info })),
+            false => format!("machine      {}", describe_machine(&machine)),
+        });
+    }
     let balloon = if_present(get(socket, "/balloon"))?;
     let lazy = get(socket, "/lazy-memory")?;
     let arenas = get(socket, "/arenas")?;
@@ -123,7 +131,7 @@ fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
     let lazy: LazyMemoryState = parse(lazy)?;
     let balloon = balloon.as_ref().map(describe_balloon);
     let mut lines = vec![
-        format!("machine      {}", describe_machine(&parse(info)?)),
+        format!("machine      {}", describe_machine(&machine)),
         format!("balloon      {}", balloon.as_deref().unwrap_or("none")),
         format!("lazy memory  {}", describe_lazy(&lazy)),
     ];
@@ -269,13 +277,17 @@ fn describe_machine(info: &InstanceInfo) -> String {
         (0, minutes) => format!("{minutes} min {seconds} s"),
         (hours, minutes) => format!("{hours} h {minutes} min"),
     };
+    let doing = match (info.state, info.prefault) {
+        (InstanceState::Running, _) => "running".to_owned(),
+        (InstanceState::Building, None) => "being built".to_owned(),
+        (InstanceState::Building, Some(prefault)) => {
+            let (done, total) = (human(prefault.populated_bytes), human(prefault.total_bytes));
+            format!("being built ({done} of {total} populated)")
+        }
+    };
     format!(
-        "{}, {} for {uptime}, process {}, {} {}",
-        info.id,
-        info.state.to_lowercase(),
-        info.pid,
-        info.app_name,
-        info.vmm_version,
+        "{}, {doing} for {uptime}, process {}, {} {}",
+        info.id, info.pid, info.app_name, info.vmm_version,
     )
 }
 
@@ -398,6 +410,8 @@ fn human(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ebb_vmm::control::Prefault;
+
     use super::*;
 
     #[test]
@@ -417,17 +431,27 @@ mod tests {
 
     #[test]
     fn a_status_in_words() {
-        let info = InstanceInfo {
+        let mut info = InstanceInfo {
             id: "m".to_owned(),
-            state: "Running".to_owned(),
+            state: InstanceState::Running,
             vmm_version: "1".to_owned(),
             app_name: "Ebb".to_owned(),
             pid: 7,
             uptime_ms: 61_000,
+            ..InstanceInfo::default()
         };
         assert_eq!(
             describe_machine(&info),
             "m, running for 1 min 1 s, process 7, Ebb 1"
+        );
+        info.state = InstanceState::Building;
+        info.prefault = Some(Prefault {
+            populated_bytes: 1 << 30,
+            total_bytes: 4 << 30,
+        });
+        assert_eq!(
+            describe_machine(&info),
+            "m, being built (1 GiB of 4 GiB populated) for 1 min 1 s, process 7, Ebb 1"
         );
         let balloon = json!({
             "amount_mib": 512, "actual_mib": 100, "lazy": true, "deflate_on_oom": false,

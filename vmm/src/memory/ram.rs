@@ -4,7 +4,7 @@ mod missing;
 
 use std::io;
 use std::num::NonZero;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::available_parallelism;
 
@@ -181,13 +181,13 @@ impl GuestRam {
     }
 
     /// Populates all RAM, with as many threads as there are cores, unless `is_cancelled` returns true: it is asked before
-    /// every 16 MiB. Returns false if it did.
+    /// every 16 MiB, and told how many bytes are populated. Returns false if it did.
     ///
     /// # Errors
     /// [`MemoryError::Populate`] if the host has too few pages.
     pub fn populate_unless(
         &self,
-        is_cancelled: impl Fn() -> bool + Sync,
+        is_cancelled: impl Fn(u64) -> bool + Sync,
     ) -> Result<bool, MemoryError> {
         const STEP: u64 = 16 << 20;
         let ram = self.regions.iter().take(self.ram);
@@ -198,6 +198,7 @@ impl GuestRam {
         });
         let steps: Vec<GpaRange> = steps.collect();
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let populated = AtomicU64::new(0);
         let first_error = OnceLock::new();
         let cores = available_parallelism().map_or(1, NonZero::get);
         workers::share(
@@ -206,7 +207,7 @@ impl GuestRam {
             || {},
             || {
                 while let Some(step) = steps.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if is_cancelled() {
+                    if is_cancelled(populated.load(Ordering::Relaxed)) {
                         stop.store(true, Ordering::Relaxed);
                     }
                     if stop.load(Ordering::Relaxed) {
@@ -216,6 +217,7 @@ impl GuestRam {
                         let _ = first_error.set(error);
                         stop.store(true, Ordering::Relaxed);
                     }
+                    populated.fetch_add(step.len(), Ordering::Relaxed);
                 }
             },
         );

@@ -84,6 +84,12 @@ impl Log {
         }
     }
 
+    /// Bytes that were dropped so far.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.outlet().as_ref().map_or(0, |outlet| outlet.dropped())
+    }
+
     /// The file, if there is one. It keeps its descriptor when it is opened again.
     #[must_use]
     pub fn file(&self) -> Option<BorrowedFd<'_>> {

@@ -13,6 +13,16 @@ use std::time::{Duration, Instant};
 
 pub use log::Log;
 
+ebb_core::metrics! {
+    /// Output that was lost: nobody took it in time, or its target failed.
+    pub struct OutputStats {
+        /// Bytes of the guest's console that were lost: nobody took them in time, or their target failed.
+        console_dropped_bytes_total: Counter of Bytes,
+        /// Bytes of the log that were lost in the same ways.
+        log_dropped_bytes_total: Counter of Bytes,
+    }
+}
+
 /// At the end, output that nobody has taken for so long is given up.
 const PATIENCE: Duration = Duration::from_millis(200);
 

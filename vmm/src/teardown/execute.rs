@@ -153,7 +153,7 @@ mod tests {
 
     fn touched(layout: &[GpaRange], backing: Backing) -> GuestRam {
         let ram = GuestRam::allocate(backing, layout).unwrap();
-        assert!(ram.populate_unless(|| false).unwrap());
+        assert!(ram.populate_unless(|_| false).unwrap());
         ram
     }
 

@@ -1,19 +1,16 @@
 //! Carries out what the operator asks of a running machine.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
 
-use super::events::ExitSlot;
+use super::instance::Instance;
 use crate::arena::Arena;
-use crate::bus::ExitReason;
-use crate::config::MachineConfig;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
-    FreePages, InstanceInfo, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState,
-    TeardownState,
+    FreePages, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
 };
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
@@ -25,12 +22,8 @@ const MIB: u64 = 1 << 20;
 
 /// The parts of a running machine that the operator can ask or change.
 pub struct Control {
-    /// The configuration that the machine was built from.
-    pub config: MachineConfig,
-    /// Time at which the monitor began to build it.
-    pub started: Instant,
-    /// Ends the machine.
-    pub exit: Arc<ExitSlot>,
+    /// What it was built from.
+    pub instance: Arc<Instance>,
     /// The balloon, if there is one.
     pub balloon: Option<BalloonHandle>,
     /// What the balloon is doing, if it runs itself.
@@ -59,21 +52,6 @@ fn out_of_bounds(error: TuneError) -> CommandError {
 }
 
 impl Controller for Control {
-    fn info(&self) -> InstanceInfo {
-        InstanceInfo {
-            id: self.config.id.clone(),
-            state: "Running".to_owned(),
-            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
-            app_name: "Ebb".to_owned(),
-            pid: std::process::id(),
-            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-        }
-    }
-
-    fn config(&self) -> &MachineConfig {
-        &self.config
-    }
-
     fn balloon(&self) -> Result<BalloonState, CommandError> {
         let status = self.balloon_handle()?.status();
         Ok(BalloonState {
@@ -94,7 +72,7 @@ impl Controller for Control {
 
     fn set_balloon(&self, bytes: u64) -> Result<(), CommandError> {
         let balloon = self.balloon_handle()?;
-        let max = self.config.memory.size;
+        let max = self.instance.config.memory.size;
         if bytes > max {
             let bound = format!("the guest has {max} bytes of memory");
             return Err(CommandError::OutOfBounds {
@@ -180,10 +158,6 @@ impl Controller for Control {
     fn set_teardown(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError> {
         self.teardown.tune(workers, batch).map_err(out_of_bounds)
     }
-
-    fn stop(&self) {
-        self.exit.request(ExitReason::Stop);
-    }
 }
 
 impl Control {
@@ -196,7 +170,7 @@ impl Control {
     }
 
     fn reporting_state(&self) -> ReportingState {
-        let configured = self.config.balloon.as_ref();
+        let configured = self.instance.config.balloon.as_ref();
         let mode = match configured.and_then(|balloon| balloon.free_page_reporting) {
             None => ReportingMode::Off,
             Some(_) => match self.memory.reported().how() {

@@ -1,7 +1,6 @@
 //! A machine from its first mapping to the last page freed.
 
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
 
 use ebb_core::range::GpaRange;
 use ebb_hypercall_abi::Features;
@@ -13,9 +12,9 @@ use super::LaunchError;
 use super::attach::{Console, Devices};
 use super::balloon::MachineBalloon;
 use super::control::Control;
-use super::events::{self, ExitSlot, Operator, end_on_panic};
+use super::events::{self, ExitSlot, Operator};
+use super::instance::{Instance, Service};
 use super::memory;
-use crate::api;
 use crate::arch::registers::Entry;
 use crate::arch::{acpi, reset};
 use crate::boot::{self, BootError, Payload};
@@ -29,7 +28,7 @@ use crate::kvm::{self, Hypervisor, KickTable, RunPages};
 use crate::output::{Log, Outlet};
 use crate::reclaim::{AutoBalloon, BalloonBounds, ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
-use crate::sys::{RawMode, Request, Signals};
+use crate::sys::{RawMode, Signals};
 use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 
@@ -38,7 +37,6 @@ use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
 pub struct Vm {
     reclaimer: Arc<Reclaimer>,
     input: Option<Box<dyn MutEventSubscriber>>,
-    api: Option<api::Server>,
     vcpus: Vcpus,
     devices: DeviceStop,
     reclaim: Option<ReclaimThread>,
@@ -66,30 +64,28 @@ impl DeviceStop {
 }
 
 impl Vm {
-    /// Builds the machine and starts its vCPUs.
+    /// Builds the machine that `instance` describes and starts its vCPUs. Returns also what the operator can ask of it.
     ///
     /// # Errors
-    /// [`LaunchError`]; [`LaunchError::Stopped`] if one of `signals` has asked for the end.
+    /// [`LaunchError`]; [`LaunchError::Stopped`] if the operator or one of `signals` has asked for the end.
     pub fn build(
-        config: MachineConfig,
+        instance: &Arc<Instance>,
         guardian: &'static Guardian,
         signals: &Signals,
-    ) -> Result<Self, LaunchError> {
-        let started = Instant::now();
+    ) -> Result<(Self, Control), LaunchError> {
+        let config = &instance.config;
         let mut host = Hypervisor::open()?;
-        let setup = memory::setup(&config);
+        let setup = memory::setup(config);
         host.check_limits(config.vcpus, setup.end())?;
         let disks = open_disks(&config.disks)?;
         let vcpus = config.vcpus as usize;
         let kicks = Arc::new(KickTable::new(vcpus));
         let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
         let ram = memory.ram().memory();
-        let teardown = teardown(&config, guardian, &memory, &host)?;
+        let teardown = teardown(config, guardian, &memory, &host)?;
         if config.memory.prefault {
-            populate(&memory, &teardown, signals)?;
+            populate(&memory, &teardown, instance, signals)?;
         }
-        let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
-        end_on_panic(&exit);
         let mut machine = host.create_machine()?;
         machine.map_memory(Arc::clone(memory.ram()))?;
         if setup.strict {
@@ -118,7 +114,7 @@ impl Vm {
             None => None,
         };
 
-        let entry = load_guest(&config, &setup, &ram, &devices)?;
+        let entry = load_guest(config, &setup, &ram, &devices)?;
         let instruction = host.take_hypercalls(&machine)?;
         let interface = hypercall::offer(instruction, more_features(&memory));
         let vcpu = VcpuSetup {
@@ -130,16 +126,15 @@ impl Vm {
         };
         let vcpus = create_vcpus(&host, &machine, vcpu)?;
         // Last, so that an error before this leaves no file behind and the terminal unchanged.
-        let console = devices.attach_serial(&machine, &config.serial, &exit)?;
+        let console = devices.attach_serial(&machine, &config.serial, &instance.exit)?;
+        instance.set_console(console.output.as_ref());
         let control = Control {
-            started,
-            exit: Arc::clone(&exit),
+            instance: Arc::clone(instance),
             balloon,
             auto: None,
             hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
             memory,
             teardown: Arc::new(teardown),
-            config,
         };
         Self::start(machine, kicks, devices, console, vcpus, control)
     }
@@ -151,14 +146,14 @@ impl Vm {
         console: Console,
         vcpus: Vec<VcpuFd>,
         mut control: Control,
-    ) -> Result<Self, LaunchError> {
+    ) -> Result<(Self, Control), LaunchError> {
         let Devices {
             ports,
             mmio,
             virtio,
             ..
         } = devices;
-        let exit = Arc::clone(&control.exit);
+        let exit = Arc::clone(&control.instance.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
         let teardown = Arc::clone(&control.teardown);
         let memory = Arc::clone(&control.memory);
@@ -166,13 +161,6 @@ impl Vm {
         control.auto = auto.as_ref().map(|auto| Arc::clone(auto.report()));
         let reclaim = memory.start_reclaim(auto)?;
         let strict = memory.start_strict()?;
-        let socket = control.config.api_socket.clone();
-        let api = socket
-            .map(|path| api::serve(&path, Arc::new(control)))
-            .transpose()?;
-        if let Some(api) = &api {
-            teardown.status().set_socket(api.identity());
-        }
         let on_exit = {
             let exit = Arc::clone(&exit);
             Box::new(move |reason| exit.request(reason))
@@ -190,10 +178,9 @@ impl Vm {
             on_exit,
         });
         let vcpus = Vcpus::start(vcpus, &shared).map_err(LaunchError::system("vCPU thread"))?;
-        Ok(Self {
+        let vm = Self {
             reclaimer: Arc::clone(memory.reclaimer()),
             input: console.input,
-            api,
             vcpus,
             devices: DeviceStop(virtio),
             reclaim,
@@ -203,7 +190,8 @@ impl Vm {
             exit,
             output: console.output,
             raw_mode: console.raw_mode,
-        })
+        };
+        Ok((vm, control))
     }
 
     /// Waits for the machine to end.
@@ -222,14 +210,11 @@ impl Vm {
         Ok(reason)
     }
 
-    /// Stops everything and frees the guest's memory, or leaves that to the reaper: see [`Teardown::free`].
-    pub fn shut_down(mut self) {
+    /// Stops everything, `service` too, and frees the guest's memory, or leaves that to the reaper: see [`Teardown::free`].
+    pub fn shut_down(mut self, mut service: Service) {
         self.reclaimer.stop();
         self.vcpus.stop();
-        if let Some(mut api) = self.api.take() {
-            api.remove_socket();
-            self.teardown.status().forget_socket();
-        }
+        service.stop();
         if let Some(output) = self.output.take() {
             output.finish();
         }
@@ -251,7 +236,7 @@ impl Vm {
 
 /// The balloon that runs itself, if it shall.
 fn auto_balloon(control: &Control) -> Option<AutoBalloon> {
-    let config = &control.config;
+    let config = &control.instance.config;
     let reserve = config.balloon.as_ref()?.auto_reserve?;
     let device = MachineBalloon {
         handle: control.balloon.clone()?,
@@ -296,13 +281,14 @@ fn teardown(
     ))
 }
 
-/// Populates the guest's RAM, unless one of `signals` asks for the end. What is populated by then goes as at any end.
+/// Populates the guest's RAM, unless somebody asks for the end. What is populated by then goes as at any end.
 fn populate(
     memory: &Arc<GuestMemory>,
     teardown: &Teardown,
+    instance: &Instance,
     signals: &Signals,
 ) -> Result<(), LaunchError> {
-    let is_stopped = || matches!(signals.take(), Ok(Some(Request::End)));
+    let is_stopped = |populated| instance.is_stopped(populated, signals);
     let populated = memory.ram().populate_unless(is_stopped);
     if populated.map_err(SetupError::from)? {
         return Ok(());

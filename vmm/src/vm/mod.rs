@@ -4,11 +4,13 @@ mod attach;
 mod balloon;
 mod control;
 mod events;
+mod instance;
 mod machine;
 mod memory;
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::api::ApiError;
 use crate::arch::acpi::AcpiError;
@@ -26,6 +28,8 @@ use crate::reclaim;
 use crate::strict;
 use crate::sys::{self, Signals};
 use crate::teardown::Reaper;
+use events::{ExitSlot, end_on_panic};
+use instance::{Instance, Service};
 use machine::Vm;
 
 /// The machine could not be started.
@@ -86,8 +90,8 @@ pub enum LaunchError {
         /// The error of the system call.
         source: io::Error,
     },
-    /// A signal has ended it while it was being built. No mistake.
-    #[error("stopped by a signal")]
+    /// It was ended while it was being built. No mistake.
+    #[error("stopped while it was being built")]
     Stopped,
     /// The main loop failed.
     #[error("the event loop failed")]
@@ -132,15 +136,23 @@ fn build_and_run(
     signals: Signals,
     log: &Log,
 ) -> Result<ExitReason, LaunchError> {
-    let mut vm = match Vm::build(config, guardian, &signals) {
-        Ok(vm) => vm,
-        Err(LaunchError::Stopped) => return Ok(ExitReason::Stop),
+    let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
+    end_on_panic(&exit);
+    let instance = Arc::new(Instance::new(config, Arc::clone(&exit), log));
+    // Before anything that takes long, so that the operator can look and stop it.
+    let socket = instance.config.api_socket.as_deref();
+    let service = Service::start(socket, &instance, guardian.status())?;
+    let (mut vm, control) = match Vm::build(&instance, guardian, &signals) {
+        Ok(built) => built,
+        Err(LaunchError::Stopped) => return Ok(exit.reason().unwrap_or(ExitReason::Stop)),
         Err(error) => {
             guardian.reaper().into_iter().for_each(Reaper::clear_job);
             return Err(error);
         }
     };
+    service.set_machine(Arc::new(control));
+    instance.set_running();
     let reason = vm.run(signals, log);
-    vm.shut_down();
+    vm.shut_down(service);
     reason
 }

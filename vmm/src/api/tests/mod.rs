@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use super::{ClientError, Server, request, serve};
 use crate::config::{MachineConfig, MachineSpec, parse_keys};
 use crate::control::{
-    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, InstanceInfo,
+    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, Instance, InstanceInfo,
     LazyMemoryState, ReclaimOutcome, TeardownState,
 };
 
@@ -40,15 +40,11 @@ impl Machine {
     }
 }
 
-impl Controller for Machine {
+impl Instance for Machine {
     fn info(&self) -> InstanceInfo {
         InstanceInfo {
             id: "test".to_owned(),
-            state: "Running".to_owned(),
-            vmm_version: "1".to_owned(),
-            app_name: "Ebb".to_owned(),
-            pid: 7,
-            uptime_ms: 9,
+            ..InstanceInfo::default()
         }
     }
 
@@ -56,6 +52,12 @@ impl Controller for Machine {
         &self.config
     }
 
+    fn stop(&self) {
+        self.note("stop");
+    }
+}
+
+impl Controller for Machine {
     fn balloon(&self) -> Result<BalloonState, CommandError> {
         Ok(BalloonState {
             amount_mib: 64,
@@ -131,10 +133,6 @@ impl Controller for Machine {
         self.note(format!("teardown {workers:?} {batch:?}"));
         Ok(())
     }
-
-    fn stop(&self) {
-        self.note("stop");
-    }
 }
 
 /// A served machine.
@@ -147,6 +145,12 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
+        let bench = Self::being_built();
+        bench.server.set_machine(bench.machine.clone());
+        bench
+    }
+
+    fn being_built() -> Self {
         let folder = TempDir::new().unwrap();
         let kernel = folder.path().join("kernel");
         fs::write(&kernel, "MZ").unwrap();
@@ -211,8 +215,8 @@ fn what_can_be_read() {
     let bench = Bench::new();
     let info = bench.get("/");
     assert_eq!(info["id"], "test");
-    assert_eq!(info["state"], "Running");
-    assert_eq!(info["app_name"], "Ebb");
+    assert_eq!(info["state"], "Building");
+    assert_eq!(info["output"]["console_dropped_bytes_total"], 0);
     let version = json!({ "vmm_version": env!("CARGO_PKG_VERSION") });
     assert_eq!(bench.get("/version"), version);
     let balloon = json!({
@@ -426,6 +430,43 @@ fn a_blocked_command_holds_up_no_other() {
     assert_eq!(bench.get("/")["id"], "test");
     bench.go.send(()).unwrap();
     assert_eq!(blocked.join().unwrap().unwrap()["reclaimed_bytes"], 5);
+}
+
+#[test]
+fn a_machine_that_is_being_built_says_so_and_can_be_stopped() {
+    let bench = Bench::being_built();
+    let socket = bench.socket();
+    let early = std::thread::spawn(move || {
+        request(&socket, Method::GET, "/lazy-memory", None, TIMEOUT).unwrap()
+    });
+    // More of those who wait than there can be threads, and one that goes away.
+    let get = b"GET /lazy-memory HTTP/1.1\r\nHost: h\r\n\r\n";
+    let waiting: Vec<_> = (0..super::server::MAX_CONNECTIONS - 4)
+        .map(|_| {
+            let mut stream = UnixStream::connect(bench.socket()).unwrap();
+            stream.write_all(get).unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(bench.get("/")["state"], "Building");
+    assert!(bench.get("/vm/config")["machine-config"].is_object());
+    assert_eq!(bench.fault(Method::PATCH, "/", json!({})).0, 405);
+    drop(waiting);
+    let stop = json!({ "action_type": "InstanceStop" });
+    bench.ask(Method::PUT, "/actions", Some(stop)).unwrap();
+    assert_eq!(bench.last().unwrap(), "stop");
+    assert!(!early.is_finished());
+    bench.server.set_machine(bench.machine.clone());
+    assert_eq!(early.join().unwrap()["lazy_bytes"], 4096);
+    // Those who wait when it ends do not delay that.
+    let bench = Bench::being_built();
+    let mut late = UnixStream::connect(bench.socket()).unwrap();
+    late.write_all(get).unwrap();
+    assert_eq!(bench.get("/")["id"], "test");
+    drop(bench);
+    let mut answer = Vec::new();
+    let _ = late.read_to_end(&mut answer);
+    assert_eq!(String::from_utf8_lossy(&answer), "");
 }
 
 #[test]

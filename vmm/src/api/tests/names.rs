@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonDoing, BalloonState, BalloonStatistics, InstanceInfo,
-    LazyMemoryState, METRICS, ReclaimOutcome, ReportingMode, TeardownState,
+    LazyMemoryState, METRICS, Prefault, ReclaimOutcome, ReportingMode, TeardownState,
 };
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
@@ -171,8 +171,12 @@ fn the_names_of_everything_else() {
     let none = BalloonStatistics::default();
     expect(&none, "actual_mib actual_pages target_mib target_pages");
     expect(
-        &InstanceInfo::default(),
-        "app_name id pid state uptime_ms vmm_version",
+        &InstanceInfo {
+            prefault: Some(Prefault::default()),
+            ..InstanceInfo::default()
+        },
+        "app_name id output.console_dropped_bytes_total output.log_dropped_bytes_total pid
+        prefault.populated_bytes prefault.total_bytes state uptime_ms vmm_version",
     );
     expect(
         &ReclaimOutcome::default(),

@@ -196,7 +196,7 @@ fn prefault_populates_and_keeps_zeroes() {
     for backing in [Backing::default(), SHARED] {
         let layout = [range(0, 4 * MIB), range(8 * MIB, 48 * MIB)];
         let ram = GuestRam::allocate(backing, &layout).unwrap();
-        assert!(ram.populate_unless(|| false).unwrap());
+        assert!(ram.populate_unless(|_| false).unwrap());
         assert_eq!(ram.resident(), 44 * MIB);
         assert_eq!(byte(&ram, 4 * MIB - 1), 0);
     }
@@ -206,11 +206,19 @@ fn prefault_populates_and_keeps_zeroes() {
 fn a_prefault_stops_when_it_is_told_to() {
     let ram = GuestRam::allocate(Backing::default(), &[range(0, 256 * MIB)]).unwrap();
     let asked = AtomicUsize::new(0);
-    let stop_at_third = || asked.fetch_add(1, Ordering::Relaxed) >= 2;
+    let stop_at_third = |_| asked.fetch_add(1, Ordering::Relaxed) >= 2;
     assert!(!ram.populate_unless(stop_at_third).unwrap());
     // Others are at work at that moment, each at a step.
     assert!(ram.resident() < 256 * MIB, "{}", ram.resident());
-    assert!(!ram.populate_unless(|| true).unwrap());
+    assert!(!ram.populate_unless(|_| true).unwrap());
+    // Asked before each of 16 steps; before the last one at least those are done that no other thread is at.
+    let told = AtomicU64::new(0);
+    let note = |populated| told.fetch_max(populated, Ordering::Relaxed) > 256 * MIB;
+    assert!(ram.populate_unless(note).unwrap());
+    let threads = std::thread::available_parallelism().unwrap().get() as u64;
+    let least = 256u64.saturating_sub(16 * threads) * MIB;
+    let told = told.into_inner();
+    assert!((least..256 * MIB).contains(&told), "{told} of {least}");
 }
 
 /// Flags of the mapping at `address` (`VmFlags` in proc_pid_smaps(5)).

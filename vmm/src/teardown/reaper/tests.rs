@@ -105,7 +105,7 @@ fn the_batches_of_a_plan_are_freed() {
         let [below, above] = [(0, 16 << 20), (32 << 20, 80 << 20)]
             .map(|(start, end)| GpaRange::new(start, end).unwrap());
         let ram = GuestRam::allocate(Backing::default(), &[below, above]).unwrap();
-        assert!(ram.populate_unless(|| false).unwrap());
+        assert!(ram.populate_unless(|_| false).unwrap());
         let ram = Arc::new(ram);
         let regions = ram.regions().iter().map(|region| Region {
             range: region.gpa,

@@ -1,0 +1,150 @@
+//! The machine from its first moment to its last, as the operator can ask it, and the socket where that is done.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use super::events::ExitSlot;
+use crate::api::{self, ApiError};
+use crate::bus::ExitReason;
+use crate::config::MachineConfig;
+use crate::control::{Controller, InstanceInfo, InstanceState, Prefault};
+use crate::output::{Log, Outlet, OutputStats};
+use crate::sys::{Request, Signals};
+use crate::teardown::StatusPage;
+
+/// A machine that is being built, runs or ends.
+pub struct Instance {
+    /// The configuration that it is built from.
+    pub config: MachineConfig,
+    /// Ends the machine.
+    pub exit: Arc<ExitSlot>,
+    started: Instant,
+    log: Log,
+    console: OnceLock<Arc<Outlet>>,
+    populated: AtomicU64,
+    runs: AtomicBool,
+}
+
+impl Instance {
+    /// A machine that will be built from `config`. `log` is where the log goes.
+    pub fn new(config: MachineConfig, exit: Arc<ExitSlot>, log: &Log) -> Self {
+        Self {
+            config,
+            exit,
+            started: Instant::now(),
+            log: log.clone(),
+            console: OnceLock::new(),
+            populated: AtomicU64::new(0),
+            runs: AtomicBool::new(false),
+        }
+    }
+
+    /// The guest's output goes there, if anywhere.
+    pub fn set_console(&self, console: Option<&Arc<Outlet>>) {
+        if let Some(console) = console {
+            // A machine has one console.
+            let _ = self.console.set(Arc::clone(console));
+        }
+    }
+
+    /// Takes note of how much memory is populated. Returns true if that has to end, because somebody or one of `signals`
+    /// has asked for the end of the machine.
+    pub fn is_stopped(&self, populated: u64, signals: &Signals) -> bool {
+        self.populated.store(populated, Ordering::Relaxed);
+        match signals.take() {
+            Ok(Some(Request::End)) => self.exit.request(ExitReason::Stop),
+            Ok(Some(Request::HangUp)) => drop(self.log.reopen()),
+            Ok(None) | Err(_) => {}
+        }
+        self.exit.reason().is_some()
+    }
+
+    /// Its vCPUs run.
+    pub fn set_running(&self) {
+        self.runs.store(true, Ordering::Relaxed);
+    }
+}
+
+impl crate::control::Instance for Instance {
+    fn info(&self) -> InstanceInfo {
+        let runs = self.runs.load(Ordering::Relaxed);
+        let memory = &self.config.memory;
+        InstanceInfo {
+            id: self.config.id.clone(),
+            state: if runs {
+                InstanceState::Running
+            } else {
+                InstanceState::Building
+            },
+            prefault: (memory.prefault && !runs).then(|| Prefault {
+                populated_bytes: self.populated.load(Ordering::Relaxed),
+                total_bytes: memory.size,
+            }),
+            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            app_name: "Ebb".to_owned(),
+            pid: std::process::id(),
+            uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            output: OutputStats {
+                console_dropped_bytes_total: self.console.get().map_or(0, |it| it.dropped()),
+                log_dropped_bytes_total: self.log.dropped(),
+            },
+        }
+    }
+
+    fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    fn stop(&self) {
+        self.exit.request(ExitReason::Stop);
+    }
+}
+
+/// The API of a machine, if it has a socket for it. Dropping it ends the API.
+pub struct Service {
+    server: Option<api::Server>,
+    /// The guardian removes the socket if the monitor cannot.
+    status: &'static StatusPage,
+}
+
+impl Service {
+    /// Serves the API of `instance` at `socket`.
+    ///
+    /// # Errors
+    /// [`ApiError`].
+    pub fn start(
+        socket: Option<&Path>,
+        instance: &Arc<Instance>,
+        status: &'static StatusPage,
+    ) -> Result<Self, ApiError> {
+        let serve = |path| api::serve(path, Arc::clone(instance) as _);
+        let server = socket.map(serve).transpose()?;
+        if let Some(server) = &server {
+            status.set_socket(server.identity());
+        }
+        Ok(Self { server, status })
+    }
+
+    /// The machine runs, and can be asked for everything.
+    pub fn set_machine(&self, machine: Arc<dyn Controller>) {
+        if let Some(server) = &self.server {
+            server.set_machine(machine);
+        }
+    }
+
+    /// Ends the API, and removes the socket.
+    pub fn stop(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            server.remove_socket();
+            self.status.forget_socket();
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
