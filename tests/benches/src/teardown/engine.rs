@@ -26,7 +26,7 @@ fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
 /// Memory of `bytes` bytes, all of it populated.
 pub(super) fn populated(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
     let ram = memory(bytes, backing)?;
-    ram.populate_unless(|| false)
+    ram.populate_unless(|_| false)
         .map_err(|error| std::io::Error::other(error.to_string()))
         .map_err(system("populate the memory; give a smaller --gib"))?;
     Ok(ram)
