@@ -10,7 +10,7 @@ use ebb_core::lazy::{LazyMemory, Pieces, Sweep};
 use ebb_core::offer::OfferSlot;
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 use ebb_core::release::{Release, ReleasePages, Released};
-use ebb_core::slice::{Limits, SliceRequest, Slicer};
+use ebb_core::slice::{Limits, SliceOutcome, SliceRequest, Slicer};
 use ebb_models::check;
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicBool, Ordering};
@@ -232,7 +232,7 @@ const fn every(how: Release) -> SliceRequest {
 
 struct World {
     gate: Arc<Gate>,
-    offer: OfferSlot,
+    offer: OfferSlot<SliceRequest, SliceOutcome>,
     lazy: LazyMemory,
     cells: Arc<Cells>,
 }
@@ -283,7 +283,7 @@ impl World {
     /// What a vCPU thread does before it enters.
     fn run_offered_slice(&self) {
         if self.offer.is_open() {
-            self.with_slicer(|slicer| self.offer.run(slicer));
+            self.with_slicer(|slicer| self.offer.run(|request| slicer.held_if_empty(request)));
         }
     }
 

@@ -57,7 +57,7 @@ pub struct SliceOutcome {
     pub failures: u64,
     /// Number of vCPUs that had to wait for it or were kicked.
     pub disturbed: u64,
-    /// How long the gate was closed.
+    /// How long vCPUs were kept out for it.
     pub held: Duration,
     /// The sweep is at its end.
     pub done: bool,
@@ -92,29 +92,29 @@ impl Slicer<'_> {
             };
         }
         let waits = self.gate.waits();
-        let start = Instant::now();
-        let Some(hold) = self.gate.hold(limits.pause) else {
-            return SliceOutcome {
-                missed: true,
-                held: start.elapsed(),
-                ..SliceOutcome::default()
-            };
+        let hold = match self.gate.hold(limits.pause) {
+            Ok(hold) => hold,
+            Err(missed) => {
+                return SliceOutcome {
+                    missed: true,
+                    held: missed.cost,
+                    ..SliceOutcome::default()
+                };
+            }
         };
         let mut outcome = self.run(request, Some(&hold));
         outcome.disturbed = hold.kicked();
-        drop(hold);
-        outcome.held = start.elapsed();
+        outcome.held = hold.open();
         outcome.disturbed += self.gate.waits().saturating_sub(waits);
         outcome
     }
 
     /// For a vCPU thread before it enters the guest: as [`Slicer::held`] if every vCPU is out already, else `None`.
     pub fn held_if_empty(&self, request: &mut SliceRequest) -> Option<SliceOutcome> {
-        let (waits, start) = (self.gate.waits(), Instant::now());
+        let waits = self.gate.waits();
         let hold = self.gate.hold_if_empty(request.limits.pause)?;
         let mut outcome = self.run(request, Some(&hold));
-        drop(hold);
-        outcome.held = start.elapsed();
+        outcome.held = hold.open();
         // The vCPU whose thread this is, and those that came to the gate meanwhile.
         outcome.disturbed = 1 + self.gate.waits().saturating_sub(waits);
         Some(outcome)

@@ -2,7 +2,7 @@
 //!
 //! Counters that no decision depends on use std even then: they would only multiply the interleavings.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[cfg(loom)]
 pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -103,18 +103,24 @@ mod locks {
 #[derive(Clone, Copy, Debug)]
 pub struct Deadline {
     #[cfg(not(loom))]
-    at: std::time::Instant,
+    at: Instant,
 }
 
 impl Deadline {
     /// The point `time` from now.
     #[must_use]
     pub fn after(time: Duration) -> Self {
+        Self::from(Instant::now(), time)
+    }
+
+    /// The point `time` after `start`.
+    #[must_use]
+    pub fn from(start: Instant, time: Duration) -> Self {
         #[cfg(loom)]
-        let _ = time;
+        let _ = (start, time);
         Self {
             #[cfg(not(loom))]
-            at: std::time::Instant::now() + time,
+            at: start + time,
         }
     }
 
@@ -124,7 +130,7 @@ impl Deadline {
         #[cfg(loom)]
         return Duration::MAX;
         #[cfg(not(loom))]
-        self.at.saturating_duration_since(std::time::Instant::now())
+        self.at.saturating_duration_since(Instant::now())
     }
 
     /// Returns true if it has passed.

@@ -1,7 +1,7 @@
 //! Skips attempts after attempts that failed.
 
 /// Says which attempts to make. After a failure some attempts are skipped: 1 after the first, twice as many after each
-/// further one, at most [`Backoff::MAX_SKIPPED`]. A success starts over.
+/// further one, up to a maximum. A success starts over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Backoff {
     /// Failures after a success that cause no attempt to be skipped.
@@ -12,11 +12,13 @@ pub(super) struct Backoff {
     skip: u32,
     /// Attempts to skip after the next failure.
     next: u32,
+    /// At most this many attempts are skipped in a row.
+    most: u32,
 }
 
 impl Backoff {
-    /// At most this many attempts are skipped in a row.
-    pub const MAX_SKIPPED: u32 = 64;
+    /// At most this many attempts are skipped in a row, unless something else is said.
+    const MAX_SKIPPED: u32 = 64;
 
     /// Nothing has failed yet; each failure counts.
     pub const fn new() -> Self {
@@ -30,7 +32,13 @@ impl Backoff {
             tolerated: tolerance,
             skip: 0,
             next: 1,
+            most: Self::MAX_SKIPPED,
         }
+    }
+
+    /// At most `most` attempts are skipped in a row.
+    pub const fn skipping_at_most(self, most: u32) -> Self {
+        Self { most, ..self }
     }
 
     /// Returns true if the attempt that is due should be made. If not, it counts as skipped.
@@ -47,12 +55,12 @@ impl Backoff {
             return;
         }
         self.skip = self.next;
-        self.next = (self.next * 2).min(Self::MAX_SKIPPED);
+        self.next = (self.next * 2).min(self.most);
     }
 
     /// The attempt was a success.
     pub const fn succeeded(&mut self) {
-        *self = Self::tolerant(self.tolerance);
+        *self = Self::tolerant(self.tolerance).skipping_at_most(self.most);
     }
 }
 
@@ -79,6 +87,19 @@ mod tests {
         };
         let skipped: [u32; 9] = std::array::from_fn(|_| fail());
         assert_eq!(skipped, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
+    }
+
+    #[test]
+    fn the_bound_may_be_lower_and_stays() {
+        let mut backoff = Backoff::new().skipping_at_most(2);
+        for _ in 0..2 {
+            backoff.succeeded();
+            let skipped: [u32; 4] = std::array::from_fn(|_| {
+                backoff.failed();
+                skipped(&mut backoff)
+            });
+            assert_eq!(skipped, [1, 2, 2, 2]);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use ebb_core::lazy::{Pieces, Sweep};
+use ebb_core::offer::{OfferSlot, Offered};
 use ebb_core::range::BLOCK_SIZE;
 use ebb_core::release::Release;
 use ebb_core::slice::{Limits, SliceOutcome, SliceRequest};
@@ -314,7 +315,10 @@ impl Job<'_> {
     fn slice(&self, request: &mut SliceRequest) -> SliceOutcome {
         let Reclaimer { counters, .. } = self.reclaimer;
         let slicer = self.reclaimer.slicer();
-        let (slice, count) = if let Some(slice) = self.offered(request) {
+        let (back, passing) = self.offer(&self.reclaimer.offer, request.clone());
+        *request = back;
+        let (slice, count) = if let Some(slice) = passing {
+            counters.passing_slices_total.increment();
             (slice, &counters.held_slices_total)
         } else if self.reclaimer.round().holds.is_due() {
             let slice = slicer.held(request);
@@ -333,28 +337,24 @@ impl Job<'_> {
         slice
     }
 
-    /// Offers a slice to the vCPU threads. `None` if none of them ran it, or if no offer was made.
-    fn offered(&self, request: &mut SliceRequest) -> Option<SliceOutcome> {
+    /// Offers `request` to the vCPU threads. Returns it, with an outcome if one of them did it.
+    pub fn offer<R, O>(&self, slot: &OfferSlot<R, O>, request: R) -> (R, Option<O>) {
         let reclaimer = self.reclaimer;
-        if !reclaimer.round().offers.is_due() {
-            return None;
-        }
         // If every vCPU is out there is nobody to offer it to, and nobody to interrupt.
-        if reclaimer.gate.is_empty() {
-            return None;
+        if !reclaimer.round().offers.is_due() || reclaimer.gate.is_empty() {
+            return (request, None);
         }
-        reclaimer.offer.post(request.clone());
-        reclaimer.offer.wait(OFFER_TIMEOUT);
-        let offered = reclaimer.offer.take_back()?;
-        *request = offered.request;
+        slot.post(request);
+        slot.wait(OFFER_TIMEOUT);
+        let offered = slot.take_back();
+        let Offered { request, outcome } = offered.expect("only who has the turn takes it back");
         let mut round = reclaimer.round();
-        if offered.outcome.is_some() {
+        if outcome.is_some() {
             round.offers.succeeded();
-            reclaimer.counters.passing_slices_total.increment();
         } else {
             round.offers.failed();
         }
-        offered.outcome
+        (request, outcome)
     }
 }
 

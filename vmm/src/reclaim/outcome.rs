@@ -39,7 +39,7 @@ pub struct Outcome {
 /// What one closing of the gate has cost the vCPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Pause {
-    /// How long the gate was closed.
+    /// How long they were kept out.
     pub held: Duration,
     /// Number of vCPUs that had to wait for it or were kicked.
     pub disturbed: u64,

@@ -9,7 +9,7 @@ use ebb_core::lazy::LazyMemory;
 use ebb_core::offer::OfferSlot;
 use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use ebb_core::release::{Release, ReleasePages};
-use ebb_core::slice::Slicer;
+use ebb_core::slice::{SliceOutcome, SliceRequest, Slicer};
 
 use super::backoff::Backoff;
 use super::free::{self, FreeLists, FreePagesStats};
@@ -74,7 +74,8 @@ pub struct Reclaimer {
     round: Mutex<Round>,
     /// Cost of a range in a slice, see [`Slicer::cost`].
     cost: AtomicU64,
-    pub(super) offer: OfferSlot,
+    pub(super) offer: OfferSlot<SliceRequest, SliceOutcome>,
+    pub(super) free_offer: OfferSlot<free::FreeOffer, free::Taken>,
     pub(super) turns: Turns,
     pub(super) counters: Counters,
     pub(super) free_counters: free::Counters,
@@ -108,6 +109,7 @@ impl Reclaimer {
             }),
             cost: AtomicU64::new(0),
             offer: OfferSlot::default(),
+            free_offer: OfferSlot::default(),
             turns: Turns::default(),
             counters: Counters::default(),
             free_counters: free::Counters::default(),
@@ -374,11 +376,19 @@ impl Reclaimer {
 }
 
 impl EntryHook for Reclaimer {
-    /// Runs the offered slice if there is one and every vCPU is out. One relaxed load if there is none.
+    /// Does the offered work if there is some and every vCPU is out. Two relaxed loads if there is none.
     #[inline]
     fn before_entry(&self) {
         if self.offer.is_open() {
-            self.offer.run(&self.slicer());
+            self.offer
+                .run(|request| self.slicer().held_if_empty(request));
+        }
+        if self.free_offer.is_open() {
+            self.free_offer.run(|offer| {
+                offer
+                    .pass
+                    .take_if_empty(&self.gate, &self.tuning, &mut offer.cost)
+            });
         }
     }
 }

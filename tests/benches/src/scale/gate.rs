@@ -148,10 +148,10 @@ fn crowd(guest: &str, count: usize, results: &mut Results) {
         let mut missed = 0;
         for _ in 0..CLOSINGS {
             all_in();
-            missed += u32::from(gate.hold(ReclaimTuning::default().pause).is_none());
+            missed += u32::from(gate.hold(ReclaimTuning::default().pause).is_err());
             all_in();
             let start = Instant::now();
-            if let Some(hold) = gate.hold(LONG) {
+            if let Ok(hold) = gate.hold(LONG) {
                 results.add(case, CLOSED, start.elapsed().as_secs_f64() * 1e6);
                 let opened = epoch.elapsed().as_nanos() as u64;
                 drop(hold);

@@ -23,6 +23,12 @@ const STOPPED: u32 = 4;
 /// A closer does not spin for longer, whatever its budget.
 const MAX_SPIN: Duration = Duration::from_millis(1);
 
+/// How long a closer waits for vCPUs that are in the guest while none waits at the gate.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// A closer tries so often to have all vCPUs out at once.
+const ATTEMPTS: u32 = 3;
+
 /// How a vCPU is brought out of the guest.
 pub trait Kick: Send + Sync {
     /// Makes the vCPU `index` leave the guest soon, or not enter it if it is about to. Never blocks.
@@ -48,18 +54,19 @@ crate::metrics! {
     pub struct GateStats from struct Counters {
         /// vCPUs that were interrupted to bring them out of the guest.
         kicks_total: Counter,
-        /// Times that the gate was closed.
+        /// Times that the gate was closed, in vain or not.
         closings_total: Counter,
-        /// Closings that were given up because a vCPU was not out in time.
+        /// Closings that were in vain because a vCPU was not out in time. Some are tried again at once.
         missed_total: Counter,
         /// Entries that had to wait at the gate.
         waits_total: Counter,
-        /// Pauses by length: bucket `i` counts those shorter than 2^i microseconds and not shorter than half of that;
-        /// the last one also counts everything longer.
+        /// Pauses by length, from when the first vCPU waited at the gate, or all were out, until the gate opened: bucket `i`
+        /// counts those shorter than 2^i microseconds and not shorter than half of that; the last one also counts
+        /// everything longer.
         pauses: Histogram of Microseconds,
         /// All pauses together.
         pause_us_total: Counter of Microseconds,
-        /// The longest pause.
+        /// The longest pause: no vCPU has waited at the gate for longer.
         longest_pause_us: Peak of Microseconds,
         /// Times from the opening of the gate until all vCPUs that waited at it are back in the guest, in buckets as those
         /// of the pauses. If it closes again before that, the time goes on.
@@ -102,6 +109,7 @@ pub struct Gate {
     /// vCPUs wait here for the gate to open.
     waiters: Waiters,
     kick: Box<dyn Kick>,
+    patience: Duration,
     counters: Counters,
 }
 
@@ -118,6 +126,7 @@ impl Gate {
             left: Condvar::new(),
             waiters: Waiters::new(vcpus),
             kick,
+            patience: PATIENCE,
             counters: Counters::default(),
         }
     }
@@ -194,24 +203,55 @@ impl Gate {
     /// Closes the gate, kicks the vCPUs that are in the guest (and no others), and returns when all are out. The gate
     /// opens when the returned value is dropped.
     ///
-    /// The vCPUs have `pause` to come out, from the last kick on. If one is not out by then, the gate opens again and
-    /// this returns `None`, as it does when the machine is stopping. Once all are out the caller has `pause` for
-    /// its work, and must begin nothing more when [`Hold::expired`] is true. So a vCPU waits for the kicks, twice
-    /// `pause`, and one step of the caller's work at most.
-    pub fn hold(&self, pause: Duration) -> Option<Hold<'_>> {
-        let mut hold = self.close(lock(&self.turn))?.hold(pause);
+    /// A vCPU that is still in the guest loses nothing, one that waits at the gate does. So the time that the vCPUs have to
+    /// come out, `pause`, begins when the first of them waits, but not before the last kick; if none waits, the caller loses
+    /// patience at some time. Once all are out the caller has `pause` for its work, and must begin nothing more when
+    /// [`Hold::expired`] is true. So a vCPU waits for the kicks, twice `pause`, and one step of the caller's work at most.
+    ///
+    /// A vCPU comes out late if its thread has to wait for a processor. When it has one the next attempt is likely to do
+    /// better, so there are up to three; between them the gate is open.
+    ///
+    /// # Errors
+    /// [`Missed`] if a vCPU was not out in time, or the machine is stopping. The gate is open again.
+    pub fn hold(&self, pause: Duration) -> Result<Hold<'_>, Missed> {
+        let mut missed = Duration::ZERO;
+        for attempt in 1..=ATTEMPTS {
+            match self.try_hold(pause) {
+                Ok(mut hold) => {
+                    hold.missed = missed;
+                    return Ok(hold);
+                }
+                Err(waited) => missed += waited.max(pause),
+            }
+            let again = attempt < ATTEMPTS && self.waiters.since().is_some();
+            if !again || !self.catch_up(self.generation.advance(), self.patience) {
+                break;
+            }
+        }
+        Err(Missed { cost: missed })
+    }
+
+    /// One attempt. The error is how long the first vCPU has waited at the gate.
+    fn try_hold(&self, pause: Duration) -> Result<Hold<'_>, Duration> {
+        let closed = self.close(lock(&self.turn)).ok_or(Duration::ZERO)?;
+        let mut hold = closed.hold(pause);
         hold.kicked = self.kick_behind(u64::MAX);
-        let deadline = Deadline::after(pause);
+        let kicked = Instant::now();
         // A vCPU leaves within microseconds: too short to sleep and be woken by an interrupt.
         self.spin(pause / 4, || self.words.quiescent(u64::MAX));
-        if !self.wait_until_quiescent(u64::MAX, deadline) {
+        let limit = || match self.waiters.since() {
+            Some(first) => Deadline::from(first.max(kicked), pause),
+            None => Deadline::from(kicked, self.patience.max(pause)),
+        };
+        if !self.wait_until_quiescent(u64::MAX, pause, limit) {
             self.counters.missed_total.increment();
-            return None;
+            return Err(hold.pause());
         }
+        hold.all_out = Some(Instant::now());
         // For each page that is taken, the kernel interrupts the threads that run, but not those that sleep.
         self.spin(pause / 8, || self.waiters.asleep() >= hold.kicked);
         hold.deadline = Deadline::after(pause);
-        Some(hold)
+        Ok(hold)
     }
 
     /// Spins until `done` is true, or the machine stops; not for longer than `limit`.
@@ -237,16 +277,20 @@ impl Gate {
         }
         let closed = self.close(try_lock(&self.turn)?)?;
         let empty = fault_point!("no second look at the vCPUs") || self.is_empty();
-        empty.then(|| closed.hold(pause))
+        empty.then(|| {
+            let mut hold = closed.hold(pause);
+            hold.all_out = Some(Instant::now());
+            hold
+        })
     }
 
     /// Closes the gate. `None`: the machine is stopping.
     fn close<'a>(&'a self, turn: MutexGuard<'a, ()>) -> Option<Closed<'a>> {
         let closed = Closed {
             gate: self,
-            start: Instant::now(),
             _turn: turn,
         };
+        self.waiters.begin();
         let state = self.state.fetch_or(CLOSED, Ordering::AcqRel);
         fence(Ordering::SeqCst);
         (state & STOPPED == 0).then_some(closed)
@@ -259,7 +303,8 @@ impl Gate {
         let _turn = lock(&self.turn);
         fence(Ordering::SeqCst);
         self.kick_behind(generation);
-        self.wait_until_quiescent(generation, Deadline::after(timeout))
+        let deadline = Deadline::after(timeout);
+        self.wait_until_quiescent(generation, timeout, || deadline)
     }
 
     /// The latest quiescent generation: no vCPU has a translation of what was invalidated before it began.
@@ -314,9 +359,14 @@ impl Gate {
         kicked
     }
 
-    /// Waits until `generation` is quiescent. Returns false if it is not so in time, or the machine is stopping. The
-    /// caller has the turn, and has put a fence after what it did before.
-    fn wait_until_quiescent(&self, generation: u64, deadline: Deadline) -> bool {
+    /// Waits until `generation` is quiescent. Returns false if it is not so by `limit`, or the machine is stopping. `limit`
+    /// may come nearer, and is looked at each `nap`. The caller has the turn, and has put a fence after what it did before.
+    fn wait_until_quiescent(
+        &self,
+        generation: u64,
+        nap: Duration,
+        limit: impl Fn() -> Deadline,
+    ) -> bool {
         if self.words.quiescent(generation) {
             return true;
         }
@@ -328,10 +378,12 @@ impl Gate {
             if self.words.quiescent(generation) {
                 break true;
             }
-            if self.is_stopped() || deadline.passed() {
+            let limit = limit();
+            if self.is_stopped() || limit.passed() {
                 break false;
             }
-            awaited = wait_until(&self.left, awaited, deadline);
+            let nap = Deadline::after(nap.min(limit.left()));
+            awaited = wait_until(&self.left, awaited, nap);
         };
         self.state.fetch_and(!AWAITED, Ordering::AcqRel);
         *awaited = None;
@@ -374,7 +426,6 @@ impl Drop for Inside<'_> {
 /// The gate is closed until this is dropped, also by a panic.
 struct Closed<'a> {
     gate: &'a Gate,
-    start: Instant,
     _turn: MutexGuard<'a, ()>,
 }
 
@@ -385,6 +436,8 @@ impl<'a> Closed<'a> {
         Hold {
             deadline: Deadline::after(pause),
             kicked: 0,
+            all_out: None,
+            missed: Duration::ZERO,
             closed: self,
         }
     }
@@ -396,11 +449,22 @@ impl Drop for Closed<'_> {
     }
 }
 
+/// A vCPU was not out in time, or the machine is stopping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missed {
+    /// What it has cost the vCPUs: how long the first of them has waited at the gate, and at least a pause for each attempt,
+    /// because they were kicked for nothing.
+    pub cost: Duration,
+}
+
 /// The gate is closed and every vCPU is out, until this is dropped.
 #[must_use = "the gate opens as soon as this is dropped"]
 pub struct Hold<'a> {
     deadline: Deadline,
     kicked: u64,
+    all_out: Option<Instant>,
+    /// What attempts before this one have cost the vCPUs.
+    missed: Duration,
     closed: Closed<'a>,
 }
 
@@ -422,11 +486,23 @@ impl Hold<'_> {
     pub const fn kicked(&self) -> u64 {
         self.kicked
     }
+
+    /// Opens the gate. Returns what it has cost the vCPUs: the pause, and the attempts that were missed before.
+    pub fn open(self) -> Duration {
+        self.missed + self.pause()
+    }
+
+    /// Time since the first vCPU waited, or since all were out.
+    fn pause(&self) -> Duration {
+        let first = self.closed.gate.waiters.since();
+        let since = first.into_iter().chain(self.all_out).min();
+        since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
 }
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        let pause = micros(self.closed.start.elapsed());
+        let pause = micros(self.pause());
         let counters = &self.closed.gate.counters;
         counters.pauses.record(pause);
         counters.pause_us_total.add(pause);

@@ -8,7 +8,7 @@ mod waiters;
 
 use crate::sync::{AtomicU64, Ordering};
 
-pub use gate::{Gate, GateStats, Hold, Inside, Kick, NoKick};
+pub use gate::{Gate, GateStats, Hold, Inside, Kick, Missed, NoKick};
 
 /// The machine's generation: a counter that every batch of lazy frees and every invalidation advances. It starts at 0
 /// and does not wrap in practice: one each nanosecond takes 584 years, and a vCPU's word has room for half of that.

@@ -24,6 +24,8 @@ pub(super) struct Waiters {
     groups: Box<[Group]>,
     /// Threads that sleep, or are about to.
     asleep: AtomicU64,
+    /// When the first of them came, in nanoseconds from `epoch` on; 0: none has since [`Waiters::begin`].
+    first: AtomicU64,
     /// vCPUs that were woken and are not back in the guest yet, and one more while a thread wakes them.
     returning: AtomicU64,
     /// When the first of them was woken, in nanoseconds from `epoch` on.
@@ -41,10 +43,27 @@ impl Waiters {
         Self {
             groups: (0..vcpus.div_ceil(GROUP)).map(group).collect(),
             asleep: AtomicU64::new(0),
+            first: AtomicU64::new(0),
             returning: AtomicU64::new(0),
             since: AtomicU64::new(0),
             epoch: Instant::now(),
         }
+    }
+
+    /// Those who come from now on wait for something new. Must be called before that can be seen: one that was here before
+    /// is awake and will look again.
+    pub fn begin(&self) {
+        self.first.store(0, Ordering::Release);
+    }
+
+    /// When the first of those that wait for it came.
+    pub fn since(&self) -> Option<Instant> {
+        let first = self.first.load(Ordering::Acquire);
+        (first > 0).then(|| self.epoch + Duration::from_nanos(first))
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// The vCPU `index` waits until `decide` returns something. After a change of that, [`Waiters::wake_all`] must be
@@ -57,6 +76,12 @@ impl Waiters {
                 return decision;
             }
             *sleepers |= bit;
+            if self.first.load(Ordering::Acquire) == 0 {
+                let came = self.now().max(1);
+                let _ = self
+                    .first
+                    .compare_exchange(0, came, Ordering::AcqRel, Ordering::Acquire);
+            }
             self.asleep.fetch_add(1, Ordering::Relaxed);
             sleepers = wait(&group.opened, sleepers);
             self.asleep.fetch_sub(1, Ordering::Relaxed);
@@ -68,9 +93,7 @@ impl Waiters {
     pub fn wake_all(&self) -> Option<Duration> {
         let mut some = self.returning.fetch_add(1, Ordering::AcqRel) > 0;
         if !some {
-            let now = self.epoch.elapsed().as_nanos();
-            let now = u64::try_from(now).unwrap_or(u64::MAX);
-            self.since.store(now, Ordering::Relaxed);
+            self.since.store(self.now(), Ordering::Relaxed);
         }
         for group in &self.groups {
             // A thread has looked before this, and sleeps, or will see the change.

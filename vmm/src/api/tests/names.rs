@@ -21,7 +21,7 @@ const LAZY_MEMORY: &str = "
     reused_discarded_bytes_total reused_unmapped_bytes_total reuse_waits_total
     slice_ranges_total tracker_bytes unmapped_bytes unmapped_bytes_total
     free_pages.candidates_total free_pages.failures_total free_pages.kernel
-    free_pages.missed_total free_pages.note_from free_pages.pauses_total
+    free_pages.missed_total free_pages.note_from free_pages.passing_total free_pages.pauses_total
     free_pages.resident_bytes free_pages.stale_total free_pages.taken_bytes_total
     free_pages.why_not
     gate.closings_total gate.kicks_total gate.longest_pause_us gate.longest_return_us

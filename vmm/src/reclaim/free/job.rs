@@ -3,13 +3,19 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{BLOCKS, Bits, FreePass, Walk};
-use crate::reclaim::Outcome;
+use super::pass::{FreePass, Taken};
+use super::{BLOCKS, Bits, Cost, Walk};
 use crate::reclaim::job::{Job, MAX_MISSES};
 use crate::reclaim::turns::{Ended, Work};
 
 /// So many pauses in a row may the vCPUs miss before an order for someone who waits takes no more free pages.
-const URGENT_MISSES: u32 = 16;
+const URGENT_MISSES: u32 = 32;
+
+/// A pass that is offered to the vCPU threads, for one pause.
+pub(in crate::reclaim) struct FreeOffer {
+    pub pass: FreePass,
+    pub cost: Cost,
+}
 
 impl Job<'_> {
     /// Takes what is free by the free lists of the guest's kernel, in pieces of 2^`order` pages and more. Nothing in an order
@@ -43,48 +49,52 @@ impl Job<'_> {
             return Ok(());
         };
         let walk = Walk::new(source.ram(), reclaimer.round().free.cursor);
-        let mut pass = FreePass::new(lists, &*reclaimer.pages, order, walk).only(only);
-        let result = self.free_pass(&mut pass, work);
-        reclaimer.round().free.cursor = pass.position();
-        result
+        let pages = Arc::clone(&reclaimer.pages);
+        self.free_pass(FreePass::new(lists, pages, order, walk).only(only), work)
     }
 
-    fn free_pass(&mut self, pass: &mut FreePass<'_>, work: Work) -> Result<(), Ended> {
-        let mut misses = 0;
-        let enough = if self.order.urgent {
-            URGENT_MISSES
-        } else {
-            MAX_MISSES
-        };
+    fn free_pass(&mut self, mut pass: FreePass, work: Work) -> Result<(), Ended> {
+        let reclaimer = self.reclaimer;
+        let (mut misses, urgent) = (0, self.order.urgent);
+        let enough = if urgent { URGENT_MISSES } else { MAX_MISSES };
         loop {
             let left = self.left();
-            self.until_done(work, |turn| pass.collect(left, turn))?;
+            let collected = self.until_done(work, |turn| pass.collect(left, turn));
+            reclaimer.round().free.cursor = pass.position();
+            collected?;
             let found = pass.candidates() as u64;
-            self.reclaimer.free_counters.candidates_total.add(found);
+            reclaimer.free_counters.candidates_total.add(found);
             if found == 0 {
                 return Ok(());
             }
             while pass.candidates() > 0 {
                 // There is no form with the gate open: vCPUs that miss too many pauses are left alone for a while.
-                let due = self.order.urgent || self.reclaimer.round().free.holds.is_due();
+                let due = urgent || reclaimer.round().free.holds.is_due();
                 if misses == enough || !due {
                     return Ok(());
                 }
-                let (outcome, missed) = self.take_free(pass, work)?;
-                self.outcome += outcome;
-                misses = if missed { misses + 1 } else { 0 };
+                let turn = self.turn_after_rest(work)?;
+                let (back, taken) = self.take_free(pass);
+                drop(turn);
+                pass = back;
+                self.outcome += taken.outcome;
+                misses = if taken.pause.missed { misses + 1 } else { 0 };
             }
         }
     }
 
-    /// Takes candidates of `pass` in one pause. Returns whether the vCPUs missed it.
-    fn take_free(&self, pass: &mut FreePass<'_>, work: Work) -> Result<(Outcome, bool), Ended> {
+    /// Takes candidates of `pass` in one pause. The caller has a turn.
+    fn take_free(&self, pass: FreePass) -> (FreePass, Taken) {
         let (reclaimer, counters) = (self.reclaimer, &self.reclaimer.free_counters);
-        let _turn = self.turn_after_rest(work)?;
-        let mut cost = reclaimer.round().free.cost;
-        let taken = pass.take(&reclaimer.gate, &reclaimer.tuning, &mut cost);
+        let cost = reclaimer.round().free.cost;
+        let (mut offer, passing) = self.offer(&reclaimer.free_offer, FreeOffer { pass, cost });
+        if passing.is_some() {
+            counters.passing_total.increment();
+        }
+        let FreeOffer { pass, cost } = &mut offer;
+        let taken = passing.unwrap_or_else(|| pass.take(&reclaimer.gate, &reclaimer.tuning, cost));
         let mut round = reclaimer.round();
-        round.free.cost = cost;
+        round.free.cost = offer.cost;
         round.last_pause = Some((Instant::now(), taken.pause));
         if taken.pause.missed {
             round.free.holds.failed();
@@ -100,6 +110,6 @@ impl Job<'_> {
         counters.stale_total.add(taken.stale);
         counters.taken_bytes_total.add(taken.outcome.bytes);
         counters.failures_total.add(taken.outcome.failures);
-        Ok((taken.outcome, taken.pause.missed))
+        (offer.pass, taken)
     }
 }

@@ -17,7 +17,7 @@ pub trait FreeLists: Send + Sync {
 }
 
 /// The free lists of one kernel.
-pub trait KernelLists {
+pub trait KernelLists: Send {
     /// Looks for free memory in `within`, see [`GuestKernel::find_free`]. With vCPUs in the guest it gives candidates.
     fn find(&self, within: GpaRange, order: u32, found: &mut Vec<GpaRange>) -> u64;
 

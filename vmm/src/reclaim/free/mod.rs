@@ -24,13 +24,18 @@ use ages::{Bits, FreeAges};
 use cost::Cost;
 
 pub(super) use estimate::held_bytes;
+pub(super) use job::FreeOffer;
 pub use lists::{FreeLists, KernelLists, KnownLists, Look};
-use pass::FreePass;
+pub(super) use pass::Taken;
 use walk::Walk;
 
 /// Orders of the blocks of 2 MiB and more, and of the smallest pieces that are worth a pause.
 pub(super) const BLOCKS: u32 = 9;
 pub(super) const PIECES: u32 = 4;
+
+/// At most so many orders in the background make no attempt after vCPUs have missed pauses: about half a second passes, and
+/// it goes on.
+const MAX_SKIPPED: u32 = 4;
 
 /// Bytes of RAM that are looked at in one step.
 const STEP: u64 = 128 << 20;
@@ -45,6 +50,8 @@ ebb_core::metrics! {
         taken_bytes_total: Counter of Bytes,
         /// Pauses in which it was taken. The vCPUs were out of the guest.
         pauses_total: Counter,
+        /// The part of these pauses that vCPU threads have made before they entered the guest. Nobody was interrupted.
+        passing_total: Counter,
         /// Pauses that were given up because a vCPU was not out in time. Nothing was taken.
         missed_total: Counter,
         /// Pieces that were free when they were looked at with the vCPUs running: whole blocks in huge pages, else at most
@@ -73,7 +80,7 @@ pub(super) struct Progress {
     /// Where the next pass begins.
     pub cursor: u64,
     pub cost: Cost,
-    /// Makes no attempt after vCPUs have missed [`MAX_MISSES`] pauses in a row.
+    /// Skips attempts after vCPUs have missed [`MAX_MISSES`] pauses in a row.
     pub holds: Backoff,
     /// What there was to take when it was last estimated, less what was taken since: when, of which order, and the bytes.
     pub estimate: Option<(Instant, u32, u64)>,
@@ -86,7 +93,7 @@ impl Progress {
         Self {
             cursor: 0,
             cost: Cost::new(),
-            holds: Backoff::tolerant(MAX_MISSES - 1),
+            holds: Backoff::tolerant(MAX_MISSES - 1).skipping_at_most(MAX_SKIPPED),
             estimate: None,
             ages: FreeAges::default(),
         }

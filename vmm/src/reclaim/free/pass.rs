@@ -26,9 +26,9 @@ const ENOUGH: usize = 256;
 const SMALL_STEP: u64 = 16 << 20;
 
 /// One pass: candidates are collected and taken in turns, until all RAM was looked at once.
-pub(in crate::reclaim) struct FreePass<'a> {
+pub(in crate::reclaim) struct FreePass {
     lists: Box<dyn KernelLists>,
-    pages: &'a dyn ReleasePages,
+    pages: Arc<dyn ReleasePages>,
     order: u32,
     /// No other blocks are taken.
     only: Option<Arc<Bits>>,
@@ -46,11 +46,11 @@ pub(in crate::reclaim) struct Taken {
     pub stale: u64,
 }
 
-impl<'a> FreePass<'a> {
+impl FreePass {
     /// A pass over `walk`, which takes free pieces of 2^`order` pages and more.
     pub const fn new(
         lists: Box<dyn KernelLists>,
-        pages: &'a dyn ReleasePages,
+        pages: Arc<dyn ReleasePages>,
         order: u32,
         walk: Walk,
     ) -> Self {
@@ -100,31 +100,43 @@ impl<'a> FreePass<'a> {
                 return false;
             }
             let end = self.lists.find(part, self.order, &mut found);
-            for range in found.drain(..) {
-                if let Some(range) = range.intersection(part) {
-                    self.add(range, &mut left);
+            let mut last: Option<GpaRange> = None;
+            for range in found.drain(..).filter_map(|range| range.intersection(part)) {
+                match last.and_then(|last| joined(last, range)) {
+                    Some(both) => last = Some(both),
+                    None => self.add(last.replace(range), &mut left),
                 }
             }
+            self.add(last, &mut left);
             self.walk.advance(end.min(part.end()));
         }
         true
     }
 
     /// Adds what the host holds of `range`, at most `left` bytes.
-    fn add(&mut self, range: GpaRange, left: &mut u64) {
-        // One look tells of a range without pages.
-        if self.held(range) == 0 {
+    fn add(&mut self, range: Option<GpaRange>, left: &mut u64) {
+        let Some(range) = range else {
+            return;
+        };
+        // Two looks tell of a range without pages, and of one that lies in huge pages as a whole.
+        let held = self.held(range);
+        if held == 0 {
             return;
         }
+        let full = held == range.len();
+        let all_huge = full && self.pages.in_huge_pages(range);
         for block in parts(range, BLOCK_SIZE) {
+            if *left == 0 {
+                break;
+            }
             if self.only.as_ref().is_some_and(|only| !only.has(block)) {
                 continue;
             }
             let whole = block.len() == BLOCK_SIZE;
-            let huge = whole && self.pages.in_huge_pages(block);
+            let huge = whole && (all_huge || self.pages.in_huge_pages(block));
             let size = if huge { BLOCK_SIZE } else { MAX_PIECE };
             for range in parts(block, size) {
-                let held = self.held(range);
+                let held = if full { range.len() } else { self.held(range) };
                 if held > 0 && held <= *left {
                     *left -= held;
                     self.candidates.push_back(Piece { range, held, huge });
@@ -141,24 +153,50 @@ impl<'a> FreePass<'a> {
     /// Closes the gate, takes candidates that are still free, and opens the gate. Takes nothing if the vCPUs are not out in
     /// time.
     pub fn take(&mut self, gate: &Gate, tuning: &ReclaimTuning, cost: &mut Cost) -> Taken {
-        let (waits, start) = (gate.waits(), Instant::now());
-        let mut taken = Taken::default();
-        if let Some(hold) = gate.hold(tuning.pause) {
-            if self.lists.is_current(&hold) {
-                self.take_held(&hold, tuning.slice, cost, &mut taken);
-            } else {
-                self.end();
-            }
-            taken.pause.disturbed = hold.kicked();
-        } else {
-            taken.pause.missed = true;
-        }
-        taken.pause.held = start.elapsed();
+        let waits = gate.waits();
+        let mut taken = match gate.hold(tuning.pause) {
+            Ok(hold) => self.take_held(hold, tuning.slice, cost),
+            Err(missed) => Taken {
+                pause: Pause {
+                    missed: true,
+                    held: missed.cost,
+                    disturbed: 0,
+                },
+                ..Taken::default()
+            },
+        };
         taken.pause.disturbed += gate.waits().saturating_sub(waits);
         taken
     }
 
-    fn take_held(&mut self, hold: &Hold<'_>, ranges: usize, cost: &mut Cost, taken: &mut Taken) {
+    /// For a vCPU thread before it enters the guest: as [`FreePass::take`] if every vCPU is out already, else `None`.
+    pub fn take_if_empty(
+        &mut self,
+        gate: &Gate,
+        tuning: &ReclaimTuning,
+        cost: &mut Cost,
+    ) -> Option<Taken> {
+        let waits = gate.waits();
+        let hold = gate.hold_if_empty(tuning.pause)?;
+        let mut taken = self.take_held(hold, tuning.slice, cost);
+        // The vCPU whose thread this is, and those that came to the gate meanwhile.
+        taken.pause.disturbed = 1 + gate.waits().saturating_sub(waits);
+        Some(taken)
+    }
+
+    fn take_held(&mut self, hold: Hold<'_>, ranges: usize, cost: &mut Cost) -> Taken {
+        let mut taken = Taken::default();
+        if self.lists.is_current(&hold) {
+            self.take_ranges(&hold, ranges, cost, &mut taken);
+        } else {
+            self.end();
+        }
+        taken.pause.disturbed = hold.kicked();
+        taken.pause.held = hold.open();
+        taken
+    }
+
+    fn take_ranges(&mut self, hold: &Hold<'_>, ranges: usize, cost: &mut Cost, taken: &mut Taken) {
         let mut left = ranges.max(1);
         while left > 0 {
             let start = Instant::now();
@@ -216,13 +254,12 @@ impl<'a> FreePass<'a> {
         let mut ranges: Vec<(GpaRange, u64)> = Vec::with_capacity(batch.len());
         for piece in batch {
             let last = ranges.last_mut();
-            let joined = last.filter(|(range, _)| range.end() == piece.range.start());
-            let joined = joined.and_then(|(range, held)| {
-                *range = GpaRange::new(range.start(), piece.range.end())?;
+            let both = last.and_then(|(range, held)| {
+                *range = joined(*range, piece.range)?;
                 *held += piece.held;
                 Some(())
             });
-            if joined.is_none() {
+            if both.is_none() {
                 ranges.push((piece.range, piece.held));
             }
         }
@@ -244,4 +281,10 @@ impl<'a> FreePass<'a> {
         self.candidates.clear();
         self.walk.end();
     }
+}
+
+/// Both ranges, if `second` follows `first`.
+fn joined(first: GpaRange, second: GpaRange) -> Option<GpaRange> {
+    let both = GpaRange::new(first.start(), second.end());
+    both.filter(|_| first.end() == second.start())
 }
