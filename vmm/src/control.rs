@@ -70,6 +70,12 @@ pub trait Instance: Send + Sync {
 
     /// Ends the machine, as a SIGTERM to the monitor would. Returns at once.
     fn stop(&self);
+
+    /// Presses Ctrl-Alt-Del on the guest's keyboard: asks it to shut down. Returns at once.
+    ///
+    /// # Errors
+    /// [`CommandError::Failed`] if the guest does not read its keyboard.
+    fn press_ctrl_alt_del(&self) -> Result<(), CommandError>;
 }
 
 /// A running machine, as the operator sees it. A new request is one method here and one row in the API's table of

@@ -123,3 +123,29 @@ fn the_operator_stops_a_guest() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_guest_that_ignores_its_keyboard_is_stopped_after_a_while() -> Result<()> {
+    let mut monitor = Launch::new()?.start()?;
+    let mut guest = monitor.guest()?;
+    // Ctrl-Alt-Del becomes a signal to the first process, which ignores it.
+    guest.must("echo 0 > /proc/sys/kernel/ctrl-alt-del")?;
+    guest.must("dmesg | grep -q 'AT Raw Set 2 keyboard'")?;
+    let asked = monitor.ctl(&["shutdown", "--timeout", "1"])?;
+    let said = String::from_utf8_lossy(&asked.stdout);
+    assert!(said.contains("did not shut down within 1 s"), "{asked:?}");
+    ends_with(&mut monitor, 0)
+}
+
+#[test]
+fn a_kernel_that_restarts_by_ctrl_alt_del_does() -> Result<()> {
+    let mut monitor = Launch::new()?.start()?;
+    let mut guest = monitor.guest()?;
+    guest.must("echo 1 > /proc/sys/kernel/ctrl-alt-del")?;
+    let asked = monitor.ctl(&["shutdown"])?;
+    assert!(
+        asked.status.success() && asked.stdout.is_empty(),
+        "{asked:?}"
+    );
+    ends_with(&mut monitor, 32)
+}

@@ -194,11 +194,15 @@ fn put_action(machine: &dyn Instance, body: &[u8]) -> Result<Reply, Fault> {
             machine.stop();
             Ok(Reply::Done)
         }
+        "SendCtrlAltDel" => {
+            machine.press_ctrl_alt_del()?;
+            Ok(Reply::Done)
+        }
         "InstanceStart" => Err(Fault::bad_request(
             "InstanceStart is not possible: the machine is already running",
         )),
         other => Err(Fault::bad_request(format!(
-            "unknown action_type '{other}'; there are InstanceStart, InstanceStop"
+            "unknown action_type '{other}'; there are InstanceStart, InstanceStop, SendCtrlAltDel"
         ))),
     }
 }

@@ -81,9 +81,10 @@ pub fn write(
     Ok(rsdp)
 }
 
-/// A hardware-reduced machine: no PM timer, no SCI, no legacy devices. Linux then does not look for an
-/// 8042, a CMOS clock or a VGA card (`IAPC_BOOT_ARCH`).
+/// A hardware-reduced machine: no PM timer, no SCI, no legacy devices but the keyboard controller. Linux then
+/// does not look for a CMOS clock or a VGA card (`IAPC_BOOT_ARCH`).
 fn fadt(dsdt: u64) -> impl Aml {
+    const HAS_8042: u16 = 1 << 1;
     const VGA_NOT_PRESENT: u16 = 1 << 2;
     const MSI_NOT_SUPPORTED: u16 = 1 << 3;
     const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
@@ -103,7 +104,8 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::ResetRegSup)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
-    fadt.iapc_boot_arch = (VGA_NOT_PRESENT | MSI_NOT_SUPPORTED | CMOS_RTC_NOT_PRESENT).into();
+    fadt.iapc_boot_arch =
+        (HAS_8042 | VGA_NOT_PRESENT | MSI_NOT_SUPPORTED | CMOS_RTC_NOT_PRESENT).into();
     fadt.sleep_control_reg = port(0);
     fadt.sleep_status_reg = port(1);
     fadt.reset_reg = port(2);
@@ -156,6 +158,7 @@ fn system_bus(virtio: &[VirtioWindow], fw_cfg: bool, body: &mut Vec<u8>) {
         ],
     )
     .to_aml_bytes(&mut scope);
+    keyboard(&mut scope);
     qemu_device("PEVT", "QEMU0001", layout::PVPANIC_PORT, 1, &mut scope);
     if fw_cfg {
         let len = layout::FW_CFG_PORT_LEN as u8;
@@ -165,6 +168,25 @@ fn system_bus(virtio: &[VirtioWindow], fw_cfg: bool, body: &mut Vec<u8>) {
         virtio_device(index, *window, &mut scope);
     }
     body.extend(aml::Scope::raw("_SB_".into(), scope));
+}
+
+/// The keyboard controller, by the hardware id of an AT keyboard. There is none for a mouse.
+fn keyboard(scope: &mut Vec<u8>) {
+    let port = |offset: u64| {
+        let port = (layout::I8042_PORT + offset) as u16;
+        IO::new(port, port, 1, 1)
+    };
+    let irq = Interrupt::new(true, true, false, false, layout::KEYBOARD_GSI);
+    let (data, command) = (port(0), port(4));
+    let resources = ResourceTemplate::new(vec![&data, &command, &irq]);
+    Device::new(
+        "KBD_".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0303")),
+            &Name::new("_CRS".into(), &resources),
+        ],
+    )
+    .to_aml_bytes(scope);
 }
 
 /// A device of QEMU's with `ports` I/O ports, by the hardware id `id` that Linux's driver binds to.

@@ -63,10 +63,12 @@ pub const SERIAL_PORT: u64 = 0x3f8;
 pub const SERIAL_PORT_LEN: u64 = 8;
 /// Its interrupt.
 pub const SERIAL_GSI: u32 = 4;
-/// The keyboard controller, of which only the reset line exists.
+/// The keyboard controller: data, and command at +4.
 pub const I8042_PORT: u64 = 0x60;
 /// Its number of ports.
 pub const I8042_PORT_LEN: u64 = 5;
+/// The keyboard's interrupt.
+pub const KEYBOARD_GSI: u32 = 1;
 /// PCI configuration: address, then data.
 pub const PCI_PORT: u64 = 0xcf8;
 /// Its number of ports.

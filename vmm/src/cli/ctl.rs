@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ebb_vmm::api::{self, ClientError};
 use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
@@ -62,6 +62,15 @@ enum Command {
     },
     /// End the machine
     Stop,
+    /// Ask the guest to shut down, by Ctrl-Alt-Del, and wait; end the machine if it does not
+    ///
+    /// The kernel needs the drivers i8042 and atkbd, and the first process must handle Ctrl-Alt-Del: systemd does, by a
+    /// reboot, which ends the machine.
+    Shutdown {
+        /// How long the guest may take, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+        timeout: u64,
+    },
     /// Wait until the machine has ended
     Wait {
         /// Wait until its memory is free, too; works also for a machine that has ended already
@@ -92,6 +101,7 @@ pub fn main(args: Args) -> u8 {
         Command::Teardown { settings } if settings.is_empty() => teardown(&socket),
         Command::Teardown { settings } => set_teardown(&socket, &settings),
         Command::Stop => stop(&socket),
+        Command::Shutdown { timeout } => shutdown(&socket, Duration::from_secs(timeout)),
         Command::Wait { memory_free: _ } => return wait(&socket),
     };
     match done {
@@ -175,6 +185,24 @@ fn stop(socket: &Path) -> Result<String, ClientError> {
     let body = json!({ "action_type": "InstanceStop" });
     api::request(socket, Method::PUT, "/actions", Some(&body), TIMEOUT)?;
     Ok(String::new())
+}
+
+fn shutdown(socket: &Path, timeout: Duration) -> Result<String, ClientError> {
+    let start = Instant::now();
+    let body = json!({ "action_type": "SendCtrlAltDel" });
+    api::request(socket, Method::PUT, "/actions", Some(&body), TIMEOUT)?;
+    while start.elapsed() < timeout {
+        match get(socket, "/") {
+            Ok(_) => std::thread::sleep(Duration::from_millis(100)),
+            // The machine is going, or has gone.
+            Err(_) => return Ok(String::new()),
+        }
+    }
+    let seconds = timeout.as_secs();
+    stop(socket)?;
+    Ok(format!(
+        "the guest did not shut down within {seconds} s and was stopped"
+    ))
 }
 
 fn teardown(socket: &Path) -> Result<String, ClientError> {

@@ -68,8 +68,11 @@ impl Devices {
         }
     }
 
-    /// Power, reset and panic ports.
-    pub fn attach_platform(&mut self) -> Result<(), LaunchError> {
+    /// Power, reset and panic ports, and the keyboard controller, which is returned.
+    pub fn attach_platform(
+        &mut self,
+        machine: &kvm::Machine,
+    ) -> Result<Arc<Mutex<I8042>>, LaunchError> {
         let power = Power {
             off: acpi::S5,
             reset: acpi::RESET_VALUE,
@@ -84,12 +87,11 @@ impl Devices {
             1,
             Arc::new(Mutex::new(PvPanic::default())),
         )?;
-        self.ports.insert(
-            layout::I8042_PORT,
-            layout::I8042_PORT_LEN,
-            Arc::new(Mutex::new(I8042)),
-        )?;
-        Ok(())
+        let line = Arc::new(machine.interrupt(layout::KEYBOARD_GSI)?);
+        let keyboard = Arc::new(Mutex::new(I8042::new(line)));
+        self.ports
+            .insert(layout::I8042_PORT, layout::I8042_PORT_LEN, keyboard.clone())?;
+        Ok(keyboard)
     }
 
     /// By this the guest's kernel tells where its note is.

@@ -2,14 +2,15 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::events::ExitSlot;
 use crate::api::{self, ApiError};
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
-use crate::control::{Controller, InstanceInfo, InstanceState, Prefault};
+use crate::control::{CommandError, Controller, InstanceInfo, InstanceState, Prefault};
+use crate::devices::platform::{I8042, NotRead};
 use crate::output::{Log, Outlet, OutputStats};
 use crate::sys::{Request, Signals};
 use crate::teardown::StatusPage;
@@ -23,6 +24,7 @@ pub struct Instance {
     started: Instant,
     log: Log,
     console: OnceLock<Arc<Outlet>>,
+    keyboard: OnceLock<Arc<Mutex<I8042>>>,
     populated: AtomicU64,
     runs: AtomicBool,
 }
@@ -36,6 +38,7 @@ impl Instance {
             started: Instant::now(),
             log: log.clone(),
             console: OnceLock::new(),
+            keyboard: OnceLock::new(),
             populated: AtomicU64::new(0),
             runs: AtomicBool::new(false),
         }
@@ -47,6 +50,12 @@ impl Instance {
             // A machine has one console.
             let _ = self.console.set(Arc::clone(console));
         }
+    }
+
+    /// The guest reads this keyboard.
+    pub fn set_keyboard(&self, keyboard: Arc<Mutex<I8042>>) {
+        // A machine has one keyboard.
+        let _ = self.keyboard.set(keyboard);
     }
 
     /// Takes note of how much memory is populated. Returns true if that has to end, because somebody or one of `signals`
@@ -99,6 +108,17 @@ impl crate::control::Instance for Instance {
 
     fn stop(&self) {
         self.exit.request(ExitReason::Stop);
+    }
+
+    fn press_ctrl_alt_del(&self) -> Result<(), CommandError> {
+        let pressed = match self.keyboard.get() {
+            Some(keyboard) => {
+                let mut keyboard = keyboard.lock().unwrap_or_else(PoisonError::into_inner);
+                keyboard.press_ctrl_alt_del()
+            }
+            None => Err(NotRead),
+        };
+        pressed.map_err(|error| CommandError::Failed(error.to_string()))
     }
 }
 

@@ -100,7 +100,7 @@ impl Vm {
         }
 
         let mut devices = Devices::new(Arc::clone(&memory) as _);
-        devices.attach_platform()?;
+        instance.set_keyboard(devices.attach_platform(&machine)?);
         if !setup.arenas.is_empty() {
             devices.attach_pci()?;
         }

@@ -55,6 +55,11 @@ impl Instance for Machine {
     fn stop(&self) {
         self.note("stop");
     }
+
+    fn press_ctrl_alt_del(&self) -> Result<(), CommandError> {
+        self.note("ctrl-alt-del");
+        Ok(())
+    }
 }
 
 impl Controller for Machine {
@@ -276,6 +281,12 @@ fn what_can_be_changed() {
         (
             Method::PUT,
             "/actions",
+            json!({ "action_type": "SendCtrlAltDel" }),
+            "ctrl-alt-del",
+        ),
+        (
+            Method::PUT,
+            "/actions",
             json!({ "action_type": "InstanceStop" }),
             "stop",
         ),
@@ -336,7 +347,7 @@ const REFUSED: &[(&str, u16, &str)] = &[
     (
         r#"PUT /actions {"action_type": "Dance"}"#,
         400,
-        "there are InstanceStart, InstanceStop",
+        "there are InstanceStart, InstanceStop, SendCtrlAltDel",
     ),
     (
         r#"PUT /lazy-memory/reclaim {}"#,

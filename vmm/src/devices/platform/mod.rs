@@ -5,7 +5,7 @@ mod pci;
 mod power;
 mod pvpanic;
 
-pub use i8042::I8042;
+pub use i8042::{I8042, NotRead};
 pub use pci::PciConfig;
 pub use power::Power;
 pub use pvpanic::PvPanic;
