@@ -1,9 +1,12 @@
 //! `ebb-demo`: what lazy memory does, told step by step, with a table, a picture and numbers.
 
 mod claims;
+mod free_pages;
 mod lazy;
 mod malloc;
 mod narrator;
+mod neighbour;
+mod picture;
 mod sampler;
 
 use std::fs;
@@ -29,7 +32,9 @@ enum Story {
     Lazy(lazy::Arguments),
     /// Redis with its heap in an arena, compared with a plain Redis and free page reporting
     Malloc(malloc::Arguments),
-    /// Who wants the host's memory in the second story
+    /// A guest frees memory and says nothing, and a neighbour gets it
+    FreePages,
+    /// Who wants the host's memory in these stories
     #[command(hide = true)]
     Neighbour,
 }
@@ -52,7 +57,8 @@ fn run(arguments: &Arguments) -> Result<bool> {
     match &arguments.story {
         Story::Lazy(arguments) => lazy::run(arguments, out),
         Story::Malloc(arguments) => malloc::run(arguments, out),
-        Story::Neighbour => malloc::neighbour(),
+        Story::FreePages => free_pages::run(out),
+        Story::Neighbour => neighbour::live(),
     }
 }
 

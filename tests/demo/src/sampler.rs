@@ -20,8 +20,8 @@ pub struct Sample {
     pub at: f64,
     /// Resident memory of the monitor and its helpers.
     pub rss: u64,
-    /// Lazily freed by the guest and still there.
-    pub lazy: u64,
+    /// What the story compares it with.
+    pub other: u64,
 }
 
 /// A thread that takes samples until it is told to stop.
@@ -32,11 +32,11 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Starts. `rss` and `lazy` tell what a [`Sample`] has; `lazy` has no answer while nobody serves the API.
+    /// Starts. `rss` and `other` tell what a [`Sample`] has; `other` has no answer while nobody serves the API.
     pub fn start(
         start: Instant,
         rss: impl Fn() -> u64 + Send + 'static,
-        lazy: impl Fn() -> Option<u64> + Send + 'static,
+        other: impl Fn() -> Option<u64> + Send + 'static,
     ) -> Self {
         let samples = Arc::new(Mutex::new(Vec::new()));
         let (stop, stopped) = mpsc::channel();
@@ -47,7 +47,7 @@ impl Sampler {
                 let sample = Sample {
                     at: start.elapsed().as_secs_f64(),
                     rss: rss(),
-                    lazy: lazy().unwrap_or(0),
+                    other: other().unwrap_or(0),
                 };
                 taken
                     .lock()

@@ -1,4 +1,4 @@
-//! `cargo xtask demo [STORY]`: the whole story of lazy memory, or that of malloc, narrated.
+//! `cargo xtask demo [STORY]`: stories about lazy memory, narrated.
 
 use std::time::Duration;
 
@@ -16,11 +16,12 @@ const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// Arguments of `demo`.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// `lazy`: a guest hands memory back; `malloc`: Redis with its heap in an arena, compared with a plain Redis
-    #[arg(default_value = "lazy", value_parser = ["lazy", "malloc"])]
-    story: String,
+    /// `lazy`: a guest hands memory back; `free-pages`: a guest frees memory and says nothing; `malloc`: Redis with its heap
+    /// in an arena, compared with a plain Redis. Without a word: `lazy`, then `free-pages`
+    #[arg(value_parser = ["lazy", "free-pages", "malloc"])]
+    story: Option<String>,
     /// Passed on to ebb-demo
-    #[arg(last = true)]
+    #[arg(last = true, requires = "story")]
     more: Vec<String>,
 }
 
@@ -28,23 +29,35 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
     build(&["ebb-vmm", "ebb-harness", "ebb-demo"])?;
-    if arguments.story == "malloc" {
+    let stories = match arguments.story.as_deref() {
+        None => vec!["lazy", "free-pages"],
+        Some(story) => vec![story],
+    };
+    if stories.contains(&"malloc") {
         build_library("ebb-malloc")?;
     }
     let out = output_folder("demo")?;
     let runner = start_runner(&assets)?;
     let program = binary("ebb-demo").to_string_lossy().into_owned();
     let folder = out.to_string_lossy().into_owned();
-    let mut command = Command::new([program, "--out".into(), folder, arguments.story.clone()]);
-    command.argv.extend(arguments.more.iter().cloned());
-    command.env = environment(&assets, runner.platform(), &out);
-    command.cwd = Some(root());
-    let exit = runner.run(&command, TIME_LIMIT, &mut show)?;
-    if exit.success() {
-        progress(format_args!(
-            "pictures and numbers are in {}",
-            out.display()
-        ));
+    for story in stories {
+        let mut command = Command::new([
+            program.clone(),
+            "--out".into(),
+            folder.clone(),
+            story.to_owned(),
+        ]);
+        command.argv.extend(arguments.more.iter().cloned());
+        command.env = environment(&assets, runner.platform(), &out);
+        command.cwd = Some(root());
+        let exit = runner.run(&command, TIME_LIMIT, &mut show)?;
+        if !exit.success() {
+            return Ok(exit.code() as u8);
+        }
     }
-    Ok(exit.code() as u8)
+    progress(format_args!(
+        "pictures and numbers are in {}",
+        out.display()
+    ));
+    Ok(0)
 }

@@ -1,7 +1,6 @@
 //! The first story: a guest hands memory back through its balloon, the host takes it, the guest takes it back.
 
 mod outcome;
-mod picture;
 mod story;
 
 use std::path::Path;
@@ -27,7 +26,7 @@ pub fn run(arguments: &Arguments, out: &Path) -> Result<bool> {
     let outcome = story::tell(arguments.memory, arguments.keep)?;
     outcome.print();
     println!();
-    let (picture, numbers) = (picture::draw(&outcome), outcome.summary());
+    let (picture, numbers) = (outcome.draw(), outcome.summary());
     crate::keep(out, ("rss.svg", &picture), ("summary.json", &numbers))?;
     Ok(outcome.claims.hold())
 }

@@ -4,6 +4,7 @@ use ebb_harness::size::Size;
 use serde_json::{Value, json};
 
 use crate::claims::Claims;
+use crate::picture::{self, Mark, Picture};
 use crate::sampler::Sample;
 
 /// Where memory stands at one moment of the story.
@@ -17,15 +18,6 @@ pub struct Moment {
     pub rss: u64,
     /// Lazily freed and still there.
     pub lazy: u64,
-}
-
-/// When a part of the story began.
-#[derive(Clone, Debug)]
-pub struct Mark {
-    /// Seconds since the start.
-    pub at: f64,
-    /// What happens from here on.
-    pub label: String,
 }
 
 /// Everything that was found.
@@ -79,6 +71,27 @@ impl Outcome {
             "teardown_ms": self.teardown_ms,
             "teardown_freed_bytes": self.teardown_freed,
             "claims": self.claims.json(),
+        })
+    }
+
+    /// Memory over time, as SVG.
+    pub fn draw(&self) -> String {
+        let subtitle = format!(
+            "Linux {} with {}; platform: {}",
+            self.kernel,
+            Size(self.guest_memory),
+            self.platform
+        );
+        picture::draw(&Picture {
+            title: "Memory of an Ebb guest over time",
+            subtitle: &subtitle,
+            keys: [
+                "host memory that Ebb and its guest take up (RSS)",
+                "of it, handed over by the guest and not yet taken",
+            ],
+            guest_memory: self.guest_memory,
+            marks: &self.marks,
+            samples: &self.samples,
         })
     }
 

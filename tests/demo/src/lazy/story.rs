@@ -7,8 +7,9 @@ use ebb_harness::size::{MIB, Size};
 use ebb_harness::wait::{LONG, settled, until};
 use ebb_harness::{Api, Guest, Launch, Monitor, host};
 
-use super::outcome::{Mark, Moment, Outcome, percent};
+use super::outcome::{Moment, Outcome, percent};
 use crate::narrator::Narrator;
+use crate::picture::Mark;
 use crate::sampler::Sampler;
 
 /// Memory that the guest's kernel keeps for itself beside the workload.

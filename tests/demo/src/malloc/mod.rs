@@ -1,7 +1,6 @@
 //! The second story: Redis fills its heap, forgets everything, the host wants the memory, Redis fills again. With its heap
 //! in an arena, and as Debian ships it in a guest that reports free pages.
 
-mod neighbour;
 mod outcome;
 mod picture;
 mod story;
@@ -9,8 +8,6 @@ mod story;
 use std::path::Path;
 
 use ebb_harness::error::Result;
-
-pub use neighbour::live as neighbour;
 
 use crate::narrator::Narrator;
 use outcome::Outcome;

@@ -67,7 +67,7 @@ fn render(
         Curve {
             name: "of it lazily free",
             color: LAZY,
-            points: points(arena, |sample| sample.lazy),
+            points: points(arena, |sample| sample.other),
         },
     ];
     let all = || curves.iter().flat_map(|curve| &curve.points);
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_picture_of_anything_is_well_formed() {
-        let sample = |at, rss, lazy| Sample { at, rss, lazy };
+        let sample = |at, rss, other| Sample { at, rss, other };
         let run = Run {
             flushed_at: 1.0,
             samples: vec![sample(0.0, 1 << 30, 0), sample(9.0, 1 << 29, 1 << 28)],

@@ -9,9 +9,9 @@ use ebb_harness::size::{MIB, Size};
 use ebb_harness::{Launch, host};
 use serde_json::Value;
 
-use super::neighbour::{Neighbour, PIECE};
 use super::outcome::{Fill, Run};
 use crate::narrator::Narrator;
+use crate::neighbour::{Neighbour, PIECE};
 use crate::sampler::Sampler;
 
 /// What the host has left when Redis is full: more than it keeps free, so that nothing happens yet.

@@ -4,7 +4,6 @@ use std::fmt::Write;
 
 use ebb_harness::size::MIB;
 
-use super::outcome::{Mark, Outcome};
 use crate::sampler::Sample;
 
 const WIDTH: f64 = 960.0;
@@ -19,7 +18,27 @@ const LINE: f64 = 20.0;
 const BADGE: f64 = 22.0;
 
 const RSS: &str = "#1f6fb4";
-const LAZY: &str = "#d9730d";
+const OTHER: &str = "#d9730d";
+
+/// When a part of a story began.
+#[derive(Clone, Debug)]
+pub struct Mark {
+    /// Seconds since the start.
+    pub at: f64,
+    /// What happens from here on.
+    pub label: String,
+}
+
+/// What is drawn.
+pub struct Picture<'a> {
+    pub title: &'a str,
+    pub subtitle: &'a str,
+    /// What the two lines are: the resident memory, and what it is compared with.
+    pub keys: [&'a str; 2],
+    pub guest_memory: u64,
+    pub marks: &'a [Mark],
+    pub samples: &'a [Sample],
+}
 
 /// From seconds and bytes to places in the picture.
 struct Scale {
@@ -37,32 +56,34 @@ impl Scale {
     }
 }
 
-/// The picture of an outcome.
-pub fn draw(outcome: &Outcome) -> String {
-    let samples = &outcome.samples;
+/// The picture as SVG.
+pub fn draw(picture: &Picture<'_>) -> String {
+    let samples = picture.samples;
     let last = samples.last().map_or(1.0, |sample| sample.at.max(1.0));
     let most = samples
         .iter()
-        .map(|sample| sample.rss.max(sample.lazy))
+        .map(|sample| sample.rss.max(sample.other))
         .max()
         .unwrap_or(0);
-    let most = most.max(outcome.guest_memory) as f64;
+    let most = most.max(picture.guest_memory) as f64;
     let scale = Scale {
         seconds: last * 1.01,
         bytes: most * 1.04,
     };
-    let height = BOTTOM + 64.0 + LINE * outcome.marks.len().div_ceil(2) as f64;
+    let height = BOTTOM + 64.0 + LINE * picture.marks.len().div_ceil(2) as f64;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
          height=\"{height}\" font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n"
     );
-    title(&mut svg, outcome);
-    phases(&mut svg, &scale, &outcome.marks);
+    title(&mut svg, picture);
+    phases(&mut svg, &scale, picture.marks);
     axes(&mut svg, &scale);
-    limit(&mut svg, &scale, outcome.guest_memory);
+    limit(&mut svg, &scale, picture.guest_memory);
     line(&mut svg, &scale, samples, RSS, true, |sample| sample.rss);
-    line(&mut svg, &scale, samples, LAZY, false, |sample| sample.lazy);
+    line(&mut svg, &scale, samples, OTHER, false, |sample| {
+        sample.other
+    });
     svg.push_str("</svg>\n");
     svg
 }
@@ -75,34 +96,12 @@ fn text(svg: &mut String, (x, y): (f64, f64), style: &str, words: &str) {
     );
 }
 
-fn title(svg: &mut String, outcome: &Outcome) {
-    let words = "Memory of an Ebb guest over time";
-    text(
-        svg,
-        (LEFT, 26.0),
-        "font-size=\"16\" font-weight=\"bold\"",
-        words,
-    );
-    let words = format!(
-        "Linux {} with {} MiB; platform: {}",
-        outcome.kernel,
-        outcome.guest_memory / MIB,
-        outcome.platform
-    );
-    text(svg, (LEFT, 46.0), "fill=\"#495057\"", &words);
-    let keys = [
-        (
-            LEFT,
-            RSS,
-            "host memory that Ebb and its guest take up (RSS)",
-        ),
-        (
-            LEFT + 380.0,
-            LAZY,
-            "of it, handed over by the guest and not yet taken",
-        ),
-    ];
-    for (x, color, words) in keys {
+fn title(svg: &mut String, picture: &Picture<'_>) {
+    let style = "font-size=\"16\" font-weight=\"bold\"";
+    text(svg, (LEFT, 26.0), style, picture.title);
+    text(svg, (LEFT, 46.0), "fill=\"#495057\"", picture.subtitle);
+    let keys = [(LEFT, RSS), (LEFT + 380.0, OTHER)];
+    for ((x, color), words) in keys.into_iter().zip(picture.keys) {
         let _ = writeln!(
             svg,
             "<rect x=\"{x}\" y=\"60\" width=\"14\" height=\"12\" fill=\"{color}\"/>"
@@ -274,18 +273,23 @@ mod tests {
 
     #[test]
     fn a_picture_of_anything_is_well_formed() {
-        let mut outcome = Outcome {
+        let mut picture = Picture {
+            title: "a < b & c",
+            subtitle: "",
+            keys: ["one", "two"],
             guest_memory: 1 << 30,
-            ..Outcome::default()
+            marks: &[],
+            samples: &[],
         };
-        assert!(draw(&outcome).ends_with("</svg>\n"));
-        let sample = |at, rss, lazy| Sample { at, rss, lazy };
-        outcome.samples = vec![sample(0.0, 0, 0), sample(9.0, 1 << 30, 1 << 29)];
-        outcome.marks = vec![Mark {
+        assert!(draw(&picture).ends_with("</svg>\n"));
+        let sample = |at, rss, other| Sample { at, rss, other };
+        let samples = [sample(0.0, 0, 0), sample(9.0, 1 << 30, 1 << 29)];
+        let marks = [Mark {
             at: 0.0,
-            label: "a < b & c".to_owned(),
+            label: "begin".to_owned(),
         }];
-        let svg = draw(&outcome);
+        (picture.samples, picture.marks) = (&samples, &marks);
+        let svg = draw(&picture);
         assert!(svg.contains("a &lt; b &amp; c"));
         assert_eq!(svg.matches("<polyline").count(), 2);
         assert_eq!(svg.matches("<text").count(), svg.matches("</text>").count());
