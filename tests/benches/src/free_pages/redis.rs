@@ -3,18 +3,19 @@
 
 use std::time::Duration;
 
-use ebb_harness::Launch;
 use ebb_harness::debian::Debian;
 use ebb_harness::error::Result;
 use ebb_harness::free_pages::{counters, read_free_lists};
 use ebb_harness::host::rss;
 use ebb_harness::wait::settled;
+use ebb_harness::{Guest, Launch};
 
 use super::Arguments;
 use crate::results::{Metric, Results};
 
 /// The guest's RAM.
 const RAM: u64 = 1 << 30;
+const PAGE_SIZE: u64 = 4096;
 /// More than there is.
 const ALL: u64 = 1 << 40;
 /// Redis gives memory back to its kernel for so long after it has forgotten.
@@ -57,7 +58,7 @@ fn scene(keys: u32, results: &mut Results) -> Result<()> {
     let held = rss(pid)?;
     // Free in the guest, and held by the host: all but what the host never gave, or has already.
     let held_free = free.saturating_sub(RAM.saturating_sub(held));
-    let blocks = free_in_blocks(&debian.guest.must("cat /proc/buddyinfo")?);
+    let blocks = Free::read(&mut debian.guest)?.in_blocks();
     let mut add = |case, metric: Metric, value: f64| results.add((SYSTEM, case), metric, value);
     add("flushed", ("guest-free", "bytes"), free as f64);
     add("flushed", ("rss", "bytes"), held as f64);
@@ -68,10 +69,16 @@ fn scene(keys: u32, results: &mut Results) -> Result<()> {
     add("at once", ("rss", "bytes"), left as f64);
     add("at once", SHARE, share(left));
     debian.guest.must("echo 1 >/proc/sys/vm/compact_memory")?;
-    let blocks = free_in_blocks(&debian.guest.must("cat /proc/buddyinfo")?);
+    let blocks = Free::read(&mut debian.guest)?.in_blocks();
     add("compacted", ("free-in-blocks", ""), blocks);
     api.reclaim(ALL)?;
     let left = rss(pid)?;
+    // What the order cannot take, as parts of what it could have taken at most.
+    let rest = Free::read(&mut debian.guest)?;
+    let part = |pages: u64| (pages * PAGE_SIZE) as f64 / held_free as f64;
+    add("compacted", ("free-below-64-KiB", ""), part(rest.small));
+    add("compacted", ("free-on-CPU-lists", ""), part(rest.on_cpus));
+    add("compacted", ("free-from-64-KiB", ""), part(rest.pieces));
     // An order ends early when the vCPUs are not out in time.
     let missed = counters(&api)?["missed_total"] as f64;
     add("compacted", ("missed-pauses", ""), missed);
@@ -81,21 +88,62 @@ fn scene(keys: u32, results: &mut Results) -> Result<()> {
     debian.end()
 }
 
-/// The share of free memory that lies in free blocks of 2 MiB and more, by /proc/buddyinfo.
-fn free_in_blocks(buddyinfo: &str) -> f64 {
-    let (mut blocks, mut all) = (0, 0);
-    for line in buddyinfo.split(['\n']).flat_map(|line| line.split("\\n")) {
-        let Some((_, counts)) = line.split_once("zone") else {
-            continue;
-        };
-        // The zone's name comes first.
-        for (order, count) in counts.split_whitespace().skip(1).enumerate() {
-            let pages = count.parse::<u64>().unwrap_or(0) << order;
-            all += pages;
-            blocks += if order >= 9 { pages } else { 0 };
-        }
+/// Free pages by where they are.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Free {
+    /// In pieces below 64 KiB.
+    small: u64,
+    /// In pieces from 64 KiB on that are smaller than 2 MiB.
+    pieces: u64,
+    /// In blocks of 2 MiB and more.
+    blocks: u64,
+    /// On the lists of single CPUs.
+    on_cpus: u64,
+}
+
+impl Free {
+    fn read(guest: &mut Guest) -> Result<Self> {
+        let mut free = Self::from_buddyinfo(&guest.must("cat /proc/buddyinfo")?);
+        free.on_cpus = on_cpus(&guest.must("grep count: /proc/zoneinfo")?);
+        Ok(free)
     }
-    blocks as f64 / f64::max(all as f64, 1.0)
+
+    fn from_buddyinfo(text: &str) -> Self {
+        let mut free = Self::default();
+        for line in lines(text) {
+            let Some((_, counts)) = line.split_once("zone") else {
+                continue;
+            };
+            // The zone's name comes first.
+            for (order, count) in counts.split_whitespace().skip(1).enumerate() {
+                let pages = count.parse::<u64>().unwrap_or(0) << order;
+                match order {
+                    0..4 => free.small += pages,
+                    4..9 => free.pieces += pages,
+                    _ => free.blocks += pages,
+                }
+            }
+        }
+        free
+    }
+
+    /// The share of blocks.
+    fn in_blocks(&self) -> f64 {
+        self.blocks as f64 / f64::max((self.small + self.pieces + self.blocks) as f64, 1.0)
+    }
+}
+
+/// Pages on the lists of single CPUs, by the lines `count: N` of /proc/zoneinfo.
+fn on_cpus(zoneinfo: &str) -> u64 {
+    let counts = lines(zoneinfo).filter_map(|line| line.split_once("count:"));
+    counts
+        .filter_map(|(_, count)| count.trim().parse::<u64>().ok())
+        .sum()
+}
+
+/// The guest's answers have their line ends as `\n`.
+fn lines(text: &str) -> impl Iterator<Item = &str> {
+    text.split(['\n']).flat_map(|line| line.split("\\n"))
 }
 
 #[cfg(test)]
@@ -103,10 +151,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn buddyinfo_tells_what_is_free_in_blocks() {
-        let text = "Node 0, zone   DMA   512  0 0 0 0 0 0 0 0 1 1\\nNode 0, zone DMA32  512 0 0 0 0 0 0 0 0 0 1\\n";
-        let share = free_in_blocks(text);
-        assert!((share - 2560.0 / 3584.0).abs() < 1e-9, "{share}");
-        assert!(free_in_blocks("") < 1e-9);
+    fn buddyinfo_tells_what_is_free_in_which_sizes() {
+        let text = "Node 0, zone   DMA   512  0 0 0 2 0 0 0 0 1 1\\nNode 0, zone DMA32  512 0 0 0 0 0 0 0 0 0 1\\n";
+        let free = Free::from_buddyinfo(text);
+        let want = Free {
+            small: 1024,
+            pieces: 32,
+            blocks: 2560,
+            on_cpus: 0,
+        };
+        assert_eq!(free, want);
+        assert!((free.in_blocks() - 2560.0 / 3616.0).abs() < 1e-9);
+        assert!(Free::default().in_blocks() < 1e-9);
+    }
+
+    #[test]
+    fn zoneinfo_tells_what_is_on_the_lists_of_cpus() {
+        let text = "              count: 12\\n              count: 30\\nhigh_count: x";
+        assert_eq!(on_cpus(text), 42);
     }
 }
