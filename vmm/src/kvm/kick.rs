@@ -101,13 +101,14 @@ pub fn prepare_kicks() -> io::Result<()> {
     register_signal_handler(SIGRTMIN(), on_kick).map_err(io::Error::from)
 }
 
-/// Brings the vCPU that `thread` runs out of guest mode. Does nothing if the thread has ended.
-pub fn kick<T>(thread: &JoinHandle<T>) {
-    if !thread.is_finished() {
-        // SAFETY: the thread is not joined yet, so its pthread id is valid even if it has just ended. `prepare_kicks` has
-        // installed a handler.
-        unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
-    }
+/// Brings the vCPU that `thread` runs out of guest mode. Does nothing if the thread has ended. Returns false if the kernel
+/// has no room for the signal now: there are as many of this user as `RLIMIT_SIGPENDING` allows.
+#[must_use = "without the signal the vCPU stays in the guest"]
+pub fn kick<T>(thread: &JoinHandle<T>) -> bool {
+    // SAFETY: the thread is not joined yet, so its pthread id is valid even if it has just ended. `prepare_kicks` has
+    // installed a handler.
+    thread.is_finished()
+        || unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) } != libc::EAGAIN
 }
 
 /// Which thread runs which vCPU of a machine, so that other threads can kick the vCPUs. It may outlive the threads;

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use ebb_core::generation::Gate;
 use kvm_ioctls::{HypercallExit, VcpuExit, VcpuFd};
@@ -23,6 +24,9 @@ use crate::reclaim::EntryHook;
 use crate::strict::Strict;
 
 pub use setup::{VcpuSetup, configure};
+
+/// Time until a kick is tried again that could not be sent.
+const RETRY: Duration = Duration::from_millis(1);
 
 /// What the vCPUs of a machine share.
 pub struct Shared {
@@ -87,7 +91,11 @@ impl Vcpus {
         self.stopping.store(true, Ordering::SeqCst);
         // Wakes the threads that wait at the gate, which a kick does not do.
         self.gate.stop();
-        self.threads.iter().for_each(kick);
+        let mut left: Vec<_> = self.threads.iter().filter(|it| !kick(it)).collect();
+        while !left.is_empty() {
+            thread::sleep(RETRY);
+            left.retain(|thread| !kick(thread));
+        }
         for thread in self.threads.drain(..) {
             // The thread itself has reported a panic, as a crash.
             let _ = thread.join();

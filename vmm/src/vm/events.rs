@@ -1,8 +1,10 @@
 //! The main thread's loop: it waits for signals, console input and the end of the machine.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::panic;
+use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
@@ -46,16 +48,22 @@ impl ExitSlot {
     }
 }
 
+/// Why something is not polled that must be.
+type Unpolled = Rc<Cell<Option<event_manager::Error>>>;
+
 /// Wakes the loop when there is a reason.
-struct Wake(Arc<ExitSlot>);
+struct Wake {
+    exit: Arc<ExitSlot>,
+    unpolled: Unpolled,
+}
 
 impl MutEventSubscriber for Wake {
     fn init(&mut self, ops: &mut EventOps) {
-        register(ops, &self.0.event, "exit event");
+        register(ops, &self.exit.event, &self.unpolled);
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let _ = self.0.event.read();
+        let _ = self.exit.event.read();
     }
 }
 
@@ -65,6 +73,7 @@ struct SignalHandler {
     log: Log,
     has_terminal: bool,
     exit: Arc<ExitSlot>,
+    unpolled: Unpolled,
 }
 
 impl SignalHandler {
@@ -82,7 +91,7 @@ impl SignalHandler {
 
 impl MutEventSubscriber for SignalHandler {
     fn init(&mut self, ops: &mut EventOps) {
-        register(ops, &self.signals, "signals");
+        register(ops, &self.signals, &self.unpolled);
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
@@ -113,9 +122,9 @@ pub fn end_on_panic(exit: &Arc<ExitSlot>) {
     }));
 }
 
-fn register(ops: &mut EventOps, source: &impl AsRawFd, what: &str) {
+fn register(ops: &mut EventOps, source: &impl AsRawFd, unpolled: &Unpolled) {
     if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
-        tracing::error!("{what} cannot be polled: {error}");
+        unpolled.set(Some(error));
     }
 }
 
@@ -137,13 +146,22 @@ pub struct Operator {
 /// The error of epoll.
 pub fn run(exit: &Arc<ExitSlot>, operator: Operator) -> Result<ExitReason, event_manager::Error> {
     let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new()?;
-    manager.add_subscriber(Box::new(Wake(Arc::clone(exit))));
+    let unpolled = Unpolled::default();
+    manager.add_subscriber(Box::new(Wake {
+        exit: Arc::clone(exit),
+        unpolled: Rc::clone(&unpolled),
+    }));
     manager.add_subscriber(Box::new(SignalHandler {
         signals: operator.signals,
         log: operator.log,
         has_terminal: operator.has_terminal,
         exit: Arc::clone(exit),
+        unpolled: Rc::clone(&unpolled),
     }));
+    // A machine that heard neither signals nor its own end could only be killed.
+    if let Some(error) = unpolled.take() {
+        return Err(error);
+    }
     if let Some(console) = operator.console {
         manager.add_subscriber(console);
     }
