@@ -26,8 +26,9 @@ ebb-guest: programs and memory in an Ebb guest
   ebb-guest setup     as root: create the devices of the arenas, /dev/daxN.M; --mode 0666 lets every user use them
   ebb-guest install   as root: run setup at each boot of this Debian (initramfs-tools, systemd); --mode 0666, --root DIR
   ebb-guest uninstall as root: remove what install has written; --root DIR
-  ebb-guest run -- PROGRAM [ARGUMENT...]
-                      run a program with its heap in an arena (libebb_malloc.so, or --library FILE before the --)
+  ebb-guest run --no-fork -- PROGRAM [ARGUMENT...]
+                      run a program that never forks with its heap in an arena (libebb_malloc.so, or --library FILE before
+                      the --); without --no-fork, with normal memory
   ebb-guest note      as root: tell the monitor where the kernel's vmcoreinfo note is, so that it can read the free lists;
                       not needed where the kernel's module qemu_fw_cfg is loaded
   ebb-guest recover   free the granules of dead programs in all arenas

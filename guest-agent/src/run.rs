@@ -1,11 +1,11 @@
-//! `ebb-guest run`: runs a program with its heap in an arena. `ebb-guest recover`: releases granules of dead programs.
+//! `ebb-guest run --no-fork`: runs a program with its heap in an arena. `ebb-guest recover`: releases granules of dead programs.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use ebb_guest_agent::arena::{self, Arena};
+use ebb_guest_agent::arena::{self, Arena, NO_FORK};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{PidfdFlags, getpid, pidfd_open, setsid};
 
@@ -17,15 +17,27 @@ const PRELOAD: &str = "LD_PRELOAD";
 
 /// Replaces this process by a program.
 pub fn main(words: &[&str]) -> ExitCode {
+    let (no_fork, words) = match words {
+        ["--no-fork", rest @ ..] => (true, rest),
+        _ => (false, words),
+    };
     let (library, program) = match words {
         ["--library", library, "--", program @ ..] => (Some(PathBuf::from(library)), program),
         ["--", program @ ..] => (None, program),
         _ => (None, &[][..]),
     };
     let [name, arguments @ ..] = program else {
-        eprintln!("usage: ebb-guest run [--library FILE] -- PROGRAM [ARGUMENT…]");
+        eprintln!("usage: ebb-guest run [--no-fork] [--library FILE] -- PROGRAM [ARGUMENT…]");
         return ExitCode::from(2);
     };
+    let mut command = Command::new(name);
+    command.args(arguments);
+    if !no_fork {
+        eprintln!(
+            "ebb-guest run: normal memory: a program that forks cannot have its heap in an arena; say --no-fork if {name} never does"
+        );
+        return exec(&mut command);
+    }
     let candidates = library.map_or_else(library_candidates, |library| vec![library]);
     let Some(library) = candidates.iter().find(|path| path.is_file()) else {
         let places: Vec<_> = candidates
@@ -39,11 +51,17 @@ pub fn main(words: &[&str]) -> ExitCode {
         return ExitCode::FAILURE;
     };
     start_recovery_process();
-    let error = Command::new(name)
-        .args(arguments)
-        .env(PRELOAD, preload(library))
-        .exec();
-    eprintln!("ebb-guest run: {name}: {error}");
+    command.env(PRELOAD, preload(library));
+    exec(command.env(NO_FORK, std::process::id().to_string()))
+}
+
+/// Replaces this process, or says why not.
+fn exec(command: &mut Command) -> ExitCode {
+    let error = command.exec();
+    eprintln!(
+        "ebb-guest run: {}: {error}",
+        command.get_program().display()
+    );
     ExitCode::from(127)
 }
 
@@ -82,6 +100,9 @@ fn start_recovery_process() {
     if unsafe { libc::fork() } != 0 {
         return;
     }
+    // Those who end the program end it, too, such as systemd, which then waits for it.
+    // SAFETY: ignores a signal.
+    unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
     let _ = setsid(); // Fails only for the leader of a process group, which a child is not.
     for stream in 0..3 {
         // Readers of the program's output wait until every process has closed it.

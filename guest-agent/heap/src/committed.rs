@@ -122,44 +122,12 @@ impl CommittedPages {
     }
 
     /// Number of committed pages. Exact while no thread changes them.
+    #[cfg(test)]
     pub fn count(&self) -> usize {
         let words = self.granules.iter();
         words
             .map(|word| (word.load(Ordering::Relaxed) & !LOCKED) as usize)
             .sum()
-    }
-
-    /// Calls `each` for each run of committed pages, numbered from the arena's start.
-    pub fn each_run(&self, mut each: impl FnMut(Range<usize>)) {
-        let mut run = 0..0;
-        for (granule, count) in self.granules.iter().enumerate() {
-            if count.load(Ordering::Relaxed) & !LOCKED == 0 {
-                continue;
-            }
-            let base = granule * self.per_granule;
-            for word in 0..self.per_granule / 64 {
-                let mut bits = self.bits[base / 64 + word].load(Ordering::Relaxed);
-                let mut page = base + word * 64;
-                while bits != 0 {
-                    let skipped = bits.trailing_zeros() as usize;
-                    bits >>= skipped;
-                    page += skipped;
-                    let length = bits.trailing_ones() as usize;
-                    if run.end != page {
-                        if !run.is_empty() {
-                            each(run.clone());
-                        }
-                        run = page..page;
-                    }
-                    run.end = page + length;
-                    page += length;
-                    bits = bits.checked_shr(length as u32).unwrap_or(0);
-                }
-            }
-        }
-        if !run.is_empty() {
-            each(run);
-        }
     }
 }
 
@@ -168,12 +136,6 @@ mod tests {
     use super::*;
 
     const PER_GRANULE: usize = 512;
-
-    fn runs(pages: &CommittedPages) -> Vec<Range<usize>> {
-        let mut runs = Vec::new();
-        pages.each_run(|run| runs.push(run));
-        runs
-    }
 
     #[test]
     fn a_granule_is_reused_with_its_first_page_and_freed_with_its_last() {
@@ -188,18 +150,5 @@ mod tests {
         pages.decommit(1, 0..512, || calls.push("free again"));
         pages.commit(1, 0..1, || calls.push("reuse"));
         assert_eq!(calls, ["reuse", "free", "reuse"]);
-    }
-
-    #[test]
-    fn runs_cross_words_and_granules() {
-        let pages = CommittedPages::new(4, PER_GRANULE).unwrap();
-        assert!(runs(&pages).is_empty());
-        pages.commit(0, 500..512, || {});
-        pages.commit(1, 0..64, || {});
-        pages.commit(1, 66..67, || {});
-        pages.commit(3, 0..512, || {});
-        assert_eq!(runs(&pages), [500..576, 578..579, 1536..2048]);
-        pages.decommit(3, 63..65, || {});
-        assert_eq!(runs(&pages), [500..576, 578..579, 1536..1599, 1601..2048]);
     }
 }

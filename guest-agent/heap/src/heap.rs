@@ -15,8 +15,13 @@ use crate::stderr;
 const CLAIMS_WITHOUT_SEARCH: usize = 64;
 
 static HEAP: OnceLock<Heap> = OnceLock::new();
-/// Set in the child of a fork, where a copy in normal memory has replaced the heap.
-static DETACHED: AtomicBool = AtomicBool::new(false);
+
+/// Takes one from a counter, unless it is 0. Returns true if there was one.
+fn take_one(counter: &AtomicUsize) -> bool {
+    let less = |count: usize| count.checked_sub(1);
+    let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+    counter.fetch_update(success, failure, less).is_ok()
+}
 
 /// An arena and its committed pages.
 pub struct Heap {
@@ -40,18 +45,13 @@ impl Heap {
         Ok(HEAP.set(heap).is_ok())
     }
 
-    /// The heap. `None` if this process has no arena, or is a child whose heap is a copy.
+    /// The heap. `None` if this process has no arena.
     #[inline]
     pub fn get() -> Option<&'static Self> {
-        HEAP.get().filter(|_| !DETACHED.load(Ordering::Relaxed))
+        HEAP.get()
     }
 
-    /// Says that a copy has replaced the heap.
-    pub fn detach() {
-        DETACHED.store(true, Ordering::Relaxed);
-    }
-
-    /// Returns true for addresses of the heap or of its copy.
+    /// Returns true for addresses of the heap.
     pub fn contains(address: usize) -> bool {
         HEAP.get()
             .is_some_and(|heap| heap.range().contains(&address))
@@ -67,15 +67,9 @@ impl Heap {
         self.arena.granule_size()
     }
 
-    /// The committed pages.
-    pub const fn committed(&self) -> &CommittedPages {
-        &self.committed
-    }
-
     /// Claims address space for `size` bytes, uncommitted. If the arena is full, returns `None`, and prints a message once.
     pub fn claim(&self, size: usize) -> Option<usize> {
-        if self.skip.load(Ordering::Relaxed) > 0 {
-            self.skip.fetch_sub(1, Ordering::Relaxed);
+        if take_one(&self.skip) {
             return None;
         }
         let first = self.arena.claim_run(size.div_ceil(self.granule_size()));
@@ -122,5 +116,17 @@ impl Heap {
                 unsafe { self.arena.free_granule(granule) };
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_taken_from_zero() {
+        let counter = AtomicUsize::new(1);
+        assert_eq!([take_one(&counter), take_one(&counter)], [true, false]);
+        assert_eq!(counter.into_inner(), 0);
     }
 }

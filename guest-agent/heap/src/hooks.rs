@@ -16,7 +16,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use tikv_jemalloc_sys::{extent_hooks_t, mallctl};
 
 use crate::heap::Heap;
-use crate::{shrink, zero};
+use crate::{pages, shrink, zero};
 
 /// jemalloc's options. It reads them at its first call.
 ///
@@ -57,6 +57,7 @@ pub fn install(granule: usize) -> io::Result<()> {
     if arenas > 1 {
         keep_threads_off_arena_0()?;
     }
+    pages::install(read(c"arenas.create")?);
     Ok(())
 }
 

@@ -7,18 +7,18 @@
 //! other programs.
 //!
 //! Environment variables:
+//! - `EBB_NO_FORK`: id of the process that never forks, see [`fork`]. Any other process has normal memory.
 //! - `EBB_ARENA`: the device. Default: the first of `/dev/dax*` that can be opened.
-//! - `EBB_FORK`: `copy` (default) copies the heap for children, see [`fork`]; `off` uses no arena.
 //! - `EBB_QUIET=1`: print no message when there is no arena.
 
 mod committed;
 pub mod fork;
 mod heap;
 mod hooks;
+mod pages;
 mod shrink;
 mod start;
 mod stderr;
-mod stop_threads;
 mod zero;
 
 use std::alloc::{GlobalAlloc, Layout};
@@ -27,8 +27,9 @@ use std::ffi::{c_int, c_void};
 use tikv_jemalloc_sys as jemalloc;
 
 use heap::Heap;
+pub use pages::advise;
 
-/// Returns true if this process has its heap in an arena. Children of a fork have not.
+/// Returns true if this process has its heap in an arena.
 #[must_use]
 pub fn uses_arena() -> bool {
     Heap::get().is_some()
@@ -106,7 +107,16 @@ pub unsafe fn realloc(memory: *mut c_void, size: usize) -> *mut c_void {
 pub unsafe fn posix_memalign(memory: *mut *mut c_void, align: usize, size: usize) -> c_int {
     before_allocation();
     // SAFETY: the caller's promise.
-    unsafe { jemalloc::posix_memalign(memory, align, size) }
+    unsafe {
+        match pages::allocate(align, size) {
+            None => jemalloc::posix_memalign(memory, align, size),
+            Some(pages) if pages.is_null() => libc::ENOMEM,
+            Some(pages) => {
+                *memory = pages;
+                0
+            }
+        }
+    }
 }
 
 /// `aligned_alloc(align, size)`.
@@ -115,8 +125,18 @@ pub unsafe fn posix_memalign(memory: *mut *mut c_void, align: usize, size: usize
 /// As aligned_alloc(3).
 pub unsafe fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
     before_allocation();
-    // SAFETY: the caller's promise.
-    unsafe { jemalloc::aligned_alloc(align, size) }
+    // SAFETY: the caller's promise; the thread's own errno.
+    unsafe {
+        match pages::allocate(align, size) {
+            None => jemalloc::aligned_alloc(align, size),
+            Some(pages) => {
+                if pages.is_null() {
+                    *libc::__errno_location() = libc::ENOMEM;
+                }
+                pages
+            }
+        }
+    }
 }
 
 /// `free(memory)`.

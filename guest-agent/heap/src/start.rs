@@ -1,10 +1,10 @@
 //! Start of a process: puts its heap into an arena before `main`.
 
-use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ebb_guest_agent::arena::{self, Arena};
+use ebb_guest_agent::arena::{self, Arena, NO_FORK};
+use rustix::process::{Resource, getpid, getrlimit};
 
 use crate::heap::Heap;
 use crate::{fork, hooks, stderr};
@@ -32,20 +32,33 @@ extern "C" fn start() {
     if privileged {
         return;
     }
-    let fork = std::env::var_os("EBB_FORK");
-    let result = match fork.as_deref().map(OsStr::as_encoded_bytes) {
-        Some(b"off") => return,
-        None | Some(b"copy" | b"") => use_arena(),
-        Some(_) => Err("EBB_FORK is neither copy nor off".to_owned()),
-    };
-    if let Err(why) = result
+    if let Err(why) = never_forks().and_then(|yes| if yes { use_arena() } else { Ok(()) })
         && std::env::var_os("EBB_QUIET").is_none_or(|value| value != "1")
     {
         stderr::print(format_args!("normal memory: {why}"));
     }
 }
 
+/// Returns true if whoever started this process has said that it never forks, and false if that was said of an ancestor.
+fn never_forks() -> Result<bool, String> {
+    let Some(value) = std::env::var_os(NO_FORK) else {
+        return Err(
+            "a program that forks cannot have its heap in an arena; start one that never does by `ebb-guest run --no-fork`"
+                .to_owned(),
+        );
+    };
+    let process: Option<i32> = value.to_str().and_then(|value| value.parse().ok());
+    let process =
+        process.ok_or_else(|| format!("{NO_FORK}={} is no process id", value.display()))?;
+    Ok(process == getpid().as_raw_nonzero().get())
+}
+
 fn use_arena() -> Result<(), String> {
+    if getrlimit(Resource::As).current.is_some() {
+        return Err(
+            "the address space is limited (ulimit -v), and an arena takes as much of it as it is large".to_owned(),
+        );
+    }
     // SAFETY: takes and returns numbers.
     if unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) } == 1 {
         return Err(

@@ -1,6 +1,7 @@
-//! `libebb_malloc.so`: replaces malloc(3), fork(3) and one option of prctl(2) by those of `ebb-heap`, for LD_PRELOAD.
+//! `libebb_malloc.so`: replaces malloc(3) by that of `ebb-heap`, for LD_PRELOAD; and fork(3), madvise(2) and prctl(2), which
+//! mean something else to a heap in an arena.
 
-use std::ffi::{c_int, c_ulong, c_void};
+use std::ffi::{c_char, c_int, c_ulong, c_void};
 use std::ptr::null_mut;
 
 use libc::{EINVAL, ENOMEM, size_t};
@@ -140,26 +141,10 @@ pub unsafe extern "C" fn malloc_usable_size(memory: *mut c_void) -> size_t {
     unsafe { ebb_heap::usable_size(memory) }
 }
 
-/// The C library's own function of this name.
-///
-/// # Safety
-/// `F` is the function's type.
-unsafe fn libc_function<F: Copy>(name: &std::ffi::CStr) -> F {
-    // SAFETY: looks up a name.
-    let function = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
-    assert!(!function.is_null(), "{name:?} is not in the C library");
-    // SAFETY: the caller's promise. Functions are as wide as data pointers.
-    unsafe { std::mem::transmute_copy(&function) }
-}
-
-type Fork = extern "C" fn() -> c_int;
-/// The variadic prctl(2): glibc always reads four arguments of one word.
-type Prctl = unsafe extern "C" fn(c_int, c_ulong, c_ulong, c_ulong, c_ulong) -> c_int;
-
 /// prctl(2), but PR_SET_THP_DISABLE succeeds without effect if the heap is in an arena.
 ///
 /// device-dax has huge pages only: without them an access fails with SIGBUS. Redis disables them to make its forks cheaper,
-/// which does not matter here, because a fork copies the heap.
+/// which does not matter here, because there are none.
 ///
 /// # Safety
 /// As prctl(2).
@@ -174,33 +159,70 @@ pub unsafe extern "C" fn prctl(
     if option == libc::PR_SET_THP_DISABLE && ebb_heap::uses_arena() {
         return 0;
     }
-    // SAFETY: its type.
-    let prctl: Prctl = unsafe { libc_function(c"prctl") };
     // SAFETY: the caller's promise.
-    unsafe { prctl(option, second, third, fourth, fifth) }
+    unsafe { libc::syscall(libc::SYS_prctl, option, second, third, fourth, fifth) as c_int }
 }
 
-/// fork(3). Fails with ENOMEM if the heap cannot be copied.
+/// madvise(2), but MADV_DONTNEED zeroes memory of the heap, as it does normal memory.
+///
+/// # Safety
+/// As madvise(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn madvise(start: *mut c_void, len: size_t, advice: c_int) -> c_int {
+    // SAFETY: the caller's promise.
+    let done = unsafe { ebb_heap::advise(start, len, advice) };
+    // Not by libc's function, because looking that up may allocate.
+    // SAFETY: the caller's promise.
+    done.unwrap_or_else(|| unsafe { libc::syscall(libc::SYS_madvise, start, len, advice) as c_int })
+}
+
+/// Calls the C library's function of this name, unless this process cannot fork: then fails with ENOSYS.
+macro_rules! unless_fork_is_refused {
+    ($name:ident($($argument:ident: $type:ty),*)) => {{
+        if ebb_heap::fork::is_refused() {
+            return -1;
+        }
+        let name = concat!(stringify!($name), "\0").as_ptr().cast();
+        // SAFETY: looks up a function of this type, and passes on what the caller promises.
+        unsafe {
+            let function = libc::dlsym(libc::RTLD_NEXT, name);
+            assert!(!function.is_null(), "{} is not in the C library", stringify!($name));
+            let function: unsafe extern "C" fn($($type),*) -> c_int = std::mem::transmute(function);
+            function($($argument),*)
+        }
+    }};
+}
+
+/// fork(3).
 #[unsafe(no_mangle)]
 pub extern "C" fn fork() -> c_int {
-    // SAFETY: its type.
-    let fork: Fork = unsafe { libc_function(c"fork") };
-    ebb_heap::fork::fork(|| fork())
+    unless_fork_is_refused!(fork())
 }
 
-/// _Fork(3). It runs no fork handlers, so we run ours.
+/// _Fork(3).
 #[unsafe(no_mangle)]
 pub extern "C" fn _Fork() -> c_int {
-    // SAFETY: its type.
-    let fork: Fork = unsafe { libc_function(c"_Fork") };
-    ebb_heap::fork::fork(|| {
-        ebb_heap::fork::before();
-        let child = fork();
-        if child == 0 {
-            ebb_heap::fork::in_child();
-        } else {
-            ebb_heap::fork::in_parent();
-        }
-        child
-    })
+    unless_fork_is_refused!(_Fork())
+}
+
+/// daemon(3).
+#[unsafe(no_mangle)]
+pub extern "C" fn daemon(stay: c_int, keep: c_int) -> c_int {
+    unless_fork_is_refused!(daemon(stay: c_int, keep: c_int))
+}
+
+/// forkpty(3).
+///
+/// # Safety
+/// As forkpty(3).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn forkpty(
+    master: *mut c_int,
+    name: *mut c_char,
+    terminal: *const c_void,
+    window: *const c_void,
+) -> c_int {
+    unless_fork_is_refused!(forkpty(
+        master: *mut c_int, name: *mut c_char, terminal: *const c_void, window: *const c_void
+    ))
 }

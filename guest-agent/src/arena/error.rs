@@ -20,7 +20,7 @@ pub enum OpenError {
     },
     /// The user may not use the device.
     #[error(
-        "{path}: permission denied; run `ebb-guest setup --mode 0666` as root, or join the device's group"
+        "{path}: permission denied; join the group of the device, or run `ebb-guest setup --mode 0666` as root"
     )]
     Permission {
         /// The device.

@@ -6,7 +6,7 @@
 
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use core::arch::x86_64::__cpuid;
 use ebb_hypercall_abi::call::{Attributes, Operation};
@@ -18,37 +18,54 @@ const HYPERVISOR: u32 = 1 << 31;
 /// I/O ports that a 32-bit read covers.
 const PORTS: libc::c_ulong = 4;
 
+/// How a call went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The granule is in use.
+    Done,
+    /// This process may not make the call.
+    NotAllowed,
+    /// A filter of system calls (seccomp) may end this process for any that is rare, even for a sleep.
+    Filtered,
+}
+
 /// Makes the hypercall if this process may.
 pub struct ReuseHypercall {
     /// The monitor's port, or 0 if there is none or this process may not read it.
     port: AtomicU32,
+    /// Set once this process was seen to have a filter, which it keeps.
+    filtered: AtomicBool,
 }
 
 impl ReuseHypercall {
     /// Looks for the port and checks the permission. To be called early, before a program gives up its privileges.
     pub fn probe() -> Self {
-        let port =
-            find_port().filter(|port| set_permission(*port, true) && set_permission(*port, false));
+        let filtered = has_seccomp_filter();
+        let port = find_port()
+            .filter(|_| !filtered)
+            .filter(|port| set_permission(*port, true) && set_permission(*port, false));
         Self {
             port: AtomicU32::new(port.map_or(0, u32::from)),
+            filtered: AtomicBool::new(filtered),
         }
     }
 
     /// Has the monitor mark `bytes` bytes at `gpa` as in use. Allocates nothing.
     ///
-    /// Returns false if the call cannot be made, and does not try again then. Signals are blocked meanwhile, so that no
-    /// handler forks or runs a program that would inherit the permission.
+    /// Does not try again after a call that cannot be made. Signals are blocked meanwhile, so that no handler runs a program
+    /// that would inherit the permission.
     #[cold]
-    pub fn call(&self, gpa: u64, bytes: u64) -> bool {
+    pub fn call(&self, gpa: u64, bytes: u64) -> Answer {
+        if self.filtered.load(Ordering::Relaxed) || has_seccomp_filter() {
+            self.filtered.store(true, Ordering::Relaxed);
+            return Answer::Filtered;
+        }
         let port = self.port.load(Ordering::Relaxed) as u16;
-        if port == 0 {
-            return false;
+        if port != 0 && without_signals(|| reuse(port, gpa, bytes / PAGE_SIZE)) {
+            return Answer::Done;
         }
-        let done = !has_seccomp_filter() && without_signals(|| reuse(port, gpa, bytes / PAGE_SIZE));
-        if !done {
-            self.port.store(0, Ordering::Relaxed);
-        }
-        done
+        self.port.store(0, Ordering::Relaxed);
+        Answer::NotAllowed
     }
 }
 

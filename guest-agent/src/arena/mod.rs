@@ -27,10 +27,13 @@ use ebb_hypercall_abi::shared_word;
 
 pub use error::OpenError;
 pub use granule::{Granule, LazyGranule};
-use hypercall::ReuseHypercall;
+use hypercall::{Answer, ReuseHypercall};
 use mapping::Mapping;
 use slots::{Owner, SLOTS, Slot};
 
+/// Environment variable: id of the process that never forks, as whoever started it says. Only such a process gets a heap in an
+/// arena, and those that it starts do not.
+pub const NO_FORK: &str = "EBB_NO_FORK";
 /// Where the kernel lists dax devices.
 const DAX_DEVICES: &str = "/sys/bus/dax/devices";
 /// How often a reuse spins on a granule that is being discarded before it makes the hypercall, or sleeps.
@@ -204,8 +207,10 @@ impl Arena {
     fn wait_for_discard(&self, granule: usize) {
         let size = self.layout.granule();
         let gpa = self.header.gpa.wrapping_add(granule as u64 * size);
-        if !self.hypercall.call(gpa, size) {
-            std::thread::sleep(POLL_INTERVAL);
+        match self.hypercall.call(gpa, size) {
+            Answer::Done => {}
+            Answer::NotAllowed => std::thread::sleep(POLL_INTERVAL),
+            Answer::Filtered => std::hint::spin_loop(),
         }
     }
 

@@ -272,7 +272,7 @@ fn a_device_without_permission_is_refused_with_a_remedy() {
     });
     let said = said.expect("it was opened");
     assert!(
-        said.contains("permission denied; run `ebb-guest setup --mode 0666` as root"),
+        said.contains("permission denied; join the group of the device"),
         "{said}"
     );
 }

@@ -38,10 +38,10 @@ impl Heap {
     /// The words before a program's.
     const fn words(self) -> &'static str {
         match self {
-            Self::Arena => "/tmp/ebb-guest run --",
-            Self::Plain => "env EBB_FORK=off /tmp/ebb-guest run --",
+            Self::Arena => "/tmp/ebb-guest run --no-fork --",
+            Self::Plain => "env EBB_QUIET=1 LD_PRELOAD=/tmp/libebb_malloc.so",
             Self::PlainAtOnce => {
-                "env EBB_FORK=off _RJEM_MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0 /tmp/ebb-guest run --"
+                "env EBB_QUIET=1 _RJEM_MALLOC_CONF=dirty_decay_ms:0,muzzy_decay_ms:0 LD_PRELOAD=/tmp/libebb_malloc.so"
             }
             Self::Debian => "",
         }

@@ -20,6 +20,6 @@ end)
     cli shutdown nosave
     while [ -e /tmp/demo.sock ]; do sleep 0.1; done
     # A line of the library's says that the heap was not in the arena.
-    ! grep ebb-malloc /tmp/demo.log
+    ! grep -e ebb-malloc -e ebb-guest /tmp/demo.log
     ;;
 esac

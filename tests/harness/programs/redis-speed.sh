@@ -24,6 +24,6 @@ end)
     cli shutdown nosave
     while [ -e /tmp/speed.sock ]; do sleep 0.1; done
     # A line of the library's says that the heap was not in the arena.
-    ! grep ebb-malloc /tmp/speed.log
+    ! grep -e ebb-malloc -e ebb-guest /tmp/speed.log
     ;;
 esac

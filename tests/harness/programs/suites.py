@@ -1,11 +1,13 @@
 """Runs modules of Python's own tests: `suites.py FILE MODULE[:PATTERN]...`; of a module with a pattern, only the tests whose name
 contains it. Writes a line into FILE for each test, its outcome and its name, and prints how many there were and how long they took.
-What the tests themselves print goes to FILE.log."""
+What the tests themselves print goes to FILE.log. There is no os.fork, as on some systems."""
 
 import os
 import sys
 import time
 import unittest
+
+del os.fork  # Before the tests look for it.
 
 from test import support
 

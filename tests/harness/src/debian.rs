@@ -13,11 +13,9 @@ use crate::{Guest, Launch, Monitor};
 /// Where the guest has the Debian.
 const ROOT: &str = "/debian";
 /// What is packed from the folder of the binaries.
-const BINARIES: [&str; 3] = ["libebb_malloc.so", "ebb-blocks", "ebb-churn"];
+const BINARIES: [&str; 4] = ["libebb_malloc.so", "ebb-blocks", "ebb-cases", "ebb-churn"];
 /// What is packed from `tests/harness/programs`.
-const SCRIPTS: [&str; 7] = [
-    "forks.py",
-    "postgres.sh",
+const SCRIPTS: [&str; 5] = [
     "redis-client.py",
     "redis-demo.sh",
     "redis-speed.sh",
@@ -121,12 +119,12 @@ impl Debian {
         })
     }
 
-    /// As [`Debian::run`], with the program's heap in the arena.
+    /// As [`Debian::run`], for a program that never forks, with its heap in the arena.
     ///
     /// # Errors
     /// The same.
     pub fn run_on_arena(&mut self, program: &str) -> Result<String> {
-        self.run(&format!("/tmp/ebb-guest run -- {program}"))
+        self.run(&format!("/tmp/ebb-guest run --no-fork -- {program}"))
     }
 
     /// Powers the guest off.

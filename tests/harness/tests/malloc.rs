@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -83,9 +84,9 @@ impl Device {
         taken
     }
 
-    /// Runs a program while whatever it frees is taken; what it printed, and how many granules were taken.
-    fn run(&self, program: &mut Command) -> (Output, u64) {
-        let (done, program) = (AtomicBool::new(false), with_library(program));
+    /// Runs a program that never forks while whatever it frees is taken; what it printed, and how many granules were taken.
+    fn run(&self, words: &[&str]) -> (Output, u64) {
+        let (done, mut program) = (AtomicBool::new(false), never_forks(words));
         thread::scope(|scope| {
             let monitor = scope.spawn(|| self.reclaim(&done));
             let output = program.env("EBB_ARENA", self.path()).output();
@@ -101,16 +102,28 @@ fn products() -> PathBuf {
     Path::new(&monitor).parent().unwrap().to_owned()
 }
 
-fn with_library(program: &mut Command) -> &mut Command {
+/// A program with the library, of which nobody has said that it never forks.
+fn preloaded(words: &[&str]) -> Command {
     let library = products().join("libebb_malloc.so");
     assert!(library.exists(), "{}", library.display());
-    program.env("LD_PRELOAD", library).env_remove("EBB_ARENA")
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).env("LD_PRELOAD", library);
+    command.env_remove("EBB_ARENA");
+    command
 }
 
-fn blocks(threads: usize, rounds: usize, forks: usize) -> Command {
-    let mut command = Command::new(products().join("ebb-blocks"));
-    command.args([threads, rounds, forks].map(|number| number.to_string()));
+/// A program with the library that says that it never forks, as `ebb-guest run --no-fork` starts it.
+fn never_forks(words: &[&str]) -> Command {
+    let shell = ["sh", "-c", r#"EBB_QUIET= EBB_NO_FORK=$$ exec "$@""#, "sh"];
+    let mut command = preloaded(&[&shell[..], words].concat());
+    // For the shell itself.
+    command.env("EBB_QUIET", "1");
     command
+}
+
+/// A release binary of ours.
+fn our(name: &str) -> String {
+    products().join(name).to_str().unwrap().to_owned()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -128,8 +141,8 @@ fn passed(output: &Output) -> String {
 #[test]
 fn every_thread_reuses_what_it_freed_without_a_fault() {
     let device = Device::new(1024 * MIB);
-    let mut program = Command::new(products().join("ebb-churn"));
-    let program = with_library(program.args(["3", "2"])).env("EBB_ARENA", device.path());
+    let mut program = never_forks(&[&our("ebb-churn"), "3", "2"]);
+    let program = program.env("EBB_ARENA", device.path());
     let said = passed(&program.output().unwrap());
     let mut words = said.split_whitespace();
     let faults = words.find_map(|word| word.strip_prefix("faults="));
@@ -147,8 +160,8 @@ fn a_heap_that_is_emptied_in_no_order_is_free_before_the_program_does_anything_e
     let device = Device::new(1024 * MIB);
     let script = r#"use List::Util "shuffle"; my @order = shuffle(0..39999); my @a = map { "$_" } @order;
         $a[$_] = "x" x (5000 + $_ % 7) for 0..39999; undef $a[$_] for @order; $| = 1; print "freed\n"; <STDIN>"#;
-    let mut command = Command::new("perl");
-    let command = with_library(command.args(["-e", script])).env("EBB_ARENA", device.path());
+    let mut command = never_forks(&["perl", "-e", script]);
+    let command = command.env("EBB_ARENA", device.path());
     let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut program = pipes.spawn().unwrap();
     let mut line = [0; 6];
@@ -162,11 +175,10 @@ fn a_heap_that_is_emptied_in_no_order_is_free_before_the_program_does_anything_e
 }
 
 #[test]
-fn threads_and_children_keep_their_blocks_while_what_is_free_is_taken() {
+fn threads_keep_their_blocks_while_what_is_free_is_taken() {
     let device = Device::new(1024 * MIB);
-    let (output, taken) = device.run(&mut blocks(3, 4000, 20));
-    let said = passed(&output);
-    assert!(said.ends_with("20 children\n"), "{said}");
+    let (output, taken) = device.run(&[&our("ebb-blocks"), "3", "1500"]);
+    assert_eq!(passed(&output), "blocks: 1500 rounds of 3 threads\n");
     assert!(taken > 20, "{taken} granules were taken");
     let counts = device.counts();
     assert_eq!(
@@ -178,110 +190,138 @@ fn threads_and_children_keep_their_blocks_while_what_is_free_is_taken() {
 #[test]
 fn a_full_arena_is_said_once_and_the_program_goes_on() {
     let device = Device::new(16 * MIB);
-    let (output, _) = device.run(&mut blocks(2, 500, 3));
+    let (output, _) = device.run(&[&our("ebb-blocks"), "2", "500"]);
     assert!(output.status.success(), "{output:?}");
-    let said = text(&output.stderr);
-    assert!(
-        said.starts_with(
-            "ebb-malloc: the arena is full: this program goes on with normal memory\n"
-        ),
-        "{said}"
+    assert_eq!(
+        text(&output.stderr),
+        "ebb-malloc: the arena is full: this program goes on with normal memory\n"
     );
-    // Each child has ordinary memory and says nothing.
-    assert_eq!(said.lines().count(), 1, "{said}");
 }
 
+/// What is hard for a heap of shared memory, and for one that other programs find in their own way.
+const CASES: [&str; 6] = [
+    "forks",
+    "stdio",
+    "signal-stacks",
+    "protect",
+    "vfork",
+    "without-main",
+];
+
 #[test]
-fn shells_pipe_and_fork() {
+fn a_program_that_may_fork_has_normal_memory_and_does_all_it_does_without_us() {
     let device = Device::new(64 * MIB);
-    let script =
-        "x=$(echo hi | tr a-z A-Z); for i in 1 2 3; do (x=$x$i; echo $x); done; cat <(echo end)";
-    let (output, _) = device.run(Command::new("bash").args(["-c", script]));
-    assert_eq!(passed(&output), "HI1\nHI2\nHI3\nend\n");
+    for case in CASES.iter().chain(&["dont-need"]) {
+        let mut program = preloaded(&[&our("ebb-cases"), case]);
+        let output = program.env("EBB_ARENA", device.path()).output().unwrap();
+        assert_eq!(
+            text(&output.stdout),
+            format!("{case}: right\n"),
+            "{output:?}"
+        );
+        let said = text(&output.stderr);
+        assert!(
+            said.starts_with("ebb-malloc: normal memory: a program that forks")
+                && said.lines().count() == 1,
+            "{said}"
+        );
+    }
+    assert_eq!(device.counts().owned, 0);
 }
 
+/// Each of these would be wrong, or never end, if a fork copied the heap while other threads run.
 #[test]
-fn perl_and_its_children_have_heaps_of_their_own() {
-    let device = Device::new(256 * MIB);
-    let script = r#"my @a = map { "x" x 1000 . $_ } 1..20000; $| = 1;
-        for my $n (1..5) {
-            my $pid = fork() // die "fork: $!";
-            if (!$pid) { $a[$_] = "child" x 300 for 0..19999; exit 0 }
-            $a[$_] .= "p" for 0..19999;
-            waitpid $pid, 0; die "child: $?" if $?;
-        }
-        my $bad = grep { $a[$_] ne ("x" x 1000 . ($_ + 1) . "ppppp") } 0..19999;
-        print "bad $bad\n""#;
-    let (output, _) = device.run(Command::new("perl").args(["-e", script]));
-    assert_eq!(passed(&output), "bad 0\n");
+fn a_program_that_never_forks_does_all_else_that_it_does_without_us() {
+    let device = Device::new(512 * MIB);
+    for case in CASES {
+        let (output, _) = device.run(&[&our("ebb-cases"), case]);
+        let right = format!("{case}: right, no fork\n");
+        assert_eq!(text(&output.stdout), right, "{output:?}");
+        let said =
+            "ebb-malloc: this program was started with --no-fork, but forks: start it without\n";
+        assert_eq!(text(&output.stderr), said);
+    }
+    // Programs that it starts may fork: they have ordinary heaps, and nothing is said of them.
+    let (output, _) = device.run(&[&our("ebb-cases"), "dont-need", "children"]);
+    assert_eq!(passed(&output), "dont-need: right\nchildren: right\n");
 }
 
 #[test]
 fn without_an_arena_programs_run_on_normal_memory_and_say_so() {
-    let run = |name: &str, value: &str| {
-        let output = with_library(&mut blocks(1, 100, 1))
-            .env(name, value)
-            .output();
-        let output = output.unwrap();
+    let blocks = &our("ebb-blocks");
+    let run = |command: &mut Command, name: &str, value: &str| {
+        let output = command.env(name, value).output().unwrap();
         assert!(output.status.success(), "{output:?}");
-        text(&output.stderr)
+        let said = text(&output.stderr);
+        assert!(said.lines().count() <= 1, "{said}");
+        said
     };
-    let said = run("EBB_ARENA", "/dev/dax7.0");
+    let declared = |name, value: &str| run(&mut never_forks(&[blocks, "1", "100"]), name, value);
+    let other = |name, value: &str| run(&mut preloaded(&[blocks, "1", "100"]), name, value);
+    let said = declared("EBB_ARENA", "/dev/dax7.0");
     assert!(
         said.starts_with("ebb-malloc: normal memory: /dev/dax7.0: there is no such device"),
         "{said}"
     );
-    let said = run("EBB_FORK", "maybe");
-    assert!(said.contains("EBB_FORK is neither copy nor off"), "{said}");
-    assert_eq!(run("EBB_FORK", "off"), "");
     let empty = tempfile::NamedTempFile::new().unwrap();
     empty.as_file().set_len(64 * MIB).unwrap();
-    let said = run("EBB_ARENA", empty.path().to_str().unwrap());
+    let said = declared("EBB_ARENA", empty.path().to_str().unwrap());
+    assert!(said.contains("normal memory"), "{said}");
+    let said = other("EBB_NO_FORK", "yes");
+    assert!(said.contains("EBB_NO_FORK=yes is no process id"), "{said}");
+    assert_eq!(other("EBB_NO_FORK", "1"), "", "said of another process");
+    assert_eq!(other("EBB_QUIET", "1"), "");
+}
+
+/// The limit would have to hold the arena beside all that the program needs.
+#[test]
+fn a_limited_address_space_gets_no_arena() {
+    let device = Device::new(256 * MIB);
+    let mut program = never_forks(&[&our("ebb-blocks"), "1", "100"]);
+    let limit = libc::rlimit {
+        rlim_cur: 4 << 30,
+        rlim_max: 4 << 30,
+    };
+    // SAFETY: a system call.
+    unsafe {
+        program.pre_exec(move || {
+            libc::setrlimit(libc::RLIMIT_AS, &raw const limit);
+            Ok(())
+        })
+    };
+    let output = program.env("EBB_ARENA", device.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let said = text(&output.stderr);
     assert!(
-        said.contains("normal memory") && said.lines().count() == 1,
+        said.starts_with("ebb-malloc: normal memory: the address space is limited"),
         "{said}"
     );
+    assert_eq!(device.counts().lazy, 0);
 }
 
 #[test]
 fn a_program_that_is_killed_loses_no_granule() {
     let device = Device::new(512 * MIB);
     for _ in 0..5 {
-        let mut program = blocks(3, usize::MAX, 1_000_000);
-        let command = with_library(&mut program).env("EBB_ARENA", device.path());
+        let mut program = never_forks(&[&our("ebb-blocks"), "3", &usize::MAX.to_string()]);
+        let command = program.env("EBB_ARENA", device.path());
         let mut child = command.stdout(Stdio::null()).spawn().unwrap();
         thread::sleep(std::time::Duration::from_millis(150));
         child.kill().unwrap();
         child.wait().unwrap();
     }
     assert_eq!(device.counts().owned, 0);
-    let (output, _) = device.run(&mut blocks(2, 500, 2));
+    let (output, _) = device.run(&[&our("ebb-blocks"), "2", "500"]);
     passed(&output);
 }
 
-#[test]
-fn a_fork_that_gets_no_copy_fails_and_the_program_goes_on() {
-    let device = Device::new(1024 * MIB);
-    let script = r#"my $x = "y" x (32 << 20); my $pid = fork(); exit 7 if defined $pid && !$pid;
-        print defined $pid ? "forked" : "$!", " ", length $x, "\n""#;
-    // There is address space for the arena, but not for a copy as well.
-    let limited = format!("ulimit -v 1700000; exec perl -e '{script}'");
-    let (output, _) = device.run(Command::new("bash").args(["-c", &limited]));
-    assert_eq!(text(&output.stdout), "Cannot allocate memory 33554432\n");
-    let said = text(&output.stderr);
-    assert!(
-        said.starts_with("ebb-malloc: fork failed: no address space"),
-        "{said}"
-    );
-}
-
-/// Nobody can copy the heap for it. It must not have its parent's.
+/// It must not have its parent's heap.
 #[test]
 fn a_child_of_a_bare_clone_faults_and_its_parent_goes_on() {
     let device = Device::new(256 * MIB);
     let script = r#"my $x = "y" x 5000; my $pid = syscall(56, 17, 0, 0, 0, 0);
         if ($pid == 0) { $x = "child" x 1000; exit 0 }
         waitpid $pid, 0; print $? & 127, " ", $x eq "y" x 5000 ? "mine" : "lost", "\n""#;
-    let (output, _) = device.run(Command::new("perl").args(["-e", script]));
+    let (output, _) = device.run(&["perl", "-e", script]);
     assert_eq!(passed(&output), "11 mine\n");
 }

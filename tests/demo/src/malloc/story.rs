@@ -76,7 +76,7 @@ impl<'a> Stage<'a> {
                     "guest",
                     "Debian boots; Redis starts with its heap in an arena of 8 GiB",
                 );
-                "/tmp/ebb-guest run --"
+                "/tmp/ebb-guest run --no-fork --"
             }
             Heap::Plain => {
                 narrator.say(

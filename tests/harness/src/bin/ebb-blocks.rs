@@ -1,9 +1,9 @@
-//! A program that knows nothing of Ebb: threads that allocate, check and free blocks, and children that inherit them.
+//! A program that knows nothing of Ebb: threads that allocate, check and free blocks.
 //!
-//! `ebb-blocks THREADS ROUNDS FORKS`. Each block holds its own number; zeroed ones are checked to be zero; every child checks
-//! what it has inherited, writes to all of it, and uses its heap. Prints what it did; a wrong byte ends it with an error.
+//! `ebb-blocks THREADS ROUNDS`. Each block holds its own number; zeroed ones are checked to be zero. Prints what it did; a wrong
+//! byte ends it with an error.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 /// Sizes, in bytes, from a few to more than a granule.
@@ -89,80 +89,14 @@ fn churn(blocks: &mut Vec<Block>, random: &mut Random) {
     }
 }
 
-/// Two numbers, far apart, that are equal whenever their lock is free.
-struct Pair {
-    numbers: [Vec<AtomicU64>; 2],
-    lock: Vec<AtomicU64>,
-}
-
-impl Pair {
-    fn new() -> Self {
-        let apart = || (0..1 << 17).map(|_| AtomicU64::new(0)).collect();
-        Self {
-            numbers: [apart(), apart()],
-            lock: apart(),
-        }
+/// Does as many rounds; all blocks are right at the end.
+fn work(thread: u64, rounds: usize) {
+    let mut random = Random(thread * 2 + 0x9E37_79B9);
+    let mut blocks = Vec::new();
+    for _ in 0..rounds {
+        churn(&mut blocks, &mut random);
     }
-
-    /// As another thread than the one that forks.
-    fn count_until(&self, done: &AtomicBool) {
-        while !done.load(Ordering::Relaxed) {
-            self.lock[0].store(1, Ordering::SeqCst);
-            for number in &self.numbers {
-                number[0].fetch_add(1, Ordering::SeqCst);
-            }
-            self.lock[0].store(0, Ordering::SeqCst);
-            std::hint::spin_loop();
-        }
-    }
-
-    /// In a child: the fork was a cut, so a free lock means equal numbers.
-    fn check(&self) {
-        let [one, other] = [0, 1].map(|at| self.numbers[at][0].load(Ordering::SeqCst));
-        let free = self.lock[0].load(Ordering::SeqCst) == 0;
-        assert!(
-            !free || one == other,
-            "{one} is not {other}, and no thread had the lock"
-        );
-    }
-}
-
-/// Lets the threads end when this one does, by a panic, too.
-struct End<'a>(&'a AtomicBool);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// In a child: all that was inherited is as it was, can be written, and the heap works.
-fn child(blocks: &mut Vec<Block>, random: &mut Random, pair: &Pair) {
-    pair.check();
-    for block in blocks.iter_mut() {
-        block.check();
-        block.words.fill(!block.number);
-    }
-    blocks.clear();
-    for _ in 0..200 {
-        churn(blocks, random);
-    }
-}
-
-/// Forks and waits; how the child ended.
-fn fork(blocks: &mut Vec<Block>, random: &mut Random, pair: &Pair) -> i32 {
-    // SAFETY: the child touches only what this thread has, and ends without running anything else.
-    let pid = unsafe { libc::fork() };
-    assert!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
-    if pid == 0 {
-        child(blocks, random, pair);
-        // SAFETY: ends the process.
-        unsafe { libc::_exit(0) };
-    }
-    let mut status = 0;
-    // SAFETY: waits for the child that was just made.
-    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
-    status
+    blocks.iter().for_each(Block::check);
 }
 
 fn main() {
@@ -170,44 +104,13 @@ fn main() {
         .skip(1)
         .map(|word| word.parse().expect("a number"))
         .collect();
-    let &[threads, rounds, forks] = words.as_slice() else {
-        panic!("ebb-blocks THREADS ROUNDS FORKS");
+    let &[threads, rounds] = words.as_slice() else {
+        panic!("ebb-blocks THREADS ROUNDS");
     };
-    let done = AtomicBool::new(false);
-    let pair = Pair::new();
-    let churned: usize = thread::scope(|scope| {
-        let (done, pair) = (&done, &pair);
-        let _end = End(done);
-        scope.spawn(|| pair.count_until(done));
-        let workers: Vec<_> = (0..threads)
-            .map(|thread| {
-                scope.spawn(move || {
-                    let mut random = Random(thread as u64 * 2 + 0x9E37_79B9);
-                    let mut blocks = Vec::new();
-                    let mut turns = 0;
-                    while turns < rounds || !done.load(Ordering::Relaxed) {
-                        churn(&mut blocks, &mut random);
-                        turns += 1;
-                    }
-                    blocks.iter().for_each(Block::check);
-                    turns
-                })
-            })
-            .collect();
-        let mut random = Random(77);
-        let mut blocks = Vec::new();
-        for _ in 0..forks {
-            for _ in 0..50 {
-                churn(&mut blocks, &mut random);
-            }
-            assert_eq!(fork(&mut blocks, &mut random, pair), 0, "how a child ended");
-            blocks.iter().for_each(Block::check);
+    thread::scope(|scope| {
+        for thread in 0..threads as u64 {
+            scope.spawn(move || work(thread, rounds));
         }
-        done.store(true, Ordering::Relaxed);
-        workers
-            .into_iter()
-            .map(|worker| worker.join().expect("a thread"))
-            .sum()
     });
-    println!("blocks: {churned} turns, {forks} children");
+    println!("blocks: {rounds} rounds of {threads} threads");
 }
