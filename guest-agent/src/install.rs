@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use crate::run;
-use crate::setup::parse_mode;
+use crate::setup::{Access, DEFAULT_GROUP, find_group};
 
 // Paths below the root of the Debian.
 /// This program. The installed files name it.
@@ -29,7 +29,7 @@ const UNIT: &str = "../ebb-arena.service";
 /// A file to install.
 struct InstalledFile {
     path: &'static str,
-    /// `@MODE@` stands for the permissions of the devices.
+    /// `@MODE@` and `@GROUP@` stand for the permissions of the devices and the number of their group.
     content: &'static str,
     permissions: u32,
     /// Installed only if this folder exists.
@@ -58,29 +58,29 @@ const FILES: [InstalledFile; 3] = [
 ];
 
 const USAGE: &str = "\
-usage: ebb-guest install [--root DIR] [--mode MODE], with an octal MODE of at most 0777
+usage: ebb-guest install [--root DIR] [--mode MODE] [--group GROUP], with an octal MODE of at most 0777 (default 0660) and the
+                         name or number of a group (default ebb, which is created)
        ebb-guest uninstall [--root DIR]";
 
 /// The command's options.
 pub struct Options {
     /// Root of the Debian.
     root: PathBuf,
-    /// Permissions of the devices.
-    mode: u32,
+    /// Who may use the devices.
+    access: Access,
 }
 
 fn parse(words: &[&str]) -> Option<Options> {
     let mut options = Options {
         root: PathBuf::from("/"),
-        mode: 0o600,
+        access: Access::default(),
     };
     let mut words = words.iter();
     while let Some(name) = words.next() {
         let value = words.next()?;
         match *name {
             "--root" => options.root = PathBuf::from(value),
-            "--mode" => options.mode = parse_mode(value)?,
-            _ => return None,
+            _ => options.access.set(name, value)?,
         }
     }
     Some(options)
@@ -135,7 +135,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), String> {
 
 /// Copies the program and the library, and writes the files that run the program at boot. Prints their paths.
 pub fn install(options: &Options) -> Result<(), String> {
-    let Options { root, mode } = options;
+    let Options { root, access } = options;
     if !FILES.iter().any(|file| root.join(file.needs).is_dir()) {
         return Err(format!(
             "{} has neither systemd nor initramfs-tools; run `ebb-guest setup` at boot by other means",
@@ -151,10 +151,18 @@ pub fn install(options: &Options) -> Result<(), String> {
             root.join(LIBRARY).display()
         ),
     }
+    if access.group.is_none() && find_group(root, DEFAULT_GROUP).is_none() {
+        let mut groupadd = command_in(root, "groupadd");
+        succeed(
+            groupadd.args(["--system", DEFAULT_GROUP]),
+            "name another --group",
+        )?;
+    }
+    let group = access.group_id(root)?;
     FILES
         .iter()
         .filter(|file| root.join(file.needs).is_dir())
-        .try_for_each(|file| write_file(root, file, *mode))?;
+        .try_for_each(|file| write_file(root, file, access.mode, group))?;
     if root.join(SYSTEMD).is_dir() {
         let link = root.join(UNIT_LINK);
         create_parent(&link)?;
@@ -165,10 +173,11 @@ pub fn install(options: &Options) -> Result<(), String> {
     Ok(())
 }
 
-fn write_file(root: &Path, file: &InstalledFile, mode: u32) -> Result<(), String> {
+fn write_file(root: &Path, file: &InstalledFile, mode: u32, group: u32) -> Result<(), String> {
     let path = root.join(file.path);
     create_parent(&path)?;
     let content = file.content.replace("@MODE@", &format!("{mode:04o}"));
+    let content = content.replace("@GROUP@", &group.to_string());
     fs::write(&path, content).map_err(failed("writing", &path))?;
     let permissions = fs::Permissions::from_mode(file.permissions);
     fs::set_permissions(&path, permissions).map_err(failed("chmod of", &path))?;
@@ -199,22 +208,28 @@ fn update_initramfs(root: &Path) -> Result<(), String> {
     if !root.join(INITRAMFS_TOOLS).is_dir() {
         return Ok(());
     }
-    let mut command = if root == Path::new("/") {
-        Command::new("update-initramfs")
-    } else {
-        let mut command = Command::new("chroot");
-        command.arg(root).arg("update-initramfs");
-        command
-    };
-    let status = command.args(["-u", "-k", "all"]).status();
-    if status.is_ok_and(|status| status.success()) {
-        Ok(())
-    } else {
-        Err(
-            "update-initramfs -u -k all failed; fix what it reports above and run this again"
-                .to_owned(),
-        )
+    let mut update = command_in(root, "update-initramfs");
+    succeed(update.args(["-u", "-k", "all"]), "run this again")
+}
+
+/// A program of the Debian at `root`.
+fn command_in(root: &Path, program: &str) -> Command {
+    if root == Path::new("/") {
+        return Command::new(program);
     }
+    let mut command = Command::new("chroot");
+    command.arg(root).arg(program);
+    command
+}
+
+/// Runs a program that must succeed.
+fn succeed(command: &mut Command, remedy: &str) -> Result<(), String> {
+    if command.status().is_ok_and(|status| status.success()) {
+        return Ok(());
+    }
+    Err(format!(
+        "{command:?} failed; fix what it reports above, then {remedy}"
+    ))
 }
 
 #[cfg(test)]
@@ -227,21 +242,24 @@ mod tests {
         let root = root.path();
         let options = Options {
             root: root.to_owned(),
-            mode: 0o660,
+            access: Access::default(),
         };
         let error = install(&options).unwrap_err();
         assert!(error.contains("neither systemd nor initramfs-tools"));
-        for folder in [SYSTEMD, INITRAMFS_TOOLS] {
+        for folder in [SYSTEMD, INITRAMFS_TOOLS, "etc"] {
             fs::create_dir_all(root.join(folder)).unwrap();
         }
+        fs::write(root.join("etc/group"), "ebb:x:998:\n").unwrap();
         for _ in 0..2 {
             install(&options).unwrap();
         }
         let unit = fs::read_to_string(root.join(UNIT_LINK)).unwrap();
-        assert!(unit.contains("ExecStart=/usr/local/bin/ebb-guest setup --optional --mode 0660\n"));
+        assert!(unit.contains(
+            "ExecStart=/usr/local/bin/ebb-guest setup --optional --mode 0660 --group 998\n"
+        ));
         for file in &FILES {
             let text = fs::read_to_string(root.join(file.path)).unwrap();
-            assert!(!text.contains("@MODE@"), "{}", file.path);
+            assert!(!text.contains('@'), "{}", file.path);
         }
         let hook = fs::metadata(root.join(FILES[1].path)).unwrap();
         assert_eq!(hook.permissions().mode() & 0o777, 0o755);
@@ -255,7 +273,7 @@ mod tests {
     fn options_are_checked() {
         let found = parse(&["--mode", "0666", "--root", "/mnt"]).unwrap();
         assert_eq!(
-            (found.root.as_path(), found.mode),
+            (found.root.as_path(), found.access.mode),
             (Path::new("/mnt"), 0o666)
         );
         for bad in [

@@ -1,5 +1,6 @@
 //! `ebb-guest`: the command-line program for Ebb guests.
 
+mod arena_info;
 mod balloon;
 mod bench;
 mod discovery;
@@ -23,8 +24,8 @@ const USAGE: &str = "\
 ebb-guest: programs and memory in an Ebb guest
 
   ebb-guest status    print whether this machine runs under Ebb, the hypercall interface, and the arenas
-  ebb-guest setup     as root: create the devices of the arenas, /dev/daxN.M; --mode 0666 lets every user use them
-  ebb-guest install   as root: run setup at each boot of this Debian (initramfs-tools, systemd); --mode 0666, --root DIR
+  ebb-guest setup     as root: create the devices of the arenas, /dev/daxN.M, with --mode 0660 and --group ebb
+  ebb-guest install   as root: run setup at each boot of this Debian (initramfs-tools, systemd); --mode, --group, --root DIR
   ebb-guest uninstall as root: remove what install has written; --root DIR
   ebb-guest run --no-fork -- PROGRAM [ARGUMENT...]
                       run a program that never forks with its heap in an arena (libebb_malloc.so, or --library FILE before

@@ -91,7 +91,7 @@ fn install(root: &Path, assets: &Assets, base: &Path, tree: &Path) -> Result<()>
     // Twice, as users do: the second must change nothing that the first has made.
     for _ in 0..2 {
         let agent = assets.ebb_guest_agent.to_string_lossy();
-        let mut program = command(&agent, ["install", "--mode", "0660", "--root"]);
+        let mut program = command(&agent, ["install", "--root"]);
         program.arg(tree);
         quietly(program)?;
     }
