@@ -24,8 +24,11 @@ use crate::{selftest, setup};
 /// How long one test binary may take.
 const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
 
+/// Packages with jemalloc. It takes a minute to build, so all that is done with them is done with optimization: one build.
+const WITH_JEMALLOC: [&str; 2] = ["ebb-heap", "ebb-malloc"];
+
 /// Packages whose tests are built with optimization and run where KVM is if their binary's name starts with `kvm_`.
-const ACROSS: [&str; 3] = ["ebb-harness", "ebb-benches", "ebb-demo"];
+const ACROSS: [&str; 4] = ["ebb-harness", "ebb-benches", "ebb-demo", "ebb-heap"];
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
@@ -102,29 +105,33 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 fn check_source(report: &mut Report) {
     report.check("formatting", || visibly(cargo(["fmt", "--all", "--check"])));
     report.check("clippy", || {
-        let words = [
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--quiet",
-            "--",
-            "-D",
-            "warnings",
-        ];
-        visibly(cargo(words))
+        let words = ["--all-targets", "--quiet", "--", "-D", "warnings"];
+        for_all_packages("clippy", |clippy| clippy.args(words))
     });
     report.check("documentation", || {
-        let mut doc = cargo(["doc", "--workspace", "--no-deps", "--quiet"]);
-        doc.args(["--document-private-items"])
-            .env("RUSTDOCFLAGS", "-D warnings");
-        visibly(doc)
+        let words = ["--no-deps", "--quiet", "--document-private-items"];
+        for_all_packages("doc", |doc| {
+            doc.args(words).env("RUSTDOCFLAGS", "-D warnings")
+        })
     });
+}
+
+/// Runs a command of cargo's for all packages: those with jemalloc as they are released.
+fn for_all_packages(name: &str, rest: impl Fn(&mut Command) -> &mut Command) -> Result<bool> {
+    let (mut most, mut others) = (cargo([name, "--workspace"]), cargo([name, "--release"]));
+    for package in WITH_JEMALLOC {
+        most.args(["--exclude", package]);
+        others.args(["-p", package]);
+    }
+    rest(&mut most);
+    rest(&mut others);
+    Ok(visibly(most)? && visibly(others)?)
 }
 
 /// Unit tests and documentation tests.
 fn unit_tests(filters: &[String], printed: &mut Vec<u8>) -> Result<bool> {
     let mut tests = cargo(["test", "--workspace", "--no-fail-fast"]);
-    for package in ACROSS.iter().chain(&["ebb-models"]) {
+    for package in ACROSS.iter().chain(&["ebb-models"]).chain(&WITH_JEMALLOC) {
         tests.args(["--exclude", package]);
     }
     tests.arg("--").args(filters);
