@@ -5,6 +5,7 @@ mod cargo;
 mod coverage;
 mod demo;
 mod exec;
+mod fuzz;
 mod guest;
 mod miri;
 mod model;
@@ -48,6 +49,8 @@ enum Task {
     Model(model::Arguments),
     /// Run the unit tests of the pure parts under Miri (needs a nightly toolchain)
     Miri(miri::Arguments),
+    /// Give noise to what reads bytes of strangers (libFuzzer); the counts go to target/fuzz/summary.json
+    Fuzz(fuzz::Arguments),
     /// Find changes of the code that no unit test notices (needs cargo-mutants)
     Mutants(mutants::Arguments),
     /// Count the lines that run in unit tests and in a few tests with guests; a part below its floor fails
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Model(arguments) => model::run(&arguments),
         Task::Miri(arguments) => miri::run(&arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Mutants(arguments) => mutants::run(&arguments),
         Task::Coverage(arguments) => coverage::run(&arguments),
     };
