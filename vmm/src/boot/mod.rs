@@ -170,7 +170,7 @@ fn entry_of(loaded: &KernelLoaderResult, is_bzimage: bool) -> Loaded {
     // A bzImage unpacks itself in place: what it needs is in its header, not in the file's size.
     let unpacked = loaded
         .setup_header
-        .map_or(0, |h| h.pref_address + u64::from(h.init_size));
+        .map_or(0, |h| h.pref_address.saturating_add(h.init_size.into()));
     let initrd_max = loaded.setup_header.map_or(layout::HOLE_START, |header| {
         u64::from(header.initrd_addr_max) + 1
     });
@@ -196,7 +196,8 @@ fn load_initramfs(
     let mut file = File::open(path).map_err(fail)?;
     let size = file.seek(SeekFrom::End(0)).map_err(fail)?;
     file.rewind().map_err(fail)?;
-    let room = limit.saturating_sub(kernel_end.next_multiple_of(PAGE_SIZE));
+    let free = kernel_end.checked_next_multiple_of(PAGE_SIZE);
+    let room = free.map_or(0, |free| limit.saturating_sub(free));
     let too_large = || BootError::InitramfsTooLarge {
         path: path.to_owned(),
         size,
