@@ -32,7 +32,8 @@ pub fn output_folder(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The environment variables of tests, demo and benchmarks.
+/// The environment variables of tests, demo and benchmarks; and those of this process that begin with `EBB_`, by which tests
+/// take other numbers.
 pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(String, String)> {
     let path = |path: &Path| path.to_string_lossy().into_owned();
     let mut variables = vec![
@@ -53,10 +54,13 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
     if let Ok(term) = std::env::var("TERM") {
         variables.push(("TERM", term));
     }
-    variables
+    let own = variables
         .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+        .map(|(name, value)| (name.to_owned(), value));
+    let own: Vec<_> = own.collect();
+    let given = std::env::vars().filter(|(name, _)| name.starts_with("EBB_"));
+    let given = given.filter(|(name, _)| !own.iter().any(|(known, _)| known == name));
+    given.collect::<Vec<_>>().into_iter().chain(own).collect()
 }
 
 /// Starts the runner that fits the host, and prints which one.

@@ -261,6 +261,15 @@ fn a_file_that_shrank_is_an_input_error() {
 }
 
 #[test]
+fn a_host_without_room_is_an_error_of_writes_only() {
+    let mut options = fs::OpenOptions::new();
+    let full = options.read(true).write(true).open("/dev/full").unwrap();
+    let rig = Rig::over(tempfile::tempdir().unwrap(), Disk::over(full, false));
+    assert_eq!(rig.request(OUT, 0, 512).0, STATUS_IOERR);
+    assert_eq!(rig.request(IN, 0, 512).0, STATUS_OK);
+}
+
+#[test]
 fn bad_chains_are_refused_and_the_queue_goes_on() {
     let rig = Rig::new(false);
     rig.header(IN, 0);
