@@ -10,6 +10,7 @@
 pub mod calls;
 pub mod cpu;
 pub mod integrity;
+pub mod isolation;
 pub mod map;
 pub mod meter;
 pub mod random;
@@ -32,6 +33,8 @@ pub enum Task {
     Meter = 3,
     /// Frees scattered ranges and makes hypercalls until the host has discarded them, see [`meter`].
     Caller = 4,
+    /// Looks for another guest's data and leaves its own, see [`isolation`]. With `operations` it powers off then.
+    Isolation = 6,
 }
 
 /// The guest's parameters, 64 bits each.
@@ -140,6 +143,8 @@ pub mod marker {
     pub const TAKEN: u64 = 0xebb0_0002;
     /// [`super::Counts`] follow.
     pub const COUNTS: u64 = 0xebb0_0003;
+    /// The memory was looked through. The number of words that another guest has left follows, and that of words in use.
+    pub const SCANNED: u64 = 0xebb0_0005;
     /// The guest has panicked.
     pub const PANIC: u64 = 0xebb0_00ff;
 }

@@ -7,7 +7,7 @@ use core::ptr::with_exposed_provenance_mut;
 
 use crate::cpu::{Ram, halt, now, power_off, send};
 use crate::records::WordMemory;
-use crate::{Parameters, Task, integrity, map, marker, meter, storm};
+use crate::{Parameters, Task, integrity, isolation, map, marker, meter, storm};
 
 global_asm!(
     ".pushsection .text.start, \"ax\"",
@@ -118,7 +118,7 @@ fn start_others() {
 extern "C" fn guest(index: u64) -> ! {
     // SAFETY: this image has its machine for itself, the page tables identity-map 4 GiB, and the tasks divide the memory
     // among the vCPUs.
-    let ram = unsafe { Ram::new() };
+    let mut ram = unsafe { Ram::new() };
     let word = |field: usize| ram.load(map::PARAMETERS + field as u64);
     let parameters = Parameters {
         task: word(core::mem::offset_of!(Parameters, task)),
@@ -134,11 +134,18 @@ extern "C" fn guest(index: u64) -> ! {
     const STORM: u64 = Task::Storm as u64;
     const METER: u64 = Task::Meter as u64;
     const CALLER: u64 = Task::Caller as u64;
+    const ISOLATION: u64 = Task::Isolation as u64;
     match parameters.task {
         INTEGRITY => integrity::run(ram, &parameters, index),
         CALLER => meter::caller(ram, &parameters, index),
         STORM if index == 0 => storm::run(ram, &parameters),
         METER if index == 0 => meter::run(ram),
+        ISOLATION if index == 0 => {
+            isolation::run(&mut ram, &parameters);
+            if parameters.operations == 0 {
+                halt();
+            }
+        }
         _ => halt(),
     }
     if index == 0 { power_off() } else { halt() }
