@@ -5,7 +5,8 @@
 #   ebb.mode=panic     crash the kernel
 #   ebb.mode=shell     an interactive shell on the console; power off when it ends
 #   ebb.mode=run       `ebb-guest workload` on the console; power off when it ends
-#   ebb.mode=root      switch to the root file system on /dev/vda; ebb.root=ro|rw (ro), ebb.init=PATH
+#   ebb.mode=root      switch to the root file system on /dev/vda; ebb.root=ro|rw|overlay (ro), ebb.init=PATH
+#                      overlay: what is written goes to the file system on /dev/vdb; ebb-guest is /run/ebb-guest there
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
@@ -49,8 +50,15 @@ case $mode in
 shell) setsid cttyhack sh ;;
 run) ebb-guest workload; echo "EBB-GUEST-EXIT $?" ;;
 root)
-    mkdir -p /newroot
-    if mount -t ext4 -o "$root" /dev/vda /newroot; then
+    mkdir -p /newroot /lower /upper
+    mount_root() {
+        [ "$root" = overlay ] || { mount -t ext4 -o "$root" /dev/vda /newroot; return; }
+        insmod /modules/overlay.ko &&
+            mount -t ext4 -o ro /dev/vda /lower && mount -t ext4 /dev/vdb /upper && mkdir -p /upper/files /upper/work &&
+            mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /newroot &&
+            mount -t tmpfs -o mode=755 tmpfs /newroot/run && cp /bin/ebb-guest /newroot/run
+    }
+    if mount_root; then
         # switch_root removes the initramfs; the new root mounts its own.
         umount /dev/pts /dev/shm /sys/kernel/debug
         for folder in proc sys dev; do mount -o move "/$folder" "/newroot/$folder"; done

@@ -181,6 +181,14 @@ pub fn counters(api: &Api) -> Result<Metrics> {
 /// It does not; with why.
 pub fn read_free_lists(monitor: &Monitor, guest: &mut Guest) -> Result<String> {
     guest.must("insmod /modules/qemu_fw_cfg.ko")?;
+    await_free_lists(monitor)
+}
+
+/// Waits until the monitor reads the free lists of the guest's kernel: its release.
+///
+/// # Errors
+/// It does not; with why.
+pub fn await_free_lists(monitor: &Monitor) -> Result<String> {
     let api = monitor.api();
     let mut state = serde_json::Value::Null;
     let known = until("the guest's kernel is known", LONG, || {

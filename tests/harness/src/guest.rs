@@ -102,7 +102,7 @@ impl Guest {
     ///
     /// # Errors
     /// As for [`Guest::ask`].
-    fn shell_within(&mut self, command: &str, limit: Duration) -> Result<(String, String)> {
+    pub fn shell_within(&mut self, command: &str, limit: Duration) -> Result<(String, String)> {
         let answer = self.ask_within(&format!("sh {command}"), limit)?;
         let rest = answer.strip_prefix("status=");
         let rest = rest.context(format_args!("no status in {answer:?}"))?;

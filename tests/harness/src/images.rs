@@ -21,6 +21,8 @@ pub struct Images {
     pub system_disk: PathBuf,
     /// That Debian's own initramfs.
     pub system_initramfs: PathBuf,
+    /// An ext4 image of a Debian with systemd and programs, see resources/programs.txt.
+    pub program_disk: PathBuf,
     /// A kernel of another version, a bzImage.
     pub other_vmlinuz: PathBuf,
     /// The guests' initramfs for that kernel.
@@ -51,6 +53,7 @@ impl Images {
             root_disk: path("EBB_GUEST_ROOTDISK")?,
             system_disk: path("EBB_GUEST_SYSTEM")?,
             system_initramfs: path("EBB_GUEST_SYSTEM_INITRAMFS")?,
+            program_disk: path("EBB_GUEST_PROGRAMS")?,
             other_vmlinuz: path("EBB_GUEST_OTHER_VMLINUZ")?,
             other_initramfs: path("EBB_GUEST_OTHER_INITRAMFS")?,
             release: text("EBB_GUEST_RELEASE")?,

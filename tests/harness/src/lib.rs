@@ -16,6 +16,7 @@ pub mod integrity;
 pub mod launch;
 pub mod monitor;
 pub mod payload_vm;
+pub mod programs;
 pub mod refusal;
 pub mod restart;
 pub mod size;

@@ -30,6 +30,8 @@ pub struct Assets {
     pub system_disk: PathBuf,
     /// The initramfs of that Debian.
     pub system_initramfs: PathBuf,
+    /// An ext4 image of a Debian with systemd and programs, see resources/programs.txt.
+    pub program_disk: PathBuf,
     /// The static agent of the nested machine.
     pub nested_agent: PathBuf,
     /// The static `ebb-guest`.
@@ -96,6 +98,7 @@ impl Assets {
             root_disk: root.join(".cache/rootdisk.ext4"),
             system_disk: root.join(".cache/system.ext4"),
             system_initramfs: root.join(".cache/system.initramfs"),
+            program_disk: root.join(".cache/programs/disk.ext4"),
             nested_agent: agents.join("nested-agent"),
             ebb_guest_agent: agents.join("ebb-guest"),
             guest_initramfs: root.join("target/guest/initramfs.cpio"),

@@ -24,6 +24,9 @@ const ARENA_MODULES: &[&str] = &["device_dax", "dax_hmem"];
 /// The module that tells the monitor where the kernel's note is. Tests load it; a Debian with udev does so by itself.
 const NOTE_MODULES: &[&str] = &["qemu_fw_cfg"];
 
+/// Modules that a guest loads when it is told to.
+const MORE_MODULES: &[&str] = &["overlay", "virtio_mem"];
+
 /// Modules of the nested machine: KVM.
 const NESTED_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
 
@@ -104,6 +107,12 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
         &mut archive,
         &assets.load_modules(NOTE_MODULES)?,
         "/etc/modules.note",
+        &[],
+    );
+    add_modules(
+        &mut archive,
+        &assets.load_modules(MORE_MODULES)?,
+        "/etc/modules.more",
         &[],
     );
     Ok(archive.finish())

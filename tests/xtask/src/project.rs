@@ -44,9 +44,12 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
         ("EBB_GUEST_ROOTDISK", path(&assets.root_disk)),
         ("EBB_GUEST_SYSTEM", path(&assets.system_disk)),
         ("EBB_GUEST_SYSTEM_INITRAMFS", path(&assets.system_initramfs)),
+        ("EBB_GUEST_PROGRAMS", path(&assets.program_disk)),
         ("EBB_GUEST_OTHER_VMLINUZ", path(&assets.other_vmlinuz)),
         ("EBB_GUEST_OTHER_INITRAMFS", path(&assets.other_initramfs)),
         ("EBB_GUEST_RELEASE", assets.release.clone()),
+        // One word a line.
+        ("EBB_QEMU", assets.qemu.join("\n")),
         ("EBB_OUT", path(out)),
         ("EBB_PLATFORM", platform.to_string()),
         ("RUST_BACKTRACE", "1".to_owned()),

@@ -3,6 +3,7 @@
 mod apt;
 mod kernel;
 mod other_kernel;
+mod program_disk;
 mod qemu;
 mod root_disk;
 mod system_disk;
@@ -91,6 +92,16 @@ pub fn installed(assets: &Assets) -> Result<()> {
 /// Installs those of `packages` that are absent, for a subcommand that alone needs them.
 pub fn debian_packages(packages: &[&str]) -> Result<()> {
     apt::install(packages)
+}
+
+/// Makes the image of a Debian with systemd and programs, for benchmarks.
+pub fn programs(assets: &Assets) -> Result<()> {
+    let root = root();
+    // A lock of its own: nobody else needs it, and it takes minutes.
+    let folder = root.join(".cache/programs");
+    std::fs::create_dir_all(&folder).context(|| format!("create {}", folder.display()))?;
+    let _lock = lock(&folder)?;
+    program_disk::ensure(&root, assets)
 }
 
 /// Locks the cache, so that two setups of one repository do not run at once.
