@@ -33,6 +33,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     if ["free-pages", "malloc"].contains(&arguments.name.as_str()) {
         build_library("ebb-malloc")?;
     }
+    let programs = arguments.more.iter().any(|word| word == "--programs");
+    if arguments.name == "footprint" || programs {
+        setup::programs(&assets)?;
+    }
     let out = output_folder("bench")?;
     let command = |platform: Platform, name: &str, more: &[String]| {
         let program = binary("ebb-bench").to_string_lossy().into_owned();

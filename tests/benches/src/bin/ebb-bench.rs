@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ebb_benches::{
-    arena, boot, free_pages, integrity, lazy, malloc, reclaim, reporting, scale, teardown,
+    arena, boot, footprint, free_pages, inflate, integrity, lazy, malloc, reclaim, reporting,
+    scale, teardown,
 };
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
@@ -21,8 +22,12 @@ enum Bench {
     Arena(arena::Arguments),
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
+    /// What a guest with bursts of work costs the host in GiB·min, and its work in time: QEMU's reporting and Ebb's ways
+    Footprint(footprint::Arguments),
     /// What it costs that the host may take what the guest's free lists hold, and how much it gets
     FreePages(free_pages::Arguments),
+    /// How long the host takes to have memory that a guest has freed: QEMU's ways and Ebb's
+    Inflate(inflate::Arguments),
     /// Guests verify their memory while it is reclaimed without a break: 10 million operations by default
     Integrity(integrity::Arguments),
     /// What LAZY_FREE and REUSE cost: flushes, interrupts, and time compared with an empty exit
@@ -43,7 +48,9 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
         Bench::Arena(arguments) => arena::run(&arguments),
         Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::Footprint(arguments) => footprint::run(&arguments),
         Bench::FreePages(arguments) => free_pages::run(&arguments),
+        Bench::Inflate(arguments) => inflate::run(&arguments),
         Bench::Integrity(arguments) => integrity::run(&arguments),
         Bench::Lazy(arguments) => lazy::run(&arguments),
         Bench::Malloc(arguments) => malloc::run(&arguments),
