@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::BenchError;
 use super::results::Results;
-use ebb_harness::free_pages;
 use ebb_harness::integrity::{Outcome, cases, run as run_case};
+use ebb_harness::{free_pages, programs};
 
 /// Arguments of the benchmark.
 #[derive(Debug, clap::Args)]
@@ -22,6 +22,12 @@ pub struct Arguments {
     /// Instead: so many operations of stock guests that check their memory while their free lists are taken
     #[arg(long, value_parser = clap::value_parser!(u64).range(100..))]
     free_pages: Option<u64>,
+    /// Instead: the programs of a Debian with systemd, which check their own data, while its free lists are taken
+    #[arg(long)]
+    programs: bool,
+    /// With --programs: how many times as much as in a short run
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..1000))]
+    times: u32,
     /// Seconds that one machine may take
     #[arg(long, default_value_t = 3000)]
     limit: u64,
@@ -32,6 +38,9 @@ pub struct Arguments {
 /// # Errors
 /// [`BenchError`]: a machine did not come to its end, or something was lost.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
+    if arguments.programs {
+        return run_programs(arguments);
+    }
     if let Some(operations) = arguments.free_pages {
         return run_free_pages(arguments, operations);
     }
@@ -65,6 +74,26 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     results.lower("lost_pages", sum(|o| o.counts.lost));
     results.lower("foreign_bytes", sum(|o| o.counts.foreign_bytes));
     results.report("integrity").publish()
+}
+
+/// The run of programs; it fails when one of them finds anything wrong.
+fn run_programs(arguments: &Arguments) -> Result<(), BenchError> {
+    let checked = programs::run(&programs::PARTS, (arguments.times, 2), |part| {
+        println!("{part}");
+    })?;
+    let mut results = Results::default();
+    for part in &checked {
+        let system = ("free-lists", part.part.name);
+        results.add(system, ("orders", ""), part.orders as f64);
+        results.add(system, ("taken", "bytes"), part.taken as f64);
+        results.add(system, ("time", "s"), part.time.as_secs_f64());
+        results.note(format!("{}: {}", part.part.name, part.said));
+    }
+    let lost = checked.iter().filter(|part| part.wrong.is_some()).count();
+    results.lower("lost", lost as f64);
+    results.report("integrity-programs").publish()?;
+    checked.iter().try_for_each(programs::Checked::verdict)?;
+    Ok(())
 }
 
 /// The run with free lists; it ends with the first machine that loses something.
