@@ -173,7 +173,8 @@ impl Devices {
         disks: Vec<Disk>,
     ) -> Result<(), LaunchError> {
         for (index, disk) in disks.into_iter().enumerate() {
-            self.attach_virtio(machine, memory, Box::new(Block::new(index, disk)))?;
+            let block = Block::new(index, disk).map_err(LaunchError::system("disk thread"))?;
+            self.attach_virtio(machine, memory, Box::new(block))?;
         }
         Ok(())
     }

@@ -36,9 +36,9 @@ pub enum BalloonError {
     /// Statistics cannot be switched off once they are on.
     #[error("a statistics interval of 0 seconds is not possible: at least 1")]
     IntervalZero,
-    /// The worker's event could not be created.
-    #[error("the balloon's event could not be created: {0}")]
-    Event(String),
+    /// A thread, or the event that wakes it, could not be made.
+    #[error("the balloon has no thread, or no event that wakes it: {0}")]
+    Thread(String),
 }
 
 /// The balloon's state.

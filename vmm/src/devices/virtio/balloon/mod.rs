@@ -14,13 +14,14 @@ mod tests;
 mod wire;
 mod worker;
 
+use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::queue::{ServedQueue, Worker};
+use super::queue::{DeviceThread, ServedQueue, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice};
 use crate::config::BalloonConfig;
 use crate::guest_memory::RangeSink;
@@ -45,15 +46,18 @@ pub struct Balloon {
     shared: Arc<Shared>,
     sink: Arc<dyn RangeSink>,
     queue_sizes: &'static [u16],
-    /// One for pages and statistics, one for reports: a report may take long, and no deflate must wait for it.
     workers: Vec<Worker>,
+    /// For pages and statistics.
+    pages: DeviceThread,
+    /// For reports, if the driver may make any: a report may take long, and no deflate must wait for it.
+    reports: Option<DeviceThread>,
 }
 
 impl Balloon {
     /// A balloon that passes ranges of pages to `sink`.
     ///
     /// # Errors
-    /// [`BalloonError`] for a size that is not a whole number of pages or too large, or when the event cannot be created.
+    /// [`BalloonError`] for a size that is not a whole number of pages or too large, or when the event or a thread cannot be made.
     pub fn new(config: &BalloonConfig, sink: Arc<dyn RangeSink>) -> Result<Self, BalloonError> {
         let mut features =
             1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | F_MUST_TELL_HOST;
@@ -69,14 +73,19 @@ impl Balloon {
             features |= F_REPORTING | F_PAGE_POISON;
             queue_sizes = &[QUEUE_SIZE; REPORTING_QUEUE + 1];
         }
-        let wake =
-            EventFd::new(EFD_NONBLOCK).map_err(|error| BalloonError::Event(error.to_string()))?;
+        let failed = |error: io::Error| BalloonError::Thread(error.to_string());
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
+        let spawn = |name| DeviceThread::spawn(name).map_err(failed);
+        let reporting = config.free_page_reporting;
+        let reports = reporting.map(|_| spawn("ebb-report")).transpose()?;
         let shared = Shared::new(features, config.statistics_interval_s, wake);
         let balloon = Self {
             shared: Arc::new(shared),
             sink,
             queue_sizes,
             workers: Vec::new(),
+            pages: spawn("ebb-balloon")?,
+            reports,
         };
         balloon.handle().set_target(config.size)?;
         Ok(balloon)
@@ -116,11 +125,11 @@ impl Balloon {
             [inflate, deflate],
             statistics,
         );
-        let mut workers =
-            vec![Worker::spawn("ebb-balloon", pages).map_err(ActivationError::Worker)?];
-        if let Some(queue) = reporting {
-            let reports = ReportWorker::new(context, features, queue);
-            workers.push(Worker::spawn("ebb-report", reports).map_err(ActivationError::Worker)?);
+        let pages = self.pages.start(pages);
+        let mut workers = vec![pages.map_err(ActivationError::Worker)?];
+        if let (Some(queue), Some(thread)) = (reporting, &self.reports) {
+            let reports = thread.start(ReportWorker::new(context, features, queue));
+            workers.push(reports.map_err(ActivationError::Worker)?);
         }
         Ok(workers)
     }

@@ -6,6 +6,7 @@ mod tests;
 mod wire;
 mod worker;
 
+use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
@@ -14,7 +15,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::queue::{GuestFaults, ServedQueue, Worker};
+use super::queue::{DeviceThread, GuestFaults, ServedQueue, Worker};
 use super::{Activation, ActivationError, VirtioDevice};
 use wire::{DEVICE_TYPE, ID_BYTES};
 use worker::{BlockWorker, Context, DiskCounters};
@@ -30,18 +31,20 @@ const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
 /// A block device.
 pub struct Block {
-    name: String,
     disk: Arc<Disk>,
     id: [u8; ID_BYTES],
     counters: Arc<DiskCounters>,
     faults: Arc<GuestFaults>,
     worker: Option<Worker>,
+    thread: DeviceThread,
 }
 
 impl Block {
     /// A device for `disk`, number `index` on the command line: threads and logs call it `blk` with that number.
-    #[must_use]
-    pub fn new(index: usize, disk: Disk) -> Self {
+    ///
+    /// # Errors
+    /// Its thread could not be started.
+    pub fn new(index: usize, disk: Disk) -> io::Result<Self> {
         let name = format!("blk{index}");
         let mut id = [0; ID_BYTES];
         let text = match disk.identity() {
@@ -51,14 +54,14 @@ impl Block {
         for (to, from) in id.iter_mut().zip(text.bytes()) {
             *to = from;
         }
-        Self {
-            faults: Arc::new(GuestFaults::new(name.as_str())),
-            name,
+        Ok(Self {
+            thread: DeviceThread::spawn(&format!("ebb-{name}"))?,
+            faults: Arc::new(GuestFaults::new(name)),
             disk: Arc::new(disk),
             id,
             counters: Arc::default(),
             worker: None,
-        }
+        })
     }
 
     /// The disk's counters.
@@ -116,13 +119,13 @@ impl VirtioDevice for Block {
             interrupt: activation.interrupt,
         };
         let worker = BlockWorker::new(context, ServedQueue::new(0, handle), QUEUE_SIZE);
-        let name = format!("ebb-{}", self.name);
-        self.worker = Some(Worker::spawn(&name, worker).map_err(ActivationError::Worker)?);
+        let worker = self.thread.start(worker);
+        self.worker = Some(worker.map_err(ActivationError::Worker)?);
         Ok(())
     }
 
     fn reset(&mut self) {
-        // Joins the thread.
+        // Waits for the thread.
         self.worker = None;
     }
 }

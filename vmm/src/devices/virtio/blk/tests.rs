@@ -57,7 +57,7 @@ impl Rig {
             dir,
             queue: MockQueue::new(&memory, QUEUE, 16),
             memory,
-            block: Block::new(3, disk),
+            block: Block::new(3, disk).unwrap(),
             interrupt: Arc::default(),
         };
         rig.activate();

@@ -12,4 +12,4 @@ mod worker;
 pub use crate::faults::GuestFaults;
 pub use chain::{Chain, ChainFault, Cursor, ReadError};
 pub use service::{QueueFailure, ServedQueue};
-pub use worker::{Poller, StopSignal, Work, Worker};
+pub use worker::{DeviceThread, Poller, StopSignal, Work, Worker};

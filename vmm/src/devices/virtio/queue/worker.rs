@@ -1,9 +1,11 @@
 //! The thread on which a device works between activation and reset.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -32,7 +34,7 @@ impl StopSignal {
 
 /// What a device does on its thread.
 pub trait Work: Send + 'static {
-    /// Registers everything that wakes the worker. Called before the thread starts.
+    /// Registers everything that wakes the worker. Called before the thread begins with it.
     ///
     /// # Errors
     /// The error of [`Poller::watch`].
@@ -42,43 +44,78 @@ pub trait Work: Send + 'static {
     fn run(self, poller: &Poller);
 }
 
-/// A named thread. Dropping this stops and joins it.
-pub struct Worker {
-    stop: Arc<StopSignal>,
+/// A thread of a device, which does one piece of work after the other. It is there before the guest runs: devices are
+/// activated by the threads of vCPUs, and these need not be able to start a thread. Dropping this joins it.
+pub struct DeviceThread {
+    jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Worker {
-    /// Starts `work` on a thread called `name` (at most 15 bytes of it are visible).
+type Job = Box<dyn FnOnce() + Send>;
+
+impl DeviceThread {
+    /// Starts a thread called `name` (at most 15 bytes of it are visible).
     ///
     /// # Errors
-    /// The error of the system call that failed.
-    pub fn spawn(name: &str, work: impl Work) -> io::Result<Self> {
+    /// The thread could not be started.
+    pub fn spawn(name: &str) -> io::Result<Self> {
+        let (jobs, todo) = mpsc::channel::<Job>();
+        let run = move || todo.into_iter().for_each(|job| job());
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(run)?;
+        Ok(Self {
+            jobs: Some(jobs),
+            thread: Some(thread),
+        })
+    }
+
+    /// Has the thread do `work`, once it is done with what it had to do before.
+    ///
+    /// # Errors
+    /// The error of the system call that failed; `BrokenPipe` if the thread has panicked.
+    pub fn start(&self, work: impl Work) -> io::Result<Worker> {
         let stop = Arc::new(StopSignal {
             stopped: AtomicBool::new(false),
             event: EventFd::new(EFD_NONBLOCK)?,
         });
         let poller = Poller::new(Arc::clone(&stop))?;
         work.watch(&poller)?;
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || work.run(&poller))?;
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+        let (end, ended) = mpsc::channel();
+        let job = Box::new(move || {
+            work.run(&poller);
+            drop(poller);
+            drop(end);
+        });
+        let sent = self.jobs.as_ref().map(|jobs| jobs.send(job));
+        match sent {
+            Some(Ok(())) => Ok(Worker { stop, ended }),
+            _ => Err(io::ErrorKind::BrokenPipe.into()),
+        }
     }
 }
 
-impl Drop for Worker {
+impl Drop for DeviceThread {
     fn drop(&mut self) {
-        self.stop.stop();
+        drop(self.jobs.take());
         if let Some(thread) = self.thread.take() {
             let name = thread.thread().name().unwrap_or("worker").to_owned();
             if thread.join().is_err() {
                 tracing::error!("{name} panicked");
             }
         }
+    }
+}
+
+/// Work that a [`DeviceThread`] does. Dropping this stops it, and waits until nothing of it is left.
+pub struct Worker {
+    stop: Arc<StopSignal>,
+    /// Hears of nothing but the end.
+    ended: Receiver<Infallible>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop.stop();
+        let _ = self.ended.recv();
     }
 }
 
@@ -153,8 +190,6 @@ impl Poller {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
-
     use super::*;
 
     struct Echo(EventFd, mpsc::Sender<u32>);
@@ -173,15 +208,44 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_hears_its_events_and_is_joined() {
+    fn a_worker_hears_its_events_and_is_waited_for() {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        let (sender, receiver) = mpsc::channel();
-        let worker = Worker::spawn("test", Echo(event.try_clone().unwrap(), sender)).unwrap();
-        event.write(1).unwrap();
+        let thread = DeviceThread::spawn("test").unwrap();
         let patience = Duration::from_secs(10);
-        assert_eq!(receiver.recv_timeout(patience), Ok(7));
-        drop(worker);
-        let gone = Err(mpsc::RecvTimeoutError::Disconnected);
-        assert_eq!(receiver.recv_timeout(patience), gone);
+        for _ in 0..2 {
+            let (sender, receiver) = mpsc::channel();
+            let echo = Echo(event.try_clone().unwrap(), sender);
+            let worker = thread.start(echo).unwrap();
+            event.write(1).unwrap();
+            assert_eq!(receiver.recv_timeout(patience), Ok(7));
+            drop(worker);
+            let gone = Err(mpsc::TryRecvError::Disconnected);
+            assert_eq!(receiver.try_recv(), gone);
+        }
+    }
+
+    struct Panics;
+
+    impl Work for Panics {
+        fn watch(&self, _: &Poller) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn run(self, _: &Poller) {
+            panic!("on purpose");
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_has_panicked() {
+        let thread = DeviceThread::spawn("test").unwrap();
+        drop(thread.start(Panics).unwrap());
+        let again = loop {
+            // The work is over a little before the thread.
+            if let Err(error) = thread.start(Panics) {
+                break error;
+            }
+        };
+        assert_eq!(again.kind(), io::ErrorKind::BrokenPipe);
     }
 }
