@@ -114,7 +114,11 @@ impl Place {
         self.launch(cgroup.command(&self.ebb), memory, guardian, &[])
     }
 
-    fn until_it_runs(&self, mut idle: Idle) -> Result<Idle> {
+    /// Waits for the API of a machine that was started.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn until_it_runs(&self, mut idle: Idle) -> Result<Idle> {
         let api = Api::new(&self.path("api"));
         until_often("the API answers", LONG, || {
             if let Some(status) = idle.child.try_wait().context("wait")? {

@@ -11,6 +11,7 @@ mod miri;
 mod model;
 mod mutants;
 mod project;
+mod seccomp;
 mod selftest;
 mod setup;
 mod shell;
@@ -51,6 +52,8 @@ enum Task {
     Miri(miri::Arguments),
     /// Give noise to what reads bytes of strangers (libFuzzer); the counts go to target/fuzz/summary.json
     Fuzz(fuzz::Arguments),
+    /// Compare the lists of system calls with what the monitor calls while tests run
+    SeccompCheck(seccomp::Arguments),
     /// Find changes of the code that no unit test notices (needs cargo-mutants)
     Mutants(mutants::Arguments),
     /// Count the lines that run in unit tests and in a few tests with guests; a part below its floor fails
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Task::Model(arguments) => model::run(&arguments),
         Task::Miri(arguments) => miri::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
+        Task::SeccompCheck(arguments) => seccomp::run(&arguments),
         Task::Mutants(arguments) => mutants::run(&arguments),
         Task::Coverage(arguments) => coverage::run(&arguments),
     };

@@ -30,6 +30,7 @@ use tokio::time::{sleep, timeout};
 use super::routes::{self, Fault, Handler, Reply};
 use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::{Controller, Instance};
+use crate::sys::seccomp::Role;
 use crate::sys::sockets::{FileIdentity, file_identity, remove_file_if};
 
 /// Connections that are served at the same time. Further ones wait in the socket's backlog.
@@ -163,6 +164,7 @@ pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiErro
     let thread = std::thread::Builder::new()
         .name("ebb-api".to_owned())
         .spawn(move || {
+            Role::Api.enter();
             runtime.block_on(accept(&listener, &served, stopped));
             runtime.shutdown_timeout(FINISH_TIMEOUT);
         })?;

@@ -11,7 +11,7 @@ use tracing::Level;
 /// Start a guest and stay with it until it ends
 ///
 /// Exit status: 0 guest powered off or stopped, 32 reset, 33 crash, 34 guest panic, 35 bad arguments or a
-/// host that cannot run guests.
+/// host that cannot run guests, 37 a system call that the monitor has no use for.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]

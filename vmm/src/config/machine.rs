@@ -6,6 +6,7 @@ use ebb_core::release::Release;
 use serde::Serialize;
 
 use super::spec::{DiskConfig, KernelEntry, LazyConfig, SerialConfig};
+use crate::sys::seccomp;
 
 /// Everything that `ebb run` needs to build a machine.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct MachineConfig {
     pub api_socket: Option<PathBuf>,
     /// Start the helper processes that free memory and clean up after the monitor's end, also when it is killed.
     pub guardian: bool,
+    /// What happens when a thread makes a system call that it has no use for.
+    pub seccomp: seccomp::Mode,
 }
 
 /// The guest's kernel.

@@ -15,6 +15,7 @@ use super::ConfigError;
 use super::keys::{Keys, keys, on_off, parse_keys};
 use super::limits::{MAX_MEMORY, MAX_VCPUS};
 use super::number::{number, parse_size, power_of_two, size};
+use crate::sys::seccomp;
 
 /// A machine as asked for; [`MachineSpec::validate`] makes it a [`super::MachineConfig`].
 #[derive(Clone, Debug, Parser)]
@@ -61,6 +62,9 @@ pub struct MachineSpec {
     /// Helper processes that free the machine's memory and clean up after the monitor's end, also when it is killed
     #[arg(long, action = Set, value_parser = on_off(), value_name = "on|off", hide_possible_values = true, default_value = "on")]
     pub guardian: bool,
+    /// Threads may make those system calls only that they need
+    #[arg(long, value_name = "HOW", default_value = "log")]
+    pub seccomp: Seccomp,
     /// Name of the machine: letters, digits and hyphens
     #[arg(long, value_name = "NAME", default_value = "ebb")]
     pub id: String,
@@ -74,6 +78,27 @@ impl MachineSpec {
     /// resets at once instead of hanging. Power off and reset need no option: the kernel finds them in the
     /// ACPI tables.
     pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
+}
+
+/// `--seccomp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Seccomp {
+    /// another system call ends the monitor with status 37 and one line that names it
+    On,
+    /// another one is made, and the kernel logs it (audit, type 1326)
+    Log,
+    /// no filter, for debugging
+    Off,
+}
+
+impl From<Seccomp> for seccomp::Mode {
+    fn from(mode: Seccomp) -> Self {
+        match mode {
+            Seccomp::On => Self::On,
+            Seccomp::Log => Self::Log,
+            Seccomp::Off => Self::Off,
+        }
+    }
 }
 
 /// How a kernel image is entered.

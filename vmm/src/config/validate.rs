@@ -60,6 +60,7 @@ impl MachineSpec {
             lazy,
             api_socket,
             guardian: self.guardian,
+            seccomp: self.seccomp.into(),
         })
     }
 }

@@ -16,6 +16,7 @@ use rustix::process::Pid;
 use super::lock::MemoryLock;
 use crate::output::Log;
 use crate::sys::process::SharedFiles;
+use crate::sys::seccomp::Role;
 use crate::sys::sockets::{file_identity, remove_file_if, server_of};
 use crate::sys::{self, Terminal};
 use crate::teardown::StatusPage;
@@ -49,6 +50,7 @@ impl Watch<'_> {
         let _ = rustix::process::setsid();
         let _ = rustix::thread::set_name(c"ebb-guardian");
         sys::process::shrink();
+        Role::Guardian.enter();
         wait_for_exit(self.monitor, None);
         if !self.status.is_finished()
             && let Some(terminal) = &self.terminal
@@ -189,20 +191,22 @@ fn is_pipe_or_socket(output: BorrowedFd<'_>) -> bool {
     kind.is_ok_and(|kind| kind.file_type().is_fifo() || kind.file_type().is_socket())
 }
 
-/// How a process was ended.
+/// How a process was ended that has not said so.
 fn cause_of_end(pid: Pid) -> String {
-    match signal_of(pid) {
-        Some(signal) => format!("killed by signal {signal}"),
-        None => "killed".to_owned(),
+    match status_of(pid) {
+        None | Some(0) => "killed".to_owned(),
+        Some(status) if libc::WIFSIGNALED(status) => {
+            format!("killed by signal {}", libc::WTERMSIG(status))
+        }
+        Some(status) => format!("ended by status {}", libc::WEXITSTATUS(status)),
     }
 }
 
-/// The signal that ended a process; `None` if its parent has waited for it already. The last field of /proc/PID/stat is
-/// the wait status (proc_pid_stat(5)).
-fn signal_of(pid: Pid) -> Option<i32> {
+/// The wait status of a process that has ended, the last field of /proc/PID/stat (proc_pid_stat(5)); `None` if its parent has
+/// waited for it already.
+fn status_of(pid: Pid) -> Option<i32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let status: i32 = stat.split_ascii_whitespace().next_back()?.parse().ok()?;
-    Some(status & 0x7f).filter(|signal| *signal > 0)
+    stat.split_ascii_whitespace().next_back()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -272,28 +276,26 @@ mod tests {
     }
 
     #[test]
-    fn the_signal_of_a_dead_process_is_known_until_it_is_waited_for() {
+    fn how_a_process_ended_is_known_until_it_is_waited_for() {
         let killed = fork_for_test(|| {
             let _ = kill_process(getpid(), Signal::KILL);
             0
         });
         let pidfd = pidfd_open(killed, PidfdFlags::empty()).unwrap();
         assert!(wait_for_exit(pidfd.as_fd(), Some(LIMIT)));
-        assert_eq!(signal_of(killed), Some(9));
         assert_eq!(cause_of_end(killed), "killed by signal 9");
         rustix::process::waitpid(Some(killed), WaitOptions::empty()).unwrap();
-        assert_eq!(signal_of(killed), None);
         assert_eq!(cause_of_end(killed), "killed");
         let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
         assert!(!wait_for_exit(own.as_fd(), Some(PERIOD)));
     }
 
     #[test]
-    fn a_process_that_ended_by_itself_has_no_signal() {
-        let ended = fork_for_test(|| 0);
+    fn a_process_that_ended_by_itself_has_a_status() {
+        let ended = fork_for_test(|| 37);
         let pidfd = pidfd_open(ended, PidfdFlags::empty()).unwrap();
         assert!(wait_for_exit(pidfd.as_fd(), Some(LIMIT)));
-        assert_eq!(signal_of(ended), None);
+        assert_eq!(cause_of_end(ended), "ended by status 37");
         rustix::process::waitpid(Some(ended), WaitOptions::empty()).unwrap();
     }
 

@@ -11,6 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::sys::seccomp::Role;
+
 pub use log::Log;
 
 ebb_core::metrics! {
@@ -130,7 +132,10 @@ impl Outlet {
         let thread = thread::Builder::new().name(name.to_owned());
         Ok(Self {
             shared,
-            thread: Mutex::new(Some(thread.spawn(move || own.run(target))?)),
+            thread: Mutex::new(Some(thread.spawn(move || {
+                Role::Output.enter();
+                own.run(target);
+            })?)),
             capacity,
         })
     }

@@ -13,6 +13,7 @@ use super::{
     Ages, AutoBalloon, Decision, Mode, Order, Outcome, PolicyState, PressureSource, Reclaimer,
     Sample, Until, decide,
 };
+use crate::sys::seccomp::Role;
 
 /// An order ends after this time, and the host is looked at again: fragments may take minutes, and need may grow.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -46,6 +47,7 @@ impl ReclaimThread {
         let thread = Builder::new()
             .name("ebb-reclaim".into())
             .spawn(move || {
+                Role::Reclaim.enter();
                 let mut source = source;
                 watch(&worker, &mut source, balloon, &stopped);
                 source

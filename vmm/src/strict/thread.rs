@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::Strict;
 use crate::memory::{GuestRam, MemoryError, MissingPages};
+use crate::sys::seccomp::Role;
 
 /// Strict mode cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,7 @@ impl StrictThread {
         let stopped = Arc::clone(&stop);
         let pages = MissingPages::watch(ram)?;
         let thread = Builder::new().name("ebb-strict".into()).spawn(move || {
+            Role::Strict.enter();
             // When this ends, for whatever reason, `pages` is dropped, and then no thread waits for this one.
             if let Err(error) = watch(&strict, &pages, &stopped) {
                 tracing::error!(%error, "strict mode ends: accesses to lazily free memory are not caught any more");

@@ -8,6 +8,7 @@ pub mod nodes;
 pub mod pagemap;
 pub mod pressure;
 pub mod process;
+pub mod seccomp;
 mod signals;
 pub mod slots;
 pub mod sockets;

@@ -151,13 +151,15 @@ pub fn release_memory_of(pidfd: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Blocks every signal in the calling thread, and returns the mask that it had before.
+/// Blocks every signal in the calling thread but SIGSYS, which reports a forbidden system call, and returns the mask that it
+/// had before.
 pub fn block_all_signals() -> libc::sigset_t {
     // SAFETY: a signal set of zeroes is a value, and both sets are filled before they are used.
     unsafe {
         let mut all = std::mem::zeroed();
         let mut before = std::mem::zeroed();
         libc::sigfillset(&raw mut all);
+        libc::sigdelset(&raw mut all, libc::SIGSYS);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
         before
     }

@@ -22,6 +22,7 @@ use crate::hypercall::{Arguments, Hypercalls};
 use crate::kvm::{KickTable, KickTarget, MSR_KVM_SYSTEM_TIME_NEW, RunPages, kick};
 use crate::reclaim::EntryHook;
 use crate::strict::Strict;
+use crate::sys::seccomp::Role;
 
 pub use setup::{VcpuSetup, configure};
 
@@ -111,6 +112,7 @@ impl Drop for Vcpus {
 
 /// What a vCPU thread runs. A panic in a device ends the machine, not just the thread.
 fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) {
+    Role::Vcpu.enter();
     let run = AssertUnwindSafe(|| run(index, fd, shared, stopping));
     match catch_unwind(run) {
         Ok(None) => {}

@@ -28,6 +28,7 @@ use crate::kvm::{self, Hypervisor, KickTable, RunPages};
 use crate::output::{Log, Outlet};
 use crate::reclaim::{AutoBalloon, BalloonBounds, ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
+use crate::sys::seccomp::Role;
 use crate::sys::{RawMode, Signals};
 use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
@@ -199,6 +200,7 @@ impl Vm {
     /// # Errors
     /// [`LaunchError::Loop`].
     pub fn run(&mut self, signals: Signals, log: &Log) -> Result<ExitReason, LaunchError> {
+        Role::Main.enter();
         let operator = Operator {
             signals,
             log: log.clone(),

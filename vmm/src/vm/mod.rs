@@ -26,7 +26,7 @@ use crate::kvm::{self, KvmError};
 use crate::output::Log;
 use crate::reclaim;
 use crate::strict;
-use crate::sys::{self, Signals};
+use crate::sys::{self, Signals, seccomp};
 use crate::teardown::Reaper;
 use events::{ExitSlot, end_on_panic};
 use instance::{Instance, Service};
@@ -82,6 +82,9 @@ pub enum LaunchError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// System calls cannot be filtered.
+    #[error("this host's kernel has no such filter of system calls; start with --seccomp off")]
+    Seccomp(#[source] io::Error),
     /// A system call failed.
     #[error("{what} failed")]
     System {
@@ -112,6 +115,7 @@ impl LaunchError {
 pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> {
     // The parser of the command line is not needed any more.
     sys::process::shrink();
+    seccomp::start(config.seccomp, log.file()).map_err(LaunchError::Seccomp)?;
     let signals = Signals::block().map_err(LaunchError::system("signalfd"))?;
     kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
     let socket = config.api_socket.as_deref();
@@ -124,7 +128,8 @@ pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> 
     let guardian = Guardian::start(config.guardian, &machine);
     let guardian = guardian.map_err(LaunchError::system("mmap"))?;
     // The guardian could be made only while there was one thread.
-    let started = log.start().map_err(LaunchError::system("log thread"));
+    let prepared = seccomp::prepare_allocator().map_err(LaunchError::system("thread"));
+    let started = prepared.and_then(|()| log.start().map_err(LaunchError::system("log thread")));
     let reason = started.and_then(|()| build_and_run(config, guardian, signals, log));
     guardian.finish();
     reason

@@ -18,6 +18,7 @@ use super::{Batch, Job, StatusPage};
 use crate::sys::mapping::drop_advice;
 use crate::sys::nodes::{self, Node, nodes_at};
 use crate::sys::process::{TaskKind, clone_task, exit_now};
+use crate::sys::seccomp::Role;
 use crate::sys::{Mapping, MappingKind};
 use crate::teardown::MAX_WORKERS;
 use crate::teardown::queue::bind_to_one_of;
@@ -85,7 +86,7 @@ pub(super) extern "C" fn reaper_main(state: *mut c_void) -> c_int {
     // SAFETY: the argument is a `State` that lives for ever, see `clone_task`.
     let state = unsafe { &*state.cast_const().cast::<State>() };
     let _ = rustix::thread::set_name(REAPER_NAME);
-    if state.wait_for_monitor() {
+    if Role::Reaper.try_enter().is_ok() && state.wait_for_monitor() {
         state.run();
     }
     exit_now()

@@ -25,6 +25,7 @@ use super::queue::{DeviceThread, ServedQueue, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice};
 use crate::config::BalloonConfig;
 use crate::guest_memory::RangeSink;
+use crate::sys::seccomp::Role;
 use handle::Shared;
 use reporting::ReportWorker;
 use wire::{
@@ -75,7 +76,7 @@ impl Balloon {
         }
         let failed = |error: io::Error| BalloonError::Thread(error.to_string());
         let wake = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
-        let spawn = |name| DeviceThread::spawn(name).map_err(failed);
+        let spawn = |name| DeviceThread::spawn(name, Role::Balloon).map_err(failed);
         let reporting = config.free_page_reporting;
         let reports = reporting.map(|_| spawn("ebb-report")).transpose()?;
         let shared = Shared::new(features, config.statistics_interval_s, wake);

@@ -17,6 +17,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::queue::{DeviceThread, GuestFaults, ServedQueue, Worker};
 use super::{Activation, ActivationError, VirtioDevice};
+use crate::sys::seccomp::Role;
 use wire::{DEVICE_TYPE, ID_BYTES};
 use worker::{BlockWorker, Context, DiskCounters};
 
@@ -55,7 +56,7 @@ impl Block {
             *to = from;
         }
         Ok(Self {
-            thread: DeviceThread::spawn(&format!("ebb-{name}"))?,
+            thread: DeviceThread::spawn(&format!("ebb-{name}"), Role::Block)?,
             faults: Arc::new(GuestFaults::new(name)),
             disk: Arc::new(disk),
             id,

@@ -12,6 +12,8 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::sys::seccomp::Role;
+
 /// Tells a worker to stop.
 pub struct StopSignal {
     stopped: AtomicBool,
@@ -54,13 +56,16 @@ pub struct DeviceThread {
 type Job = Box<dyn FnOnce() + Send>;
 
 impl DeviceThread {
-    /// Starts a thread called `name` (at most 15 bytes of it are visible).
+    /// Starts a thread called `name` (at most 15 bytes of it are visible) that makes the system calls of `role` only.
     ///
     /// # Errors
     /// The thread could not be started.
-    pub fn spawn(name: &str) -> io::Result<Self> {
+    pub fn spawn(name: &str, role: Role) -> io::Result<Self> {
         let (jobs, todo) = mpsc::channel::<Job>();
-        let run = move || todo.into_iter().for_each(|job| job());
+        let run = move || {
+            role.enter();
+            todo.into_iter().for_each(|job| job());
+        };
         let thread = thread::Builder::new().name(name.to_owned()).spawn(run)?;
         Ok(Self {
             jobs: Some(jobs),
@@ -210,7 +215,7 @@ mod tests {
     #[test]
     fn a_worker_hears_its_events_and_is_waited_for() {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        let thread = DeviceThread::spawn("test").unwrap();
+        let thread = DeviceThread::spawn("test", Role::Block).unwrap();
         let patience = Duration::from_secs(10);
         for _ in 0..2 {
             let (sender, receiver) = mpsc::channel();
@@ -238,7 +243,7 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_a_thread_that_has_panicked() {
-        let thread = DeviceThread::spawn("test").unwrap();
+        let thread = DeviceThread::spawn("test", Role::Block).unwrap();
         drop(thread.start(Panics).unwrap());
         let again = loop {
             // The work is over a little before the thread.
