@@ -17,11 +17,11 @@ const TIME_LIMIT: Duration = Duration::from_secs(20 * 60);
 #[derive(clap::Args)]
 pub struct Arguments {
     /// `lazy`: a guest hands memory back; `free-pages`: a guest frees memory and says nothing; `malloc`: Redis with its heap
-    /// in an arena, compared with a plain Redis. Without a word: `lazy`, then `free-pages`
-    #[arg(value_parser = ["lazy", "free-pages", "malloc"])]
-    story: Option<String>,
+    /// in an arena, compared with a plain Redis
+    #[arg(default_value = "lazy", value_parser = ["lazy", "free-pages", "malloc"])]
+    story: String,
     /// Passed on to ebb-demo
-    #[arg(last = true, requires = "story")]
+    #[arg(last = true)]
     more: Vec<String>,
 }
 
@@ -29,35 +29,23 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
     build(&["ebb-vmm", "ebb-harness", "ebb-demo"])?;
-    let stories = match arguments.story.as_deref() {
-        None => vec!["lazy", "free-pages"],
-        Some(story) => vec![story],
-    };
-    if stories.contains(&"malloc") {
+    if arguments.story == "malloc" {
         build_library("ebb-malloc")?;
     }
     let out = output_folder("demo")?;
     let runner = start_runner(&assets)?;
     let program = binary("ebb-demo").to_string_lossy().into_owned();
     let folder = out.to_string_lossy().into_owned();
-    for story in stories {
-        let mut command = Command::new([
-            program.clone(),
-            "--out".into(),
-            folder.clone(),
-            story.to_owned(),
-        ]);
-        command.argv.extend(arguments.more.iter().cloned());
-        command.env = environment(&assets, runner.platform(), &out);
-        command.cwd = Some(root());
-        let exit = runner.run(&command, TIME_LIMIT, &mut show)?;
-        if !exit.success() {
-            return Ok(exit.code() as u8);
-        }
+    let mut command = Command::new([program, "--out".into(), folder, arguments.story.clone()]);
+    command.argv.extend(arguments.more.iter().cloned());
+    command.env = environment(&assets, runner.platform(), &out);
+    command.cwd = Some(root());
+    let exit = runner.run(&command, TIME_LIMIT, &mut show)?;
+    if exit.success() {
+        progress(format_args!(
+            "pictures and numbers are in {}",
+            out.display()
+        ));
     }
-    progress(format_args!(
-        "pictures and numbers are in {}",
-        out.display()
-    ));
-    Ok(0)
+    Ok(exit.code() as u8)
 }
