@@ -93,3 +93,31 @@ fn a_licence_must_leave_an_allowed_choice() {
         assert!(!is_allowed(bad, &allowed), "{bad}");
     }
 }
+
+/// Bugs that others' monitors had through these crates, and the first versions without them: CVE-2020-27173, RUSTSEC-2020-0157
+/// and 2023-0056, RUSTSEC-2024-0002, RUSTSEC-2024-0428.
+#[test]
+fn crates_of_monitors_are_past_their_known_bugs() {
+    let fixed = [
+        ("vm-superio", [0, 1, 1]),
+        ("vm-memory", [0, 12, 2]),
+        ("vmm-sys-util", [0, 12, 0]),
+        ("kvm-ioctls", [0, 19, 1]),
+    ];
+    let packages = packages();
+    for (name, first) in fixed {
+        let used: Vec<&Value> = packages
+            .iter()
+            .filter(|package| package["name"] == name)
+            .collect();
+        assert!(!used.is_empty(), "{name} is not used any more");
+        for package in used {
+            let version = package["version"].as_str().unwrap();
+            let numbers: Vec<u32> = version
+                .split('.')
+                .filter_map(|part| part.parse().ok())
+                .collect();
+            assert!(numbers[..] >= first[..], "{name} {version} has a known bug");
+        }
+    }
+}

@@ -9,15 +9,21 @@
 
 pub mod calls;
 pub mod cpu;
+pub mod guarded;
 pub mod integrity;
+pub mod interpreter;
 pub mod isolation;
 pub mod map;
 pub mod meter;
+pub mod mischief;
 pub mod random;
 pub mod ranges;
 pub mod records;
+pub mod script;
 pub mod storm;
 
+#[cfg(ebb_guest)]
+mod faults;
 #[cfg(ebb_guest)]
 mod start;
 
@@ -33,6 +39,8 @@ pub enum Task {
     Meter = 3,
     /// Frees scattered ranges and makes hypercalls until the host has discarded them, see [`meter`].
     Caller = 4,
+    /// Runs scripts on command, see [`interpreter`].
+    Scripts = 5,
     /// Looks for another guest's data and leaves its own, see [`isolation`]. With `operations` it powers off then.
     Isolation = 6,
 }
@@ -143,6 +151,9 @@ pub mod marker {
     pub const TAKEN: u64 = 0xebb0_0002;
     /// [`super::Counts`] follow.
     pub const COUNTS: u64 = 0xebb0_0003;
+    /// A script has ended. The number of the step that went otherwise than expected follows, or [`super::script::PASSED`],
+    /// and the result of that step, or of the last one.
+    pub const SCRIPT: u64 = 0xebb0_0004;
     /// The memory was looked through. The number of words that another guest has left follows, and that of words in use.
     pub const SCANNED: u64 = 0xebb0_0005;
     /// The guest has panicked.

@@ -4,16 +4,18 @@
 pub const IMAGE: u64 = 0x10_0000;
 /// The image must end before this address.
 pub const IMAGE_END: u64 = PML4;
-/// Identity-mapping page tables of the first 4 GiB: first level.
+/// Identity-mapping page tables of the first 8 GiB: first level.
 pub const PML4: u64 = 0x12_0000;
 /// Second level.
 pub const PDPT: u64 = 0x12_1000;
-/// Third level, four pages.
+/// Third level, eight pages.
 pub const PD: u64 = 0x12_2000;
 /// [`crate::Parameters`].
-pub const PARAMETERS: u64 = 0x12_8000;
+pub const PARAMETERS: u64 = 0x12_a000;
 /// Words that the vCPUs share.
-pub const SHARED: u64 = 0x12_9000;
+pub const SHARED: u64 = 0x12_b000;
+/// Interrupt descriptor table.
+pub const IDT: u64 = 0x12_c000;
 /// Code where other vCPUs start in real mode: page 8.
 pub const TRAMPOLINE: u64 = 0x8000;
 /// Stacks, one for each vCPU.
@@ -28,6 +30,8 @@ pub const BLOCK_SIZE: u64 = 0x4000;
 pub const RANGES: u64 = 0x20_0000;
 /// Bytes of an array.
 pub const RANGES_SIZE: u64 = 1 << 20;
+/// Scripts, see [`crate::script`]: their addresses, then steps and data of all. In place of the arrays above.
+pub const SCRIPTS: u64 = RANGES;
 /// Start of the memory that is freed and reused.
 pub const TEST_MEMORY: u64 = 8 << 20;
 /// Maximum number of vCPUs.

@@ -7,7 +7,7 @@ use core::ptr::with_exposed_provenance_mut;
 
 use crate::cpu::{Ram, halt, now, power_off, send};
 use crate::records::WordMemory;
-use crate::{Parameters, Task, integrity, isolation, map, marker, meter, storm};
+use crate::{Parameters, Task, integrity, interpreter, isolation, map, marker, meter, storm};
 
 global_asm!(
     ".pushsection .text.start, \"ax\"",
@@ -134,10 +134,15 @@ extern "C" fn guest(index: u64) -> ! {
     const STORM: u64 = Task::Storm as u64;
     const METER: u64 = Task::Meter as u64;
     const CALLER: u64 = Task::Caller as u64;
+    const SCRIPTS: u64 = Task::Scripts as u64;
     const ISOLATION: u64 = Task::Isolation as u64;
     match parameters.task {
         INTEGRITY => integrity::run(ram, &parameters, index),
         CALLER => meter::caller(ram, &parameters, index),
+        SCRIPTS => {
+            crate::faults::catch();
+            interpreter::run(ram, &parameters, index);
+        }
         STORM if index == 0 => storm::run(ram, &parameters),
         METER if index == 0 => meter::run(ram),
         ISOLATION if index == 0 => {

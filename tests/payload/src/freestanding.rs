@@ -5,6 +5,7 @@ use std::path::Path;
 
 pub use ebb_payload_guest::{COUNTS, Counts, Parameters, Task, map, marker};
 
+use crate::script::Scripts;
 use crate::{RESULT_SIZE, elf, results};
 
 /// The flat image from the build script.
@@ -15,6 +16,18 @@ static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.bin"));
 /// # Errors
 /// The error of writing the file, and `InvalidInput` if there are too many vCPUs or too little memory.
 pub fn write(path: &Path, parameters: &Parameters) -> io::Result<()> {
+    write_with(path, parameters, None)
+}
+
+/// The same with scripts, for [`Task::Scripts`].
+///
+/// # Errors
+/// Those of [`write()`].
+pub fn write_with(
+    path: &Path,
+    parameters: &Parameters,
+    scripts: Option<&Scripts>,
+) -> io::Result<()> {
     let fits =
         (1..=map::MAX_VCPUS).contains(&parameters.vcpus) && parameters.ram > map::TEST_MEMORY;
     if !fits || map::IMAGE + IMAGE.len() as u64 > map::IMAGE_END {
@@ -28,9 +41,10 @@ pub fn write(path: &Path, parameters: &Parameters) -> io::Result<()> {
         parameters.seed,
     ];
     let words = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let mut segments = elf::page_tables([map::PML4, map::PDPT, map::PD], 4);
+    let mut segments = elf::page_tables([map::PML4, map::PDPT, map::PD], 8);
     segments.push((map::IMAGE, IMAGE.to_vec()));
     segments.push((map::PARAMETERS, words));
+    segments.extend(scripts.map(|scripts| (map::SCRIPTS, scripts.bytes().to_vec())));
     std::fs::write(path, elf::file(map::IMAGE, &segments))
 }
 

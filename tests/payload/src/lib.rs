@@ -10,6 +10,7 @@ pub mod busy;
 mod code;
 mod elf;
 pub mod freestanding;
+pub mod script;
 pub mod use_after_free;
 
 use std::io;
