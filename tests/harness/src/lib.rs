@@ -15,6 +15,7 @@ pub mod inject;
 pub mod integrity;
 pub mod launch;
 pub mod monitor;
+pub mod network;
 pub mod payload_vm;
 pub mod programs;
 pub mod refusal;

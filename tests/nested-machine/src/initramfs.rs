@@ -21,14 +21,17 @@ const GUEST_MODULES: &[&str] = &[
 /// Modules that create `/dev/daxN.M` for arenas. A guest loads them only if it has an arena.
 const ARENA_MODULES: &[&str] = &["device_dax", "dax_hmem"];
 
+/// Modules of a guest with a network interface.
+const NET_MODULES: &[&str] = &["virtio_net"];
+
 /// The module that tells the monitor where the kernel's note is. Tests load it; a Debian with udev does so by itself.
 const NOTE_MODULES: &[&str] = &["qemu_fw_cfg"];
 
 /// Modules that a guest loads when it is told to.
 const MORE_MODULES: &[&str] = &["overlay", "virtio_mem"];
 
-/// Modules of the nested machine: KVM.
-const NESTED_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
+/// Modules of the nested machine: KVM and taps.
+const NESTED_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd", "tun"];
 
 /// Parameters of these modules. Halted vCPUs must not poll, because the host is shared.
 const NESTED_PARAMETERS: &[(&str, &str)] = &[("kvm", "halt_poll_ns=0")];
@@ -101,6 +104,12 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
         &mut archive,
         &assets.load_modules(ARENA_MODULES)?,
         "/etc/modules.arena",
+        &[],
+    );
+    add_modules(
+        &mut archive,
+        &assets.load_modules(NET_MODULES)?,
+        "/etc/modules.net",
         &[],
     );
     add_modules(

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, NetConfig};
 
 /// The configuration. What Firecracker has no name for is under `ebb`.
 pub(super) fn config(config: &MachineConfig) -> Value {
@@ -48,6 +48,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "huge_pages": huge_pages,
         },
         "drives": drives,
+        "network-interfaces": interfaces(config),
         "balloon": balloon,
         "ebb": {
             "id": config.id,
@@ -58,9 +59,22 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "shared": config.memory.shared,
             "arenas": config.arenas,
             "lazy": config.lazy,
+            "rng": config.rng,
             "balloon_reserve_mib": reserve.map(|bytes| bytes >> 20),
             "serial": config.serial,
             "api_socket": config.api_socket,
         },
     })
+}
+
+fn interfaces(config: &MachineConfig) -> Vec<Value> {
+    let describe = |(index, net): (usize, &NetConfig)| {
+        json!({
+            "iface_id": format!("net{index}"),
+            "host_dev_name": net.tap,
+            "guest_mac": net.mac.map(|mac| mac.to_string()),
+            "mtu": net.mtu,
+        })
+    };
+    config.nets.iter().enumerate().map(describe).collect()
 }

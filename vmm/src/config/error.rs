@@ -74,6 +74,28 @@ pub enum ConfigError {
     StrictTuned { key: String },
     #[error("--lazy strict=on --memory {key}=on: strict mode watches pages of 4 KiB; remove {key}")]
     StrictHugePages { key: &'static str },
+    #[error("--net: name the host's side; write tap=NAME or fd=N")]
+    NoTap,
+    #[error("--net tap,fd: an interface has one tap; remove one of them")]
+    TapTwice,
+    #[error(
+        "--net tap={0}: no interface can have this name; use 1 to 15 letters, digits or hyphens"
+    )]
+    TapName(String),
+    #[error("--net {0} is given twice; give each interface its own")]
+    NetTwice(String),
+    #[error(
+        "'{0}' is not a limit; write SIZE, SIZE/MS or SIZE/MS+BURST, for instance 10M/1000+50M"
+    )]
+    NotARate(String),
+    #[error("'{0}' is not a MAC address; write six bytes, for instance 02:00:00:00:00:01")]
+    NotAMac(String),
+    #[error("mac={0}: a multicast address belongs to no interface; make the second digit even")]
+    MulticastMac(String),
+    #[error(
+        "mac={0}: this address is no interface's; choose another, for instance 02:00:00:00:00:01"
+    )]
+    ZeroMac(String),
     #[error("--balloon free_page_reporting=off,reporting: remove one of them")]
     ReportingOff,
     #[error(

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use ebb_core::release::Release;
 use serde::Serialize;
 
-use super::spec::{DiskConfig, KernelEntry, LazyConfig, SerialConfig};
+use super::spec::{DiskConfig, KernelEntry, LazyConfig, NetConfig, SerialConfig};
 use crate::sys::seccomp;
 
 /// Everything that `ebb run` needs to build a machine.
@@ -29,10 +29,14 @@ pub struct MachineConfig {
     pub arenas: Vec<ArenaConfig>,
     /// Block devices, in the order of the command line: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
+    /// Network interfaces, in the order of the command line.
+    pub nets: Vec<NetConfig>,
     /// Where the first serial port goes.
     pub serial: SerialConfig,
     /// The balloon device, if there is one.
     pub balloon: Option<BalloonConfig>,
+    /// There is a source of random bytes.
+    pub rng: bool,
     /// When and how lazily freed memory is taken.
     pub lazy: LazyConfig,
     /// Socket on which the API is served.

@@ -14,7 +14,9 @@ use serde::Serialize;
 use super::ConfigError;
 use super::keys::{Keys, keys, on_off, parse_keys};
 use super::limits::{MAX_MEMORY, MAX_VCPUS};
+use super::mac::MacAddress;
 use super::number::{number, parse_size, power_of_two, size};
+use super::rate::Rate;
 use crate::sys::seccomp;
 
 /// A machine as asked for; [`MachineSpec::validate`] makes it a [`super::MachineConfig`].
@@ -46,6 +48,9 @@ pub struct MachineSpec {
     /// A disk. Repeat the option for more disks: the first is /dev/vda
     #[arg(long = "disk", value_name = PAIRS, value_parser = keys::<DiskConfig>())]
     pub disks: Vec<DiskConfig>,
+    /// A network interface on a tap of the host. Repeat the option for more
+    #[arg(long = "net", value_name = PAIRS, value_parser = keys::<NetConfig>())]
+    pub nets: Vec<NetConfig>,
     /// The first serial port: this terminal (Ctrl-A X quits), nothing, or a file for the output, which becomes
     /// PATH.1 and begins anew at 64 MiB
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]
@@ -53,6 +58,9 @@ pub struct MachineSpec {
     /// The balloon, by which a stock guest hands memory back lazily
     #[arg(long, value_name = PAIRS, value_parser = keys::<BalloonSpec>())]
     pub balloon: Option<BalloonSpec>,
+    /// A source of random bytes, /dev/hwrng in a Linux guest
+    #[arg(long, action = Set, value_parser = on_off(), value_name = "on|off", hide_possible_values = true, default_value = "off")]
+    pub rng: bool,
     /// When the host takes what the guest has freed lazily, and at which cost for the guest
     #[arg(long, value_name = PAIRS, value_parser = keys::<LazyConfig>())]
     pub lazy: Option<LazyConfig>,
@@ -171,9 +179,64 @@ pub struct DiskConfig {
     /// The guest may not write
     #[arg(long, action = Set, value_parser = on_off(), default_value = "off")]
     pub readonly: bool,
+    /// Limit of the bytes that are read and written: SIZE in MS milliseconds (1000), and once BURST more
+    #[arg(long, value_name = "SIZE/MS+BURST")]
+    pub bw: Option<Rate>,
+    /// Limit of the requests, in the same form
+    #[arg(long, value_name = "N/MS+BURST")]
+    pub ops: Option<Rate>,
 }
 
 impl Keys for DiskConfig {}
+
+/// `--net`: a network interface on a tap.
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
+#[command(rename_all = "snake_case")]
+pub struct NetConfig {
+    /// Name of the tap, which must exist and be free
+    #[arg(long, value_name = "NAME", value_parser = tap_name)]
+    pub tap: Option<String>,
+    /// Instead: number of a descriptor that the monitor inherits, an open tap with IFF_NO_PI and IFF_VNET_HDR
+    #[arg(long, value_parser = number::<i32>(3..=1 << 20))]
+    pub fd: Option<i32>,
+    /// The guest's address, for instance 02:00:00:00:00:01; one that follows from the names of machine and tap by default
+    #[arg(long)]
+    pub mac: Option<MacAddress>,
+    /// Size of the largest packet in bytes that the guest is told; what it takes by itself, 1500, by default
+    #[arg(long, value_parser = number::<u16>(68..=65521))]
+    pub mtu: Option<u16>,
+    /// Limit of the bytes that the guest receives: SIZE in MS milliseconds (1000), and once BURST more
+    #[arg(long, value_name = "SIZE/MS+BURST")]
+    pub rx_bw: Option<Rate>,
+    /// Limit of the frames that it receives, in the same form
+    #[arg(long, value_name = "N/MS+BURST")]
+    pub rx_ops: Option<Rate>,
+    /// Limit of the bytes that it sends
+    #[arg(long, value_name = "SIZE/MS+BURST")]
+    pub tx_bw: Option<Rate>,
+    /// Limit of the frames that it sends
+    #[arg(long, value_name = "N/MS+BURST")]
+    pub tx_ops: Option<Rate>,
+}
+
+impl Keys for NetConfig {
+    fn settle(self, _given: &[String]) -> Result<Self, ConfigError> {
+        match (&self.tap, self.fd) {
+            (Some(_), None) | (None, Some(_)) => Ok(self),
+            (Some(_), Some(_)) => Err(ConfigError::TapTwice),
+            (None, None) => Err(ConfigError::NoTap),
+        }
+    }
+}
+
+/// The kernel's rules for names of interfaces (`dev_valid_name`, net/core/dev.c), and no `%`, which it would replace.
+fn tap_name(name: &str) -> Result<String, ConfigError> {
+    let odd = |byte: u8| !byte.is_ascii_graphic() || b"/:%".contains(&byte);
+    if (1..=15).contains(&name.len()) && !name.bytes().any(odd) && !matches!(name, "." | "..") {
+        return Ok(name.to_owned());
+    }
+    Err(ConfigError::TapName(name.escape_debug().to_string()))
+}
 
 /// `--balloon`.
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
@@ -389,6 +452,12 @@ mod tests {
         );
         let disk: DiskConfig = parse_keys("path=/d,readonly=on").unwrap();
         assert_eq!((disk.path, disk.readonly), (PathBuf::from("/d"), true));
+        assert_eq!((disk.bw, disk.ops), (None, None));
+        let disk: DiskConfig = parse_keys("path=/d,bw=1M/100+2M,ops=7").unwrap();
+        assert_eq!(
+            (disk.bw, disk.ops),
+            ("1M/100+2M".parse().ok(), "7".parse().ok())
+        );
         let arena: ArenaSpec = parse_keys("size=1G").unwrap();
         assert_eq!((arena.granule, arena.id), (DEFAULT_GRANULE, None));
         assert_eq!("file=/l".parse(), Ok(SerialConfig::File("/l".into())));
@@ -537,6 +606,27 @@ mod tests {
     #[test]
     fn wrong_choices_say_what_is_right() {
         assert_refused::<DiskConfig>(&[("readonly=on", "path is missing")]);
+        assert_refused::<NetConfig>(&[
+            (
+                "mtu=1500",
+                "--net: name the host's side; write tap=NAME or fd=N",
+            ),
+            ("tap=a,fd=3", "--net tap,fd: an interface has one tap"),
+            ("tap=a/b", "--net tap=a/b: no interface can have this name"),
+            ("tap=..", "tap=..: no interface"),
+            ("tap=tap%d", "tap=tap%d: no interface"),
+            ("tap=abcdefghijklmnop", "use 1 to 15 letters"),
+            ("fd=2", "fd=2: choose 3 to"),
+            ("tap=a,mtu=67", "mtu=67: choose 68 to 65521"),
+            ("tap=a,mtu=65522", "at most 65521"),
+            (
+                "tap=a,mac=03:00:00:00:00:01",
+                "mac=03:00:00:00:00:01: a multicast address",
+            ),
+            ("tap=a,mac=00:00:00:00:00:00", "choose another"),
+            ("tap=a,mac=x", "'x' is not a MAC address"),
+            ("tap=a,rx_bw=fast", "'fast' is not a limit; write SIZE,"),
+        ]);
         assert_refused::<BalloonSpec>(&[
             (
                 "size=6K",

@@ -74,6 +74,36 @@ fn a_good_command_line_becomes_a_machine() {
 }
 
 #[test]
+fn each_interface_has_its_own_tap_and_address() {
+    let folder = Folder::new();
+    let complaint = |nets: &[&str]| folder.complaint(nets);
+    let machine = folder.check(&["--net=tap=tap0", "--net=tap=tap1,mtu=9000", "--net=fd=3"]);
+    let machine = machine.unwrap();
+    let taps: Vec<_> = machine.nets.iter().map(|net| net.tap.as_deref()).collect();
+    assert_eq!(taps, [Some("tap0"), Some("tap1"), None]);
+    assert_eq!(
+        (machine.nets[1].mtu, machine.nets[2].fd),
+        (Some(9000), Some(3))
+    );
+    let mac = "mac=02:00:00:00:00:01";
+    for (nets, part) in [
+        (
+            ["tap=tap0", "tap=tap0"],
+            "tap=tap0 is given twice".to_owned(),
+        ),
+        (["fd=3", "fd=3"], "fd=3 is given twice".to_owned()),
+        (
+            [&format!("tap=tap0,{mac}"), &format!("fd=3,{mac}")],
+            format!("{mac} is given twice"),
+        ),
+    ] {
+        let nets = nets.map(|net| format!("--net={net}"));
+        let message = complaint(&[&nets[0], &nets[1]]);
+        assert!(message.contains(&part), "{message}");
+    }
+}
+
+#[test]
 fn hugepages_and_strict_mode_turn_transparent_pages_off() {
     let folder = Folder::new();
     let thp = |options: &[&str]| folder.check(options).map(|machine| machine.memory.thp);

@@ -8,7 +8,8 @@ use super::keys::defaults;
 use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
 use super::machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, MemoryConfig};
 use super::spec::{
-    ArenaSpec, BalloonSpec, CpusSpec, LazyConfig, LazyMode, MachineSpec, MemorySpec, SerialConfig,
+    ArenaSpec, BalloonSpec, CpusSpec, LazyConfig, LazyMode, MachineSpec, MemorySpec, NetConfig,
+    SerialConfig,
 };
 
 /// Minimum of the default reserve in bytes, unless that is more than half of the guest's memory.
@@ -35,6 +36,7 @@ impl MachineSpec {
             check_image("--initramfs", path)?;
         }
         check_disks(&self.disks)?;
+        check_nets(&self.nets)?;
         if let SerialConfig::File(path) = &self.serial {
             check_output("--serial", path)?;
         }
@@ -55,8 +57,10 @@ impl MachineSpec {
             memory,
             arenas,
             disks: self.disks,
+            nets: self.nets,
             serial: self.serial,
             balloon: balloon.transpose()?,
+            rng: self.rng,
             lazy,
             api_socket,
             guardian: self.guardian,
@@ -144,6 +148,27 @@ fn check_arenas(specs: Vec<ArenaSpec>) -> Result<Vec<ArenaConfig>, ConfigError> 
         arenas.push(ArenaConfig { size, granule, id });
     }
     Ok(arenas)
+}
+
+/// Each interface has its own tap and its own address.
+fn check_nets(nets: &[NetConfig]) -> Result<(), ConfigError> {
+    for (index, net) in nets.iter().enumerate() {
+        let others = nets.iter().take(index);
+        for other in others {
+            let twice = if net.tap.is_some() && net.tap == other.tap {
+                net.tap.as_ref().map(|tap| format!("tap={tap}"))
+            } else if net.fd == other.fd {
+                net.fd.map(|fd| format!("fd={fd}"))
+            } else {
+                let same = net.mac.filter(|_| net.mac == other.mac);
+                same.map(|mac| format!("mac={mac}"))
+            };
+            if let Some(twice) = twice {
+                return Err(ConfigError::NetTwice(twice));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check_balloon(

@@ -8,13 +8,16 @@ pub mod nodes;
 pub mod pagemap;
 pub mod pressure;
 pub mod process;
+pub mod random;
 pub mod seccomp;
 mod signals;
 pub mod slots;
 pub mod sockets;
+pub mod tap;
 mod terminal;
 mod usage;
 mod userfault;
+pub mod vectors;
 
 pub use cgroup::{Cgroup, MemoryLimit};
 pub use files::replace_file;

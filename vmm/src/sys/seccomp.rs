@@ -40,6 +40,10 @@ pub enum Role {
     Vcpu,
     /// Serves a disk.
     Block,
+    /// Serves a network interface.
+    Net,
+    /// Serves random bytes.
+    Rng,
     /// Serves a queue of the balloon.
     Balloon,
     /// The API's server, and the threads that carry out its requests.
@@ -79,6 +83,8 @@ impl Role {
             Self::Main => &compiled::MAIN,
             Self::Vcpu => &compiled::VCPU,
             Self::Block => &compiled::BLOCK,
+            Self::Net => &compiled::NET,
+            Self::Rng => &compiled::RNG,
             Self::Balloon => &compiled::BALLOON,
             Self::Api => &compiled::API,
             Self::Reclaim => &compiled::RECLAIM,

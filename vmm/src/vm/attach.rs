@@ -12,7 +12,7 @@ use super::events::ExitSlot;
 use crate::arch::acpi::{self, VirtioWindow};
 use crate::arch::layout;
 use crate::bus::{Bus, ExitReason};
-use crate::config::{BalloonConfig, SerialConfig};
+use crate::config::{BalloonConfig, MachineConfig, SerialConfig};
 use crate::devices::fw_cfg::FwCfg;
 use crate::devices::platform::{I8042, PciConfig, Power, PvPanic};
 use crate::devices::serial::{ConsoleInput, SerialFile, SerialPort};
@@ -20,10 +20,14 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::blk::{Block, Disk};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::net::Net;
+use crate::devices::virtio::queue::Limiter;
+use crate::devices::virtio::rng::Entropy;
 use crate::guest_memory::{KernelEvents, RangeSink};
 use crate::kvm;
 use crate::output::Outlet;
 use crate::sys::RawMode;
+use crate::sys::tap::Tap;
 
 /// The devices of a machine while it is being built.
 pub struct Devices {
@@ -170,13 +174,42 @@ impl Devices {
         &mut self,
         machine: &kvm::Machine,
         memory: &Arc<GuestMemoryMmap>,
+        config: &MachineConfig,
         disks: Vec<Disk>,
     ) -> Result<(), LaunchError> {
-        for (index, disk) in disks.into_iter().enumerate() {
-            let block = Block::new(index, disk).map_err(LaunchError::system("disk thread"))?;
+        for (index, (disk, it)) in disks.into_iter().zip(&config.disks).enumerate() {
+            let limiter = Limiter::new(it.bw, it.ops);
+            let block =
+                Block::new(index, disk, limiter).map_err(LaunchError::system("disk thread"))?;
             self.attach_virtio(machine, memory, Box::new(block))?;
         }
         Ok(())
+    }
+
+    /// Network interfaces, in the order of the command line, on the taps that were opened for them.
+    pub fn attach_nets(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+        config: &MachineConfig,
+        taps: Vec<Tap>,
+    ) -> Result<(), LaunchError> {
+        for (index, (net, tap)) in config.nets.iter().zip(taps).enumerate() {
+            let net = Net::new(index, &config.id, net, tap)
+                .map_err(LaunchError::system("network thread"))?;
+            self.attach_virtio(machine, memory, Box::new(net))?;
+        }
+        Ok(())
+    }
+
+    /// A source of random bytes.
+    pub fn attach_rng(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+    ) -> Result<(), LaunchError> {
+        let entropy = Entropy::new().map_err(LaunchError::system("thread for random bytes"))?;
+        self.attach_virtio(machine, memory, Box::new(entropy))
     }
 
     /// Gives a virtio device its window, its interrupt and a doorbell for each queue.

@@ -19,8 +19,9 @@ use crate::arch::registers::Entry;
 use crate::arch::{acpi, reset};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::ExitReason;
-use crate::config::{DiskConfig, MachineConfig};
+use crate::config::{DiskConfig, MachineConfig, NetConfig};
 use crate::devices::virtio::blk::Disk;
+use crate::devices::virtio::net::open_tap;
 use crate::guardian::Guardian;
 use crate::guest_memory::{GuestMemory, Setup, SetupError};
 use crate::hypercall::{self, Hypercalls};
@@ -29,6 +30,7 @@ use crate::output::{Log, Outlet};
 use crate::reclaim::{AutoBalloon, BalloonBounds, ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
 use crate::sys::seccomp::Role;
+use crate::sys::tap::Tap;
 use crate::sys::{RawMode, Signals};
 use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
@@ -79,6 +81,7 @@ impl Vm {
         let setup = memory::setup(config);
         host.check_limits(config.vcpus, setup.end())?;
         let disks = open_disks(&config.disks)?;
+        let taps = open_taps(&config.nets)?;
         let vcpus = config.vcpus as usize;
         let kicks = Arc::new(KickTable::new(vcpus));
         let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
@@ -108,12 +111,16 @@ impl Vm {
         if memory.kernel().is_enabled() {
             devices.attach_fw_cfg(&ram)?;
         }
-        devices.attach_disks(&machine, &ram, disks)?;
+        devices.attach_disks(&machine, &ram, config, disks)?;
         let sink = Arc::clone(&memory) as _;
         let balloon = match &config.balloon {
             Some(balloon) => Some(devices.attach_balloon(&machine, &ram, balloon, sink)?),
             None => None,
         };
+        devices.attach_nets(&machine, &ram, config, taps)?;
+        if config.rng {
+            devices.attach_rng(&machine, &ram)?;
+        }
 
         let entry = load_guest(config, &setup, &ram, &devices)?;
         let instruction = host.take_hypercalls(&machine)?;
@@ -304,6 +311,10 @@ fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {
         .iter()
         .map(|config| Ok(Disk::open(config)?))
         .collect()
+}
+
+fn open_taps(configs: &[NetConfig]) -> Result<Vec<Tap>, LaunchError> {
+    configs.iter().map(|config| Ok(open_tap(config)?)).collect()
 }
 
 /// Writes the ACPI tables, the reset vector, and the kernel with its initial RAM disk to guest memory.

@@ -26,6 +26,7 @@ use crate::kvm::{self, KvmError};
 use crate::output::Log;
 use crate::reclaim;
 use crate::strict;
+use crate::sys::tap::TapError;
 use crate::sys::{self, Signals, seccomp};
 use crate::teardown::Reaper;
 use events::{ExitSlot, end_on_panic};
@@ -50,6 +51,9 @@ pub enum LaunchError {
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// A tap cannot be used.
+    #[error("--net: {0}")]
+    Tap(#[from] TapError),
     /// The balloon cannot be built.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
@@ -57,7 +61,7 @@ pub enum LaunchError {
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// There are more devices than interrupts.
-    #[error("the machine has room for {most} virtio devices; give fewer --disk options")]
+    #[error("the machine has room for {most} virtio devices; give fewer --disk and --net options")]
     TooManyDevices {
         /// How many there can be.
         most: u32,

@@ -18,9 +18,11 @@ pub struct Call {
 }
 
 /// Beginnings of threads' names, and their roles.
-const ROLES: [(&str, &str); 11] = [
+const ROLES: [(&str, &str); 13] = [
     ("ebb-vcpu", "vcpu"),
     ("ebb-blk", "block"),
+    ("ebb-net", "net"),
+    ("ebb-rng", "rng"),
     ("ebb-balloon", "balloon"),
     ("ebb-report", "balloon"),
     ("ebb-api", "api"),
@@ -56,9 +58,9 @@ fn calls_in(text: &str) -> Vec<Call> {
         .collect();
     let parents = parents(&lines);
     let mut names: HashMap<&str, &str> = HashMap::new();
-    let mut roles: HashMap<&str, Filtered> = HashMap::new();
+    let mut roles: HashMap<&str, &'static str> = HashMap::new();
     let mut calls = Vec::new();
-    for (line, (thread, rest)) in lines.into_iter().enumerate() {
+    for (thread, rest) in lines {
         let Some((name, rest)) = rest.split_once('(').filter(|(name, _)| is_name(name)) else {
             continue;
         };
@@ -75,59 +77,50 @@ fn calls_in(text: &str) -> Vec<Call> {
                 arguments,
             });
         } else if name == "seccomp" && arguments.first() == Some(&SET_FILTER) {
-            let role = Some(role(names.get(thread).copied()));
-            roles.insert(thread, Filtered { role, line });
+            roles.insert(thread, role(names.get(thread).copied()));
         } else {
             // It has none, even if its parent gets one later.
-            roles.entry(thread).or_default();
+            roles.entry(thread).or_insert("");
         }
     }
     calls
 }
 
-/// The filter of a thread.
-#[derive(Clone, Copy, Default)]
-struct Filtered {
-    /// Its role; `None`: it has none.
-    role: Option<&'static str>,
-    /// From which line on.
-    line: usize,
-}
-
 /// The role of `thread`, if it has a filter by now.
 fn role_of<'a>(
     thread: &'a str,
-    roles: &mut HashMap<&'a str, Filtered>,
-    parents: &HashMap<&'a str, (&'a str, usize)>,
+    roles: &mut HashMap<&'a str, &'static str>,
+    parents: &HashMap<&'a str, &'a str>,
 ) -> Option<&'static str> {
     if !roles.contains_key(thread) {
-        let (parent, started) = parents.get(thread)?;
-        // What was started before the parent had a filter may be seen only after that.
-        let inherited = *roles.get(parent).filter(|it| it.line < *started)?;
+        let inherited = roles.get(parents.get(thread)?).copied()?;
         roles.insert(thread, inherited);
     }
-    roles.get(thread)?.role
+    roles.get(thread).copied().filter(|role| !role.is_empty())
 }
 
-/// Who has started whom, and in which line that was over. The thread may have made calls by then.
-fn parents<'a>(lines: &[(&'a str, &'a str)]) -> HashMap<&'a str, (&'a str, usize)> {
-    let mut threads: HashMap<u64, &str> = HashMap::new();
-    threads.extend(
-        lines
-            .iter()
-            .filter_map(|(it, _)| Some((it.parse().ok()?, *it))),
-    );
-    let mut started = HashMap::new();
-    for (line, (thread, rest)) in lines.iter().enumerate() {
+/// Who has started whom. strace writes down the start when it is over; the thread may have made calls by then.
+fn parents<'a>(lines: &[(&'a str, &'a str)]) -> HashMap<&'a str, &'a str> {
+    let mut started = Vec::new();
+    for (thread, rest) in lines {
         let call = rest.trim_start_matches("<... ");
         if call.starts_with("clone")
             && let Some((_, result)) = rest.rsplit_once("= ")
-            && let Some(child) = number(result).and_then(|number| threads.get(&number))
+            && let Some(number) = number(result)
         {
-            started.insert(*child, (*thread, line));
+            started.push((number.to_string(), *thread));
         }
     }
-    started
+    let own = |child: &str| {
+        lines
+            .iter()
+            .map(|(thread, _)| *thread)
+            .find(|it| *it == child)
+    };
+    let known = started
+        .iter()
+        .filter_map(|(child, parent)| Some((own(child)?, *parent)));
+    known.collect()
 }
 
 fn role(name: Option<&str>) -> &'static str {
@@ -177,9 +170,7 @@ mod tests {
             11 clone3(0x7f, 0x58 <unfinished ...>\n\
             12 gettid() = 0xc\n\
             11 <... clone3 resumed>) = 0xc\n\
-            10 clone3(0x7f, 0x58) = 0xd\n\
             10 seccomp(0x1, 0, 0x7ff) = 0\n\
-            13 ioctl(0x7, 0xae80, 0) = 0\n\
             12 madvise(0x7f0, 0x1000, 0x4) = 0\n\
             10 epoll_wait(0x5, 0x7ff, 0x1, 0xffffffff <unfinished ...>\n";
         let calls = calls_in(text);

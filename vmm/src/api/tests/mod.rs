@@ -162,6 +162,7 @@ impl Bench {
         let kernel = kernel.to_str().unwrap();
         let spec = MachineSpec::try_parse_from(["--kernel", kernel, "--balloon=size=64M"]).unwrap();
         let mut config = spec.validate().unwrap();
+        config.nets = vec![parse_keys("tap=tap0,mac=02:00:00:00:00:01").unwrap()];
         config.disks = vec![parse_keys("path=/d,readonly=on").unwrap()];
         let (go, reclaim) = channel();
         let machine = Arc::new(Machine {
@@ -246,6 +247,9 @@ fn what_can_be_read() {
     assert_eq!(config["machine-config"]["vcpu_count"], 1);
     assert_eq!(config["drives"][0]["path_on_host"], "/d");
     assert_eq!(config["drives"][0]["is_read_only"], true);
+    let interface = &config["network-interfaces"][0];
+    assert_eq!(interface["host_dev_name"], "tap0");
+    assert_eq!(interface["guest_mac"], "02:00:00:00:00:01");
     assert_eq!(config["balloon"]["amount_mib"], 64);
     assert_eq!(config["ebb"]["serial"], "tty");
 }

@@ -4,6 +4,8 @@ pub mod balloon;
 pub mod blk;
 mod device;
 pub mod mmio;
+pub mod net;
 pub mod queue;
+pub mod rng;
 
 pub use device::{Activation, ActivationError, QueueHandle, VirtioDevice, VirtioInterrupt};

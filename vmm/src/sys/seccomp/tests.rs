@@ -7,10 +7,12 @@ use rustix::process::{WaitOptions, waitpid};
 use super::*;
 use crate::sys::process::{block_all_signals, fork_for_test};
 
-const ROLES: [Role; 10] = [
+const ROLES: [Role; 12] = [
     Role::Main,
     Role::Vcpu,
     Role::Block,
+    Role::Net,
+    Role::Rng,
     Role::Balloon,
     Role::Api,
     Role::Reclaim,

@@ -246,6 +246,8 @@ mod tests {
         Disk::open(&DiskConfig {
             path: path.into(),
             readonly,
+            bw: None,
+            ops: None,
         })
     }
 

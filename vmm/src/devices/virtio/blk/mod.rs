@@ -7,7 +7,7 @@ mod wire;
 mod worker;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -15,7 +15,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::queue::{DeviceThread, GuestFaults, ServedQueue, Worker};
+use super::queue::{DeviceThread, GuestFaults, Limiter, ServedQueue, Worker};
 use super::{Activation, ActivationError, VirtioDevice};
 use crate::sys::seccomp::Role;
 use wire::{DEVICE_TYPE, ID_BYTES};
@@ -38,14 +38,16 @@ pub struct Block {
     faults: Arc<GuestFaults>,
     worker: Option<Worker>,
     thread: DeviceThread,
+    limiter: Arc<Mutex<Limiter>>,
 }
 
 impl Block {
-    /// A device for `disk`, number `index` on the command line: threads and logs call it `blk` with that number.
+    /// A device for `disk`, number `index` on the command line: threads and logs call it `blk` with that number. `limiter` has
+    /// its limits.
     ///
     /// # Errors
     /// Its thread could not be started.
-    pub fn new(index: usize, disk: Disk) -> io::Result<Self> {
+    pub fn new(index: usize, disk: Disk, limiter: Limiter) -> io::Result<Self> {
         let name = format!("blk{index}");
         let mut id = [0; ID_BYTES];
         let text = match disk.identity() {
@@ -62,6 +64,7 @@ impl Block {
             id,
             counters: Arc::default(),
             worker: None,
+            limiter: Arc::new(Mutex::new(limiter)),
         })
     }
 
@@ -119,7 +122,12 @@ impl VirtioDevice for Block {
             faults: Arc::clone(&self.faults),
             interrupt: activation.interrupt,
         };
-        let worker = BlockWorker::new(context, ServedQueue::new(0, handle), QUEUE_SIZE);
+        let worker = BlockWorker::new(
+            context,
+            ServedQueue::new(0, handle),
+            QUEUE_SIZE,
+            Arc::clone(&self.limiter),
+        );
         let worker = self.thread.start(worker);
         self.worker = Some(worker.map_err(ActivationError::Worker)?);
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
@@ -36,6 +37,15 @@ struct Rig {
     interrupt: Arc<MockInterrupt>,
 }
 
+fn config(path: PathBuf, readonly: bool) -> DiskConfig {
+    DiskConfig {
+        path,
+        readonly,
+        bw: None,
+        ops: None,
+    }
+}
+
 /// Sector n is full of n.
 fn content() -> Vec<u8> {
     (0..SECTORS as usize * 512)
@@ -48,16 +58,20 @@ impl Rig {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         fs::write(&path, content()).unwrap();
-        Self::over(dir, Disk::open(&DiskConfig { path, readonly }).unwrap())
+        Self::over(dir, Disk::open(&config(path, readonly)).unwrap())
     }
 
     fn over(dir: tempfile::TempDir, disk: Disk) -> Self {
+        Self::limited(dir, disk, Limiter::new(None, None))
+    }
+
+    fn limited(dir: tempfile::TempDir, disk: Disk, limiter: Limiter) -> Self {
         let memory = memory(8);
         let mut rig = Self {
             dir,
             queue: MockQueue::new(&memory, QUEUE, 16),
             memory,
-            block: Block::new(3, disk).unwrap(),
+            block: Block::new(3, disk, limiter).unwrap(),
             interrupt: Arc::default(),
         };
         rig.activate();
@@ -145,6 +159,7 @@ fn what_is_written_is_read_back() {
         written_bytes_total: 512,
         flushes_total: 1,
         errors_total: 0,
+        throttled_total: 0,
     };
     assert_eq!(rig.block.stats(), expected);
     wait_for(
@@ -357,6 +372,57 @@ fn reset_stops_the_thread_and_the_driver_can_come_back() {
         || rig.interrupt.reset.load(Ordering::SeqCst) == 1,
         "reset request",
     );
+}
+
+/// Without a look at the clock: a bucket that fills in a day does not fill here.
+#[test]
+fn limits_hold_requests_back_and_a_reset_does_not_help() {
+    let read = 16 + 512 + 1;
+    for (bandwidth, operations, expected) in [
+        (None, Some("1/86400000+2"), 3),
+        (None, Some("4/86400000"), 4),
+        // The second one begins, because there is a byte left.
+        (Some(format!("{}/86400000", read + 1)), None, 2),
+        (Some(format!("{read}/86400000")), Some("9"), 1),
+    ] {
+        let rate = |text: &str| text.parse().unwrap();
+        let limiter = Limiter::new(bandwidth.as_deref().map(rate), operations.map(rate));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        fs::write(&path, content()).unwrap();
+        let disk = Disk::open(&config(path, true)).unwrap();
+        let mut rig = Rig::limited(dir, disk, limiter);
+        for _ in 0..expected {
+            assert_eq!(rig.request(IN, 0, 512), (STATUS_OK, 513));
+        }
+        let throttled = |rig: &Rig| rig.block.stats().throttled_total;
+        let chain = [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
+        for round in 1..3 {
+            let before = throttled(&rig);
+            rig.header(IN, 0);
+            rig.queue.offer_chain(0, &chain);
+            rig.queue.notify();
+            wait_for(|| throttled(&rig) > before, "limit");
+            assert_eq!(rig.block.stats().reads_total, expected, "round {round}");
+            rig.block.reset();
+            rig.queue = MockQueue::new(&rig.memory, QUEUE, 16);
+            rig.activate();
+        }
+    }
+}
+
+#[test]
+fn what_was_held_back_goes_on_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, content()).unwrap();
+    let disk = Disk::open(&config(path, true)).unwrap();
+    let limiter = Limiter::new(None, Some("5/20".parse().unwrap()));
+    let rig = Rig::limited(dir, disk, limiter);
+    for _ in 0..40 {
+        rig.assert_alive();
+    }
+    assert!(rig.block.stats().throttled_total > 0);
 }
 
 /// Numbers of the specification: a block device is 2; the bits are those of virtio 1.3, 5.2.3 and 6.

@@ -1,7 +1,8 @@
 //! The disk's thread: executes requests one after the other.
 
 use std::io::{self, Seek, SeekFrom};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
@@ -11,7 +12,8 @@ use super::wire::{
 };
 use crate::devices::virtio::VirtioInterrupt;
 use crate::devices::virtio::queue::{
-    Chain, Cursor, GuestFaults, Poller, QueueFailure, ReadError, ServedQueue, StopSignal, Work,
+    Chain, Cursor, GuestFaults, Limiter, Poller, QueueFailure, ReadError, ServedQueue, StopSignal,
+    Work,
 };
 
 /// Bytes that are moved between two checks of the stop signal.
@@ -28,6 +30,8 @@ ebb_core::metrics! {
         flushes_total: Counter,
         /// Requests that failed, for any reason.
         errors_total: Counter,
+        /// Times that requests had to wait for the disk's limits.
+        throttled_total: Counter,
         /// Data that the guest has read.
         read_bytes_total: Counter of Bytes,
         /// Data that the guest has written.
@@ -85,27 +89,47 @@ pub(super) struct BlockWorker {
     context: Context,
     queue: ServedQueue,
     chain: Chain,
+    /// Locked for as long as the thread works: a reset does not fill it up.
+    limiter: Arc<Mutex<Limiter>>,
 }
 
 impl BlockWorker {
-    pub fn new(context: Context, queue: ServedQueue, longest: u16) -> Self {
+    pub fn new(
+        context: Context,
+        queue: ServedQueue,
+        longest: u16,
+        limiter: Arc<Mutex<Limiter>>,
+    ) -> Self {
         Self {
             context,
             queue,
             chain: Chain::with_capacity(longest),
+            limiter,
         }
     }
 
-    fn serve(&mut self, stop: &StopSignal) -> Result<(), QueueFailure> {
+    /// Executes what there is. Returns how long the next request has to wait for the limits, if there may be one that has to.
+    fn serve(
+        &mut self,
+        stop: &StopSignal,
+        limiter: &mut Limiter,
+    ) -> Result<Option<Duration>, QueueFailure> {
         let Self {
             context,
             queue,
             chain,
+            ..
         } = self;
         queue.begin(&context.memory);
         for _ in 0..queue.size() {
             if stop.is_stopped() {
-                return Ok(());
+                return Ok(None);
+            }
+            if let Some(delay) = limiter.delay() {
+                context.counters.throttled_total.increment();
+                // Until then new requests are of no interest.
+                queue.tell(&context.memory, &*context.interrupt, &context.faults);
+                return Ok(Some(delay));
             }
             let Some(loaded) = queue.next(&context.memory, chain)? else {
                 break;
@@ -117,9 +141,11 @@ impl BlockWorker {
                     context.refuse(chain)
                 }
             };
+            limiter.take(context.bytes(chain));
             queue.give_back(&context.memory, chain.head(), written)?;
         }
-        queue.end(&context.memory, &*context.interrupt, &context.faults)
+        queue.end(&context.memory, &*context.interrupt, &context.faults)?;
+        Ok(None)
     }
 }
 
@@ -130,14 +156,18 @@ impl Work for BlockWorker {
 
     fn run(mut self, poller: &Poller) {
         // What the driver made available before it was ready is not notified again.
+        let limiter = Arc::clone(&self.limiter);
+        let mut limiter = limiter.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Err(failure) = self.serve(poller.stop()) {
+            let served = self.serve(poller.stop(), &mut limiter);
+            let delay = served.unwrap_or_else(|failure| {
                 let faults = &self.context.faults;
                 faults.report(failure);
                 let told = self.context.interrupt.needs_reset();
                 told.unwrap_or_else(|error| faults.report(format_args!("interrupt: {error}")));
-            }
-            if !poller.wait(None, |_| {}) {
+                None
+            });
+            if !poller.wait(delay, |_| {}) {
                 return;
             }
         }
@@ -145,6 +175,11 @@ impl Work for BlockWorker {
 }
 
 impl Context {
+    /// What a request counts for the limit of bytes: its data, header and status included.
+    fn bytes(&self, chain: &Chain) -> u64 {
+        chain.readable(&self.memory).remaining() + chain.writable(&self.memory).remaining()
+    }
+
     /// Executes a request and writes its status. Returns the number of contiguous bytes written from the start of its buffers.
     fn answer(&self, chain: &Chain, stop: &StopSignal) -> u32 {
         let mut answer = chain.writable(&self.memory);

@@ -125,6 +125,13 @@ impl Chain {
             .map(|segment| (segment.addr, segment.len))
     }
 
+    /// The buffers that the device may read, in the same way.
+    pub fn readable_buffers(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.readable
+            .iter()
+            .map(|segment| (segment.addr, segment.len))
+    }
+
     /// What the device may read.
     #[must_use]
     pub fn readable<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Cursor<'a> {

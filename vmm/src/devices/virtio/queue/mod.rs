@@ -2,6 +2,7 @@
 //! can be stopped, and a log that a guest cannot flood.
 
 mod chain;
+mod limit;
 mod service;
 #[cfg(test)]
 pub(super) mod tests {
@@ -11,5 +12,6 @@ mod worker;
 
 pub use crate::faults::GuestFaults;
 pub use chain::{Chain, ChainFault, Cursor, ReadError};
+pub use limit::Limiter;
 pub use service::{QueueFailure, ServedQueue};
 pub use worker::{DeviceThread, Poller, StopSignal, Work, Worker};

@@ -139,7 +139,7 @@ impl Poller {
             epoll: Epoll::new()?,
             stop,
         };
-        poller.register(poller.stop.event.as_raw_fd(), STOP)?;
+        poller.register(poller.stop.event.as_raw_fd(), EventSet::IN, STOP)?;
         Ok(poller)
     }
 
@@ -148,15 +148,21 @@ impl Poller {
     /// # Errors
     /// The error of `epoll_ctl`.
     pub fn watch(&self, source: &impl AsRawFd, token: u32) -> io::Result<()> {
-        self.register(source.as_raw_fd(), token.into())
+        self.register(source.as_raw_fd(), EventSet::IN, token.into())
     }
 
-    fn register(&self, fd: RawFd, data: u64) -> io::Result<()> {
-        self.epoll.ctl(
-            ControlOperation::Add,
-            fd,
-            EpollEvent::new(EventSet::IN, data),
-        )
+    /// As [`watch`](Self::watch), for a source that may stay readable: it is reported once each time that more arrives.
+    ///
+    /// # Errors
+    /// The error of `epoll_ctl`.
+    pub fn watch_arrivals(&self, source: &impl AsRawFd, token: u32) -> io::Result<()> {
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        self.register(source.as_raw_fd(), events, token.into())
+    }
+
+    fn register(&self, fd: RawFd, events: EventSet, data: u64) -> io::Result<()> {
+        self.epoll
+            .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
     }
 
     /// The stop signal.
