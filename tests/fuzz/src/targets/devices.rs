@@ -11,6 +11,7 @@ use ebb_vmm::devices::virtio::VirtioDevice;
 use ebb_vmm::devices::virtio::balloon::Balloon;
 use ebb_vmm::devices::virtio::blk::{Block, Disk};
 use ebb_vmm::devices::virtio::mmio::MmioTransport;
+use ebb_vmm::devices::virtio::queue::Limiter;
 use ebb_vmm::guest_memory::GuestMemory;
 use ebb_vmm::irq::Interrupt;
 use tempfile::NamedTempFile;
@@ -49,9 +50,15 @@ fn image() -> NamedTempFile {
 }
 
 fn disk(file: &NamedTempFile, readonly: bool) -> Box<dyn VirtioDevice> {
-    let path = file.path().to_owned();
-    let disk = Disk::open(&DiskConfig { path, readonly }).expect("a disk");
-    Box::new(Block::new(0, disk))
+    let config = DiskConfig {
+        path: file.path().to_owned(),
+        readonly,
+        bw: None,
+        ops: None,
+    };
+    let disk = Disk::open(&config).expect("a disk");
+    let unlimited = Limiter::new(config.bw, config.ops);
+    Box::new(Block::new(0, disk, unlimited).expect("a thread"))
 }
 
 fn transport(memory: &GuestMemory, device: Box<dyn VirtioDevice>) -> MmioTransport {
