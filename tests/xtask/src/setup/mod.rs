@@ -6,6 +6,7 @@ mod other_kernel;
 mod program_disk;
 mod qemu;
 mod root_disk;
+mod stamp;
 mod system_disk;
 
 use ebb_nested_machine::assets::Assets;

@@ -8,6 +8,7 @@ use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Result};
 
 use super::root_disk::{Recipe, format};
+use super::stamp;
 use crate::shell::{Seconds, command, progress, quietly};
 
 /// What the Debian is made of.
@@ -31,34 +32,23 @@ pub fn ensure(root: &Path, assets: &Assets) -> Result<()> {
     let recipe = Recipe::read(root, RECIPE)?;
     let unit = root.join(UNIT);
     let unit = fs::read_to_string(&unit).context(|| format!("read {}", unit.display()))?;
-    let (image, stamp_file) = (
-        &assets.program_disk,
-        assets.program_disk.with_extension("stamp"),
-    );
     let stamp = format!("{}\n{unit}\n{}", recipe.text(), assets.release);
-    if image.exists() && fs::read_to_string(&stamp_file).is_ok_and(|old| old == stamp) {
-        return Ok(());
-    }
     let start = std::time::Instant::now();
-    let tree = image.with_extension("tree");
-    let make = || {
-        recipe.unpack(&tree)?;
+    let image = &assets.program_disk;
+    let made = stamp::ensure(image, stamp.as_bytes(), |tree| {
+        recipe.unpack(tree)?;
         let modules = tree.join("lib/modules");
         fs::create_dir_all(&modules).context(|| format!("create {}", modules.display()))?;
         let mut copy = command("cp", ["-a"]);
         copy.arg(&assets.modules).arg(&modules);
         quietly(copy)?;
-        units(&tree, &unit)?;
-        format(&tree, image, recipe.setting("size")?)
-    };
-    let result = make();
-    let _ = fs::remove_dir_all(&tree); // A failed build leaves half a tree.
-    result?;
-    fs::write(&stamp_file, stamp).context(|| format!("write {}", stamp_file.display()))?;
-    progress(format_args!(
-        "the Debian with programs is ready in {}",
-        Seconds(start.elapsed())
-    ));
+        units(tree, &unit)?;
+        format(tree, image, recipe.setting("size")?)
+    })?;
+    if made {
+        let time = Seconds(start.elapsed());
+        progress(format_args!("the Debian with programs is ready in {time}"));
+    }
     Ok(())
 }
 

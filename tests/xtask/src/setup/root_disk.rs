@@ -5,6 +5,7 @@ use std::path::Path;
 
 use ebb_nested_machine::error::{Context, Error, Result};
 
+use super::stamp;
 use crate::shell::{Seconds, Size, command, progress, quietly};
 
 /// What the image is made of.
@@ -92,26 +93,19 @@ pub fn format(tree: &Path, image: &Path, size: &str) -> Result<()> {
 pub fn ensure(root: &Path, image: &Path) -> Result<()> {
     let recipe = Recipe::read(root, RECIPE)?;
     let init = fs::read_to_string(root.join(INIT)).context(|| format!("read {INIT}"))?;
-    let stamp_file = image.with_extension("stamp");
     let stamp = format!("{}\n{init}", recipe.text());
-    if image.exists() && fs::read_to_string(&stamp_file).is_ok_and(|old| old == stamp) {
-        return Ok(());
-    }
     let start = std::time::Instant::now();
-    let tree = image.with_extension("tree");
-    let make = || {
-        recipe.unpack(&tree)?;
-        install_init(&root.join(INIT), &tree)?;
-        format(&tree, image, recipe.setting("size")?)
-    };
-    let result = make();
-    let _ = fs::remove_dir_all(&tree); // A failed build leaves half a tree.
-    result?;
-    fs::write(&stamp_file, stamp).context(|| format!("write {}", stamp_file.display()))?;
-    progress(format_args!(
-        "root disk ready in {}",
-        Seconds(start.elapsed())
-    ));
+    let made = stamp::ensure(image, stamp.as_bytes(), |tree| {
+        recipe.unpack(tree)?;
+        install_init(&root.join(INIT), tree)?;
+        format(tree, image, recipe.setting("size")?)
+    })?;
+    if made {
+        progress(format_args!(
+            "root disk ready in {}",
+            Seconds(start.elapsed())
+        ));
+    }
     Ok(())
 }
 

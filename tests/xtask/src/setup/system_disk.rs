@@ -8,6 +8,7 @@ use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Result};
 
 use super::root_disk::{Recipe, format};
+use super::stamp;
 use crate::shell::{Seconds, command, progress, quietly};
 
 /// What the Debian is made of.
@@ -26,21 +27,14 @@ pub fn ensure(root: &Path, assets: &Assets) -> Result<()> {
         &read(&assets.ebb_guest_agent)?,
     ]
     .concat();
-    let (image, stamp_file) = (
-        &assets.system_disk,
-        assets.system_disk.with_extension("stamp"),
-    );
-    if image.exists() && fs::read(&stamp_file).is_ok_and(|old| old == stamp) {
-        return Ok(());
-    }
     let start = std::time::Instant::now();
-    progress("installing ebb-guest into a Debian with systemd");
-    let tree = image.with_extension("tree");
-    let result = install(root, assets, &base, &tree);
-    let _ = fs::remove_dir_all(&tree); // A failed build leaves half a tree.
-    result?;
-    fs::write(&stamp_file, stamp).context(|| format!("write {}", stamp_file.display()))?;
-    progress(format_args!("done in {}", Seconds(start.elapsed())));
+    let made = stamp::ensure(&assets.system_disk, &stamp, |tree| {
+        progress("installing ebb-guest into a Debian with systemd");
+        install(root, assets, &base, tree)
+    })?;
+    if made {
+        progress(format_args!("done in {}", Seconds(start.elapsed())));
+    }
     Ok(())
 }
 
@@ -48,14 +42,9 @@ pub fn ensure(root: &Path, assets: &Assets) -> Result<()> {
 fn base(root: &Path, cache: &Path, assets: &Assets) -> Result<PathBuf> {
     let recipe = Recipe::read(root, RECIPE)?;
     let packed = cache.join("system-base.tar");
-    let stamp_file = packed.with_extension("stamp");
     let stamp = format!("{}\n{}", recipe.text(), assets.release);
-    if packed.exists() && fs::read_to_string(&stamp_file).is_ok_and(|old| old == stamp) {
-        return Ok(packed);
-    }
-    let tree = cache.join("system-base.tree");
-    let make = || {
-        recipe.unpack(&tree)?;
+    stamp::ensure(&packed, stamp.as_bytes(), |tree| {
+        recipe.unpack(tree)?;
         let release = &assets.release;
         let modules = assets.modules.to_string_lossy().into_owned();
         let kernel = |path: &Path| path.to_string_lossy().into_owned();
@@ -68,17 +57,13 @@ fn base(root: &Path, cache: &Path, assets: &Assets) -> Result<PathBuf> {
             fs::create_dir_all(&to).context(|| format!("create {}", to.display()))?;
             quietly(command("cp", ["-a", &what, &to.to_string_lossy()]))?;
         }
-        let mut initramfs = command("chroot", [&tree]);
+        let mut initramfs = command("chroot", [tree]);
         initramfs.args(["update-initramfs", "-c", "-k", release]);
         quietly(initramfs)?;
         let mut tar = command("tar", ["-cf"]);
-        tar.arg(&packed).arg("-C").arg(&tree).arg(".");
-        quietly(tar)
-    };
-    let result = make();
-    let _ = fs::remove_dir_all(&tree); // A failed build leaves half a tree.
-    result?;
-    fs::write(&stamp_file, stamp).context(|| format!("write {}", stamp_file.display()))?;
+        tar.arg(&packed).arg("-C").arg(tree).arg(".");
+        quietly(tar).map(drop)
+    })?;
     Ok(packed)
 }
 
