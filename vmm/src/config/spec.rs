@@ -71,7 +71,7 @@ pub struct MachineSpec {
     #[arg(long, action = Set, value_parser = on_off(), value_name = "on|off", hide_possible_values = true, default_value = "on")]
     pub guardian: bool,
     /// Threads may make those system calls only that they need
-    #[arg(long, value_name = "HOW", default_value = "log")]
+    #[arg(long, value_name = "HOW", default_value = "on")]
     pub seccomp: Seccomp,
     /// Name of the machine: letters, digits and hyphens
     #[arg(long, value_name = "NAME", default_value = "ebb")]
