@@ -49,8 +49,9 @@ impl Watch<'_> {
         // Signals for the monitor's terminal or process group do not concern the guardian.
         let _ = rustix::process::setsid();
         let _ = rustix::thread::set_name(c"ebb-guardian");
-        sys::process::shrink();
         Role::Guardian.enter();
+        // Last: each page of code that is touched brings its neighbours with it.
+        sys::process::shrink();
         wait_for_exit(self.monitor, None);
         if !self.status.is_finished()
             && let Some(terminal) = &self.terminal
