@@ -129,23 +129,23 @@ impl Stage {
     /// Writes a file in memory.
     fn write(&mut self, name: &str, from: &str, bytes: u64) -> Result<()> {
         let count = bytes / MIB;
-        let command = format!("dd if=/dev/{from} of=/work/{name} bs=1M count={count} 2>/dev/null");
+        let command = format!("dd if=/dev/{from} of=/mnt/{name} bs=1M count={count} 2>/dev/null");
         self.guest.must(&command).map(drop)
     }
 
     fn checksum(&mut self) -> Result<String> {
-        self.guest.must("sha256sum /work/kept")
+        self.guest.must("sha256sum /mnt/kept")
     }
 
     fn guest_works(&mut self) -> Result<String> {
         self.mark_now("a job in the guest uses memory, and frees it");
         self.guest
-            .must("mkdir -p /work && mount -t tmpfs -o size=900M tmpfs /work")?;
+            .must("mkdir -p /mnt && mount -t tmpfs -o size=900M tmpfs /mnt")?;
         self.write("kept", "urandom", KEPT)?;
         let kept = self.checksum()?;
         self.write("job", "zero", FREED)?;
         self.found.rss[0] = self.rss()?;
-        self.guest.must("rm /work/job")?;
+        self.guest.must("rm /mnt/job")?;
         self.found.rss[1] = self.rss()?;
         let text = format!("a job uses {} and frees it; nobody is told", Size(FREED));
         self.narrator.say("guest", text);
