@@ -7,7 +7,7 @@ use ebb_harness::size::MIB;
 use ebb_harness::wait::{LONG, until};
 use serde_json::json;
 
-use super::{TAKEN, Way};
+use super::{INFLATED, TAKEN, Way};
 use crate::qemu::{Machine, Qemu};
 
 const RAM: u64 = 1 << 30;
@@ -137,7 +137,7 @@ impl Way for Scene {
 
     fn ask(&mut self) -> Result<()> {
         match self.ask {
-            Ask::Balloon => self.set_balloon(TAKEN),
+            Ask::Balloon => self.set_balloon(INFLATED),
             Ask::Unplug => self.request(PLUGGED - TAKEN),
             Ask::Wait => Ok(()),
         }
