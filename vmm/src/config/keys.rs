@@ -212,6 +212,15 @@ fn split(text: &str) -> Result<Vec<String>, ConfigError> {
     Ok(parts)
 }
 
+/// Checks that each text is refused with a message that holds the given part.
+#[cfg(test)]
+pub(super) fn assert_refused<T: Keys + std::fmt::Debug>(cases: &[(&str, &str)]) {
+    for (text, part) in cases {
+        let message = parse_keys::<T>(text).unwrap_err().to_string();
+        assert!(message.contains(part), "{message:?} lacks {part:?}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use ebb_core::release::Release;
 use serde::Serialize;
 
-use super::spec::{DiskConfig, KernelEntry, LazyConfig, NetConfig, SerialConfig};
+use super::disk::DiskConfig;
+use super::lazy::LazyConfig;
+use super::net::NetConfig;
+use super::spec::{KernelEntry, SerialConfig};
 use crate::sys::seccomp;
 
 /// Everything that `ebb run` needs to build a machine.

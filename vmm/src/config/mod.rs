@@ -1,11 +1,15 @@
 //! What the operator asks for: options parsed, then checked and made a typed description of the machine.
 
+mod balloon;
+mod disk;
 mod error;
 mod files;
 mod keys;
+mod lazy;
 mod limits;
 mod mac;
 mod machine;
+mod net;
 mod number;
 mod rate;
 mod size;
@@ -14,15 +18,15 @@ mod spec;
 mod tests;
 mod validate;
 
+pub use disk::DiskConfig;
 pub use error::ConfigError;
 pub use files::{SocketPath, check_socket};
 pub use keys::{choices, explain, parse_keys};
+pub use lazy::{LazyConfig, LazyMode};
 pub use mac::MacAddress;
 pub use machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, MemoryConfig};
+pub use net::NetConfig;
 pub use number::parse_size;
 pub use rate::Rate;
 pub use size::format_size;
-pub use spec::{
-    DiskConfig, KernelEntry, LazyConfig, LazyMode, MachineSpec, NetConfig, SerialConfig,
-    SocketSpec, TeardownSpec,
-};
+pub use spec::{KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec};

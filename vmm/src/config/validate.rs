@@ -3,14 +3,14 @@
 use ebb_hypercall_abi::arena::{Layout, MAX_ID};
 
 use super::ConfigError;
+use super::balloon::BalloonSpec;
 use super::files::{check_disks, check_image, check_output, check_socket};
 use super::keys::defaults;
+use super::lazy::{LazyConfig, LazyMode};
 use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
 use super::machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, MemoryConfig};
-use super::spec::{
-    ArenaSpec, BalloonSpec, CpusSpec, LazyConfig, LazyMode, MachineSpec, MemorySpec, NetConfig,
-    SerialConfig,
-};
+use super::net::NetConfig;
+use super::spec::{ArenaSpec, CpusSpec, MachineSpec, MemorySpec, SerialConfig};
 
 /// Minimum of the default reserve in bytes, unless that is more than half of the guest's memory.
 const MIN_RESERVE: u64 = 64 << 20;
