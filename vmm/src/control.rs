@@ -118,6 +118,18 @@ pub trait Controller: Send + Sync {
     /// the machine stops.
     fn reclaim(&self, bytes: u64, timeout: Option<Duration>) -> ReclaimOutcome;
 
+    /// Pauses the machine: returns when no vCPU is in the guest and no device uses its memory. Does nothing if it is paused.
+    ///
+    /// # Errors
+    /// [`CommandError::Failed`] if the machine is ending.
+    fn pause(&self) -> Result<(), CommandError>;
+
+    /// Lets the machine run again. Does nothing if it runs.
+    ///
+    /// # Errors
+    /// [`CommandError::Failed`] if the machine is ending.
+    fn resume(&self) -> Result<(), CommandError>;
+
     /// How the guest's memory will be freed when the machine ends.
     fn teardown(&self) -> TeardownState;
 
@@ -137,6 +149,8 @@ pub enum InstanceState {
     Building,
     /// Its vCPUs run.
     Running,
+    /// Its vCPUs and devices rest.
+    Paused,
 }
 
 /// How far the guest's memory is populated (`prefault=on`).

@@ -17,7 +17,7 @@ use ebb_vmm::hypercall::{Hypercalls, offer};
 use ebb_vmm::kvm::{Hypervisor, KickTable, Machine, RunPages, prepare_kicks};
 use ebb_vmm::memory::{Backing, GuestRam};
 use ebb_vmm::reclaim::{EntryHook, ReclaimTuning, Reclaimer};
-use ebb_vmm::vcpu::{Shared, Vcpus};
+use ebb_vmm::vcpu::{PauseSwitch, Shared, Vcpus};
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
@@ -155,6 +155,7 @@ impl Rig {
             mmio: Bus::default(),
             gate: Arc::clone(&gate),
             entry_hook: Arc::new(NothingToDo),
+            pause: Arc::new(PauseSwitch::new(vcpus, Arc::clone(&kicks))),
             kicks,
             run_pages: Arc::new(RunPages::new(0, 4096)),
             hypercalls: Arc::new(Hypercalls::new(

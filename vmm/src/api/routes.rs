@@ -88,6 +88,7 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
         "/vm/config",
         Always(|machine, _| Reply::json(&view::config(machine.config()))),
     ),
+    (Method::PATCH, "/vm", Running(patch_vm)),
     (
         Method::GET,
         "/balloon",
@@ -148,6 +149,25 @@ pub(super) fn find(method: &Method, path: &str) -> Result<Handler, Fault> {
         message: format!("{path} does not know {method}; it knows {methods}"),
         allow: Some(methods),
     })
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VmUpdate {
+    state: String,
+}
+
+fn patch_vm(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+    let update: VmUpdate = parse(body)?;
+    match update.state.as_str() {
+        "Paused" => machine.pause()?,
+        "Resumed" => machine.resume()?,
+        other => {
+            let message = format!("unknown state '{other}'; there are Paused and Resumed");
+            return Err(Fault::bad_request(message));
+        }
+    }
+    Ok(Reply::Done)
 }
 
 #[derive(Deserialize)]

@@ -60,6 +60,10 @@ enum Command {
         #[arg(value_name = "KEY=VALUE", value_parser = parse_keys::<TeardownSpec>)]
         settings: Vec<TeardownSpec>,
     },
+    /// Pause the machine: no vCPU runs and no device uses its memory until it is resumed
+    Pause,
+    /// Let a paused machine run again
+    Resume,
     /// End the machine
     Stop,
     /// Ask the guest to shut down, by Ctrl-Alt-Del, and wait; end the machine if it does not
@@ -100,6 +104,8 @@ pub fn main(args: Args) -> u8 {
         Command::Reclaim { size } => reclaim(&socket, size),
         Command::Teardown { settings } if settings.is_empty() => teardown(&socket),
         Command::Teardown { settings } => set_teardown(&socket, &settings),
+        Command::Pause => set_state(&socket, "Paused"),
+        Command::Resume => set_state(&socket, "Resumed"),
         Command::Stop => stop(&socket),
         Command::Shutdown { timeout } => shutdown(&socket, Duration::from_secs(timeout)),
         Command::Wait { memory_free: _ } => return wait(&socket),
@@ -179,6 +185,12 @@ fn reclaim(socket: &Path, size: u64) -> Result<String, ClientError> {
         ""
     };
     Ok(format!("{bytes} returned to the host in {time:?}{more}"))
+}
+
+fn set_state(socket: &Path, state: &str) -> Result<String, ClientError> {
+    let body = json!({ "state": state });
+    api::request(socket, Method::PATCH, "/vm", Some(&body), TIMEOUT)?;
+    Ok(String::new())
 }
 
 fn stop(socket: &Path) -> Result<String, ClientError> {
@@ -309,6 +321,7 @@ fn describe_machine(info: &InstanceInfo) -> String {
     };
     let doing = match (info.state, info.prefault) {
         (InstanceState::Running, _) => "running".to_owned(),
+        (InstanceState::Paused, _) => "paused".to_owned(),
         (InstanceState::Building, None) => "being built".to_owned(),
         (InstanceState::Building, Some(prefault)) => {
             let (done, total) = (human(prefault.populated_bytes), human(prefault.total_bytes));

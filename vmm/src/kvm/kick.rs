@@ -86,6 +86,21 @@ impl KickTarget {
     }
 }
 
+impl KickTarget {
+    /// Makes the next [`run`](Self::run) return `EINTR` without entering the guest, once KVM has completed what the last exit
+    /// has begun (Linux, `Documentation/virt/kvm/api.rst`, 5. The kvm_run structure, `immediate_exit` and `KVM_EXIT_MMIO`).
+    pub fn return_at_once(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+    }
+
+    /// Tells the guest, if it uses kvmclock, that it was paused, so that its watchdogs do not take that for a lockup
+    /// (`KVM_KVMCLOCK_CTRL`).
+    pub fn was_paused(&mut self) {
+        // Refused if the guest does not use kvmclock.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+}
+
 impl Drop for KickTarget {
     fn drop(&mut self) {
         IMMEDIATE_EXIT.set(ptr::null_mut());

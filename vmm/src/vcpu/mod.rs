@@ -1,12 +1,12 @@
 //! vCPU threads: enter the guest, handle its exits, stop.
 
+mod pause;
 mod setup;
 
 use std::fmt::Display;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -23,7 +23,9 @@ use crate::kvm::{KickTable, KickTarget, MSR_KVM_SYSTEM_TIME_NEW, RunPages, kick}
 use crate::reclaim::EntryHook;
 use crate::strict::Strict;
 use crate::sys::seccomp::Role;
+use pause::Wish;
 
+pub use pause::{Ending, PauseSwitch};
 pub use setup::{VcpuSetup, configure};
 
 /// Time until a kick is tried again that could not be sent.
@@ -41,6 +43,8 @@ pub struct Shared {
     pub entry_hook: Arc<dyn EntryHook>,
     /// The table by which the gate kicks vCPUs. Their threads register in it.
     pub kicks: Arc<KickTable>,
+    /// Pauses and stops the threads.
+    pub pause: Arc<PauseSwitch>,
     /// Where the threads register the pages that they share with KVM.
     pub run_pages: Arc<RunPages>,
     /// Carries out the guest's calls.
@@ -55,27 +59,27 @@ pub struct Shared {
 
 /// The vCPU threads of a running machine.
 pub struct Vcpus {
-    stopping: Arc<AtomicBool>,
+    pause: Arc<PauseSwitch>,
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. The threads enter the guest at once.
+    /// Starts a thread for each vCPU. The threads enter the guest at once, unless they are paused.
     ///
     /// # Errors
     /// A thread could not be started. Those that were started are stopped again.
     pub fn start(vcpus: Vec<VcpuFd>, shared: &Arc<Shared>) -> io::Result<Self> {
         let mut started = Self {
-            stopping: Arc::default(),
+            pause: Arc::clone(&shared.pause),
             gate: Arc::clone(&shared.gate),
             threads: Vec::new(),
         };
         for (index, fd) in vcpus.into_iter().enumerate() {
-            let (shared, stopping) = (Arc::clone(shared), Arc::clone(&started.stopping));
+            let shared = Arc::clone(shared);
             let thread = thread::Builder::new()
                 .name(format!("ebb-vcpu{index}"))
-                .spawn(move || run_thread(index, fd, &shared, &stopping));
+                .spawn(move || run_thread(index, fd, &shared));
             match thread {
                 Ok(thread) => started.threads.push(thread),
                 Err(error) => {
@@ -89,7 +93,7 @@ impl Vcpus {
 
     /// Brings every vCPU out of the guest for good, and waits until all threads have ended.
     pub fn stop(&mut self) {
-        self.stopping.store(true, Ordering::SeqCst);
+        self.pause.stop();
         // Wakes the threads that wait at the gate, which a kick does not do.
         self.gate.stop();
         let mut left: Vec<_> = self.threads.iter().filter(|it| !kick(it)).collect();
@@ -111,9 +115,9 @@ impl Drop for Vcpus {
 }
 
 /// What a vCPU thread runs. A panic in a device ends the machine, not just the thread.
-fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) {
+fn run_thread(index: usize, fd: VcpuFd, shared: &Shared) {
     Role::Vcpu.enter();
-    let run = AssertUnwindSafe(|| run(index, fd, shared, stopping));
+    let run = AssertUnwindSafe(|| run(index, fd, shared));
     match catch_unwind(run) {
         Ok(None) => {}
         Ok(Some(reason)) => (shared.on_exit)(reason),
@@ -122,18 +126,22 @@ fn run_thread(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) 
             tracing::error!("vCPU {index}: a device model panicked");
         }
     }
+    shared.pause.has_ended();
 }
 
 /// Runs the guest until it ends the machine, and returns why; `None` if the machine is stopped.
-fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Option<ExitReason> {
+fn run(index: usize, fd: VcpuFd, shared: &Shared) -> Option<ExitReason> {
     let mut vcpu = KickTarget::new(fd, &shared.run_pages, index);
     let _registration = shared.kicks.register(index);
     loop {
         shared.entry_hook.before_entry();
         // First forget earlier kicks, then look for their reasons: a kick that comes later makes KVM_RUN return at once.
         vcpu.clear_kick();
-        if stopping.load(Ordering::SeqCst) {
-            return None;
+        let wish = shared.pause.wish();
+        match wish {
+            Wish::Run => {}
+            Wish::Pause => vcpu.return_at_once(),
+            Wish::Stop => return None,
         }
         report_caught_access(index, &mut vcpu, shared);
         let exit = {
@@ -161,6 +169,10 @@ fn run(index: usize, fd: VcpuFd, shared: &Shared, stopping: &AtomicBool) -> Opti
             Ok((VcpuExit::SystemEvent(event, _), _)) => Action::Exit(reason_of(event)),
             Ok((VcpuExit::Shutdown, _)) => crash(index, "triple fault"),
             Ok((other, _)) => crash(index, format_args!("KVM cannot go on: {other:?}")),
+            Err(error) if error.errno() == libc::EINTR && wish == Wish::Pause => {
+                shared.pause.rest(index, &mut vcpu);
+                Action::Continue
+            }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Action::Continue,
             Err(error) => crash(index, format_args!("KVM_RUN failed: {error}")),
         };

@@ -7,6 +7,7 @@ use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
 
 use super::instance::Instance;
+use super::pause::Pausing;
 use crate::arena::Arena;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
@@ -34,6 +35,8 @@ pub struct Control {
     pub hypercalls: Arc<Hypercalls>,
     /// Frees the guest's memory at the end.
     pub teardown: Arc<Teardown>,
+    /// Pauses and resumes the machine.
+    pub pausing: Pausing,
 }
 
 fn failed(error: impl std::error::Error) -> CommandError {
@@ -144,6 +147,14 @@ impl Controller for Control {
             duration_us: u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX),
             cut_short: outcome.cut_short,
         }
+    }
+
+    fn pause(&self) -> Result<(), CommandError> {
+        self.pausing.pause().map_err(failed)
+    }
+
+    fn resume(&self) -> Result<(), CommandError> {
+        self.pausing.resume().map_err(failed)
     }
 
     fn teardown(&self) -> TeardownState {

@@ -27,6 +27,7 @@ pub struct Instance {
     keyboard: OnceLock<Arc<Mutex<I8042>>>,
     populated: AtomicU64,
     runs: AtomicBool,
+    paused: AtomicBool,
 }
 
 impl Instance {
@@ -41,6 +42,7 @@ impl Instance {
             keyboard: OnceLock::new(),
             populated: AtomicU64::new(0),
             runs: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
         }
     }
 
@@ -70,24 +72,35 @@ impl Instance {
         self.exit.reason().is_some()
     }
 
-    /// Its vCPUs run.
+    /// It is built, and runs unless it is paused.
     pub fn set_running(&self) {
         self.runs.store(true, Ordering::Relaxed);
+    }
+
+    /// Its vCPUs and devices rest, or do not any more.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
+    }
+
+    fn state(&self) -> InstanceState {
+        if !self.runs.load(Ordering::Relaxed) {
+            InstanceState::Building
+        } else if self.paused.load(Ordering::Relaxed) {
+            InstanceState::Paused
+        } else {
+            InstanceState::Running
+        }
     }
 }
 
 impl crate::control::Instance for Instance {
     fn info(&self) -> InstanceInfo {
-        let runs = self.runs.load(Ordering::Relaxed);
+        let state = self.state();
         let memory = &self.config.memory;
         InstanceInfo {
             id: self.config.id.clone(),
-            state: if runs {
-                InstanceState::Running
-            } else {
-                InstanceState::Building
-            },
-            prefault: (memory.prefault && !runs).then(|| Prefault {
+            state,
+            prefault: (memory.prefault && state == InstanceState::Building).then(|| Prefault {
                 populated_bytes: self.populated.load(Ordering::Relaxed),
                 total_bytes: memory.size,
             }),

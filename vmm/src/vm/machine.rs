@@ -1,6 +1,6 @@
 //! A machine from its first mapping to the last page freed.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use ebb_core::range::GpaRange;
 use ebb_hypercall_abi::Features;
@@ -15,11 +15,13 @@ use super::control::Control;
 use super::events::{self, ExitSlot, Operator};
 use super::instance::{Instance, Service};
 use super::memory;
+use super::pause::{Pausing, VirtioDevices};
 use crate::arch::registers::Entry;
 use crate::arch::{acpi, reset};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::ExitReason;
 use crate::config::{DiskConfig, MachineConfig, NetConfig};
+use crate::devices::virtio::balloon::BalloonHandle;
 use crate::devices::virtio::blk::Disk;
 use crate::devices::virtio::net::open_tap;
 use crate::guardian::Guardian;
@@ -33,7 +35,7 @@ use crate::sys::seccomp::Role;
 use crate::sys::tap::Tap;
 use crate::sys::{RawMode, Signals};
 use crate::teardown::{PageSize, Teardown};
-use crate::vcpu::{self, Shared, VcpuSetup, Vcpus};
+use crate::vcpu::{self, PauseSwitch, Shared, VcpuSetup, Vcpus};
 
 /// A running machine. [`Vm::shut_down`] stops reclaim, so that nobody waits for it, and ends the parts in the order of the
 /// fields: first those that give orders, then those that touch guest memory, then KVM, and the memory last.
@@ -41,7 +43,7 @@ pub struct Vm {
     reclaimer: Arc<Reclaimer>,
     input: Option<Box<dyn MutEventSubscriber>>,
     vcpus: Vcpus,
-    devices: DeviceStop,
+    devices: Arc<VirtioDevices>,
     reclaim: Option<ReclaimThread>,
     strict: Option<StrictThread>,
     kvm: kvm::Machine,
@@ -50,20 +52,6 @@ pub struct Vm {
     output: Option<Arc<Outlet>>,
     /// Restores the terminal when dropped.
     raw_mode: Option<RawMode>,
-}
-
-/// Stops the devices of a running machine.
-struct DeviceStop(Vec<Arc<std::sync::Mutex<crate::devices::virtio::mmio::MmioTransport>>>);
-
-impl DeviceStop {
-    fn stop(&self) {
-        for transport in &self.0 {
-            transport
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .shut_down();
-        }
-    }
 }
 
 impl Vm {
@@ -80,8 +68,10 @@ impl Vm {
         let mut host = Hypervisor::open()?;
         let setup = memory::setup(config);
         host.check_limits(config.vcpus, setup.end())?;
-        let disks = open_disks(&config.disks)?;
-        let taps = open_taps(&config.nets)?;
+        let backends = Backends {
+            disks: open_disks(&config.disks)?,
+            taps: open_taps(&config.nets)?,
+        };
         let vcpus = config.vcpus as usize;
         let kicks = Arc::new(KickTable::new(vcpus));
         let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
@@ -111,16 +101,7 @@ impl Vm {
         if memory.kernel().is_enabled() {
             devices.attach_fw_cfg(&ram)?;
         }
-        devices.attach_disks(&machine, &ram, config, disks)?;
-        let sink = Arc::clone(&memory) as _;
-        let balloon = match &config.balloon {
-            Some(balloon) => Some(devices.attach_balloon(&machine, &ram, balloon, sink)?),
-            None => None,
-        };
-        devices.attach_nets(&machine, &ram, config, taps)?;
-        if config.rng {
-            devices.attach_rng(&machine, &ram)?;
-        }
+        let balloon = attach_virtio(&mut devices, &machine, config, &memory, backends)?;
 
         let entry = load_guest(config, &setup, &ram, &devices)?;
         let instruction = host.take_hypercalls(&machine)?;
@@ -136,8 +117,14 @@ impl Vm {
         // Last, so that an error before this leaves no file behind and the terminal unchanged.
         let console = devices.attach_serial(&machine, &config.serial, &instance.exit)?;
         instance.set_console(console.output.as_ref());
+        let pausing = Pausing::new(
+            PauseSwitch::new(vcpus.len(), Arc::clone(&kicks)),
+            VirtioDevices(std::mem::take(&mut devices.virtio)),
+            Arc::clone(instance),
+        );
         let control = Control {
             instance: Arc::clone(instance),
+            pausing,
             balloon,
             auto: None,
             hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
@@ -155,12 +142,7 @@ impl Vm {
         vcpus: Vec<VcpuFd>,
         mut control: Control,
     ) -> Result<(Self, Control), LaunchError> {
-        let Devices {
-            ports,
-            mmio,
-            virtio,
-            ..
-        } = devices;
+        let Devices { ports, mmio, .. } = devices;
         let exit = Arc::clone(&control.instance.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
         let teardown = Arc::clone(&control.teardown);
@@ -179,6 +161,7 @@ impl Vm {
             gate: Arc::clone(memory.gate()),
             entry_hook: Arc::clone(memory.reclaimer()) as _,
             kicks,
+            pause: Arc::clone(control.pausing.switch()),
             run_pages: Arc::clone(teardown.run_pages()),
             hypercalls,
             kernel: Arc::clone(memory.kernel()),
@@ -190,7 +173,7 @@ impl Vm {
             reclaimer: Arc::clone(memory.reclaimer()),
             input: console.input,
             vcpus,
-            devices: DeviceStop(virtio),
+            devices: Arc::clone(control.pausing.devices()),
             reclaim,
             strict,
             kvm,
@@ -241,6 +224,33 @@ impl Vm {
         drop((reclaimer, vcpus, devices));
         teardown.free((kvm, pressure));
     }
+}
+
+/// What the devices of a machine work on, opened before anything is built.
+struct Backends {
+    disks: Vec<Disk>,
+    taps: Vec<Tap>,
+}
+
+/// Attaches the virtio devices. Returns the balloon's handle, if there is one.
+fn attach_virtio(
+    devices: &mut Devices,
+    machine: &kvm::Machine,
+    config: &MachineConfig,
+    memory: &Arc<GuestMemory>,
+    backends: Backends,
+) -> Result<Option<BalloonHandle>, LaunchError> {
+    let ram = memory.ram().memory();
+    devices.attach_disks(machine, &ram, config, backends.disks)?;
+    let sink = || Arc::clone(memory) as _;
+    let balloon = config.balloon.as_ref();
+    let balloon = balloon.map(|balloon| devices.attach_balloon(machine, &ram, balloon, sink()));
+    let balloon = balloon.transpose()?;
+    devices.attach_nets(machine, &ram, config, backends.taps)?;
+    if config.rng {
+        devices.attach_rng(machine, &ram)?;
+    }
+    Ok(balloon)
 }
 
 /// The balloon that runs itself, if it shall.

@@ -7,6 +7,7 @@ mod events;
 mod instance;
 mod machine;
 mod memory;
+mod pause;
 
 use std::io;
 use std::path::PathBuf;

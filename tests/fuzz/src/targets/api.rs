@@ -69,6 +69,14 @@ impl Controller for Machine {
         ReclaimOutcome::default()
     }
 
+    fn pause(&self) -> Result<(), CommandError> {
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), CommandError> {
+        Ok(())
+    }
+
     fn teardown(&self) -> TeardownState {
         TeardownState::default()
     }

@@ -126,6 +126,16 @@ impl Controller for Machine {
         }
     }
 
+    fn pause(&self) -> Result<(), CommandError> {
+        self.note("pause");
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), CommandError> {
+        self.note("resume");
+        Err(CommandError::Failed("the machine is ending".to_owned()))
+    }
+
     fn teardown(&self) -> TeardownState {
         TeardownState {
             workers: 3,
@@ -282,6 +292,7 @@ fn what_can_be_changed() {
             json!({ "batch_bytes": 4096 }),
             "teardown None Some(4096)",
         ),
+        (Method::PATCH, "/vm", json!({ "state": "Paused" }), "pause"),
         (
             Method::PUT,
             "/actions",
@@ -342,6 +353,12 @@ const REFUSED: &[(&str, u16, &str)] = &[
         r#"PATCH /balloon/statistics {"stats_polling_interval_s": 13}"#,
         500,
         "failed",
+    ),
+    (r#"PATCH /vm {"state": "Resumed"}"#, 400, "is ending"),
+    (
+        r#"PATCH /vm {"state": "Asleep"}"#,
+        400,
+        "there are Paused and Resumed",
     ),
     (
         r#"PUT /actions {"action_type": "InstanceStart"}"#,

@@ -7,6 +7,8 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::queue::Worker;
+
 /// By this a device notifies its driver (virtio 1.3, 4.2.2: interrupt status).
 pub trait VirtioInterrupt: Send + Sync {
     /// Notifies that buffers in a queue were used.
@@ -82,6 +84,9 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// [`ActivationError`]; the device then has not changed.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivationError>;
+
+    /// What works for the device now. While the machine is paused all of it rests, see `Worker::pause`.
+    fn workers(&self) -> &[Worker];
 
     /// Stops the device and forgets the driver. When this returns, the device uses no queue and no guest memory any
     /// more, and all pages that the driver had given to it belong to the driver again. Also called for a device that

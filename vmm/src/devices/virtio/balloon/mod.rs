@@ -186,6 +186,10 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
+    fn workers(&self) -> &[Worker] {
+        &self.workers
+    }
+
     fn reset(&mut self) {
         self.shared.unbind();
         // Joins the threads, so that nothing is given to the sink after its reset.

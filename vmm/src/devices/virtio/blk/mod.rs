@@ -133,6 +133,10 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
+    fn workers(&self) -> &[Worker] {
+        self.worker.as_slice()
+    }
+
     fn reset(&mut self) {
         // Waits for the thread.
         self.worker = None;

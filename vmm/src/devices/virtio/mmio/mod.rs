@@ -15,7 +15,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::GuestFaults;
+use super::queue::{GuestFaults, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice, VirtioInterrupt};
 use crate::bus::{Action, BusDevice};
 use crate::guest_memory::{KernelEvents, Lost};
@@ -112,6 +112,16 @@ impl MmioTransport {
     /// Stops the device, as a reset by the driver does: when this returns, its worker is joined and its memory no longer used.
     pub fn shut_down(&mut self) {
         self.reset();
+    }
+
+    /// Has the device rest: when this returns, it uses the guest's memory no more, until it is resumed. The guest must not run.
+    pub fn pause(&mut self) {
+        self.device.workers().iter().for_each(Worker::pause);
+    }
+
+    /// Lets the device work again.
+    pub fn resume(&mut self) {
+        self.device.workers().iter().for_each(Worker::resume);
     }
 
     fn status(&self) -> u32 {

@@ -67,6 +67,9 @@ impl VirtioDevice for MockDevice {
         log.current = Some(activation);
         Ok(())
     }
+    fn workers(&self) -> &[Worker] {
+        &[]
+    }
     fn reset(&mut self) {
         let mut log = self.0.lock().unwrap();
         log.resets += 1;

@@ -157,6 +157,10 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn workers(&self) -> &[Worker] {
+        self.worker.as_slice()
+    }
+
     fn reset(&mut self) {
         // Waits for the thread.
         self.worker = None;

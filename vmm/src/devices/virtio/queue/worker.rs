@@ -14,9 +14,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::sys::seccomp::Role;
 
-/// Tells a worker to stop.
+/// Tells a worker to stop, or to rest.
 pub struct StopSignal {
     stopped: AtomicBool,
+    paused: AtomicBool,
     event: EventFd,
 }
 
@@ -27,8 +28,19 @@ impl StopSignal {
         self.stopped.load(Ordering::Acquire)
     }
 
+    /// Returns true if the worker has to rest: the machine is paused. A worker must have nothing in flight when it calls
+    /// [`Poller::wait`] then.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
+    }
+
     fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
         // The counter can only be full when it is readable anyway.
         let _ = self.event.write(1);
     }
@@ -42,7 +54,8 @@ pub trait Work: Send + 'static {
     /// The error of [`Poller::watch`].
     fn watch(&self, poller: &Poller) -> io::Result<()>;
 
-    /// Works until [`Poller::wait`] returns false.
+    /// Works until [`Poller::wait`] returns false. While the machine is paused, that call does not return: outside of it
+    /// a worker may use the guest's memory, inside it must not, nor the kernel on its behalf.
     fn run(self, poller: &Poller);
 }
 
@@ -80,9 +93,11 @@ impl DeviceThread {
     pub fn start(&self, work: impl Work) -> io::Result<Worker> {
         let stop = Arc::new(StopSignal {
             stopped: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             event: EventFd::new(EFD_NONBLOCK)?,
         });
-        let poller = Poller::new(Arc::clone(&stop))?;
+        let ((rests, resting), (resume, resumed)) = (mpsc::channel(), mpsc::channel());
+        let poller = Poller::new(Arc::clone(&stop), rests, resumed)?;
         work.watch(&poller)?;
         let (end, ended) = mpsc::channel();
         let job = Box::new(move || {
@@ -92,7 +107,12 @@ impl DeviceThread {
         });
         let sent = self.jobs.as_ref().map(|jobs| jobs.send(job));
         match sent {
-            Some(Ok(())) => Ok(Worker { stop, ended }),
+            Some(Ok(())) => Ok(Worker {
+                stop,
+                resting,
+                resume: Some(resume),
+                ended,
+            }),
             _ => Err(io::ErrorKind::BrokenPipe.into()),
         }
     }
@@ -113,13 +133,37 @@ impl Drop for DeviceThread {
 /// Work that a [`DeviceThread`] does. Dropping this stops it, and waits until nothing of it is left.
 pub struct Worker {
     stop: Arc<StopSignal>,
+    /// Hears that it rests.
+    resting: Receiver<()>,
+    /// Ends its rest. `None` once it has to stop.
+    resume: Option<Sender<()>>,
     /// Hears of nothing but the end.
     ended: Receiver<Infallible>,
+}
+
+impl Worker {
+    /// Has it rest, and returns when it does: it uses the guest's memory no more.
+    pub fn pause(&self) {
+        if !self.stop.paused.swap(true, Ordering::AcqRel) {
+            self.stop.wake();
+            // An error: it has ended.
+            let _ = self.resting.recv();
+        }
+    }
+
+    /// Lets it work again.
+    pub fn resume(&self) {
+        if self.stop.paused.swap(false, Ordering::AcqRel) {
+            // An error: it has ended.
+            let _ = self.resume.as_ref().map(|resume| resume.send(()));
+        }
+    }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         self.stop.stop();
+        self.resume = None;
         let _ = self.ended.recv();
     }
 }
@@ -128,16 +172,20 @@ impl Drop for Worker {
 pub struct Poller {
     epoll: Epoll,
     stop: Arc<StopSignal>,
+    rests: Sender<()>,
+    resumed: Receiver<()>,
 }
 
 /// The token of the stop signal.
 const STOP: u64 = u64::MAX;
 
 impl Poller {
-    fn new(stop: Arc<StopSignal>) -> io::Result<Self> {
+    fn new(stop: Arc<StopSignal>, rests: Sender<()>, resumed: Receiver<()>) -> io::Result<Self> {
         let poller = Self {
             epoll: Epoll::new()?,
             stop,
+            rests,
+            resumed,
         };
         poller.register(poller.stop.event.as_raw_fd(), EventSet::IN, STOP)?;
         Ok(poller)
@@ -172,7 +220,7 @@ impl Poller {
     }
 
     /// Waits for at most `timeout` (`None`: for ever) and calls `ready` with the token of each readable source.
-    /// Returns false if the worker has to stop.
+    /// Returns false if the worker has to stop. While it has to rest, this does not return.
     ///
     /// # Panics
     /// epoll_wait(2) fails as it never does. So the machine ends, instead of going on without the device.
@@ -187,6 +235,9 @@ impl Poller {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => panic!("epoll_wait failed: {error}"),
         };
+        if self.stop.is_paused() {
+            self.rest();
+        }
         if self.stop.is_stopped() {
             return false;
         }
@@ -196,6 +247,15 @@ impl Poller {
             }
         }
         true
+    }
+
+    /// Rests until the worker is resumed or has to stop.
+    fn rest(&self) {
+        // Or it would go on waking the worker later.
+        let _ = self.stop.event.read();
+        // Both fail only when the worker has to stop.
+        let _ = self.rests.send(());
+        let _ = self.resumed.recv();
     }
 }
 
@@ -233,6 +293,37 @@ mod tests {
             let gone = Err(mpsc::TryRecvError::Disconnected);
             assert_eq!(receiver.try_recv(), gone);
         }
+    }
+
+    #[test]
+    fn a_paused_worker_rests_until_it_is_resumed_or_stopped() {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let thread = DeviceThread::spawn("test", Role::Block).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let worker = thread.start(Echo(event.try_clone().unwrap(), sender));
+        let worker = worker.unwrap();
+        for _ in 0..2 {
+            // A second call changes nothing.
+            worker.pause();
+            worker.pause();
+            event.write(1).unwrap();
+            assert_eq!(receiver.try_recv(), Err(mpsc::TryRecvError::Empty));
+            worker.resume();
+            worker.resume();
+            assert_eq!(receiver.recv(), Ok(7));
+        }
+        worker.pause();
+        event.write(1).unwrap();
+        drop(worker);
+        assert_eq!(receiver.recv(), Err(mpsc::RecvError));
+    }
+
+    #[test]
+    fn nobody_waits_for_the_rest_of_a_thread_that_has_panicked() {
+        let thread = DeviceThread::spawn("test", Role::Block).unwrap();
+        let worker = thread.start(Panics).unwrap();
+        worker.pause();
+        worker.resume();
     }
 
     struct Panics;

@@ -88,6 +88,10 @@ impl VirtioDevice for Entropy {
         Ok(())
     }
 
+    fn workers(&self) -> &[Worker] {
+        self.worker.as_slice()
+    }
+
     fn reset(&mut self) {
         // Waits for the thread.
         self.worker = None;
