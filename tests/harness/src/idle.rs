@@ -19,6 +19,7 @@ use crate::{Api, Images};
 /// Where one machine after the other lives: a kernel that halts, and what the monitor makes beside it.
 pub struct Place {
     ebb: PathBuf,
+    loader: Vec<String>,
     folder: TempDir,
 }
 
@@ -39,7 +40,30 @@ impl Place {
         program.halt();
         let kernel = folder.path().join("kernel");
         program.write(&kernel).context("write the payload")?;
-        Ok(Self { ebb, folder })
+        let loader = Vec::new();
+        Ok(Self {
+            ebb,
+            loader,
+            folder,
+        })
+    }
+
+    /// A new one whose monitors run with the C library of the emulator, where that has its own: a newer one.
+    ///
+    /// # Errors
+    /// As for [`Place::new`]; when the environment does not name the emulator.
+    pub fn with_newer_library() -> Result<Self> {
+        let words = std::env::var("EBB_QEMU").context("EBB_QEMU")?;
+        let words: Vec<_> = words.lines().map(str::to_owned).collect();
+        let loader = match &words[..] {
+            [_, option, _, ..] if option == "--library-path" => words[..3].to_vec(),
+            // This host's own library is as new as the emulator needs.
+            _ => Vec::new(),
+        };
+        Ok(Self {
+            loader,
+            ..Self::new()?
+        })
     }
 
     /// A path in it: `api`, `log`, `stderr`, `kernel`.
@@ -58,7 +82,15 @@ impl Place {
     /// # Errors
     /// When it cannot be started.
     pub fn start(&self, memory: &str, guardian: &str, more: &[&str]) -> Result<Idle> {
-        self.launch(Command::new(&self.ebb), memory, guardian, more)
+        let command = match &self.loader[..] {
+            [] => Command::new(&self.ebb),
+            [loader, options @ ..] => {
+                let mut command = Command::new(loader);
+                command.args(options).arg(&self.ebb);
+                command
+            }
+        };
+        self.launch(command, memory, guardian, more)
     }
 
     fn launch(

@@ -90,3 +90,32 @@ fn every_thread_has_a_filter() -> Result<()> {
 fn without_filters_nothing_has_changed() -> Result<()> {
     all_show("off", ["0", "0"])
 }
+
+/// Versions of the C library differ in the system calls that they make for the same function.
+#[test]
+fn a_newer_c_library_makes_no_forbidden_call() -> Result<()> {
+    let disk = tempfile::NamedTempFile::new().context("make a disk")?;
+    disk.as_file().set_len(512).context("make a disk")?;
+    let disk = format!("path={}", disk.path().display());
+    for (signal, status) in [(Signal::TERM, Some(0)), (Signal::KILL, None)] {
+        let place = Place::with_newer_library()?;
+        let words = [
+            "--balloon",
+            "free_page_reporting=on",
+            "--disk",
+            &disk,
+            "--rng",
+            "on",
+        ];
+        let mut machine =
+            place.until_it_runs(place.start("size=64M,prefault=on", "on", &words)?)?;
+        let answer = place.ctl(&["status"])?;
+        assert!(answer.status.success(), "{answer:?}");
+        machine.signal(signal);
+        assert_eq!(machine.wait()?, status, "{}", place.text("stderr"));
+        place.vanished(LONG).context(place.text("stderr"))?;
+        let said = place.text("stderr");
+        assert!(!said.contains("forbids"), "{said}");
+    }
+    Ok(())
+}
