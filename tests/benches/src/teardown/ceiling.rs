@@ -1,4 +1,4 @@
-//! What this host gives at most: two processes that share nothing, each freeing one half.
+//! What this host gives at most: processes that share nothing, each freeing its part.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -13,7 +13,7 @@ use crate::{BenchError, system};
 const SAID: &str = "now";
 
 /// What one of the processes does: it frees memory of `bytes` bytes as soon as there is a byte to read.
-pub(super) fn half(bytes: u64, shared: bool) -> Result<(), BenchError> {
+pub(super) fn part(bytes: u64, shared: bool) -> Result<(), BenchError> {
     let backing = Backing {
         shared,
         ..Backing::default()
@@ -23,60 +23,66 @@ pub(super) fn half(bytes: u64, shared: bool) -> Result<(), BenchError> {
     let mut byte = [0];
     io::stdin()
         .read_exact(&mut byte)
-        .map_err(system("wait for the other process"))?;
+        .map_err(system("wait for the other processes"))?;
     drop(ram);
     println!("{SAID}");
     Ok(())
 }
 
-/// Measures, and adds what follows.
+/// Measures by two processes and by as many as the engine has workers, up to one for each CPU, and adds what follows.
 pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<(), BenchError> {
-    let bytes = arguments.gib * GIB / 2;
-    let mut cases = ["4k", "files"];
+    let processes = engine::workers().filter(|&count| count > 1);
+    let mut cases: Vec<_> = processes.map(|count| (count, "4k")).collect();
+    cases.push((2, "files"));
     for run in 1..=arguments.runs {
-        cases.rotate_left(1);
-        for case in cases {
-            let time = two(bytes, case == "files").map_err(system("run two processes"))?;
-            results.add(("two-processes", case), SECONDS, time);
+        for &(count, case) in &cases {
+            let time = by_processes(arguments.gib * GIB, count, case == "files");
+            let time = time.map_err(system("run processes that free memory"))?;
+            results.add(("processes", &engine::case_of(case, count)), SECONDS, time);
         }
+        cases.rotate_left(1);
         eprintln!("teardown: ceiling, run {run} of {}", arguments.runs);
     }
-    for (name, case) in [("ceiling_2", "4k"), ("ceiling_2_files", "files")] {
-        results.divide(
-            name,
-            ["munmap", case, "time"],
-            ["two-processes", case, "time"],
-        );
+    for (count, case) in cases {
+        let name = match case {
+            "4k" => format!("ceiling_{count}"),
+            case => format!("ceiling_{count}_{case}"),
+        };
+        let by = engine::case_of(case, count);
+        let ratio = (["munmap", case, "time"], ["processes", &by, "time"]);
+        results.divide(&name, ratio.0, ratio.1);
     }
     Ok(())
 }
 
-/// Seconds until both have freed theirs.
-fn two(bytes: u64, shared: bool) -> io::Result<f64> {
-    let mut both = [Half::start(bytes, shared)?, Half::start(bytes, shared)?];
-    both.iter_mut().try_for_each(Half::await_word)?;
+/// Seconds until all have freed theirs.
+fn by_processes(bytes: u64, count: usize, shared: bool) -> io::Result<f64> {
+    let each = bytes / count as u64;
+    let start = |_| Share::start(each, shared);
+    let mut all = (0..count).map(start).collect::<io::Result<Vec<_>>>()?;
+    all.iter_mut().try_for_each(Share::await_word)?;
     let start = Instant::now();
-    both.iter_mut().try_for_each(Half::go)?;
-    both.iter_mut().try_for_each(Half::await_word)?;
+    all.iter_mut().try_for_each(Share::go)?;
+    all.iter_mut().try_for_each(Share::await_word)?;
     let time = start.elapsed().as_secs_f64();
-    for half in &mut both {
-        half.child.wait()?;
+    for share in &mut all {
+        share.child.wait()?;
     }
     Ok(time)
 }
 
 /// One of the processes; killed when this is dropped.
-struct Half {
+struct Share {
     child: Child,
     input: ChildStdin,
     output: Box<dyn BufRead>,
 }
 
-impl Half {
+impl Share {
     fn start(bytes: u64, shared: bool) -> io::Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
-            .args(["teardown", "--half", &bytes.to_string()])
-            .args(shared.then_some("--half-in-files"))
+            .args(["teardown", "--part", &bytes.to_string()])
+            .args(shared.then_some("--part-in-files"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -109,7 +115,7 @@ impl Half {
     }
 }
 
-impl Drop for Half {
+impl Drop for Share {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

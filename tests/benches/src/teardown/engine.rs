@@ -14,6 +14,12 @@ use crate::{BenchError, system};
 /// What is compared.
 const WORKERS: [usize; 6] = [1, 2, 4, 8, 16, 32];
 
+/// Those of them that can have a CPU each; two at least.
+pub(super) fn workers() -> impl Iterator<Item = usize> {
+    let cpus = std::thread::available_parallelism().map_or(2, |cpus| cpus.get().max(2));
+    WORKERS.into_iter().filter(move |&count| count <= cpus)
+}
+
 /// Memory of `bytes` bytes.
 fn memory(bytes: u64, backing: Backing) -> Result<GuestRam, BenchError> {
     let range = GpaRange::new(0, bytes).ok_or(std::io::ErrorKind::InvalidInput);
@@ -86,7 +92,8 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
     // No workers: as the kernel frees at an exit.
     let small = [None].into_iter().chain(WORKERS.map(Some));
     let mut subjects: Vec<_> = small.map(|workers| ("4k", workers)).collect();
-    subjects.extend([("thp", None), ("thp", Some(2))]);
+    subjects.push(("thp", None));
+    subjects.extend(workers().skip(1).map(|workers| ("thp", Some(workers))));
     for run in 1..=arguments.runs {
         for &(case, workers) in &subjects {
             let ram = touched(bytes, case == "thp")?;
@@ -120,16 +127,15 @@ pub(super) fn measure(results: &mut Results, arguments: &Arguments) -> Result<()
         let time = shared(sparse(sparse_bytes)?, 2);
         results.add(("ebb", &case_of("sparse", 2)), SECONDS, time);
     }
-    for case in ["4k", "thp", "sparse"] {
-        let name = match case {
-            "4k" => "speedup_2".to_owned(),
-            case => format!("speedup_2_{case}"),
-        };
-        results.divide(
-            &name,
-            ["munmap", case, "time"],
-            ["ebb", &case_of(case, 2), "time"],
-        );
+    for workers in workers().skip(1) {
+        for case in ["4k", "thp", "sparse"] {
+            let name = match case {
+                "4k" => format!("speedup_{workers}"),
+                case => format!("speedup_{workers}_{case}"),
+            };
+            let by = case_of(case, workers);
+            results.divide(&name, ["munmap", case, "time"], ["ebb", &by, "time"]);
+        }
     }
     beyond_best(results, "", |row| row.median);
     beyond_best(results, "_best", |row| row.min);
@@ -153,7 +159,7 @@ fn beyond_best(results: &mut Results, suffix: &str, time: impl Fn(&Row) -> f64) 
     }
 }
 
-fn case_of(case: &str, workers: usize) -> String {
+pub(super) fn case_of(case: &str, workers: usize) -> String {
     format!("{case}, {workers}w")
 }
 

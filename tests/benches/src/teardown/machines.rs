@@ -225,6 +225,11 @@ fn qemu((gib, thp): (u64, bool), end: End, is_async: bool) -> Result<Times, Benc
     })?;
     // It is still to set up its signals.
     std::thread::sleep(Duration::from_millis(500));
+    if let Some(status) = child.0.try_wait().map_err(system("wait for QEMU"))? {
+        return Err(BenchError::from(ebb_harness::Error::new(format!(
+            "QEMU has ended by itself: {status}"
+        ))));
+    }
     let mut helpers = processes_named(&format!("cleanup/{pid}"));
     helpers.truncate(usize::from(is_async));
     let before = cgroup.cpu_seconds()?;

@@ -50,10 +50,10 @@ pub struct Arguments {
     only: Vec<Part>,
     /// Only free so many bytes once there is a byte to read
     #[arg(long, hide = true)]
-    half: Option<u64>,
+    part: Option<u64>,
     /// The same, with files behind them
     #[arg(long, hide = true)]
-    half_in_files: bool,
+    part_in_files: bool,
 }
 
 /// A part of what needs no guest.
@@ -91,8 +91,8 @@ const LIVE: &str = "teardown-live";
 /// # Errors
 /// [`BenchError`]: there is too little memory, for instance.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
-    if let Some(bytes) = arguments.half {
-        return ceiling::half(bytes, arguments.half_in_files);
+    if let Some(bytes) = arguments.part {
+        return ceiling::part(bytes, arguments.part_in_files);
     }
     let mut results = Results::default();
     results.note(
