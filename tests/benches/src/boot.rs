@@ -1,12 +1,13 @@
 //! `ebb-bench boot`: from the start of the process until it has ended and its memory is free, with a guest that powers
-//! off at once; and what a monitor needs in addition to its guest's memory.
+//! off at once; what a monitor needs in addition to its guest's memory; and, with `--with-guest`, how soon the API answers.
 
 use std::time::Duration;
 
 use super::guest::{Files, Guest, System};
 use super::process::{Outcome, Process};
+use super::report::Report;
 use super::results::{Metric, Results};
-use super::{BenchError, overhead, system};
+use super::{BenchError, overhead, start, system};
 
 /// No system takes this long, not even where CPUs are emulated.
 pub(super) const LIMIT: Duration = Duration::from_secs(120);
@@ -29,7 +30,13 @@ pub struct Arguments {
     /// Ebb and QEMU's default machine only
     #[arg(long)]
     brief: bool,
+    /// The second part, which needs no guest that does anything: time the start, and add the report of the first part
+    #[arg(long)]
+    with_guest: bool,
 }
+
+/// The report of the part with guests.
+const GUEST_PART: &str = "boot-guest";
 
 /// Until the last process of the system has ended: its memory is free.
 const WALL: Metric = ("wall", "s");
@@ -44,6 +51,13 @@ const UPTIME: Metric = ("uptime", "s");
 /// [`BenchError`]: a system does not boot, for instance.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     let files = Files::from_environment()?;
+    if arguments.with_guest {
+        let mut results = Results::default();
+        start::measure(&files, arguments.runs.max(11), &mut results)?;
+        let mut report = results.report("boot");
+        report.append(Report::read(&super::path("EBB_OUT")?, GUEST_PART)?);
+        return report.publish();
+    }
     let mut systems = vec![System::Ebb, System::QemuPc];
     if !arguments.brief {
         systems.extend([System::EbbImage, System::EbbElf, System::QemuMicrovm]);
@@ -70,7 +84,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     }
     overhead::measure(&files, arguments.runs.min(3), &mut results)?;
     compare(&mut results);
-    results.report("boot").publish()
+    results.report(GUEST_PART).publish()
 }
 
 /// Boots once; the guest must have reached its init and powered off.

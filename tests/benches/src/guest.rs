@@ -31,9 +31,12 @@ pub enum System {
 
 /// What all systems boot, from xtask.
 pub struct Files {
-    ebb: PathBuf,
-    vmlinuz: PathBuf,
-    vmlinux: PathBuf,
+    /// The monitor.
+    pub ebb: PathBuf,
+    /// The packed kernel.
+    pub vmlinuz: PathBuf,
+    /// The same, unpacked.
+    pub vmlinux: PathBuf,
     initramfs: PathBuf,
 }
 

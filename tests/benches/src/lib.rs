@@ -22,6 +22,7 @@ pub mod reporting;
 mod results;
 mod rig;
 pub mod scale;
+mod start;
 pub mod teardown;
 
 use std::path::PathBuf;

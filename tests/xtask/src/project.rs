@@ -53,6 +53,8 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
         ("EBB_OUT", path(out)),
         ("EBB_PLATFORM", platform.to_string()),
         ("RUST_BACKTRACE", "1".to_owned()),
+        // Where the monitor keeps unpacked kernels: the root that the nested machine has is read-only.
+        ("XDG_CACHE_HOME", "/tmp/ebb-test-cache".to_owned()),
     ];
     if let Ok(term) = std::env::var("TERM") {
         variables.push(("TERM", term));

@@ -1,7 +1,7 @@
 //! Kernel images: recognizes the format of a file, and unpacks the ELF inside a bzImage.
 
 use std::fs::File;
-use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
 /// A kernel image cannot be used.
@@ -48,10 +48,17 @@ pub enum ImageError {
 pub enum Image {
     /// An ELF file.
     Elf(File),
-    /// The ELF inside a bzImage.
-    Inner(Cursor<Vec<u8>>),
+    /// A bzImage, which may have an ELF inside that can be entered.
+    Packed(Packed),
     /// A bzImage that is entered as it is.
     BzImage(File),
+}
+
+/// A bzImage, and the packed kernel inside it.
+#[derive(Debug)]
+pub struct Packed {
+    file: File,
+    bytes: Vec<u8>,
 }
 
 /// The parts of a bzImage's setup header that we need (Linux, `Documentation/arch/x86/boot.rst`).
@@ -65,12 +72,11 @@ struct Setup {
 }
 
 impl Image {
-    /// Opens the kernel at `path`. With `through_elf`, a bzImage whose compression is known is
-    /// unpacked, to at most `limit` bytes.
+    /// Opens the kernel at `path`. With `through_elf`, what is packed in a bzImage is read, too.
     ///
     /// # Errors
     /// [`ImageError`].
-    pub fn open(path: &Path, through_elf: bool, limit: u64) -> Result<Self, ImageError> {
+    pub fn open(path: &Path, through_elf: bool) -> Result<Self, ImageError> {
         let mut file = File::open(path)?;
         if file.metadata()?.is_dir() {
             return Err(io::Error::from(io::ErrorKind::IsADirectory).into());
@@ -95,11 +101,57 @@ impl Image {
                 needs: setup.needs,
             });
         }
-        if through_elf && let Some(elf) = setup.unpack(&mut file, limit)? {
-            return Ok(Self::Inner(Cursor::new(elf)));
+        if through_elf && let Some(bytes) = setup.read_payload(&mut file)? {
+            return Ok(Self::Packed(Packed { file, bytes }));
         }
         Ok(Self::BzImage(file))
     }
+}
+
+impl Packed {
+    /// The kernel as it is packed.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The bzImage.
+    pub fn into_file(self) -> File {
+        self.file
+    }
+
+    /// Unpacks the kernel, to at most `limit` bytes; `None` if its compression is not supported, or it is no ELF.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn unpack(&self, limit: u64) -> Result<Option<Vec<u8>>, ImageError> {
+        let Some((format, unpacked)) = decompress(&self.bytes, limit) else {
+            return Ok(None);
+        };
+        let elf = unpacked.map_err(|source| ImageError::Damaged { format, source })?;
+        if elf.len() as u64 > limit {
+            return Err(ImageError::TooLarge { limit: limit >> 20 });
+        }
+        Ok(elf.starts_with(b"\x7fELF").then_some(elf))
+    }
+}
+
+/// The guest-physical address and the content of each segment that is to be loaded (ELF-64 object file format, `PT_LOAD`).
+/// What is not whole is left out.
+pub fn segments(elf: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+    const LOAD: u32 = 1;
+    let range = |start: u64, len: u64| {
+        let end = start.checked_add(len)?;
+        elf.get(usize::try_from(start).ok()?..usize::try_from(end).ok()?)
+    };
+    let table = elf.get(..64).and_then(|header| {
+        let (entry, count) = (u64::from(u16_at(header, 54)), u64::from(u16_at(header, 56)));
+        let table = range(u64_at(header, 32), entry * count)?;
+        (entry >= 56).then(|| table.chunks_exact(entry as usize))
+    });
+    table.into_iter().flatten().filter_map(move |header| {
+        let content = range(u64_at(header, 8), u64_at(header, 32))?;
+        (u32_at(header, 0) == LOAD).then_some((u64_at(header, 24), content))
+    })
 }
 
 /// Checks that the file contains all segments that its program headers describe (ELF-64 object file format).
@@ -163,8 +215,8 @@ impl Setup {
         }))
     }
 
-    /// Unpacks the kernel inside; `None` if its compression is not supported, or it is no ELF.
-    fn unpack(&self, file: &mut File, limit: u64) -> Result<Option<Vec<u8>>, ImageError> {
+    /// Reads the packed kernel; `None` if the header does not say where it is.
+    fn read_payload(&self, file: &mut File) -> io::Result<Option<Vec<u8>>> {
         let (offset, len) = self.payload;
         if len < 8 || offset < self.protected {
             return Ok(None);
@@ -172,14 +224,7 @@ impl Setup {
         let mut packed = vec![0; len as usize];
         file.seek(SeekFrom::Start(offset))?;
         file.read_exact(&mut packed)?;
-        let Some((format, unpacked)) = decompress(&packed, limit) else {
-            return Ok(None);
-        };
-        let elf = unpacked.map_err(|source| ImageError::Damaged { format, source })?;
-        if elf.len() as u64 > limit {
-            return Err(ImageError::TooLarge { limit: limit >> 20 });
-        }
-        Ok(elf.starts_with(b"\x7fELF").then_some(elf))
+        Ok(Some(packed))
     }
 }
 
@@ -293,7 +338,15 @@ mod tests {
     fn open(bytes: &[u8]) -> Result<Image, ImageError> {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(bytes).unwrap();
-        Image::open(file.path(), true, LIMIT)
+        Image::open(file.path(), true)
+    }
+
+    /// What is inside a bzImage, unpacked; `None` if it is entered as it is.
+    fn unpack(bytes: &[u8]) -> Result<Option<Vec<u8>>, ImageError> {
+        match open(bytes)? {
+            Image::Packed(packed) => packed.unpack(LIMIT),
+            other => panic!("{other:?}"),
+        }
     }
 
     fn packed(format: &str) -> Vec<u8> {
@@ -334,10 +387,8 @@ mod tests {
     #[test]
     fn every_known_compression_yields_the_elf_inside() {
         for format in ["gzip", "xz", "lz4", "zstd"] {
-            match open(&bzimage(&packed(format))) {
-                Ok(Image::Inner(cursor)) => assert!(cursor.into_inner() == elf(), "{format}"),
-                other => panic!("{format}: {other:?}"),
-            }
+            let unpacked = unpack(&bzimage(&packed(format))).unwrap();
+            assert!(unpacked == Some(elf()), "{format}");
         }
     }
 
@@ -352,23 +403,20 @@ mod tests {
             frame[at..].copy_from_slice(&wrong.to_le_bytes());
             assert!(zstd_at_once(&frame, LIMIT).is_none(), "{wrong}");
             // The stream decoder does not need the size.
-            assert!(matches!(open(&bzimage(&frame)), Ok(Image::Inner(_))));
+            assert!(unpack(&bzimage(&frame)).unwrap() == Some(elf()));
         }
     }
 
     #[test]
     fn an_unknown_compression_is_left_to_the_image_itself() {
-        assert!(matches!(
-            open(&bzimage(&[0x89; 4096])),
-            Ok(Image::BzImage(_))
-        ));
+        assert_eq!(unpack(&bzimage(&[0x89; 4096])).unwrap(), None);
     }
 
     #[test]
     fn damage_is_told_from_truncation() {
         let mut damaged = packed("zstd");
         damaged[6..].fill(0xff);
-        let error = open(&bzimage(&damaged)).map(|_| ()).unwrap_err();
+        let error = unpack(&bzimage(&damaged)).unwrap_err();
         assert!(
             matches!(error, ImageError::Damaged { format: "zstd", .. }),
             "{error}"
@@ -391,7 +439,7 @@ mod tests {
         let zeros = [&b"\x7fELF"[..], &vec![0; 8 << 20]].concat();
         let bomb = zstd::encode_all(&zeros[..], 1).unwrap();
         assert!(matches!(
-            open(&bzimage(&bomb)),
+            unpack(&bzimage(&bomb)),
             Err(ImageError::TooLarge { limit: 1 })
         ));
     }
@@ -406,7 +454,7 @@ mod tests {
         ));
         let folder = tempfile::tempdir().unwrap();
         assert!(matches!(
-            Image::open(folder.path(), true, LIMIT),
+            Image::open(folder.path(), true),
             Err(ImageError::Read(_))
         ));
     }

@@ -1,10 +1,11 @@
 //! Loads a kernel, its command line and its initial RAM disk into guest memory.
 
+mod cache;
 mod handover;
 pub mod image;
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, Cursor, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
@@ -14,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use crate::arch::layout;
 use crate::arch::registers::Entry;
 use crate::config::{KernelConfig, KernelEntry};
+use cache::{Cache, Contents, Unpacked};
 use image::{Image, ImageError};
 
 /// A guest cannot be booted from the given files.
@@ -130,22 +132,65 @@ fn load_kernel(
     config: &KernelConfig,
     low_end: u64,
 ) -> Result<Loaded, BootError> {
-    let path = || config.path.clone();
-    let through_elf = config.entry == KernelEntry::Auto;
-    let image =
-        Image::open(&config.path, through_elf, low_end).map_err(|source| BootError::Kernel {
-            path: path(),
-            source,
-        })?;
-    let start = Some(GuestAddress(layout::HIGH_RAM_START));
-    let is_bzimage = matches!(image, Image::BzImage(_));
-    let result = match image {
-        Image::Elf(mut file) => Elf::load(memory, None, &mut file, start),
-        Image::Inner(mut elf) => Elf::load(memory, None, &mut elf, start),
-        Image::BzImage(mut file) => BzImage::load(memory, None, &mut file, start),
+    let unusable = |source| BootError::Kernel {
+        path: config.path.clone(),
+        source,
     };
+    let through_elf = config.entry == KernelEntry::Auto;
+    let image = Image::open(&config.path, through_elf).map_err(unusable)?;
+    let start = Some(GuestAddress(layout::HIGH_RAM_START));
+    let (result, is_bzimage) = match image {
+        Image::Elf(mut file) => (Elf::load(memory, None, &mut file, start), false),
+        Image::BzImage(mut file) => (BzImage::load(memory, None, &mut file, start), true),
+        Image::Packed(packed) => {
+            let folder = config.cache.as_deref();
+            let cache = folder.and_then(|folder| Cache::open(folder, packed.bytes()));
+            let cached = cache.as_ref().and_then(|cache| cache.load(memory, low_end));
+            if let Some(unpacked) = cached {
+                return Ok(unpacked.into());
+            }
+            match packed.unpack(low_end).map_err(unusable)? {
+                Some(elf) => return load_inner(memory, config, low_end, &elf, cache),
+                None => {
+                    let mut file = packed.into_file();
+                    (BzImage::load(memory, None, &mut file, start), true)
+                }
+            }
+        }
+    };
+    finish(result, is_bzimage, config, low_end)
+}
+
+/// Loads the ELF that was packed in a bzImage, and keeps it for the next start.
+fn load_inner(
+    memory: &GuestMemoryMmap,
+    config: &KernelConfig,
+    low_end: u64,
+    elf: &[u8],
+    cache: Option<Cache>,
+) -> Result<Loaded, BootError> {
+    let start = Some(GuestAddress(layout::HIGH_RAM_START));
+    let result = Elf::load(memory, None, &mut Cursor::new(elf), start);
+    let loaded = finish(result, false, config, low_end)?;
+    let unpacked = Unpacked {
+        entry: loaded.entry,
+        end: loaded.end,
+    };
+    if let (Some(cache), Some(contents)) = (cache, Contents::new(elf, unpacked)) {
+        cache.save(&contents);
+    }
+    Ok(loaded)
+}
+
+/// What was loaded, if it lies within guest memory.
+fn finish(
+    result: linux_loader::loader::Result<KernelLoaderResult>,
+    is_bzimage: bool,
+    config: &KernelConfig,
+    low_end: u64,
+) -> Result<Loaded, BootError> {
     let refuse = |reason| BootError::Load {
-        path: path(),
+        path: config.path.clone(),
         memory: low_end >> 20,
         reason,
     };
@@ -154,6 +199,17 @@ fn load_kernel(
         return Err(refuse(format!("it ends at {:#x}", loaded.kernel_end)));
     }
     Ok(entry_of(&loaded, is_bzimage))
+}
+
+impl From<Unpacked> for Loaded {
+    fn from(Unpacked { entry, end }: Unpacked) -> Self {
+        Self {
+            entry,
+            end,
+            initrd_max: layout::HOLE_START,
+            setup_header: None,
+        }
+    }
 }
 
 fn entry_of(loaded: &KernelLoaderResult, is_bzimage: bool) -> Loaded {

@@ -39,6 +39,8 @@ pub enum ConfigError {
     },
     #[error("'{0}' is unknown; write tty, null or file=PATH")]
     NotASerial(String),
+    #[error("the path is empty; name a folder, or off")]
+    NoCacheFolder,
     #[error("{0}")]
     Other(String),
 

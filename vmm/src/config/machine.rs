@@ -57,6 +57,8 @@ pub struct KernelConfig {
     pub path: PathBuf,
     /// How it is entered.
     pub entry: KernelEntry,
+    /// Where unpacked kernels are kept.
+    pub cache: Option<PathBuf>,
 }
 
 /// The guest's RAM.

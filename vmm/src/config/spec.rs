@@ -30,10 +30,15 @@ pub struct MachineSpec {
     /// How a bzImage is entered
     #[arg(long, value_name = "HOW", default_value = "auto")]
     pub kernel_entry: KernelEntry,
+    /// Where unpacked kernels are kept, so that the next start takes them from there; ebb/kernels in $XDG_CACHE_HOME or
+    /// ~/.cache by default
+    #[arg(long, value_name = "DIR|off")]
+    pub kernel_cache: Option<KernelCache>,
     /// Initial RAM disk
     #[arg(long, value_name = "PATH")]
     pub initramfs: Option<PathBuf>,
-    /// Kernel command line, instead of the default
+    /// Kernel command line, instead of the default, by which the kernel is quiet: its messages take longer than the rest
+    /// of its start. To see them, give the default without quiet
     #[arg(long, value_name = "TEXT", default_value = Self::DEFAULT_CMDLINE, allow_hyphen_values = true)]
     pub cmdline: String,
     /// The guest's processors
@@ -83,10 +88,10 @@ pub struct MachineSpec {
 const PAIRS: &str = "KEY=VALUE,...";
 
 impl MachineSpec {
-    /// The kernel command line when none is given: messages on the serial port, and a panicking kernel
-    /// resets at once instead of hanging. Power off and reset need no option: the kernel finds them in the
-    /// ACPI tables.
-    pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1 pci=off";
+    /// The kernel command line when none is given: warnings and errors on the serial port, where each byte costs two exits,
+    /// and a panicking kernel resets at once instead of hanging. Power off and reset need no option: the kernel finds them
+    /// in the ACPI tables.
+    pub const DEFAULT_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 }
 
 /// `--seccomp`.
@@ -118,6 +123,22 @@ pub enum KernelEntry {
     Auto,
     /// a bzImage as it is: its own decompressor runs in the guest
     Image,
+}
+
+/// `--kernel-cache`: a folder, or `None` for off.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelCache(pub Option<PathBuf>);
+
+impl FromStr for KernelCache {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "" => Err(ConfigError::NoCacheFolder),
+            "off" => Ok(Self(None)),
+            path => Ok(Self(Some(path.into()))),
+        }
+    }
 }
 
 /// `--cpus`.

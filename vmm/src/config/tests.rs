@@ -200,7 +200,7 @@ fn arenas_that_are_none() {
         assert!(message.contains(part), "{text}: {message}");
     }
     let machine = folder.check(&["--arena=size=1G"]).unwrap();
-    assert_eq!(machine.cmdline, "console=ttyS0 panic=-1");
+    assert_eq!(machine.cmdline, "console=ttyS0 quiet panic=-1");
     assert_eq!(machine.arenas[0].id, "arena0");
     let without_pci = folder.check(&["--arena=size=1G", "--cmdline=quiet pci=off"]);
     assert_eq!(without_pci.unwrap_err(), ConfigError::ArenaWithoutPci);

@@ -1,5 +1,7 @@
 //! The checks that turn a spec into a machine: of values against each other, and of files.
 
+use std::path::PathBuf;
+
 use ebb_hypercall_abi::arena::{Layout, MAX_ID};
 
 use super::ConfigError;
@@ -49,6 +51,7 @@ impl MachineSpec {
             kernel: KernelConfig {
                 path: self.kernel,
                 entry: self.kernel_entry,
+                cache: self.kernel_cache.map_or_else(user_cache, |cache| cache.0),
             },
             initramfs: self.initramfs,
             cmdline,
@@ -67,6 +70,19 @@ impl MachineSpec {
             seccomp: self.seccomp.into(),
         })
     }
+}
+
+/// Where a user's programs keep what they can make again (XDG Base Directory Specification); nowhere for a user without a home.
+fn user_cache() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let absolute = |path: &PathBuf| path.is_absolute();
+    let home = || {
+        folder("HOME")
+            .filter(absolute)
+            .map(|home| home.join(".cache"))
+    };
+    let cache = folder("XDG_CACHE_HOME").filter(absolute).or_else(home)?;
+    Some(cache.join("ebb/kernels"))
 }
 
 fn check_id(id: &str) -> Result<(), ConfigError> {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -71,7 +72,12 @@ impl Log {
     /// # Errors
     /// The thread could not be started.
     pub fn start(&self) -> io::Result<()> {
-        let outlet = Outlet::start("ebb-log", CAPACITY, Target(Arc::clone(&self.0)))?;
+        let outlet = Outlet::start(
+            "ebb-log",
+            CAPACITY,
+            Duration::ZERO,
+            Target(Arc::clone(&self.0)),
+        )?;
         *self.outlet() = Some(Arc::new(outlet));
         Ok(())
     }

@@ -34,6 +34,9 @@ const LAST: Duration = Duration::from_secs(5);
 /// Time until output is tried again that a target takes only later (`EAGAIN`).
 const RETRY: Duration = Duration::from_millis(10);
 
+/// From so many bytes on, what waits is written without waiting for more.
+const ENOUGH: usize = 4 << 10;
+
 /// A bounded buffer, and the thread that writes it. Dropping it does not wait for the thread.
 #[derive(Debug)]
 pub struct Outlet {
@@ -45,7 +48,9 @@ pub struct Outlet {
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
-    /// Something was put, or no more will be.
+    /// For so long the thread waits for more.
+    gather: Duration,
+    /// Something was put into an empty buffer, there is enough, or no more will be.
     filled: Condvar,
     /// Something was written, or all.
     written: Condvar,
@@ -62,6 +67,8 @@ struct State {
     writing: bool,
     /// Grows whenever the target has taken something.
     progress: u64,
+    /// Somebody waits for the end: nothing is gathered any more.
+    ending: bool,
     closed: bool,
 }
 
@@ -80,7 +87,11 @@ impl Shared {
     fn take(&self) -> Option<Vec<u8>> {
         let idle = |state: &mut State| state.buffer.is_empty() && state.lost == 0 && !state.closed;
         let state = self.filled.wait_while(self.lock(), idle);
-        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        let state = state.unwrap_or_else(PoisonError::into_inner);
+        // The guest writes byte by byte: a system call for each would take longer than its exit.
+        let more = |state: &mut State| state.buffer.len() < ENOUGH && !state.ending;
+        let waited = self.filled.wait_timeout_while(state, self.gather, more);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let mut bytes = mem::take(&mut state.buffer);
         // What was dropped came after what is in the buffer.
         let lost = mem::take(&mut state.lost);
@@ -118,16 +129,21 @@ impl Shared {
 }
 
 impl Outlet {
-    /// Starts a thread called `name` that writes to `target`. Up to `capacity` bytes wait for it.
+    /// Starts a thread called `name` that writes to `target`. Up to `capacity` bytes wait for it. It waits for `gather` after
+    /// the first byte, so that more bytes are written by one call.
     ///
     /// # Errors
     /// The thread could not be started.
     pub fn start(
         name: &str,
         capacity: usize,
+        gather: Duration,
         target: impl Write + Send + 'static,
     ) -> io::Result<Self> {
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::new(Shared {
+            gather,
+            ..Shared::default()
+        });
         let own = Arc::clone(&shared);
         let thread = thread::Builder::new().name(name.to_owned());
         Ok(Self {
@@ -143,6 +159,7 @@ impl Outlet {
     /// Takes `bytes`, all of them or none, and never waits for the target.
     pub fn put(&self, bytes: &[u8]) {
         let mut state = self.shared.lock();
+        let before = (state.lost, state.buffer.len());
         // What follows on dropped bytes must not come before the line about them.
         if state.closed || state.lost > 0 || state.buffer.len() + bytes.len() > self.capacity {
             state.lost += bytes.len() as u64;
@@ -150,8 +167,12 @@ impl Outlet {
         } else {
             state.buffer.extend_from_slice(bytes);
         }
+        let reaches_enough = before.1 < ENOUGH && state.buffer.len() >= ENOUGH;
         drop(state);
-        self.shared.filled.notify_one();
+        // Waking the thread is a system call: not for each byte.
+        if before == (0, 0) || reaches_enough {
+            self.shared.filled.notify_one();
+        }
     }
 
     /// Bytes that were dropped so far.
@@ -165,6 +186,8 @@ impl Outlet {
     pub fn finish(&self) {
         let end = Instant::now() + LAST;
         let mut state = self.shared.lock();
+        state.ending = true;
+        self.shared.filled.notify_one();
         while !state.is_idle() && Instant::now() < end {
             let before = state.progress;
             let stands_still = |state: &mut State| !state.is_idle() && state.progress == before;
@@ -215,7 +238,7 @@ mod tests {
     fn what_does_not_fit_is_dropped_counted_and_told() {
         let (written, writes) = channel();
         let (go, going) = channel();
-        let outlet = Outlet::start("test", 4, Gate(written, going)).unwrap();
+        let outlet = Outlet::start("test", 4, Duration::ZERO, Gate(written, going)).unwrap();
         outlet.put(b"a");
         assert_eq!(writes.recv().unwrap(), b"a");
         // The thread is held by its target now.
@@ -237,10 +260,26 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_gathered_until_there_are_enough_or_the_end_comes() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let (written, writes) = channel();
+        let (go, going) = channel();
+        let outlet = Outlet::start("test", 1 << 20, HOUR, Gate(written, going)).unwrap();
+        go.send(()).unwrap();
+        go.send(()).unwrap();
+        (0..ENOUGH).for_each(|_| outlet.put(b"x"));
+        assert_eq!(writes.recv().unwrap().len(), ENOUGH);
+        outlet.put(b"the ");
+        outlet.put(b"rest");
+        outlet.finish();
+        assert_eq!(writes.recv().unwrap(), b"the rest");
+    }
+
+    #[test]
     fn the_end_does_not_wait_for_a_target_that_takes_nothing() {
         let (written, writes) = channel();
         let (_go, going) = channel();
-        let outlet = Outlet::start("test", 4, Gate(written, going)).unwrap();
+        let outlet = Outlet::start("test", 4, Duration::ZERO, Gate(written, going)).unwrap();
         outlet.put(b"a");
         assert_eq!(writes.recv().unwrap(), b"a");
         outlet.finish();
@@ -252,7 +291,7 @@ mod tests {
     fn the_end_waits_for_what_is_being_taken() {
         const LEN: usize = 1 << 20;
         let (mut reader, writer) = io::pipe().unwrap();
-        let outlet = Outlet::start("test", LEN, writer).unwrap();
+        let outlet = Outlet::start("test", LEN, Duration::ZERO, writer).unwrap();
         outlet.put(&vec![b'x'; LEN]);
         thread::scope(|scope| {
             let read = scope.spawn(move || {

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
 use vm_memory::GuestMemoryMmap;
@@ -47,6 +48,9 @@ pub struct Devices {
 
 /// Bytes of the guest's output that may wait for a terminal or a pipe.
 const OUTPUT_CAPACITY: usize = 1 << 20;
+
+/// For so long its output waits for more of it.
+const OUTPUT_DELAY: Duration = Duration::from_millis(2);
 
 /// The operator's side of the serial port.
 #[derive(Default)]
@@ -243,7 +247,7 @@ impl Devices {
 
 fn open_output(config: &SerialConfig) -> Result<Option<Arc<Outlet>>, LaunchError> {
     let start = |target: Box<dyn Write + Send>| {
-        let outlet = Outlet::start("ebb-console", OUTPUT_CAPACITY, target);
+        let outlet = Outlet::start("ebb-console", OUTPUT_CAPACITY, OUTPUT_DELAY, target);
         let outlet = outlet.map_err(LaunchError::system("console thread"))?;
         Ok(Some(Arc::new(outlet)))
     };

@@ -25,6 +25,7 @@ pub fn run(input: &[u8]) {
         } else {
             KernelEntry::Image
         },
+        cache: None,
     };
     let payload = Payload {
         kernel: &kernel,
