@@ -4,11 +4,10 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::{ConfigError, DiskConfig};
-use crate::sys::sockets::{is_dead, server_of};
+use crate::sys::sockets::{connect_at_once, is_dead, server_of};
 
 /// Maximum length of a unix socket's path in bytes: `sun_path` without the final zero.
 const MAX_SOCKET_PATH: usize = 107;
@@ -129,16 +128,18 @@ pub fn check_socket(path: &Path) -> Result<SocketPath, ConfigError> {
         let remedy = "remove it, or choose another path";
         return refuse(option, path, "is there already, and no socket", remedy);
     }
-    match UnixStream::connect(path) {
+    let is_served = match connect_at_once(path) {
         // Its helpers may have the descriptor for some moments longer.
-        Ok(stream) if server_of(&stream).is_some_and(is_dead) => Ok(SocketPath::Stale),
-        Ok(_) => {
-            let remedy = "stop it, or choose another path";
-            refuse(option, path, "a running server has this socket", remedy)
-        }
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(SocketPath::Stale),
-        Err(error) => refuse_io(option, path, &error),
+        Ok(stream) => !server_of(&stream).is_some_and(is_dead),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => true,
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => false,
+        Err(error) => return refuse_io(option, path, &error),
+    };
+    if is_served {
+        let remedy = "stop it, or choose another path";
+        return refuse(option, path, "a running server has this socket", remedy);
     }
+    Ok(SocketPath::Stale)
 }
 
 fn stat(option: &'static str, path: &Path) -> Result<Metadata, ConfigError> {

@@ -10,6 +10,7 @@ use ebb_core::release::Release;
 use tempfile::TempDir;
 
 use super::*;
+use crate::sys::sockets;
 
 /// A folder with a kernel, a disk and an empty file in it.
 struct Folder(TempDir);
@@ -273,6 +274,27 @@ fn outputs_need_their_folder() {
     let serial = |name: &str| folder.complaint(&[&format!("--serial=file=./{name}")]);
     assert!(serial("none/log").contains("there is no folder"));
     assert!(serial(".").contains("is a directory"));
+}
+
+/// Who asks whether there is a server must not wait until it has time.
+#[test]
+fn a_server_that_takes_no_more_connections_is_a_running_one() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let _listener = UnixListener::bind(&path).unwrap();
+    let mut waiting = Vec::new();
+    let full = loop {
+        match sockets::connect_at_once(&path) {
+            Ok(stream) => waiting.push(stream),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full.kind(), std::io::ErrorKind::WouldBlock);
+    let message = check_socket(&path).unwrap_err().to_string();
+    assert!(
+        message.contains("a running server has this socket"),
+        "{message}"
+    );
 }
 
 #[test]

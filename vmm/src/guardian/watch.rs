@@ -5,7 +5,6 @@ use std::io::{self, Write};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use super::lock::MemoryLock;
 use crate::output::Log;
 use crate::sys::process::SharedFiles;
 use crate::sys::seccomp::Role;
-use crate::sys::sockets::{file_identity, remove_file_if, server_of};
+use crate::sys::sockets::{connect_at_once, file_identity, remove_file_if, server_of};
 use crate::sys::{self, Terminal};
 use crate::teardown::StatusPage;
 
@@ -128,7 +127,7 @@ impl Watch<'_> {
         let identity = self.status.socket().or_else(|| {
             // The monitor may have died between making the socket and telling us.
             let identity = file_identity(path).ok()?;
-            let server = server_of(&UnixStream::connect(path).ok()?);
+            let server = server_of(&connect_at_once(path).ok()?);
             (server == Some(self.pid)).then_some(identity)
         });
         if let Some(identity) = identity
@@ -217,6 +216,8 @@ mod tests {
     use std::time::Instant;
 
     use rustix::process::{PidfdFlags, Signal, WaitOptions, getpid, kill_process, pidfd_open};
+
+    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::guardian::lock::request_workers;

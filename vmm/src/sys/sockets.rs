@@ -9,6 +9,7 @@ use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// Device and inode of a file. While a socket is open, no other file has those of its own.
@@ -20,6 +21,17 @@ pub type FileIdentity = (u64, u64);
 /// lstat(2)'s.
 pub fn file_identity(path: &Path) -> io::Result<FileIdentity> {
     path.symlink_metadata().map(|it| (it.dev(), it.ino()))
+}
+
+/// Connects to the server at `path`, if it is ready for that: one whose backlog is full would have the caller wait.
+///
+/// # Errors
+/// socket(2)'s and connect(2)'s; `WouldBlock` if the backlog is full.
+pub fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(UnixStream::from(socket))
 }
 
 /// The process that has made the other end of `stream` listen; `None` if it is outside of this one's namespace
