@@ -34,6 +34,15 @@ pub struct Images {
 }
 
 impl Images {
+    /// The monitor in a debug build, which can panic on purpose.
+    ///
+    /// # Errors
+    /// When the environment does not name it.
+    pub fn debug_ebb() -> Result<PathBuf> {
+        let path = std::env::var_os("EBB_DEBUG_BIN").context("EBB_DEBUG_BIN is not set");
+        path.map(PathBuf::from)
+    }
+
     /// Reads the environment.
     ///
     /// # Errors

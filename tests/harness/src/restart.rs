@@ -113,6 +113,14 @@ impl Site {
         &self.ebb
     }
 
+    /// The monitor's program in a debug build, which can panic on purpose.
+    ///
+    /// # Errors
+    /// When the environment lacks it.
+    pub fn debug_ebb(&self) -> Result<PathBuf> {
+        Images::debug_ebb()
+    }
+
     /// A path in it: `api`, `log`, `stderr`, `disk`, or the name of a guest.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)

@@ -30,6 +30,12 @@ pub fn build(packages: &[&str]) -> Result<()> {
     must(command)
 }
 
+/// Builds the monitor without optimization: that one can panic on purpose.
+pub fn build_debug_monitor() -> Result<()> {
+    progress("building ebb-vmm (debug)");
+    must(cargo(["build", "--quiet", "-p", "ebb-vmm"]))
+}
+
 /// Builds a package's release library.
 pub fn build_library(package: &str) -> Result<()> {
     progress(format_args!("building {package} (release)"));

@@ -30,6 +30,7 @@ use tokio::time::{sleep, timeout};
 use super::routes::{self, Fault, Handler, Reply};
 use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::{Controller, Instance};
+use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 use crate::sys::sockets::{FileIdentity, file_identity, remove_file_if};
 
@@ -329,6 +330,7 @@ async fn answer(
     mut served: Served,
     is_busy: &AtomicBool,
 ) -> Result<Reply, Fault> {
+    panic_point();
     let handler = routes::find(request.method(), request.uri().path())?;
     let too_long = || {
         let message = format!("the body is longer than {MAX_BODY} bytes");
@@ -356,11 +358,14 @@ async fn answer(
     };
     let machine = machine.and_then(|machine| machine.clone());
     is_busy.store(true, Ordering::Relaxed);
-    let command = move || match (handler, machine) {
-        (Handler::Always(handler), _) => handler(served.instance.as_ref(), &body),
-        (Handler::Running(handler), Some(machine)) => handler(machine.as_ref(), &body),
-        // The server outlives its connections.
-        (Handler::Running(_), None) => Err(Fault::internal("the machine has ended")),
+    let command = move || {
+        panic_point();
+        match (handler, machine) {
+            (Handler::Always(handler), _) => handler(served.instance.as_ref(), &body),
+            (Handler::Running(handler), Some(machine)) => handler(machine.as_ref(), &body),
+            // The server outlives its connections.
+            (Handler::Running(_), None) => Err(Fault::internal("the machine has ended")),
+        }
     };
     tokio::task::spawn_blocking(command)
         .await

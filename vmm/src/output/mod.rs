@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 
 pub use log::Log;
@@ -105,6 +106,7 @@ impl Shared {
     /// The thread: writes until no more will come. Where the target fails, the rest of what was taken is dropped.
     fn run(&self, mut target: impl Write) {
         while let Some(bytes) = self.take() {
+            panic_point();
             let mut rest = bytes.as_slice();
             while !rest.is_empty() {
                 match target.write(rest) {

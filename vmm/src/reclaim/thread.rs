@@ -13,6 +13,7 @@ use super::{
     Ages, AutoBalloon, Decision, Mode, Order, Outcome, PolicyState, PressureSource, Reclaimer,
     Sample, Until, decide,
 };
+use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 
 /// An order ends after this time, and the host is looked at again: fragments may take minutes, and need may grow.
@@ -96,6 +97,7 @@ fn watch(
     loop {
         match source.wait(stop.as_fd(), answers.pause) {
             Ok(Some(sample)) => {
+                panic_point();
                 reclaimer.count_limit_events(source.take_limit_events());
                 let mut sample = reclaimer.sampled(sample);
                 if let Mode::Age(age) = reclaimer.tuning().mode {

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::Strict;
 use crate::memory::{GuestRam, MemoryError, MissingPages};
+use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 
 /// Strict mode cannot be started.
@@ -78,6 +79,7 @@ fn watch(strict: &Strict, pages: &MissingPages, stop: &OwnedFd) -> io::Result<()
             return Ok(());
         }
         while let Some(missing) = pages.next()? {
+            panic_point();
             strict.judge(&missing);
             pages.zero(&missing)?;
         }

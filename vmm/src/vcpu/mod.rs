@@ -22,6 +22,7 @@ use crate::hypercall::{Arguments, Hypercalls};
 use crate::kvm::{KickTable, KickTarget, MSR_KVM_SYSTEM_TIME_NEW, RunPages, kick};
 use crate::reclaim::EntryHook;
 use crate::strict::Strict;
+use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 use pause::Wish;
 
@@ -150,6 +151,7 @@ fn run(index: usize, fd: VcpuFd, shared: &Shared) -> Option<ExitReason> {
             let _in_guest = shared.strict.as_ref().map(|strict| strict.in_guest(index));
             vcpu.run()
         };
+        panic_point();
         let action = match exit {
             Ok((VcpuExit::IoIn(PORT, data), 4)) if data.len() == 4 => {
                 hypercall_by_port(index, &mut vcpu, shared)

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::ExitReason;
 use crate::output::Log;
-use crate::sys::{Request, Signals, Terminal};
+use crate::sys::{Request, Signals, Terminal, panic_point};
 
 /// The reason why the machine ends. Any thread may give one; the first counts.
 pub struct ExitSlot {
@@ -170,6 +170,7 @@ pub fn run(exit: &Arc<ExitSlot>, operator: Operator) -> Result<ExitReason, event
             return Ok(reason);
         }
         manager.run()?;
+        panic_point();
     }
 }
 

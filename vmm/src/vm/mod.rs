@@ -10,6 +10,7 @@ mod memory;
 mod pause;
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -162,7 +163,9 @@ fn build_and_run(
     };
     service.set_machine(Arc::new(control));
     instance.set_running();
-    let reason = vm.run(signals, log);
+    // The hook has reported a panic, and has the machine end for it.
+    let reason = catch_unwind(AssertUnwindSafe(|| vm.run(signals, log)));
+    let reason = reason.unwrap_or(Ok(ExitReason::Crash));
     vm.shut_down(service);
     reason
 }

@@ -53,7 +53,23 @@ pub enum End {
 impl Machine {
     /// Starts it with these scripts and more options, and waits until the guest has written to all of its memory.
     pub fn start(scripts: &Scripts, vcpus: u64, options: &[&str]) -> Result<Self> {
-        let images = Images::from_environment()?;
+        let command = Command::new(Images::from_environment()?.ebb);
+        Self::start_by(command, scripts, vcpus, options)
+    }
+
+    /// As [`Self::start`], of a debug build whose thread of this name panics as soon as it has something to do.
+    pub fn panicking(thread: &str, scripts: &Scripts, options: &[&str]) -> Result<Self> {
+        let mut command = Command::new(Images::debug_ebb()?);
+        command.env("EBB_PANIC", thread);
+        Self::start_by(command, scripts, 1, options)
+    }
+
+    fn start_by(
+        mut command: Command,
+        scripts: &Scripts,
+        vcpus: u64,
+        options: &[&str],
+    ) -> Result<Self> {
         let folder = TempDir::with_prefix("ebb-hostile-").context("make a temporary folder")?;
         let path = |name: &str| folder.path().join(name);
         let parameters = Parameters {
@@ -65,7 +81,6 @@ impl Machine {
         };
         freestanding::write_with(&path("guest"), &parameters, Some(scripts))
             .context("write the guest")?;
-        let mut command = Command::new(&images.ebb);
         command
             .args(["run", "--api-socket", "api", "--kernel", "guest"])
             .args(["--memory", &format!("size={RAM_MIB}M")])
@@ -75,7 +90,7 @@ impl Machine {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(File::create(path("log")).context("create the log")?);
-        let mut child = command.spawn().context(images.ebb.display())?;
+        let mut child = command.spawn().context("start the monitor")?;
         let input = child.stdin.take().context("no input")?;
         let mut stdout = child.stdout.take().context("no output")?;
         let (sender, output) = channel();

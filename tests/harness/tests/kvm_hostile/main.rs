@@ -8,6 +8,7 @@
 
 mod cases;
 mod machine;
+mod panics;
 mod virtio;
 mod watch;
 

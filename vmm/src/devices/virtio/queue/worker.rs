@@ -12,6 +12,7 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 
 /// Tells a worker to stop, or to rest.
@@ -101,6 +102,7 @@ impl DeviceThread {
         work.watch(&poller)?;
         let (end, ended) = mpsc::channel();
         let job = Box::new(move || {
+            panic_point();
             work.run(&poller);
             drop(poller);
             drop(end);
