@@ -10,3 +10,21 @@ pub trait Interrupt: Send + Sync {
     /// The error of the system call.
     fn trigger(&self) -> io::Result<()>;
 }
+
+/// A message that is an interrupt (MSI): what the guest has a device write, and where (PCI 3.0, 6.8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Address.
+    pub address: u64,
+    /// What is written there.
+    pub data: u32,
+}
+
+/// An interrupt whose message the guest chooses.
+pub trait MessageInterrupt: Interrupt {
+    /// From now on the interrupt is this message; without one it reaches nobody.
+    ///
+    /// # Errors
+    /// The error of the system call, for instance for a message that KVM cannot deliver. The interrupt then reaches nobody.
+    fn route(&self, message: Option<Message>) -> io::Result<()>;
+}

@@ -53,6 +53,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
         "ebb": {
             "id": config.id,
             "kernel_entry": config.kernel.entry,
+            "transport": config.transport,
             "nested": config.nested,
             "thp": config.memory.thp,
             "prefault": config.memory.prefault,

@@ -1,6 +1,7 @@
 //! ACPI tables (ACPI 6.5): processors, interrupt controller, devices, power off and reset.
 
 use acpi_tables::Aml;
+use acpi_tables::aml::AddressSpaceCacheable::NotCacheable;
 use acpi_tables::aml::{self, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -43,7 +44,7 @@ pub enum AcpiError {
 
 /// Writes all tables to guest memory.
 ///
-/// `fw_cfg` is true if the machine has that device. Returns the guest-physical address of the RSDP.
+/// `fw_cfg` is true if the machine has that device, `pci` if it has devices on a PCI root bus. Returns the guest-physical address of the RSDP.
 ///
 /// # Errors
 /// [`AcpiError`].
@@ -52,6 +53,7 @@ pub fn write(
     vcpus: u32,
     virtio: &[VirtioWindow],
     fw_cfg: bool,
+    pci: bool,
 ) -> Result<u64, AcpiError> {
     let rsdp = layout::ACPI_TABLES;
     // The RSDP comes first but contains the address of the XSDT, so it is written last.
@@ -62,8 +64,8 @@ pub fn write(
         image.resize(image.len().next_multiple_of(16), 0);
         rsdp + at as u64
     };
-    let dsdt = place(&dsdt(virtio, fw_cfg));
-    let fadt = place(&fadt(dsdt));
+    let dsdt = place(&dsdt(virtio, fw_cfg, pci));
+    let fadt = place(&fadt(dsdt, pci));
     let madt = place(&madt(vcpus));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, 1);
     xsdt.add_entry(fadt);
@@ -83,7 +85,7 @@ pub fn write(
 
 /// A hardware-reduced machine: no PM timer, no SCI, no legacy devices but the keyboard controller. Linux then
 /// does not look for a CMOS clock or a VGA card (`IAPC_BOOT_ARCH`).
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, pci: bool) -> impl Aml {
     const HAS_8042: u16 = 1 << 1;
     const VGA_NOT_PRESENT: u16 = 1 << 2;
     const MSI_NOT_SUPPORTED: u16 = 1 << 3;
@@ -104,8 +106,8 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::ResetRegSup)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
-    fadt.iapc_boot_arch =
-        (HAS_8042 | VGA_NOT_PRESENT | MSI_NOT_SUPPORTED | CMOS_RTC_NOT_PRESENT).into();
+    let msi = if pci { 0 } else { MSI_NOT_SUPPORTED };
+    fadt.iapc_boot_arch = (HAS_8042 | VGA_NOT_PRESENT | msi | CMOS_RTC_NOT_PRESENT).into();
     fadt.sleep_control_reg = port(0);
     fadt.sleep_status_reg = port(1);
     fadt.reset_reg = port(2);
@@ -126,11 +128,14 @@ fn madt(vcpus: u32) -> impl Aml {
     madt
 }
 
-fn dsdt(virtio: &[VirtioWindow], fw_cfg: bool) -> Sdt {
+fn dsdt(virtio: &[VirtioWindow], fw_cfg: bool, pci: bool) -> Sdt {
     let mut body = Vec::new();
     let zero = 0u8;
     Name::new("_S5_".into(), &Package::new(vec![&S5, &zero, &zero, &zero])).to_aml_bytes(&mut body);
     system_bus(virtio, fw_cfg, &mut body);
+    if pci {
+        root_bus(&mut body);
+    }
     let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM, OEM_TABLE, 1);
     sdt.append_slice(&body);
     sdt
@@ -167,6 +172,30 @@ fn system_bus(virtio: &[VirtioWindow], fw_cfg: bool, body: &mut Vec<u8>) {
     for (index, window) in virtio.iter().enumerate() {
         virtio_device(index, *window, &mut scope);
     }
+    body.extend(aml::Scope::raw("_SB_".into(), scope));
+}
+
+/// The PCI root bus: the configuration ports, and the window that has the memory of all devices. There are no interrupt lines.
+fn root_bus(body: &mut Vec<u8>) {
+    let (port, ports) = (layout::PCI_PORT as u16, layout::PCI_PORT_LEN as u8);
+    let configuration = IO::new(port, port, 1, ports);
+    let (start, end) = (layout::PCI_MEMORY as u32, layout::PCI_MEMORY_END as u32 - 1);
+    let memory = aml::AddressSpace::new_memory(NotCacheable, true, start, end, None);
+    let buses = aml::AddressSpace::new_bus_number(0u16, 0);
+    let resources = ResourceTemplate::new(vec![&buses, &configuration, &memory]);
+    let zero = 0u8;
+    let mut scope = Vec::new();
+    Device::new(
+        "PCI0".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_UID".into(), &zero),
+            &Name::new("_SEG".into(), &zero),
+            &Name::new("_BBN".into(), &zero),
+            &Name::new("_CRS".into(), &resources),
+        ],
+    )
+    .to_aml_bytes(&mut scope);
     body.extend(aml::Scope::raw("_SB_".into(), scope));
 }
 
@@ -226,7 +255,7 @@ fn virtio_device(index: usize, window: VirtioWindow, scope: &mut Vec<u8>) {
 mod tests {
     use super::*;
 
-    fn tables(vcpus: u32, devices: usize) -> (Vec<u8>, u64) {
+    fn tables(vcpus: u32, devices: usize, pci: bool) -> (Vec<u8>, u64) {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         let windows: Vec<_> = (0..devices as u64)
             .map(|i| VirtioWindow {
@@ -234,7 +263,7 @@ mod tests {
                 gsi: layout::VIRTIO_GSI + i as u32,
             })
             .collect();
-        let rsdp = write(&memory, vcpus, &windows, true).unwrap();
+        let rsdp = write(&memory, vcpus, &windows, true, pci).unwrap();
         let mut image = vec![0; (layout::ACPI_TABLES_END - rsdp) as usize];
         memory.read_slice(&mut image, GuestAddress(rsdp)).unwrap();
         (image, rsdp)
@@ -247,7 +276,7 @@ mod tests {
     /// Follows the pointers as a guest does.
     #[test]
     fn every_table_is_reachable_and_sums_to_zero() {
-        let (image, rsdp) = tables(255, 19);
+        let (image, rsdp) = tables(255, 19, true);
         assert_eq!(&image[..8], b"RSD PTR ");
         assert_eq!((checksum(&image[..20]), checksum(&image[..36])), (0, 0));
         let table = |address: u64| {
@@ -271,5 +300,8 @@ mod tests {
         let count = |id: &[u8]| dsdt.windows(8).filter(|window| *window == id).count();
         let devices = [&b"LNRO0005"[..], b"QEMU0001", b"QEMU0002"];
         assert_eq!(devices.map(count), [19, 1, 1]);
+        let has = |image: &[u8]| image.windows(4).any(|window| window == b"PCI0");
+        assert!(has(&image) && !has(&tables(1, 1, false).0));
+        assert_eq!(fadt[109] & 1 << 3, 0, "MSI is supported");
     }
 }

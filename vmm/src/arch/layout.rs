@@ -43,6 +43,12 @@ pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
 /// Size of a virtio-mmio window.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// Memory of the first virtio device on PCI; the next ones follow. The window of the root bus.
+pub const PCI_MEMORY: u64 = 0xe000_0000;
+/// Memory of one device.
+pub const PCI_MEMORY_SIZE: u64 = 0x8000;
+/// End of the window: 31 devices fit.
+pub const PCI_MEMORY_END: u64 = PCI_MEMORY + 32 * PCI_MEMORY_SIZE;
 /// Interrupt of the first virtio device; the next ones follow.
 pub const VIRTIO_GSI: u32 = 5;
 /// The I/O APIC has 24 pins.

@@ -68,6 +68,10 @@ pub enum ConfigError {
     ArenaIdTwice(String),
     #[error("--cmdline has pci=off, with which Linux finds no --arena; remove one of them")]
     ArenaWithoutPci,
+    #[error(
+        "--cmdline has pci=off, and the guest would find no device of --transport pci; leave pci=off out"
+    )]
+    TransportWithoutPci,
     #[error("--arena is given {given} times; at most {MAX_ARENAS} fit into the guest's memory map")]
     TooManyArenas { given: usize },
     #[error(

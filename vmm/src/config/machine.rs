@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::disk::DiskConfig;
 use super::lazy::LazyConfig;
 use super::net::NetConfig;
-use super::spec::{KernelEntry, SerialConfig};
+use super::spec::{KernelEntry, SerialConfig, Transport};
 use crate::sys::seccomp;
 
 /// Everything that `ebb run` needs to build a machine.
@@ -22,6 +22,8 @@ pub struct MachineConfig {
     pub initramfs: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: String,
+    /// How the guest reaches its virtio devices.
+    pub transport: Transport,
     /// Number of vCPUs, at least 1.
     pub vcpus: u32,
     /// They show the guest the host's virtualization.

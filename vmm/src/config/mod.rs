@@ -29,4 +29,4 @@ pub use net::NetConfig;
 pub use number::parse_size;
 pub use rate::Rate;
 pub use size::format_size;
-pub use spec::{KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec};
+pub use spec::{KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec, Transport};

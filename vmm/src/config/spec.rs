@@ -51,6 +51,9 @@ pub struct MachineSpec {
     /// bigger than the host's memory. Repeat the option for more arenas
     #[arg(long = "arena", value_name = PAIRS, value_parser = keys::<ArenaSpec>())]
     pub arenas: Vec<ArenaSpec>,
+    /// How the guest reaches its virtio devices
+    #[arg(long, value_name = "HOW", default_value = "mmio")]
+    pub transport: Transport,
     /// A disk. Repeat the option for more disks: the first is /dev/vda
     #[arg(long = "disk", value_name = PAIRS, value_parser = keys::<DiskConfig>())]
     pub disks: Vec<DiskConfig>,
@@ -113,6 +116,16 @@ impl From<Seccomp> for seccomp::Mode {
             Seccomp::Off => Self::Off,
         }
     }
+}
+
+/// `--transport`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// by windows that the ACPI tables declare (virtio-mmio)
+    Mmio,
+    /// on a PCI bus, with MSI-X (virtio-pci): also for kernels that have no virtio-mmio, as those of Red Hat's family
+    Pci,
 }
 
 /// How a kernel image is entered.

@@ -208,6 +208,11 @@ fn arenas_that_are_none() {
     assert!(arenas(&["size=40T", "size=40T"]).contains("choose at most 64T, all arenas together"));
     assert!(arenas(&["size=1G,id=arena1", "size=1G"]).contains("id=arena1 is given twice"));
     assert!(arenas(&["size=1G"; 17]).contains("given 17 times; at most 16"));
+    let on_pci = ["--transport=pci", "--cmdline=pci=off"];
+    let without_pci = folder.check(&on_pci).unwrap_err();
+    assert_eq!(without_pci, ConfigError::TransportWithoutPci);
+    let machine = folder.check(&on_pci[..1]).unwrap();
+    assert_eq!(machine.cmdline, "console=ttyS0 quiet panic=-1");
     // The bounds themselves are allowed.
     assert_eq!(arenas(&["size=1G"; 16]), "");
     assert_eq!(arenas(&["size=40T", "size=24T"]), "");

@@ -12,7 +12,7 @@ use super::lazy::{LazyConfig, LazyMode};
 use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
 use super::machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, MemoryConfig};
 use super::net::NetConfig;
-use super::spec::{ArenaSpec, CpusSpec, MachineSpec, MemorySpec, SerialConfig};
+use super::spec::{ArenaSpec, CpusSpec, MachineSpec, MemorySpec, SerialConfig, Transport};
 
 /// Minimum of the default reserve in bytes, unless that is more than half of the guest's memory.
 const MIN_RESERVE: u64 = 64 << 20;
@@ -29,7 +29,7 @@ impl MachineSpec {
         let cpus: CpusSpec = self.cpus.map_or_else(defaults, Ok)?;
         let memory = check_memory(self.memory.map_or_else(defaults, Ok)?, lazy.strict)?;
         let arenas = check_arenas(self.arenas)?;
-        let cmdline = cmdline(self.cmdline, !arenas.is_empty())?;
+        let cmdline = cmdline(self.cmdline, !arenas.is_empty(), self.transport)?;
         let balloon = self
             .balloon
             .map(|spec| check_balloon(&spec, memory.size, &lazy));
@@ -55,6 +55,7 @@ impl MachineSpec {
             },
             initramfs: self.initramfs,
             cmdline,
+            transport: self.transport,
             vcpus: cpus.boot,
             nested: cpus.nested,
             memory,
@@ -124,14 +125,19 @@ fn check_memory(spec: MemorySpec, strict: bool) -> Result<MemoryConfig, ConfigEr
     })
 }
 
-/// The command line that the guest gets: Linux finds no arena without PCI.
-fn cmdline(given: String, arenas: bool) -> Result<String, ConfigError> {
+/// The command line that the guest gets: without PCI, Linux finds no arena, and no device there.
+fn cmdline(given: String, arenas: bool, transport: Transport) -> Result<String, ConfigError> {
     const NO_PCI: &str = "pci=off";
-    if !arenas || !given.split(' ').any(|word| word == NO_PCI) {
+    let on_pci = transport == Transport::Pci;
+    if !(arenas || on_pci) || !given.split(' ').any(|word| word == NO_PCI) {
         return Ok(given);
     }
     if given != MachineSpec::DEFAULT_CMDLINE {
-        return Err(ConfigError::ArenaWithoutPci);
+        return Err(if on_pci {
+            ConfigError::TransportWithoutPci
+        } else {
+            ConfigError::ArenaWithoutPci
+        });
     }
     let words: Vec<&str> = given.split(' ').filter(|word| *word != NO_PCI).collect();
     Ok(words.join(" "))

@@ -4,6 +4,7 @@ mod hypercall;
 mod irqfd;
 mod kick;
 mod limits;
+mod msi;
 mod msr;
 mod run_pages;
 mod synchronous;
@@ -12,15 +13,17 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout;
 use crate::memory::GuestRam;
 use limits::Limits;
+use msi::Routes;
 
 pub use irqfd::IrqFd;
 pub use kick::{KickTable, KickTarget, Registration, kick, prepare_kicks};
+pub use msi::MsiFd;
 pub use msr::{MSR_KVM_SYSTEM_TIME_NEW, MSR_LSTAR};
 pub use run_pages::{RegisteredPage, RunPages};
 
@@ -193,8 +196,10 @@ impl Hypervisor {
             ..Default::default()
         };
         fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
+        let fd = Arc::new(fd);
         Ok(Machine {
-            fd: Arc::new(fd),
+            routes: Routes::new(Arc::clone(&fd)),
+            fd,
             _ram: None,
         })
     }
@@ -204,6 +209,7 @@ impl Hypervisor {
 /// the vCPUs and interrupts) and the last of the [`RunPages`] is unmapped.
 pub struct Machine {
     fd: Arc<VmFd>,
+    routes: Arc<Routes>,
     /// Keeps the memory behind the slots mapped as long as the guest can reach it.
     _ram: Option<Arc<GuestRam>>,
 }
@@ -239,6 +245,21 @@ impl Machine {
     /// # Errors
     /// [`KvmError::Call`].
     pub fn interrupt(&self, gsi: u32) -> Result<IrqFd, KvmError> {
+        self.event_for(gsi).map(IrqFd::new)
+    }
+
+    /// An interrupt that is a message, of which it has none yet.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn message_interrupt(&self) -> Result<MsiFd, KvmError> {
+        let gsi = self.routes.allocate();
+        let event = self.event_for(gsi)?;
+        Ok(MsiFd::new(event, gsi, Arc::clone(&self.routes)))
+    }
+
+    /// What raises the interrupt with the number `gsi` when it is signalled.
+    fn event_for(&self, gsi: u32) -> Result<EventFd, KvmError> {
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| {
             KvmError::Call {
                 operation: "eventfd",
@@ -248,7 +269,7 @@ impl Machine {
         self.fd
             .register_irqfd(&event, gsi)
             .map_err(call("KVM_IRQFD"))?;
-        Ok(IrqFd::new(event))
+        Ok(event)
     }
 
     /// Has KVM signal `event` when the guest writes `value`, 32 bits wide, to the guest-physical address `addr`, without an
@@ -259,6 +280,16 @@ impl Machine {
     pub fn doorbell(&self, addr: u64, value: u32, event: &EventFd) -> Result<(), KvmError> {
         self.fd
             .register_ioevent(event, &IoEventAddress::Mmio(addr), value)
+            .map_err(call("KVM_IOEVENTFD"))
+    }
+
+    /// The same for a write of any value and width.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`].
+    pub fn doorbell_for_any(&self, addr: u64, event: &EventFd) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(addr), NoDatamatch)
             .map_err(call("KVM_IOEVENTFD"))
     }
 

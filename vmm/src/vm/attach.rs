@@ -1,7 +1,7 @@
 //! Wiring of devices, one short function each.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use event_manager::MutEventSubscriber;
@@ -13,18 +13,21 @@ use super::events::ExitSlot;
 use crate::arch::acpi::{self, VirtioWindow};
 use crate::arch::layout;
 use crate::bus::{Bus, ExitReason};
-use crate::config::{BalloonConfig, MachineConfig, SerialConfig};
+use crate::config::{BalloonConfig, MachineConfig, SerialConfig, Transport};
 use crate::devices::fw_cfg::FwCfg;
-use crate::devices::platform::{I8042, PciConfig, Power, PvPanic};
+use crate::devices::pci::PciRoot;
+use crate::devices::platform::{I8042, Power, PvPanic};
 use crate::devices::serial::{ConsoleInput, SerialFile, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::blk::{Block, Disk};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::pci::{self, PciTransport};
 use crate::devices::virtio::queue::Limiter;
 use crate::devices::virtio::rng::Entropy;
 use crate::guest_memory::{KernelEvents, RangeSink};
+use crate::irq::MessageInterrupt;
 use crate::kvm;
 use crate::output::Outlet;
 use crate::sys::RawMode;
@@ -34,6 +37,9 @@ use crate::sys::tap::Tap;
 pub struct Devices {
     /// Is told what the devices learn of the guest's kernel.
     kernel: Arc<dyn KernelEvents>,
+    transport: Transport,
+    /// The PCI root bus, if there is one.
+    root: Option<Arc<Mutex<PciRoot>>>,
     /// I/O ports.
     pub ports: Bus,
     /// Memory-mapped devices.
@@ -64,10 +70,12 @@ pub struct Console {
 }
 
 impl Devices {
-    /// No devices yet. Those to come tell `kernel` what they learn of the guest's kernel.
-    pub fn new(kernel: Arc<dyn KernelEvents>) -> Self {
+    /// No devices yet. Those to come tell `kernel` what they learn of the guest's kernel, and are reached by `transport`.
+    pub fn new(kernel: Arc<dyn KernelEvents>, transport: Transport) -> Self {
         Self {
             kernel,
+            transport,
+            root: None,
             ports: Bus::default(),
             mmio: Bus::default(),
             fw_cfg: false,
@@ -114,11 +122,12 @@ impl Devices {
         Ok(())
     }
 
-    /// What it takes for Linux to find arenas, see [`PciConfig`].
+    /// A PCI root bus: for devices there, and for Linux to find arenas, see [`PciRoot`].
     pub fn attach_pci(&mut self) -> Result<(), LaunchError> {
-        let config = Arc::new(Mutex::new(PciConfig::default()));
+        let root = Arc::new(Mutex::new(PciRoot::default()));
         self.ports
-            .insert(layout::PCI_PORT, layout::PCI_PORT_LEN, config)?;
+            .insert(layout::PCI_PORT, layout::PCI_PORT_LEN, root.clone())?;
+        self.root = Some(root);
         Ok(())
     }
 
@@ -216,8 +225,59 @@ impl Devices {
         self.attach_virtio(machine, memory, Box::new(entropy))
     }
 
-    /// Gives a virtio device its window, its interrupt and a doorbell for each queue.
     fn attach_virtio(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), LaunchError> {
+        match self
+            .root
+            .clone()
+            .filter(|_| self.transport == Transport::Pci)
+        {
+            Some(root) => self.attach_function(machine, memory, device, &root),
+            None => self.attach_window(machine, memory, device),
+        }
+    }
+
+    /// Puts a virtio device on the PCI root bus, with an interrupt and a doorbell for each queue.
+    fn attach_function(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+        device: Box<dyn VirtioDevice>,
+        root: &Mutex<PciRoot>,
+    ) -> Result<(), LaunchError> {
+        // The host bridge has the first place.
+        let place = self.virtio.len() + 1;
+        if place > PciRoot::MOST {
+            let most = PciRoot::MOST as u32;
+            return Err(LaunchError::TooManyDevices { most });
+        }
+        let base = layout::PCI_MEMORY + place as u64 * layout::PCI_MEMORY_SIZE;
+        let interrupt = |_| Ok(Box::new(machine.message_interrupt()?) as Box<dyn MessageInterrupt>);
+        let interrupts = (0..=device.queue_sizes().len()).map(interrupt);
+        let interrupts = interrupts.collect::<Result<Vec<_>, LaunchError>>()?;
+        let (memory, kernel) = (Arc::clone(memory), Arc::clone(&self.kernel));
+        let function = PciTransport::new(device, memory, base as u32, interrupts, kernel)?;
+        let registers = Arc::clone(function.registers());
+        let notified = registers.lock().unwrap_or_else(PoisonError::into_inner);
+        for (queue, event) in notified.queue_notifiers() {
+            machine.doorbell_for_any(base + pci::notify_offset(queue), event)?;
+        }
+        drop(notified);
+        let function = Arc::new(Mutex::new(function));
+        self.mmio
+            .insert(base, layout::PCI_MEMORY_SIZE, function.clone())?;
+        let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
+        root.add(function);
+        self.virtio.push(registers);
+        Ok(())
+    }
+
+    /// Gives a virtio device its window, its interrupt and a doorbell for each queue.
+    fn attach_window(
         &mut self,
         machine: &kvm::Machine,
         memory: &Arc<GuestMemoryMmap>,

@@ -20,7 +20,7 @@ use crate::arch::registers::Entry;
 use crate::arch::{acpi, reset};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::ExitReason;
-use crate::config::{DiskConfig, MachineConfig, NetConfig};
+use crate::config::{DiskConfig, MachineConfig, NetConfig, Transport};
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::devices::virtio::blk::Disk;
 use crate::devices::virtio::net::open_tap;
@@ -93,9 +93,10 @@ impl Vm {
             );
         }
 
-        let mut devices = Devices::new(Arc::clone(&memory) as _);
+        let mut devices = Devices::new(Arc::clone(&memory) as _, config.transport);
         instance.set_keyboard(devices.attach_platform(&machine)?);
-        if !setup.arenas.is_empty() {
+        let on_pci = config.transport == Transport::Pci;
+        if on_pci || !setup.arenas.is_empty() {
             devices.attach_pci()?;
         }
         if memory.kernel().is_enabled() {
@@ -334,7 +335,14 @@ fn load_guest(
     memory: &GuestMemoryMmap,
     devices: &Devices,
 ) -> Result<Entry, LaunchError> {
-    let rsdp = acpi::write(memory, config.vcpus, &devices.windows, devices.fw_cfg)?;
+    let on_pci = config.transport == Transport::Pci;
+    let rsdp = acpi::write(
+        memory,
+        config.vcpus,
+        &devices.windows,
+        devices.fw_cfg,
+        on_pci,
+    )?;
     reset::write(memory).map_err(BootError::Write)?;
     let arenas: Vec<GpaRange> = setup.arenas.iter().map(|arena| arena.gpa).collect();
     let payload = Payload {

@@ -38,7 +38,7 @@ impl Interrupt for Unheard {
 }
 
 /// A disk that may not be written to, for all runs.
-fn read_only() -> &'static NamedTempFile {
+pub(super) fn read_only() -> &'static NamedTempFile {
     static FILE: OnceLock<NamedTempFile> = OnceLock::new();
     FILE.get_or_init(image)
 }
@@ -49,7 +49,7 @@ fn image() -> NamedTempFile {
     file
 }
 
-fn disk(file: &NamedTempFile, readonly: bool) -> Box<dyn VirtioDevice> {
+pub(super) fn disk(file: &NamedTempFile, readonly: bool) -> Box<dyn VirtioDevice> {
     let config = DiskConfig {
         path: file.path().to_owned(),
         readonly,
@@ -65,7 +65,7 @@ fn transport(memory: &GuestMemory, device: Box<dyn VirtioDevice>) -> MmioTranspo
     MmioTransport::new(device, memory.ram().memory(), Arc::new(Unheard)).expect("a transport")
 }
 
-fn a_balloon(memory: &Arc<GuestMemory>) -> Box<dyn VirtioDevice> {
+pub(super) fn a_balloon(memory: &Arc<GuestMemory>) -> Box<dyn VirtioDevice> {
     let config = BalloonConfig {
         size: 0,
         deflate_on_oom: true,

@@ -8,6 +8,7 @@ mod devices;
 mod free_lists;
 mod hypercall;
 mod machine;
+mod pci;
 mod reclaim;
 
 /// One of them.
@@ -44,6 +45,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "mmio",
         run: devices::mmio,
+    },
+    Target {
+        name: "pci",
+        run: pci::run,
     },
     Target {
         name: "api",

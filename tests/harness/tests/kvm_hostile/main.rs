@@ -18,7 +18,7 @@ use ebb_harness::error::{Error, Result};
 use ebb_harness::figure;
 use ebb_payload::script::{Kind, Scripts};
 
-use cases::{Case, ends, races, survived};
+use cases::{Case, ends, pci, races, survived};
 use machine::{End, PATIENCE};
 use virtio::{BALLOON, DISK, READONLY, STATUS};
 use watch::Watch;
@@ -39,12 +39,12 @@ fn add(scripts: &mut Scripts, case: &Case) -> u8 {
     })
 }
 
-/// Runs cases in one machine, each watched.
-fn run(cases: &[&Case], vcpus: u64) -> Result<()> {
+/// Runs cases in one machine, which has `more` options, each watched.
+fn run(cases: &[&Case], vcpus: u64, more: &[&str]) -> Result<()> {
     let mut scripts = Scripts::default();
     let numbers: Vec<u8> = cases.iter().map(|case| add(&mut scripts, case)).collect();
     let mut watch = Watch::start()?;
-    let mut machine = watch.machine(&scripts, vcpus)?;
+    let mut machine = watch.machine(&scripts, vcpus, more)?;
     for (case, number) in cases.iter().zip(numbers) {
         let fault = |error| Error::new(format!("{} ({}): {error}", case.name, case.does));
         let start = Instant::now();
@@ -77,18 +77,27 @@ fn wanted(cases: impl Iterator<Item = &'static Case>) -> Vec<&'static Case> {
 
 #[test]
 fn every_case_harms_nobody() -> Result<()> {
-    run(&wanted(survived()), 1)
+    run(&wanted(survived()), 1, &[])
+}
+
+#[test]
+fn a_pci_bus_harms_nobody() -> Result<()> {
+    let cases = wanted(pci::CASES.iter());
+    if cases.is_empty() {
+        return Ok(());
+    }
+    run(&cases, 1, &["--transport", "pci"])
 }
 
 #[test]
 fn two_vcpus_harm_nobody() -> Result<()> {
-    run(&wanted(races::CASES.iter()), 2)
+    run(&wanted(races::CASES.iter()), 2, &[])
 }
 
 #[test]
 fn what_ends_a_machine_ends_it_as_documented() -> Result<()> {
     let cases = wanted(ends::CASES.iter());
-    cases.into_iter().try_for_each(|case| run(&[case], 1))
+    cases.into_iter().try_for_each(|case| run(&[case], 1, &[]))
 }
 
 #[test]
@@ -118,7 +127,7 @@ fn random_calls_harm_nobody() -> Result<()> {
         }
     });
     let mut watch = Watch::start()?;
-    let mut machine = watch.machine(&scripts, 2)?;
+    let mut machine = watch.machine(&scripts, 2, &[])?;
     // An emulated processor makes some thousand a second.
     let limit = PATIENCE + Duration::from_millis(calls);
     match machine.run(run, limit)? {

@@ -65,8 +65,8 @@ impl Watch {
         })
     }
 
-    /// Starts a machine with two disks, a balloon and an arena, which takes memory as soon as it is free.
-    pub fn machine(&mut self, scripts: &Scripts, vcpus: u64) -> Result<Machine> {
+    /// Starts a machine with two disks, a balloon and an arena, which takes memory as soon as it is free, and `more` options.
+    pub fn machine(&mut self, scripts: &Scripts, vcpus: u64, more: &[&str]) -> Result<Machine> {
         let disk = format!("path={}", self.path("disk").display());
         let readonly = format!("path={},readonly=on", self.path("readonly").display());
         let options = [
@@ -79,7 +79,8 @@ impl Watch {
             ["--arena", arena_options()],
             ["--lazy", "mode=eager"],
         ];
-        let machine = Machine::start(scripts, vcpus, options.as_flattened())?;
+        let options = [options.as_flattened(), more].concat();
+        let machine = Machine::start(scripts, vcpus, &options)?;
         self.before = Some(Before {
             observed: machine.observe()?,
             anonymous: machine.anonymous()?,

@@ -11,11 +11,11 @@ use super::queue::Worker;
 
 /// By this a device notifies its driver (virtio 1.3, 4.2.2: interrupt status).
 pub trait VirtioInterrupt: Send + Sync {
-    /// Notifies that buffers in a queue were used.
+    /// Notifies that buffers in queue number `queue` were used.
     ///
     /// # Errors
     /// The error of the system call.
-    fn used_buffers(&self) -> io::Result<()>;
+    fn used_buffers(&self, queue: usize) -> io::Result<()>;
 
     /// Notifies that the device's configuration changed.
     ///

@@ -6,6 +6,7 @@ mod block;
 mod calls;
 pub mod ends;
 mod memory;
+pub mod pci;
 mod ports;
 mod processor;
 mod queues;

@@ -8,19 +8,50 @@ use super::wire::{INTERRUPT_CONFIG, INTERRUPT_USED};
 use crate::devices::virtio::VirtioInterrupt;
 use crate::irq::Interrupt;
 
+/// How notifications reach the driver of a device: the transport's part of [`VirtioInterrupt`].
+pub trait Signal: Send + Sync {
+    /// Buffers in queue number `queue` were used.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    fn used_buffers(&self, queue: usize) -> io::Result<()>;
+
+    /// The device's configuration changed, or it needs a reset.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    fn configuration_changed(&self) -> io::Result<()>;
+
+    /// The driver has reset the device.
+    fn reset(&self) {}
+}
+
+/// One line for everything.
+pub(super) struct Line(pub Arc<dyn Interrupt>);
+
+impl Signal for Line {
+    fn used_buffers(&self, _queue: usize) -> io::Result<()> {
+        self.0.trigger()
+    }
+
+    fn configuration_changed(&self) -> io::Result<()> {
+        self.0.trigger()
+    }
+}
+
 /// Interrupt status, configuration generation and DEVICE_NEEDS_RESET of one device. Written by its worker, read and
 /// acknowledged by the transport.
 pub(super) struct MmioInterrupt {
-    line: Arc<dyn Interrupt>,
+    signal: Arc<dyn Signal>,
     status: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
 }
 
 impl MmioInterrupt {
-    pub fn new(line: Arc<dyn Interrupt>) -> Self {
+    pub fn new(signal: Arc<dyn Signal>) -> Self {
         Self {
-            line,
+            signal,
             status: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
@@ -29,6 +60,11 @@ impl MmioInterrupt {
 
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
+    }
+
+    /// Reads the status and clears it.
+    pub fn take(&self) -> u32 {
+        self.status.swap(0, Ordering::SeqCst)
     }
 
     pub fn acknowledge(&self, bits: u32) {
@@ -47,27 +83,30 @@ impl MmioInterrupt {
     pub fn reset(&self) {
         self.needs_reset.store(false, Ordering::SeqCst);
         self.status.store(0, Ordering::SeqCst);
+        self.signal.reset();
     }
 
-    /// The bit is set first: the driver must find it when it handles the interrupt.
-    fn raise(&self, bit: u32) -> io::Result<()> {
+    /// Done before the driver is told: it must find the bit when it handles the interrupt.
+    fn set(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
-        self.line.trigger()
     }
 }
 
 impl VirtioInterrupt for MmioInterrupt {
-    fn used_buffers(&self) -> io::Result<()> {
-        self.raise(INTERRUPT_USED)
+    fn used_buffers(&self, queue: usize) -> io::Result<()> {
+        self.set(INTERRUPT_USED);
+        self.signal.used_buffers(queue)
     }
 
     fn configuration_changed(&self) -> io::Result<()> {
         self.generation.fetch_add(1, Ordering::SeqCst);
-        self.raise(INTERRUPT_CONFIG)
+        self.set(INTERRUPT_CONFIG);
+        self.signal.configuration_changed()
     }
 
     fn needs_reset(&self) -> io::Result<()> {
         self.needs_reset.store(true, Ordering::SeqCst);
-        self.raise(INTERRUPT_CONFIG)
+        self.set(INTERRUPT_CONFIG);
+        self.signal.configuration_changed()
     }
 }

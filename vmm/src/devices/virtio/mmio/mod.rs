@@ -3,7 +3,7 @@
 mod interrupt;
 mod queue;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod wire;
 
 use std::io;
@@ -20,13 +20,14 @@ use super::{Activation, ActivationError, QueueHandle, VirtioDevice, VirtioInterr
 use crate::bus::{Action, BusDevice};
 use crate::guest_memory::{KernelEvents, Lost};
 use crate::irq::Interrupt;
-use interrupt::MmioInterrupt;
+use interrupt::{Line, MmioInterrupt};
 use queue::{QueueError, QueueSetup};
 use wire::{
     ACKNOWLEDGE, CONFIG, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, Half, MAGIC, NEEDS_RESET,
     QueueRegister, VENDOR, VERSION,
 };
 
+pub use interrupt::Signal;
 pub use wire::{QUEUE_NOTIFY, WINDOW};
 
 /// The transport of one device could not be set up.
@@ -35,6 +36,18 @@ pub use wire::{QUEUE_NOTIFY, WINDOW};
 pub struct TransportError {
     index: usize,
     source: io::Error,
+}
+
+/// Registers that a driver on MMIO only writes.
+pub(super) struct Seen {
+    pub device_features_select: u32,
+    pub driver_features_select: u32,
+    /// The selected half.
+    pub driver_features: u32,
+    pub queue_select: u32,
+    /// Of the selected queue, as the addresses of its descriptors, its available and its used ring.
+    pub queue_size: u32,
+    pub rings: [u64; 3],
 }
 
 /// The driver set DRIVER_OK, and the device could not start.
@@ -73,6 +86,15 @@ impl MmioTransport {
         memory: Arc<GuestMemoryMmap>,
         line: Arc<dyn Interrupt>,
     ) -> Result<Self, TransportError> {
+        Self::with_signal(device, memory, Arc::new(Line(line)))
+    }
+
+    /// The same for another transport, which shows the registers at other places and has other interrupts.
+    pub(super) fn with_signal(
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemoryMmap>,
+        signal: Arc<dyn Signal>,
+    ) -> Result<Self, TransportError> {
         let queue = |(index, &size)| {
             QueueSetup::new(size).map_err(|source| TransportError { index, source })
         };
@@ -82,7 +104,7 @@ impl MmioTransport {
             faults: GuestFaults::new(format!("virtio device {}", device.device_type())),
             device,
             memory,
-            interrupt: Arc::new(MmioInterrupt::new(line)),
+            interrupt: Arc::new(MmioInterrupt::new(signal)),
             queue_select: 0,
             device_features_select: 0,
             driver_features_select: 0,
@@ -140,7 +162,38 @@ impl MmioTransport {
         self.queues.get(usize::try_from(self.queue_select).ok()?)
     }
 
-    fn read_register(&self, offset: u32) -> u32 {
+    /// What can be read at other transports only.
+    pub(super) fn seen(&self) -> Seen {
+        let queue = self.selected();
+        Seen {
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            driver_features: Half::selected(self.driver_features_select)
+                .map_or(0, |half| half.of(self.driver_features)),
+            queue_select: self.queue_select,
+            queue_size: queue.map_or(0, QueueSetup::size),
+            rings: queue.map_or([0; 3], QueueSetup::rings),
+        }
+    }
+
+    /// Reads the interrupt status and clears it.
+    pub(super) fn take_interrupts(&self) -> u32 {
+        self.interrupt.take()
+    }
+
+    /// Reads the device's configuration.
+    pub(super) fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.read_config(offset, data);
+    }
+
+    /// Writes the device's configuration, if it has a driver.
+    pub(super) fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if self.has(DRIVER) {
+            self.device.write_config(offset, data);
+        }
+    }
+
+    pub(super) fn read_register(&self, offset: u32) -> u32 {
         match offset {
             reg::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             reg::VIRTIO_MMIO_VERSION => VERSION,
@@ -163,7 +216,7 @@ impl MmioTransport {
         }
     }
 
-    fn write_register(&mut self, offset: u32, value: u32) {
+    pub(super) fn write_register(&mut self, offset: u32, value: u32) {
         match offset {
             reg::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
             reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
@@ -332,7 +385,7 @@ impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let Some(offset) = offset.checked_sub(CONFIG) {
-            self.device.read_config(offset, data);
+            self.read_config(offset, data);
         } else if let (Ok(data), Some(offset)) = (<&mut [u8; 4]>::try_from(data), aligned(offset)) {
             *data = self.read_register(offset).to_le_bytes();
         }
@@ -340,9 +393,7 @@ impl BusDevice for MmioTransport {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Action {
         if let Some(offset) = offset.checked_sub(CONFIG) {
-            if self.has(DRIVER) {
-                self.device.write_config(offset, data);
-            }
+            self.write_config(offset, data);
         } else if let (Ok(&data), Some(offset)) = (<&[u8; 4]>::try_from(data), aligned(offset)) {
             self.write_register(offset, u32::from_le_bytes(data));
         } else {

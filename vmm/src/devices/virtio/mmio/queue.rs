@@ -52,6 +52,15 @@ impl QueueSetup {
         self.max_size
     }
 
+    pub const fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// Addresses of descriptors, available and used ring.
+    pub const fn rings(&self) -> [u64; 3] {
+        [self.descriptors, self.available, self.used]
+    }
+
     pub const fn is_ready(&self) -> bool {
         self.ready
     }

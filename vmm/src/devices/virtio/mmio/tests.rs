@@ -24,15 +24,15 @@ const INTERRUPT_ACK: u64 = 0x64;
 const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 
 #[derive(Default)]
-struct Log {
-    activations: u32,
+pub struct Log {
+    pub activations: u32,
     resets: u32,
-    current: Option<Activation>,
+    pub current: Option<Activation>,
     config: [u8; 8],
 }
 
 /// Offers features 0, 33, EVENT_IDX and VERSION_1, and two queues.
-struct MockDevice(Arc<Mutex<Log>>);
+pub struct MockDevice(pub Arc<Mutex<Log>>);
 
 impl VirtioDevice for MockDevice {
     fn device_type(&self) -> u32 {
@@ -337,7 +337,7 @@ fn interrupts_are_seen_and_acknowledged() {
     rig.bind();
     let interrupt = rig.current(|activation| Arc::clone(&activation.interrupt));
     let generation = rig.read(0xfc);
-    interrupt.used_buffers().unwrap();
+    interrupt.used_buffers(0).unwrap();
     interrupt.configuration_changed().unwrap();
     assert_eq!(rig.line.0.load(Ordering::SeqCst), 2);
     assert_ne!(rig.read(0xfc), generation);

@@ -176,7 +176,7 @@ impl ServedQueue {
         let told = std::mem::replace(&mut self.told, self.queue.next_used());
         if told != self.told && self.wants_interrupt(memory, told) {
             interrupt
-                .used_buffers()
+                .used_buffers(self.index)
                 .unwrap_or_else(|error| faults.report(format_args!("interrupt: {error}")));
         }
     }

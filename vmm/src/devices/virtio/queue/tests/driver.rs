@@ -36,7 +36,7 @@ pub struct MockInterrupt {
 }
 
 impl VirtioInterrupt for MockInterrupt {
-    fn used_buffers(&self) -> io::Result<()> {
+    fn used_buffers(&self, _queue: usize) -> io::Result<()> {
         self.used.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
