@@ -54,11 +54,11 @@ pub enum Image {
     BzImage(File),
 }
 
-/// A bzImage, and the packed kernel inside it.
+/// A bzImage, and where the packed kernel inside it is: offset and length.
 #[derive(Debug)]
 pub struct Packed {
     file: File,
-    bytes: Vec<u8>,
+    payload: (u64, u64),
 }
 
 /// The parts of a bzImage's setup header that we need (Linux, `Documentation/arch/x86/boot.rst`).
@@ -101,38 +101,55 @@ impl Image {
                 needs: setup.needs,
             });
         }
-        if through_elf && let Some(bytes) = setup.read_payload(&mut file)? {
-            return Ok(Self::Packed(Packed { file, bytes }));
+        if through_elf && setup.has_payload() {
+            let payload = setup.payload;
+            return Ok(Self::Packed(Packed { file, payload }));
         }
         Ok(Self::BzImage(file))
     }
 }
 
 impl Packed {
+    /// The kernel as it is packed, to be read once. Who only needs a digest of it needs no memory for all of it, which would
+    /// take longer to get than to read.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn reader(&mut self) -> io::Result<impl Read> {
+        let (offset, len) = self.payload;
+        self.file.seek(SeekFrom::Start(offset))?;
+        Ok((&mut self.file).take(len))
+    }
+
     /// The kernel as it is packed.
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn read(&mut self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.payload.1 as usize];
+        self.reader()?.read_exact(&mut bytes)?;
+        Ok(bytes)
     }
 
     /// The bzImage.
     pub fn into_file(self) -> File {
         self.file
     }
+}
 
-    /// Unpacks the kernel, to at most `limit` bytes; `None` if its compression is not supported, or it is no ELF.
-    ///
-    /// # Errors
-    /// [`ImageError`].
-    pub fn unpack(&self, limit: u64) -> Result<Option<Vec<u8>>, ImageError> {
-        let Some((format, unpacked)) = decompress(&self.bytes, limit) else {
-            return Ok(None);
-        };
-        let elf = unpacked.map_err(|source| ImageError::Damaged { format, source })?;
-        if elf.len() as u64 > limit {
-            return Err(ImageError::TooLarge { limit: limit >> 20 });
-        }
-        Ok(elf.starts_with(b"\x7fELF").then_some(elf))
+/// Unpacks a kernel, to at most `limit` bytes; `None` if its compression is not supported, or it is no ELF.
+///
+/// # Errors
+/// [`ImageError`].
+pub fn unpack(packed: &[u8], limit: u64) -> Result<Option<Vec<u8>>, ImageError> {
+    let Some((format, unpacked)) = decompress(packed, limit) else {
+        return Ok(None);
+    };
+    let elf = unpacked.map_err(|source| ImageError::Damaged { format, source })?;
+    if elf.len() as u64 > limit {
+        return Err(ImageError::TooLarge { limit: limit >> 20 });
     }
+    Ok(elf.starts_with(b"\x7fELF").then_some(elf))
 }
 
 /// The guest-physical address and the content of each segment that is to be loaded (ELF-64 object file format, `PT_LOAD`).
@@ -215,16 +232,10 @@ impl Setup {
         }))
     }
 
-    /// Reads the packed kernel; `None` if the header does not say where it is.
-    fn read_payload(&self, file: &mut File) -> io::Result<Option<Vec<u8>>> {
+    /// Returns true if the header says where the packed kernel is.
+    const fn has_payload(&self) -> bool {
         let (offset, len) = self.payload;
-        if len < 8 || offset < self.protected {
-            return Ok(None);
-        }
-        let mut packed = vec![0; len as usize];
-        file.seek(SeekFrom::Start(offset))?;
-        file.read_exact(&mut packed)?;
-        Ok(Some(packed))
+        len >= 8 && offset >= self.protected
     }
 }
 
@@ -344,7 +355,7 @@ mod tests {
     /// What is inside a bzImage, unpacked; `None` if it is entered as it is.
     fn unpack(bytes: &[u8]) -> Result<Option<Vec<u8>>, ImageError> {
         match open(bytes)? {
-            Image::Packed(packed) => packed.unpack(LIMIT),
+            Image::Packed(mut packed) => super::unpack(&packed.read()?, LIMIT),
             other => panic!("{other:?}"),
         }
     }

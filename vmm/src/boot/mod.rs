@@ -142,15 +142,24 @@ fn load_kernel(
     let (result, is_bzimage) = match image {
         Image::Elf(mut file) => (Elf::load(memory, None, &mut file, start), false),
         Image::BzImage(mut file) => (BzImage::load(memory, None, &mut file, start), true),
-        Image::Packed(packed) => {
+        Image::Packed(mut packed) => {
+            let unread = |error: io::Error| unusable(error.into());
+            let reader = packed.reader().map_err(unread)?;
             let folder = config.cache.as_deref();
-            let cache = folder.and_then(|folder| Cache::open(folder, packed.bytes()));
+            let cache = folder.and_then(|folder| Cache::open(folder, reader));
             let cached = cache.as_ref().and_then(|cache| cache.load(memory, low_end));
             if let Some(unpacked) = cached {
                 return Ok(unpacked.into());
             }
-            match packed.unpack(low_end).map_err(unusable)? {
-                Some(elf) => return load_inner(memory, config, low_end, &elf, cache),
+            let bytes = packed.read().map_err(unread)?;
+            match image::unpack(&bytes, low_end).map_err(unusable)? {
+                Some(elf) => {
+                    let loaded = load_inner(memory, config, low_end, &elf)?;
+                    if let (Some(cache), Some(contents)) = (cache, contents(&elf, &loaded)) {
+                        cache.save(&bytes, &contents);
+                    }
+                    return Ok(loaded);
+                }
                 None => {
                     let mut file = packed.into_file();
                     (BzImage::load(memory, None, &mut file, start), true)
@@ -161,25 +170,22 @@ fn load_kernel(
     finish(result, is_bzimage, config, low_end)
 }
 
-/// Loads the ELF that was packed in a bzImage, and keeps it for the next start.
+/// Loads the ELF that was packed in a bzImage.
 fn load_inner(
     memory: &GuestMemoryMmap,
     config: &KernelConfig,
     low_end: u64,
     elf: &[u8],
-    cache: Option<Cache>,
 ) -> Result<Loaded, BootError> {
     let start = Some(GuestAddress(layout::HIGH_RAM_START));
     let result = Elf::load(memory, None, &mut Cursor::new(elf), start);
-    let loaded = finish(result, false, config, low_end)?;
-    let unpacked = Unpacked {
-        entry: loaded.entry,
-        end: loaded.end,
-    };
-    if let (Some(cache), Some(contents)) = (cache, Contents::new(elf, unpacked)) {
-        cache.save(&contents);
-    }
-    Ok(loaded)
+    finish(result, false, config, low_end)
+}
+
+/// What the cache keeps of it.
+fn contents<'a>(elf: &'a [u8], loaded: &Loaded) -> Option<Contents<'a>> {
+    let (entry, end) = (loaded.entry, loaded.end);
+    Contents::new(elf, Unpacked { entry, end })
 }
 
 /// What was loaded, if it lies within guest memory.

@@ -9,7 +9,7 @@ mod saved;
 #[cfg(test)]
 mod tests;
 
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 
 use vm_memory::GuestMemoryMmap;
@@ -30,12 +30,10 @@ pub struct Cache {
 impl Cache {
     /// The place of the kernel that is packed in `packed`; `None`, and a line in the log, if the cache in `folder` is unusable.
     #[must_use]
-    pub fn open(folder: &Path, packed: &[u8]) -> Option<Self> {
-        match Folder::open(folder) {
-            Ok(folder) => Some(Self {
-                folder,
-                name: format!("{}.{VERSION}", blake3::hash(packed).to_hex()),
-            }),
+    pub fn open(folder: &Path, packed: impl Read) -> Option<Self> {
+        let opened = Folder::open(folder).and_then(|opened| Ok((opened, name_of(packed)?)));
+        match opened {
+            Ok((folder, name)) => Some(Self { folder, name }),
             Err(error) => {
                 tracing::warn!(
                     "kernel cache {}: {error}; choose another one with --kernel-cache DIR, or off",
@@ -72,10 +70,13 @@ impl Cache {
         }
     }
 
-    /// Keeps a kernel for the next start.
-    pub fn save(&self, kernel: &Contents<'_>) {
+    /// Keeps a kernel, which came out of `packed`, for the next start.
+    pub fn save(&self, packed: &[u8], kernel: &Contents<'_>) {
         let written = |file: &mut _| kernel.write(file);
-        if let Err(error) = self.folder.store(&self.name, kernel.len(), written) {
+        // The file that was packed may have changed since it was opened.
+        let name = name_of(packed);
+        let saved = name.and_then(|name| self.folder.store(&name, kernel.len(), written));
+        if let Err(error) = saved {
             self.complain("cannot be written", &error);
         }
     }
@@ -83,6 +84,18 @@ impl Cache {
     fn complain(&self, what: &str, error: &dyn std::fmt::Display) {
         let path = self.folder.path().join(&self.name);
         tracing::warn!("kernel cache: {} {what}: {error}", path.display());
+    }
+}
+
+/// The name of the file for what is packed in `packed`.
+fn name_of(mut packed: impl Read) -> io::Result<String> {
+    let mut digest = blake3::Hasher::new();
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match packed.read(&mut buffer)? {
+            0 => return Ok(format!("{}.{VERSION}", digest.finalize().to_hex())),
+            count => digest.update(&buffer[..count]),
+        };
     }
 }
 

@@ -64,7 +64,9 @@ impl Rig {
     }
 
     fn save(&self) {
-        self.cache().save(&Contents::new(&elf(), KERNEL).unwrap());
+        let elf = elf();
+        self.cache()
+            .save(PACKED, &Contents::new(&elf, KERNEL).unwrap());
     }
 
     fn files(&self) -> Vec<PathBuf> {
@@ -98,7 +100,7 @@ fn what_was_kept_is_found_where_it_belongs() {
     let (content, elf) = (rig.content(), elf());
     assert!(content[..SEGMENT] == elf[4096..]);
     assert!(content[SEGMENT..].iter().all(|byte| *byte == 0));
-    let other = Cache::open(&rig.path(), b"another kernel").unwrap();
+    let other = Cache::open(&rig.path(), &b"another kernel"[..]).unwrap();
     assert_eq!(other.load(&rig.memory, LOW_END), None);
 }
 
