@@ -180,6 +180,11 @@ impl Launch {
             .stdin(stdin)
             .stdout(stdout)
             .stderr(File::create(&stderr).context(stderr.display())?);
+        // By hand, for tests of any kind.
+        let is_given = self.more.iter().any(|word| word == "--transport");
+        if let Some(transport) = std::env::var_os("EBB_TRANSPORT").filter(|_| !is_given) {
+            command.arg("--transport").arg(transport);
+        }
         let child = command.spawn().context(self.images.ebb.display())?;
         Ok(Monitor::new(child, self.images, self.folder))
     }
