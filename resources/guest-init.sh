@@ -19,8 +19,9 @@ load_modules() {
 load_modules </etc/modules
 # Only an arena is soft-reserved.
 ! /bin/busybox grep -q 'Soft Reserved' /proc/iomem || load_modules </etc/modules.arena
-# virtio 1.3, 5: a network device is 1.
+# virtio 1.3, 5: a network device is 1, a socket device 19.
 ! /bin/busybox grep -qs 0x0001 /sys/bus/virtio/devices/*/device || load_modules </etc/modules.net
+! /bin/busybox grep -qs 0x0013 /sys/bus/virtio/devices/*/device || load_modules </etc/modules.vsock
 read -r uptime rest </proc/uptime
 echo "EBB-GUEST-READY uptime=$uptime"
 

@@ -11,6 +11,10 @@ use serde::{Deserialize, Serialize};
 use crate::arena::ArenaStats;
 use crate::config::MachineConfig;
 use crate::devices::virtio::balloon::{ReportStats, Statistics};
+use crate::devices::virtio::blk::DiskStats;
+use crate::devices::virtio::net::NetStats;
+use crate::devices::virtio::rng::RngStats;
+use crate::devices::virtio::vsock::VsockStats;
 use crate::guest_kernel::FreePagesState;
 use crate::hypercall::HypercallStats;
 use crate::output::OutputStats;
@@ -32,6 +36,10 @@ pub const METRICS: &[(&str, &str, &[Metric])] = &[
     ("/lazy-memory", "strict", StrictStats::METRICS),
     ("/arenas", "", ArenaStats::METRICS),
     ("/balloon", "auto", AutoBalloonStats::METRICS),
+    ("/devices", "disks", DiskStats::METRICS),
+    ("/devices", "nets", NetStats::METRICS),
+    ("/devices", "vsock", VsockStats::METRICS),
+    ("/devices", "rng", RngStats::METRICS),
 ];
 
 /// A request was understood, but the machine cannot carry it out. The message is for the operator.
@@ -110,6 +118,9 @@ pub trait Controller: Send + Sync {
 
     /// Lazily freed memory: bytes by state, and the counters of everything that deals with it.
     fn lazy_memory(&self) -> LazyMemoryState;
+
+    /// What the disks, the network interfaces and other devices have done.
+    fn devices(&self) -> DevicesState;
 
     /// The machine's arenas. Counts each arena's table, which takes up to a millisecond per TiB.
     fn arenas(&self) -> Vec<ArenaState>;
@@ -292,6 +303,29 @@ pub enum ReportingMode {
     Eager,
     /// The host may take them when it is short of memory.
     Lazy,
+}
+
+/// What a numbered device has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState<T> {
+    /// The name in logs, such as `blk0`.
+    pub id: String,
+    /// Its counters.
+    #[serde(flatten)]
+    pub stats: T,
+}
+
+/// What the devices have done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevicesState {
+    /// The disks, in the order of the command line.
+    pub disks: Vec<DeviceState<DiskStats>>,
+    /// The network interfaces, in the order of the command line.
+    pub nets: Vec<DeviceState<NetStats>>,
+    /// The vsock, if there is one.
+    pub vsock: Option<VsockStats>,
+    /// The source of random bytes, if there is one.
+    pub rng: Option<RngStats>,
 }
 
 /// An arena.

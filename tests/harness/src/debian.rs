@@ -15,12 +15,13 @@ const ROOT: &str = "/debian";
 /// What is packed from the folder of the binaries.
 const BINARIES: [&str; 4] = ["libebb_malloc.so", "ebb-blocks", "ebb-cases", "ebb-churn"];
 /// What is packed from `tests/harness/programs`.
-const SCRIPTS: [&str; 5] = [
+const SCRIPTS: [&str; 6] = [
     "redis-client.py",
     "redis-demo.sh",
     "redis-speed.sh",
     "redis.sh",
     "suites.py",
+    "vsock.py",
 ];
 
 /// A running machine, and its Debian.

@@ -24,6 +24,9 @@ const ARENA_MODULES: &[&str] = &["device_dax", "dax_hmem"];
 /// Modules of a guest with a network interface.
 const NET_MODULES: &[&str] = &["virtio_net"];
 
+/// Modules of a guest with a vsock.
+const VSOCK_MODULES: &[&str] = &["vmw_vsock_virtio_transport"];
+
 /// The module that tells the monitor where the kernel's note is. Tests load it; a Debian with udev does so by itself.
 const NOTE_MODULES: &[&str] = &["qemu_fw_cfg"];
 
@@ -110,6 +113,12 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
         &mut archive,
         &assets.load_modules(NET_MODULES)?,
         "/etc/modules.net",
+        &[],
+    );
+    add_modules(
+        &mut archive,
+        &assets.load_modules(VSOCK_MODULES)?,
+        "/etc/modules.vsock",
         &[],
     );
     add_modules(

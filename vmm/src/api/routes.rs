@@ -119,6 +119,11 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
     ),
     (
         Method::GET,
+        "/devices",
+        Running(|machine, _| Reply::json(&machine.devices())),
+    ),
+    (
+        Method::GET,
         "/teardown",
         Running(|machine, _| Reply::json(&machine.teardown())),
     ),

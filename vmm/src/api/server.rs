@@ -4,7 +4,6 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -20,8 +19,6 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
@@ -32,8 +29,10 @@ use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::{Controller, Instance};
 use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
-use crate::sys::sockets::{FileIdentity, file_identity, remove_file_if};
+use crate::sys::sockets::{BoundPath, FileIdentity, bind};
 
+/// The option that names the socket.
+const OPTION: &str = "--api-socket";
 /// Connections that are served at the same time. Further ones wait in the socket's backlog.
 pub(super) const MAX_CONNECTIONS: usize = 16;
 /// Maximum length of a request's body in bytes.
@@ -92,13 +91,13 @@ impl Server {
     /// Path of the socket.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.socket.path
+        self.socket.path()
     }
 
     /// Device and inode of the socket.
     #[must_use]
     pub const fn identity(&self) -> FileIdentity {
-        self.socket.identity
+        self.socket.identity()
     }
 
     /// The machine runs: requests to it, some of which may be waiting, are carried out from now on.
@@ -141,7 +140,7 @@ impl Drop for Server {
 /// # Errors
 /// [`ApiError`] when the path cannot be used, another server listens there, or the thread cannot be started.
 pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiError> {
-    if check_socket(path)? == SocketPath::Stale {
+    if check_socket(OPTION, path)? == SocketPath::Stale {
         std::fs::remove_file(path).map_err(|source| bind_error(path, source))?;
     }
     let (listener, socket) = bind(path).map_err(|source| bind_error(path, source))?;
@@ -182,57 +181,6 @@ fn bind_error(path: &Path, source: io::Error) -> ApiError {
         path: path.to_owned(),
         source,
     }
-}
-
-/// A socket in the file system that this server created.
-#[derive(Debug)]
-struct BoundPath {
-    path: PathBuf,
-    identity: FileIdentity,
-    is_removed: bool,
-}
-
-impl BoundPath {
-    /// Removes the socket, once, unless another file has taken its place. The socket must be open: later, another file may
-    /// have its identity.
-    fn remove(&mut self) {
-        if std::mem::replace(&mut self.is_removed, true) {
-            return;
-        }
-        if let Err(error) = remove_file_if(&self.path, self.identity) {
-            tracing::warn!("{}: not removed: {error}", self.path.display());
-        }
-    }
-}
-
-/// Creates the socket with mode 0600. Linux takes a socket file's mode from the descriptor's, so the file never exists
-/// with wider permissions, and the process's umask, which other threads share, stays as it is.
-fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    let bound = BoundPath {
-        path: path.to_owned(),
-        identity: identity_of_bound(path)?,
-        is_removed: false,
-    };
-    rustix::net::listen(&socket, 128)?;
-    Ok((UnixListener::from(socket), bound))
-}
-
-/// The identity of a socket that was just bound. The guardian of a machine before this one may move it aside for a moment, to
-/// look whose it is.
-fn identity_of_bound(path: &Path) -> io::Result<FileIdentity> {
-    for _ in 0..100 {
-        match file_identity(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            identity => return identity,
-        }
-    }
-    file_identity(path)
 }
 
 /// Accepts connections until `stopped` is set, then waits for those in progress.

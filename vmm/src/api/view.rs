@@ -50,6 +50,10 @@ pub(super) fn config(config: &MachineConfig) -> Value {
         "drives": drives,
         "network-interfaces": interfaces(config),
         "balloon": balloon,
+        "vsock": config.vsock.as_ref().map(|vsock| json!({
+            "guest_cid": vsock.cid,
+            "uds_path": vsock.path,
+        })),
         "ebb": {
             "id": config.id,
             "kernel_entry": config.kernel.entry,

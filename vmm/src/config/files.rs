@@ -106,18 +106,13 @@ pub enum SocketPath {
     Stale,
 }
 
-/// Checks that a socket can be served at `path`; changes nothing.
+/// Checks that a socket, which `option` names, can be served at `path`; changes nothing.
 ///
 /// # Errors
 /// [`ConfigError::File`] when the path is too long, its folder is missing, something other than a socket is
 /// there, or a server answers there.
-pub fn check_socket(path: &Path) -> Result<SocketPath, ConfigError> {
-    let option = "--api-socket";
-    let length = path.as_os_str().as_bytes().len();
-    if length > MAX_SOCKET_PATH {
-        let problem = format!("the path has {length} bytes, a socket's has at most 107");
-        return refuse(option, path, problem, "choose a shorter one");
-    }
+pub fn check_socket(option: &'static str, path: &Path) -> Result<SocketPath, ConfigError> {
+    check_length(option, path, MAX_SOCKET_PATH)?;
     check_folder(option, path)?;
     let metadata = match path.symlink_metadata() {
         Ok(metadata) => metadata,
@@ -140,6 +135,25 @@ pub fn check_socket(path: &Path) -> Result<SocketPath, ConfigError> {
         return refuse(option, path, "a running server has this socket", remedy);
     }
     Ok(SocketPath::Stale)
+}
+
+fn check_length(option: &'static str, path: &Path, most: usize) -> Result<(), ConfigError> {
+    let length = path.as_os_str().as_bytes().len();
+    if length <= most {
+        return Ok(());
+    }
+    let problem = format!("the path has {length} bytes, this socket's has at most {most}");
+    refuse(option, path, problem, "choose a shorter one")
+}
+
+/// As [`check_socket`], for that of a vsock: behind the path there must be room for `_` and a port.
+///
+/// # Errors
+/// As [`check_socket`].
+pub fn check_vsock_path(path: &Path) -> Result<SocketPath, ConfigError> {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    check_length("--vsock", &path, MAX_SOCKET_PATH - "_4294967295".len())?;
+    check_socket("--vsock", &path)
 }
 
 fn stat(option: &'static str, path: &Path) -> Result<Metadata, ConfigError> {

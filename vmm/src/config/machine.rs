@@ -9,6 +9,7 @@ use super::disk::DiskConfig;
 use super::lazy::LazyConfig;
 use super::net::NetConfig;
 use super::spec::{KernelEntry, SerialConfig, Transport};
+use super::vsock::VsockConfig;
 use crate::sys::seccomp;
 
 /// Everything that `ebb run` needs to build a machine.
@@ -36,6 +37,8 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Network interfaces, in the order of the command line.
     pub nets: Vec<NetConfig>,
+    /// Streams to and from the host.
+    pub vsock: Option<VsockConfig>,
     /// Where the first serial port goes.
     pub serial: SerialConfig,
     /// The balloon device, if there is one.

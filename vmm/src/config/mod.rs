@@ -17,10 +17,11 @@ mod spec;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod vsock;
 
 pub use disk::DiskConfig;
 pub use error::ConfigError;
-pub use files::{SocketPath, check_socket};
+pub use files::{SocketPath, check_socket, check_vsock_path};
 pub use keys::{choices, explain, parse_keys};
 pub use lazy::{LazyConfig, LazyMode};
 pub use mac::MacAddress;
@@ -30,3 +31,4 @@ pub use number::parse_size;
 pub use rate::Rate;
 pub use size::format_size;
 pub use spec::{KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec, Transport};
+pub use vsock::VsockConfig;

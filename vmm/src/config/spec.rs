@@ -1,5 +1,5 @@
 //! What the operator can ask for: each option of `ebb run` that describes the machine, declared once. The keys of `--disk`,
-//! `--net`, `--balloon` and `--lazy` are declared in files of their names, the others here. Parsing, `--help`, configuration
+//! `--net`, `--vsock`, `--balloon` and `--lazy` are declared in files of their names, the others here. Parsing, `--help`, configuration
 //! files and `docs/options.md` follow from these structures.
 
 use std::path::PathBuf;
@@ -18,6 +18,7 @@ use super::lazy::LazyConfig;
 use super::limits::{MAX_MEMORY, MAX_VCPUS};
 use super::net::NetConfig;
 use super::number::{number, parse_size, power_of_two, size};
+use super::vsock::VsockConfig;
 use crate::sys::seccomp;
 
 /// A machine as asked for; [`MachineSpec::validate`] makes it a [`super::MachineConfig`].
@@ -60,6 +61,9 @@ pub struct MachineSpec {
     /// A network interface on a tap of the host. Repeat the option for more
     #[arg(long = "net", value_name = PAIRS, value_parser = keys::<NetConfig>())]
     pub nets: Vec<NetConfig>,
+    /// Streams between programs of the guest and unix sockets of the host
+    #[arg(long, value_name = PAIRS, value_parser = keys::<VsockConfig>())]
+    pub vsock: Option<VsockConfig>,
     /// The first serial port: this terminal (Ctrl-A X quits), nothing, or a file for the output, which becomes
     /// PATH.1 and begins anew at 64 MiB
     #[arg(long, value_name = "tty|null|file=PATH", default_value = "tty")]

@@ -295,7 +295,7 @@ fn a_server_that_takes_no_more_connections_is_a_running_one() {
         }
     };
     assert_eq!(full.kind(), std::io::ErrorKind::WouldBlock);
-    let message = check_socket(&path).unwrap_err().to_string();
+    let message = check_socket("--api-socket", &path).unwrap_err().to_string();
     assert!(
         message.contains("a running server has this socket"),
         "{message}"
@@ -306,15 +306,15 @@ fn a_server_that_takes_no_more_connections_is_a_running_one() {
 fn sockets_free_stale_served_and_impossible() {
     let folder = Folder::new();
     let path = folder.path("socket");
-    assert_eq!(check_socket(&path), Ok(SocketPath::Free));
+    assert_eq!(check_socket("--api-socket", &path), Ok(SocketPath::Free));
     let listener = UnixListener::bind(&path).unwrap();
-    let message = check_socket(&path).unwrap_err().to_string();
+    let message = check_socket("--api-socket", &path).unwrap_err().to_string();
     assert!(
         message.contains("a running server has this socket"),
         "{message}"
     );
     drop(listener);
-    assert_eq!(check_socket(&path), Ok(SocketPath::Stale));
+    assert_eq!(check_socket("--api-socket", &path), Ok(SocketPath::Stale));
     let message = |name: &str| folder.complaint(&["--api-socket", &format!("./{name}")]);
     assert!(message("disk").contains("is there already, and no socket"));
     assert!(message("none/socket").contains("there is no folder"));

@@ -6,7 +6,7 @@ use ebb_hypercall_abi::arena::{Layout, MAX_ID};
 
 use super::ConfigError;
 use super::balloon::BalloonSpec;
-use super::files::{check_disks, check_image, check_output, check_socket};
+use super::files::{check_disks, check_image, check_output, check_socket, check_vsock_path};
 use super::keys::defaults;
 use super::lazy::{LazyConfig, LazyMode};
 use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
@@ -44,7 +44,10 @@ impl MachineSpec {
         }
         let api_socket = self.api_socket.map(|socket| socket.path);
         if let Some(path) = &api_socket {
-            check_socket(path)?;
+            check_socket("--api-socket", path)?;
+        }
+        if let Some(vsock) = &self.vsock {
+            check_vsock_path(&vsock.path)?;
         }
         Ok(MachineConfig {
             id: self.id,
@@ -62,6 +65,7 @@ impl MachineSpec {
             arenas,
             disks: self.disks,
             nets: self.nets,
+            vsock: self.vsock,
             serial: self.serial,
             balloon: balloon.transpose()?,
             rng: self.rng,

@@ -3,7 +3,7 @@
 //! The monitor makes two of them before it does anything else. The *reaper* ([`Reaper`]) shares the monitor's memory and
 //! frees it, with several threads, once the monitor is dead: so the end is visible at once, and memory is freed after
 //! it. The *guardian* is a copy of the monitor, made while that is small, with the same descriptors. It reports a violent
-//! end, removes the API's socket, closes the descriptors, helps the kernel if the reaper is killed too, passes on how many
+//! end, removes the monitor's sockets, closes the descriptors, helps the kernel if the reaper is killed too, passes on how many
 //! workers the operator wants, and lets go of the lock that says that memory is not free yet. Neither of them kills
 //! anything.
 
@@ -29,6 +29,8 @@ pub struct Watched<'a> {
     pub id: &'a str,
     /// Path of its API's socket.
     pub socket: Option<&'a Path>,
+    /// Path of its vsock's socket.
+    pub vsock: Option<&'a Path>,
     /// It will put the terminal at standard input into raw mode.
     pub has_console: bool,
     /// Where its log goes.
@@ -112,6 +114,7 @@ fn start(status: &'static StatusPage, machine: &Watched<'_>) -> io::Result<Reape
         reaper: reaper.as_fd(),
         id: machine.id,
         socket: machine.socket.map(absolute),
+        vsock: machine.vsock.map(absolute),
         terminal: Terminal::at_stdin().filter(|_| machine.has_console),
         log: machine.log,
     };
@@ -135,6 +138,7 @@ mod tests {
         let machine = Watched {
             id: "test",
             socket: Some(&socket),
+            vsock: None,
             has_console: false,
             log: &Log::to_stderr(),
         };

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::sys::process::SharedFiles;
 use crate::sys::seccomp::Role;
 use crate::sys::sockets::{connect_at_once, file_identity, remove_file_if, server_of};
 use crate::sys::{self, Terminal};
-use crate::teardown::StatusPage;
+use crate::teardown::{Socket, StatusPage};
 
 /// Time between two looks at the reaper.
 const PERIOD: Duration = Duration::from_millis(2);
@@ -36,6 +36,8 @@ pub(super) struct Watch<'a> {
     pub id: &'a str,
     /// Path of the API's socket.
     pub socket: Option<PathBuf>,
+    /// Path of the vsock's socket.
+    pub vsock: Option<PathBuf>,
     /// The operator's terminal as it was before the monitor used it.
     pub terminal: Option<Terminal>,
     pub log: &'a Log,
@@ -69,7 +71,8 @@ impl Watch<'_> {
         files.unlock_all_but(&lock.iter().map(AsFd::as_fd).collect::<Vec<_>>());
         let cause = (!self.status.is_finished()).then(|| cause_of_end(self.pid));
         if cause.is_some() {
-            self.remove_socket();
+            self.remove_socket(Socket::Api, self.socket.as_deref());
+            self.remove_socket(Socket::Vsock, self.vsock.as_deref());
         }
         let is_awaited = is_pipe_or_socket(io::stderr().as_fd());
         thread::scope(|scope| {
@@ -118,13 +121,13 @@ impl Watch<'_> {
         }
     }
 
-    /// Removes the API's socket, if it is still the monitor's. The monitor's descriptors must still be open: as long as the
+    /// Removes a socket, if it is still the monitor's. The monitor's descriptors must still be open: as long as the
     /// socket is, no other file has its identity.
-    fn remove_socket(&self) {
-        let Some(path) = &self.socket else {
+    fn remove_socket(&self, socket: Socket, path: Option<&Path>) {
+        let Some(path) = path else {
             return;
         };
-        let identity = self.status.socket().or_else(|| {
+        let identity = self.status.socket(socket).or_else(|| {
             // The monitor may have died between making the socket and telling us.
             let identity = file_identity(path).ok()?;
             let server = server_of(&connect_at_once(path).ok()?);
@@ -233,6 +236,7 @@ mod tests {
             reaper: process,
             id: "test",
             socket: None,
+            vsock: None,
             terminal: None,
             log,
         }
@@ -249,30 +253,33 @@ mod tests {
     #[test]
     fn only_the_monitors_own_socket_is_removed() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("api");
+        let path = folder.path().join("socket");
         let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
         let log = Log::to_stderr();
         let mut watch = watch(own.as_fd(), &log);
-        watch.socket = Some(path.clone());
+        let socket = Socket::Vsock;
+        watch.status.set_socket(Socket::Api, (1, 1));
         // Made before the monitor could tell which file it is.
         let made = UnixListener::bind(&path).unwrap();
-        watch.remove_socket();
+        watch.remove_socket(socket, Some(&path));
         assert!(!path.exists());
         drop(made);
         let served = UnixListener::bind(&path).unwrap();
         watch.pid = Pid::INIT;
-        watch.remove_socket();
+        watch.remove_socket(socket, Some(&path));
         assert!(path.exists(), "another process serves it");
         let file = path.metadata().unwrap();
-        watch.status.set_socket((file.dev(), file.ino() + 1));
-        watch.remove_socket();
+        watch
+            .status
+            .set_socket(socket, (file.dev(), file.ino() + 1));
+        watch.remove_socket(socket, Some(&path));
         assert!(path.exists(), "another machine has made it");
-        watch.status.set_socket((file.dev(), file.ino()));
-        watch.status.forget_socket();
-        watch.remove_socket();
+        watch.status.set_socket(socket, (file.dev(), file.ino()));
+        watch.status.forget_socket(socket);
+        watch.remove_socket(socket, Some(&path));
         assert!(path.exists(), "the monitor has removed its own");
-        watch.status.set_socket((file.dev(), file.ino()));
-        watch.remove_socket();
+        watch.status.set_socket(socket, (file.dev(), file.ino()));
+        watch.remove_socket(socket, Some(&path));
         assert!(!path.exists());
         drop(served);
     }

@@ -26,6 +26,25 @@ pub fn fork_sharing_files(child: impl FnOnce(&SharedFiles) -> u8) -> io::Result<
     run_in_child(libc::pid_t::try_from(pid).unwrap_or(-1), || child(&shared))
 }
 
+/// Has the kernel allow this process `wanted` open descriptors, or as many as it may (RLIMIT_NOFILE). Returns how many that are.
+pub fn raise_descriptor_limit(wanted: u64) -> u64 {
+    let resource = rustix::process::Resource::Nofile;
+    let limit = rustix::process::getrlimit(resource);
+    let (now, most) = (
+        limit.current.unwrap_or(u64::MAX),
+        limit.maximum.unwrap_or(u64::MAX),
+    );
+    let wanted = wanted.min(most);
+    if now >= wanted {
+        return now;
+    }
+    let raised = rustix::process::Rlimit {
+        current: Some(wanted),
+        ..limit
+    };
+    rustix::process::setrlimit(resource, raised).map_or(now, |()| wanted)
+}
+
 /// The descriptors of a process that was made by [`fork_sharing_files`].
 #[derive(Debug)]
 pub struct SharedFiles {

@@ -44,6 +44,8 @@ pub enum Role {
     Net,
     /// Serves random bytes.
     Rng,
+    /// Serves the vsock.
+    Vsock,
     /// Serves a queue of the balloon.
     Balloon,
     /// The API's server, and the threads that carry out its requests.
@@ -85,6 +87,7 @@ impl Role {
             Self::Block => &compiled::BLOCK,
             Self::Net => &compiled::NET,
             Self::Rng => &compiled::RNG,
+            Self::Vsock => &compiled::VSOCK,
             Self::Balloon => &compiled::BALLOON,
             Self::Api => &compiled::API,
             Self::Reclaim => &compiled::RECLAIM,

@@ -4,11 +4,13 @@ use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, Mode, RenameFlags, renameat_with};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -94,10 +96,80 @@ fn remove_aside(path: &Path, identity: FileIdentity) -> io::Result<bool> {
     Ok(false)
 }
 
+/// A socket in the file system that this process created. Dropping it removes it, unless [`BoundPath::remove`] has done so.
+#[derive(Debug)]
+pub struct BoundPath {
+    path: PathBuf,
+    identity: FileIdentity,
+    is_removed: bool,
+}
+
+impl BoundPath {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode.
+    #[must_use]
+    pub const fn identity(&self) -> FileIdentity {
+        self.identity
+    }
+
+    /// Removes the socket, once, unless another file has taken its place. The socket must be open: later, another file may
+    /// have its identity.
+    pub fn remove(&mut self) {
+        if std::mem::replace(&mut self.is_removed, true) {
+            return;
+        }
+        if let Err(error) = remove_file_if(&self.path, self.identity) {
+            tracing::warn!("{}: not removed: {error}", self.path.display());
+        }
+    }
+}
+
+impl Drop for BoundPath {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Creates a listening socket with mode 0600. Linux takes a socket file's mode from the descriptor's, so the file never exists
+/// with wider permissions, and the process's umask, which other threads share, stays as it is.
+///
+/// # Errors
+/// The error of the system call.
+pub fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let bound = BoundPath {
+        path: path.to_owned(),
+        identity: identity_of_bound(path)?,
+        is_removed: false,
+    };
+    rustix::net::listen(&socket, 128)?;
+    Ok((UnixListener::from(socket), bound))
+}
+
+/// The identity of a socket that was just bound. The guardian of a machine before this one may move it aside for a moment, to
+/// look whose it is.
+fn identity_of_bound(path: &Path) -> io::Result<FileIdentity> {
+    for _ in 0..100 {
+        match file_identity(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            identity => return identity,
+        }
+    }
+    file_identity(path)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
-
     use rustix::process::{WaitOptions, waitpid};
 
     use super::*;

@@ -14,4 +14,4 @@ mod reaper;
 pub use execute::{Report, execute};
 pub use machine::{Teardown, TeardownTuning, TuneError};
 pub use plan::{MAX_WORKERS, PageSize, Plan, Region, plan};
-pub use reaper::{Job, Reaper, StatusPage};
+pub use reaper::{Job, Reaper, Socket, StatusPage};

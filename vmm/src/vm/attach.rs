@@ -9,11 +9,13 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::LaunchError;
+use super::counters::DeviceCounters;
 use super::events::ExitSlot;
+use super::vsock::ServedVsock;
 use crate::arch::acpi::{self, VirtioWindow};
 use crate::arch::layout;
 use crate::bus::{Bus, ExitReason};
-use crate::config::{BalloonConfig, MachineConfig, SerialConfig, Transport};
+use crate::config::{BalloonConfig, MachineConfig, SerialConfig, Transport, VsockConfig};
 use crate::devices::fw_cfg::FwCfg;
 use crate::devices::pci::PciRoot;
 use crate::devices::platform::{I8042, Power, PvPanic};
@@ -26,6 +28,7 @@ use crate::devices::virtio::net::Net;
 use crate::devices::virtio::pci::{self, PciTransport};
 use crate::devices::virtio::queue::Limiter;
 use crate::devices::virtio::rng::Entropy;
+use crate::devices::virtio::vsock::Vsock;
 use crate::guest_memory::{KernelEvents, RangeSink};
 use crate::irq::MessageInterrupt;
 use crate::kvm;
@@ -50,6 +53,10 @@ pub struct Devices {
     pub windows: Vec<VirtioWindow>,
     /// The virtio devices, to shut them down.
     pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
+    /// Their counters.
+    pub counters: DeviceCounters,
+    /// The vsock's socket, if there is one.
+    pub vsock: Option<ServedVsock>,
 }
 
 /// Bytes of the guest's output that may wait for a terminal or a pipe.
@@ -81,6 +88,8 @@ impl Devices {
             fw_cfg: false,
             windows: Vec::new(),
             virtio: Vec::new(),
+            counters: DeviceCounters::default(),
+            vsock: None,
         }
     }
 
@@ -194,6 +203,7 @@ impl Devices {
             let limiter = Limiter::new(it.bw, it.ops);
             let block =
                 Block::new(index, disk, limiter).map_err(LaunchError::system("disk thread"))?;
+            self.counters.disks.push(Arc::clone(block.counters()));
             self.attach_virtio(machine, memory, Box::new(block))?;
         }
         Ok(())
@@ -210,6 +220,7 @@ impl Devices {
         for (index, (net, tap)) in config.nets.iter().zip(taps).enumerate() {
             let net = Net::new(index, &config.id, net, tap)
                 .map_err(LaunchError::system("network thread"))?;
+            self.counters.nets.push(Arc::clone(net.counters()));
             self.attach_virtio(machine, memory, Box::new(net))?;
         }
         Ok(())
@@ -222,7 +233,23 @@ impl Devices {
         memory: &Arc<GuestMemoryMmap>,
     ) -> Result<(), LaunchError> {
         let entropy = Entropy::new().map_err(LaunchError::system("thread for random bytes"))?;
+        self.counters.rng = Some(Arc::clone(entropy.counters()));
         self.attach_virtio(machine, memory, Box::new(entropy))
+    }
+
+    /// Streams to and from the host, through `served`.
+    pub fn attach_vsock(
+        &mut self,
+        machine: &kvm::Machine,
+        memory: &Arc<GuestMemoryMmap>,
+        config: &VsockConfig,
+        served: ServedVsock,
+    ) -> Result<(), LaunchError> {
+        let vsock = Vsock::new(config, served.socket());
+        let vsock = vsock.map_err(LaunchError::system("vsock thread"))?;
+        self.vsock = Some(served);
+        self.counters.vsock = Some(Arc::clone(vsock.counters()));
+        self.attach_virtio(machine, memory, Box::new(vsock))
     }
 
     fn attach_virtio(

@@ -6,12 +6,14 @@ use std::time::Duration;
 use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
 
+use super::counters::DeviceCounters;
 use super::instance::Instance;
 use super::pause::Pausing;
 use crate::arena::Arena;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
-    FreePages, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
+    DevicesState, FreePages, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState,
+    TeardownState,
 };
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
@@ -29,6 +31,8 @@ pub struct Control {
     pub balloon: Option<BalloonHandle>,
     /// What the balloon is doing, if it runs itself.
     pub auto: Option<Arc<BalloonReport>>,
+    /// What counts what the devices do.
+    pub counters: DeviceCounters,
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
     /// The guest's calls.
@@ -104,6 +108,10 @@ impl Controller for Control {
     fn set_statistics_interval(&self, seconds: u16) -> Result<(), CommandError> {
         let balloon = self.balloon_handle()?;
         balloon.set_statistics_interval(seconds).map_err(failed)
+    }
+
+    fn devices(&self) -> DevicesState {
+        self.counters.state()
     }
 
     fn lazy_memory(&self) -> LazyMemoryState {

@@ -13,7 +13,7 @@ use crate::control::{CommandError, Controller, InstanceInfo, InstanceState, Pref
 use crate::devices::platform::{I8042, NotRead};
 use crate::output::{Log, Outlet, OutputStats};
 use crate::sys::{Request, Signals};
-use crate::teardown::StatusPage;
+use crate::teardown::{Socket, StatusPage};
 
 /// A machine that is being built, runs or ends.
 pub struct Instance {
@@ -155,7 +155,7 @@ impl Service {
         let serve = |path| api::serve(path, Arc::clone(instance) as _);
         let server = socket.map(serve).transpose()?;
         if let Some(server) = &server {
-            status.set_socket(server.identity());
+            status.set_socket(Socket::Api, server.identity());
         }
         Ok(Self { server, status })
     }
@@ -171,7 +171,7 @@ impl Service {
     pub fn stop(&mut self) {
         if let Some(mut server) = self.server.take() {
             server.remove_socket();
-            self.status.forget_socket();
+            self.status.forget_socket(Socket::Api);
         }
     }
 }

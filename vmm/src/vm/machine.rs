@@ -16,11 +16,12 @@ use super::events::{self, ExitSlot, Operator};
 use super::instance::{Instance, Service};
 use super::memory;
 use super::pause::{Pausing, VirtioDevices};
+use super::vsock::ServedVsock;
 use crate::arch::registers::Entry;
 use crate::arch::{acpi, reset};
 use crate::boot::{self, BootError, Payload};
 use crate::bus::ExitReason;
-use crate::config::{DiskConfig, MachineConfig, NetConfig, Transport};
+use crate::config::{DiskConfig, MachineConfig, NetConfig, Transport, VsockConfig};
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::devices::virtio::blk::Disk;
 use crate::devices::virtio::net::open_tap;
@@ -43,6 +44,7 @@ pub struct Vm {
     reclaimer: Arc<Reclaimer>,
     input: Option<Box<dyn MutEventSubscriber>>,
     vcpus: Vcpus,
+    vsock: Option<ServedVsock>,
     devices: Arc<VirtioDevices>,
     reclaim: Option<ReclaimThread>,
     strict: Option<StrictThread>,
@@ -71,6 +73,7 @@ impl Vm {
         let backends = Backends {
             disks: open_disks(&config.disks)?,
             taps: open_taps(&config.nets)?,
+            vsock: open_vsock(config.vsock.as_ref(), guardian)?,
         };
         let vcpus = config.vcpus as usize;
         let kicks = Arc::new(KickTable::new(vcpus));
@@ -128,6 +131,7 @@ impl Vm {
             pausing,
             balloon,
             auto: None,
+            counters: std::mem::take(&mut devices.counters),
             hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
             memory,
             teardown: Arc::new(teardown),
@@ -143,7 +147,9 @@ impl Vm {
         vcpus: Vec<VcpuFd>,
         mut control: Control,
     ) -> Result<(Self, Control), LaunchError> {
-        let Devices { ports, mmio, .. } = devices;
+        let Devices {
+            ports, mmio, vsock, ..
+        } = devices;
         let exit = Arc::clone(&control.instance.exit);
         let hypercalls = Arc::clone(&control.hypercalls);
         let teardown = Arc::clone(&control.teardown);
@@ -174,6 +180,7 @@ impl Vm {
             reclaimer: Arc::clone(memory.reclaimer()),
             input: console.input,
             vcpus,
+            vsock,
             devices: Arc::clone(control.pausing.devices()),
             reclaim,
             strict,
@@ -208,6 +215,7 @@ impl Vm {
         self.reclaimer.stop();
         self.vcpus.stop();
         service.stop();
+        drop(self.vsock.take());
         if let Some(output) = self.output.take() {
             output.finish();
         }
@@ -231,6 +239,7 @@ impl Vm {
 struct Backends {
     disks: Vec<Disk>,
     taps: Vec<Tap>,
+    vsock: Option<ServedVsock>,
 }
 
 /// Attaches the virtio devices. Returns the balloon's handle, if there is one.
@@ -250,6 +259,9 @@ fn attach_virtio(
     devices.attach_nets(machine, &ram, config, backends.taps)?;
     if config.rng {
         devices.attach_rng(machine, &ram)?;
+    }
+    if let (Some(vsock), Some(served)) = (&config.vsock, backends.vsock) {
+        devices.attach_vsock(machine, &ram, vsock, served)?;
     }
     Ok(balloon)
 }
@@ -326,6 +338,14 @@ fn open_disks(configs: &[DiskConfig]) -> Result<Vec<Disk>, LaunchError> {
 
 fn open_taps(configs: &[NetConfig]) -> Result<Vec<Tap>, LaunchError> {
     configs.iter().map(|config| Ok(open_tap(config)?)).collect()
+}
+
+fn open_vsock(
+    config: Option<&VsockConfig>,
+    guardian: &Guardian,
+) -> Result<Option<ServedVsock>, LaunchError> {
+    let open = |vsock| Ok(ServedVsock::open(vsock, guardian.status())?);
+    config.map(open).transpose()
 }
 
 /// Writes the ACPI tables, the reset vector, and the kernel with its initial RAM disk to guest memory.

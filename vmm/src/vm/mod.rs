@@ -3,11 +3,13 @@
 mod attach;
 mod balloon;
 mod control;
+mod counters;
 mod events;
 mod instance;
 mod machine;
 mod memory;
 mod pause;
+mod vsock;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,6 +24,7 @@ use crate::config::{MachineConfig, SerialConfig};
 use crate::devices::virtio::balloon::BalloonError;
 use crate::devices::virtio::blk::DiskError;
 use crate::devices::virtio::mmio::TransportError;
+use crate::devices::virtio::vsock::VsockError;
 use crate::guardian::{Guardian, Watched};
 use crate::guest_memory::SetupError;
 use crate::kvm::{self, KvmError};
@@ -56,6 +59,9 @@ pub enum LaunchError {
     /// A tap cannot be used.
     #[error("--net: {0}")]
     Tap(#[from] TapError),
+    /// The vsock's socket cannot be made.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The balloon cannot be built.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
@@ -128,6 +134,7 @@ pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> 
     let machine = Watched {
         id: &config.id,
         socket,
+        vsock: config.vsock.as_ref().map(|vsock| vsock.path.as_path()),
         has_console: config.serial == SerialConfig::Tty,
         log,
     };

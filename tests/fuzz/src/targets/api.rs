@@ -11,8 +11,8 @@ use clap::Parser;
 use ebb_vmm::api::{Server, serve};
 use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::control::{
-    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, Instance, InstanceInfo,
-    LazyMemoryState, ReclaimOutcome, TeardownState,
+    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DevicesState, Instance,
+    InstanceInfo, LazyMemoryState, ReclaimOutcome, TeardownState,
 };
 use tempfile::TempDir;
 
@@ -55,6 +55,10 @@ impl Controller for Machine {
     fn set_statistics_interval(&self, seconds: u16) -> Result<(), CommandError> {
         assert!(seconds > 0, "0 seconds");
         Ok(())
+    }
+
+    fn devices(&self) -> DevicesState {
+        DevicesState::default()
     }
 
     fn lazy_memory(&self) -> LazyMemoryState {

@@ -25,7 +25,7 @@ const DISK_BYTES: usize = 32 << 10;
 const FILL: u8 = 0x5a;
 
 /// Registers (virtio 1.3, 4.2.2).
-const STATUS: u64 = 0x70;
+pub const STATUS: u64 = 0x70;
 const NOTIFY: u64 = 0x50;
 
 /// An interrupt that nobody hears.
@@ -61,7 +61,7 @@ pub(super) fn disk(file: &NamedTempFile, readonly: bool) -> Box<dyn VirtioDevice
     Box::new(Block::new(0, disk, unlimited).expect("a thread"))
 }
 
-fn transport(memory: &GuestMemory, device: Box<dyn VirtioDevice>) -> MmioTransport {
+pub fn transport(memory: &GuestMemory, device: Box<dyn VirtioDevice>) -> MmioTransport {
     MmioTransport::new(device, memory.ram().memory(), Arc::new(Unheard)).expect("a transport")
 }
 
@@ -191,7 +191,7 @@ fn fill_queue(view: &vm_memory::GuestMemoryMmap, base: u64, input: &mut Bytes<'_
 }
 
 /// Notifies a queue, and waits until the device's thread has taken it. A device that has not started takes nothing.
-fn wait_until_heard(queue: u32, device: &mut MmioTransport) {
+pub fn wait_until_heard(queue: u32, device: &mut MmioTransport) {
     const DRIVER_OK: u32 = 4;
     const NEEDS_RESET: u32 = 64;
     let event = device.queue_notifiers().find(|(index, _)| *index == queue);

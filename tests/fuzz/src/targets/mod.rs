@@ -10,6 +10,7 @@ mod hypercall;
 mod machine;
 mod pci;
 mod reclaim;
+mod vsock;
 
 /// One of them.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +42,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "block",
         run: devices::block,
+    },
+    Target {
+        name: "vsock",
+        run: vsock::run,
     },
     Target {
         name: "mmio",

@@ -20,7 +20,7 @@ use ebb_payload::script::{Kind, Scripts};
 
 use cases::{Case, ends, pci, races, survived};
 use machine::{End, PATIENCE};
-use virtio::{BALLOON, DISK, READONLY, STATUS};
+use virtio::{BALLOON, DISK, READONLY, STATUS, VSOCK};
 use watch::Watch;
 
 /// Calls and accesses of the random guest, by both vCPUs together.
@@ -31,7 +31,7 @@ fn add(scripts: &mut Scripts, case: &Case) -> u8 {
     scripts.add(|script| {
         (case.write)(script);
         if case.ends.is_none() {
-            for device in [DISK, READONLY, BALLOON] {
+            for device in [DISK, READONLY, BALLOON, VSOCK] {
                 device.set(script, STATUS, 0);
             }
             script.call(0, 1, 0xebb0_0700).expect(12);
@@ -122,7 +122,7 @@ fn random_calls_harm_nobody() -> Result<()> {
         // Waits until the other vCPU is done, too.
         script.alone();
         script.step(Kind::Load, 0, 8, (0, 0));
-        for device in [DISK, READONLY, BALLOON] {
+        for device in [DISK, READONLY, BALLOON, VSOCK] {
             device.set(script, STATUS, 0);
         }
     });

@@ -31,10 +31,11 @@ pub const ENTRIES: u16 = 8;
 #[derive(Clone, Copy, Debug)]
 pub struct Device(pub u64);
 
-/// A disk that may be written to, one that may not, and a balloon with all of its queues.
+/// A disk that may be written to, one that may not, a balloon with all of its queues, and a vsock.
 pub const DISK: Device = Device(0xd000_0000);
 pub const READONLY: Device = Device(0xd000_1000);
 pub const BALLOON: Device = Device(0xd000_2000);
+pub const VSOCK: Device = Device(0xd000_3000);
 
 /// Where a queue's parts are.
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,10 @@
 //! What must stay as it is while a guest does harm: a neighbour, disks, and the monitor as its host sees it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Instant;
 
 use ebb_harness::error::{Context, Error, Result};
@@ -10,7 +13,7 @@ use ebb_payload::freestanding::map::TEST_MEMORY;
 use ebb_payload::script::{Kind, Scripts};
 use tempfile::TempDir;
 
-use crate::cases::{arena_options, disk};
+use crate::cases::{arena_options, disk, vsock};
 use crate::machine::{End, Machine, Observed, PATIENCE};
 
 /// Memory that a monitor may take in all its cases together, beyond that of its guest, which has touched all of it.
@@ -39,6 +42,17 @@ struct Before {
     since: Instant,
 }
 
+/// A program of the host that reads what the guest sends, until the tests are over.
+fn serve(path: &Path) -> Result<()> {
+    let listener = UnixListener::bind(path).context(path.display())?;
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || io::copy(&mut stream, &mut io::sink()));
+        }
+    });
+    Ok(())
+}
+
 impl Watch {
     /// Starts a neighbour that has written to all of its memory.
     pub fn start() -> Result<Self> {
@@ -65,10 +79,12 @@ impl Watch {
         })
     }
 
-    /// Starts a machine with two disks, a balloon and an arena, which takes memory as soon as it is free, and `more` options.
+    /// Starts a machine with two disks, a balloon, a vsock and an arena, which takes memory as soon as it is free, and `more`
+    /// options.
     pub fn machine(&mut self, scripts: &Scripts, vcpus: u64, more: &[&str]) -> Result<Machine> {
         let disk = format!("path={}", self.path("disk").display());
         let readonly = format!("path={},readonly=on", self.path("readonly").display());
+        let vsock = format!("cid={},path=v", vsock::CID);
         let options = [
             ["--disk", &disk],
             ["--disk", &readonly],
@@ -76,11 +92,13 @@ impl Watch {
                 "--balloon",
                 "statistics=1,reporting=eager,deflate_on_oom=on",
             ],
+            ["--vsock", &vsock],
             ["--arena", arena_options()],
             ["--lazy", "mode=eager"],
         ];
         let options = [options.as_flattened(), more].concat();
         let machine = Machine::start(scripts, vcpus, &options)?;
+        serve(&machine.path(&format!("v_{}", vsock::SERVED)))?;
         self.before = Some(Before {
             observed: machine.observe()?,
             anonymous: machine.anonymous()?,

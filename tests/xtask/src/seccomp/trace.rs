@@ -18,11 +18,12 @@ pub struct Call {
 }
 
 /// Beginnings of threads' names, and their roles.
-const ROLES: [(&str, &str); 13] = [
+const ROLES: [(&str, &str); 14] = [
     ("ebb-vcpu", "vcpu"),
     ("ebb-blk", "block"),
     ("ebb-net", "net"),
     ("ebb-rng", "rng"),
+    ("ebb-vsock", "vsock"),
     ("ebb-balloon", "balloon"),
     ("ebb-report", "balloon"),
     ("ebb-api", "api"),

@@ -20,8 +20,8 @@ use tempfile::TempDir;
 use super::{ClientError, Server, request, serve};
 use crate::config::{MachineConfig, MachineSpec, parse_keys};
 use crate::control::{
-    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, Instance, InstanceInfo,
-    LazyMemoryState, ReclaimOutcome, TeardownState,
+    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DeviceState,
+    DevicesState, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome, TeardownState,
 };
 
 /// How long a test waits for an answer.
@@ -108,6 +108,16 @@ impl Controller for Machine {
         state
     }
 
+    fn devices(&self) -> DevicesState {
+        DevicesState {
+            disks: vec![DeviceState {
+                id: "blk0".to_owned(),
+                ..DeviceState::default()
+            }],
+            ..DevicesState::default()
+        }
+    }
+
     fn arenas(&self) -> Vec<ArenaState> {
         vec![ArenaState {
             id: "heap".to_owned(),
@@ -173,6 +183,7 @@ impl Bench {
         let spec = MachineSpec::try_parse_from(["--kernel", kernel, "--balloon=size=64M"]).unwrap();
         let mut config = spec.validate().unwrap();
         config.nets = vec![parse_keys("tap=tap0,mac=02:00:00:00:00:01").unwrap()];
+        config.vsock = Some(parse_keys("cid=3,path=/tmp/v").unwrap());
         config.disks = vec![parse_keys("path=/d,readonly=on").unwrap()];
         let (go, reclaim) = channel();
         let machine = Arc::new(Machine {
@@ -252,6 +263,9 @@ fn what_can_be_read() {
     assert_eq!(bench.get("/arenas")[0]["id"], "heap");
     let teardown = json!({ "workers": 3, "batch_bytes": 4096, "guardian": true });
     assert_eq!(bench.get("/teardown"), teardown);
+    let devices = bench.get("/devices");
+    assert_eq!(devices["disks"][0]["id"], "blk0");
+    assert!(devices["vsock"].is_null());
     let config = bench.get("/vm/config");
     assert_eq!(config["machine-config"]["mem_size_mib"], 512);
     assert_eq!(config["machine-config"]["vcpu_count"], 1);
@@ -260,6 +274,8 @@ fn what_can_be_read() {
     let interface = &config["network-interfaces"][0];
     assert_eq!(interface["host_dev_name"], "tap0");
     assert_eq!(interface["guest_mac"], "02:00:00:00:00:01");
+    assert_eq!(config["vsock"]["guest_cid"], 3);
+    assert_eq!(config["vsock"]["uds_path"], "/tmp/v");
     assert_eq!(config["balloon"]["amount_mib"], 64);
     assert_eq!(config["ebb"]["serial"], "tty");
 }

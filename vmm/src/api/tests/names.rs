@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::control::{
-    ArenaState, AutoBalloonState, BalloonDoing, BalloonState, BalloonStatistics, InstanceInfo,
-    LazyMemoryState, METRICS, Prefault, ReclaimOutcome, ReportingMode, TeardownState,
+    ArenaState, AutoBalloonState, BalloonDoing, BalloonState, BalloonStatistics, DevicesState,
+    InstanceInfo, LazyMemoryState, METRICS, Prefault, ReclaimOutcome, ReportingMode, TeardownState,
 };
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
@@ -40,6 +40,20 @@ const LAZY_MEMORY: &str = "
 const ARENA: &str = "
     discarded_bytes gpa granule_bytes id lazy_bytes reclaimed_bytes_total reuse_calls_total
     reused_bytes_total reuse_waits_total scans_total scan_us size_bytes";
+
+const DISK: &str = "
+    errors_total flushes_total id read_bytes_total reads_total throttled_total writes_total
+    written_bytes_total";
+
+const NET: &str = "
+    id rx_bytes_total rx_dropped_total rx_packets_total throttled_total tx_bytes_total
+    tx_dropped_total tx_packets_total";
+
+const VSOCK: &str = "
+    closed_total errors_total guest_connections_total host_connections_total refused_total
+    rx_bytes_total rx_packets_total tx_bytes_total tx_packets_total";
+
+const RNG: &str = "errors_total random_bytes_total requests_total";
 
 const BALLOON: &str = "
     actual_mib amount_mib deflate_on_oom free_page_reporting lazy stats_polling_interval_s";
@@ -130,6 +144,16 @@ fn every_metric_is_described() {
 #[test]
 fn the_names_of_everything_else() {
     expect(&ArenaState::default(), ARENA);
+    let devices = DevicesState {
+        disks: vec![Default::default()],
+        nets: vec![Default::default()],
+        vsock: Some(Default::default()),
+        rng: Some(Default::default()),
+    };
+    expect(&devices.disks[0], DISK);
+    expect(&devices.nets[0], NET);
+    expect(&devices.vsock, VSOCK);
+    expect(&devices.rng, RNG);
     expect(&BalloonState::default(), BALLOON);
     let balloon = BalloonState {
         auto: Some(AutoBalloonState::default()),

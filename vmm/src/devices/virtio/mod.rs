@@ -8,5 +8,6 @@ pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;
+pub mod vsock;
 
 pub use device::{Activation, ActivationError, QueueHandle, VirtioDevice, VirtioInterrupt};

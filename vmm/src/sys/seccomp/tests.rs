@@ -7,12 +7,13 @@ use rustix::process::{WaitOptions, waitpid};
 use super::*;
 use crate::sys::process::{block_all_signals, fork_for_test};
 
-const ROLES: [Role; 12] = [
+const ROLES: [Role; 13] = [
     Role::Main,
     Role::Vcpu,
     Role::Block,
     Role::Net,
     Role::Rng,
+    Role::Vsock,
     Role::Balloon,
     Role::Api,
     Role::Reclaim,

@@ -31,7 +31,7 @@ use crate::sys::process::{TaskKind, clone_task};
 use crate::sys::{self, nodes};
 use process::{Stacks, State, reaper_main};
 
-pub use status::StatusPage;
+pub use status::{Socket, StatusPage};
 
 /// What the reaper has to do when the monitor is dead.
 #[derive(Debug)]

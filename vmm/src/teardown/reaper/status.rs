@@ -17,8 +17,8 @@ use crate::teardown::{MAX_WORKERS, Report};
 pub struct StatusPage {
     /// The monitor has stopped everything by itself.
     finished: AtomicBool,
-    /// Device and inode of the API's socket; the inode is 0 if there is none.
-    socket: [AtomicU64; 2],
+    /// Device and inode of each [`Socket`]; the inode is 0 if there is none.
+    sockets: [[AtomicU64; 2]; 2],
     /// How many threads shall free memory at the same time.
     workers: AtomicUsize,
     /// Bytes that the reaper has to free; 0 if it has no job.
@@ -31,6 +31,15 @@ pub struct StatusPage {
     max_workers: AtomicUsize,
     begin: Moment,
     end: Moment,
+}
+
+/// A socket of the monitor's in the file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Socket {
+    /// That of the API.
+    Api,
+    /// That of the vsock, for clients of the host.
+    Vsock,
 }
 
 /// When freeing began or ended, and what was resident then.
@@ -72,22 +81,24 @@ impl StatusPage {
         self.workers.load(Ordering::Relaxed).clamp(1, MAX_WORKERS)
     }
 
-    /// The monitor has made the API's socket, a file with this device and inode.
-    pub fn set_socket(&self, (device, inode): (u64, u64)) {
-        self.socket[0].store(device, Ordering::Relaxed);
-        self.socket[1].store(inode, Ordering::Release);
+    /// The monitor has made this socket, a file with this device and inode.
+    pub fn set_socket(&self, socket: Socket, identity: (u64, u64)) {
+        let [device, inode] = &self.sockets[socket as usize];
+        device.store(identity.0, Ordering::Relaxed);
+        inode.store(identity.1, Ordering::Release);
     }
 
-    /// The monitor has removed the API's socket: from now on another file may have its identity.
-    pub fn forget_socket(&self) {
-        self.set_socket((u64::MAX, u64::MAX));
+    /// The monitor has removed this socket: from now on another file may have its identity.
+    pub fn forget_socket(&self, socket: Socket) {
+        self.set_socket(socket, (u64::MAX, u64::MAX));
     }
 
-    /// Device and inode of the API's socket, if the monitor has made one.
+    /// Device and inode of this socket, if the monitor has made it.
     #[must_use]
-    pub fn socket(&self) -> Option<(u64, u64)> {
-        let inode = self.socket[1].load(Ordering::Acquire);
-        (inode > 0).then(|| (self.socket[0].load(Ordering::Relaxed), inode))
+    pub fn socket(&self, socket: Socket) -> Option<(u64, u64)> {
+        let [device, inode] = &self.sockets[socket as usize];
+        let inode = inode.load(Ordering::Acquire);
+        (inode > 0).then(|| (device.load(Ordering::Relaxed), inode))
     }
 
     /// The monitor has stopped everything by itself and exits now.
@@ -179,7 +190,10 @@ mod tests {
     fn a_report_is_there_once_the_work_has_ended() {
         let status = StatusPage::new().unwrap();
         assert_eq!((status.report(), status.has_begun()), (None, false));
-        assert_eq!((status.socket(), status.is_finished()), (None, false));
+        assert_eq!(
+            (status.socket(Socket::Api), status.is_finished()),
+            (None, false)
+        );
         status.set_begin();
         status.note_workers(3);
         status.note_workers(2);
@@ -194,10 +208,10 @@ mod tests {
         assert_eq!((report.workers, report.failures), (3, 1));
         let expected = Duration::from_millis(2)..Duration::from_secs(60);
         assert!(expected.contains(&report.duration), "{report:?}");
-        status.set_socket((0, 7));
+        status.set_socket(Socket::Api, (0, 7));
         status.set_finished();
         assert_eq!(
-            (status.socket(), status.is_finished()),
+            (status.socket(Socket::Api), status.is_finished()),
             (Some((0, 7)), true)
         );
     }

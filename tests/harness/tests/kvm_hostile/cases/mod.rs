@@ -12,6 +12,7 @@ mod processor;
 mod queues;
 pub mod races;
 mod transport;
+pub mod vsock;
 
 use ebb_payload::script::Script;
 
@@ -59,7 +60,7 @@ pub const fn arena_options() -> &'static str {
 
 /// All that leave the machine alive and take one vCPU.
 pub fn survived() -> impl Iterator<Item = &'static Case> {
-    let all: [&[Case]; 9] = [
+    let all: [&[Case]; 10] = [
         calls::CASES,
         arena::CASES,
         transport::CASES,
@@ -69,6 +70,7 @@ pub fn survived() -> impl Iterator<Item = &'static Case> {
         ports::CASES,
         processor::CASES,
         memory::CASES,
+        vsock::CASES,
     ];
     all.into_iter().flatten()
 }

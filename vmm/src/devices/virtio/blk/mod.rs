@@ -19,10 +19,10 @@ use super::queue::{DeviceThread, GuestFaults, Limiter, ServedQueue, Worker};
 use super::{Activation, ActivationError, VirtioDevice};
 use crate::sys::seccomp::Role;
 use wire::{DEVICE_TYPE, ID_BYTES};
-use worker::{BlockWorker, Context, DiskCounters};
+use worker::{BlockWorker, Context};
 
 pub use disk::{Disk, DiskError, DiskIdentity};
-pub use worker::DiskStats;
+pub use worker::{DiskCounters, DiskStats};
 
 /// Entries of the queue.
 const QUEUE_SIZE: u16 = 256;
@@ -70,8 +70,8 @@ impl Block {
 
     /// The disk's counters.
     #[must_use]
-    pub fn stats(&self) -> DiskStats {
-        self.counters.snapshot()
+    pub fn counters(&self) -> &Arc<DiskCounters> {
+        &self.counters
     }
 }
 

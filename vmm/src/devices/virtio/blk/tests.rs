@@ -161,7 +161,7 @@ fn what_is_written_is_read_back() {
         errors_total: 0,
         throttled_total: 0,
     };
-    assert_eq!(rig.block.stats(), expected);
+    assert_eq!(rig.block.counters().snapshot(), expected);
     wait_for(
         || rig.interrupt.used.load(Ordering::SeqCst) == 3,
         "interrupts",
@@ -188,7 +188,7 @@ fn a_flush_reaches_the_host_and_its_failure_the_guest() {
         let disk = Disk::over(OwnedFd::from(reader).into(), readonly);
         let rig = Rig::over(tempfile::tempdir().unwrap(), disk);
         assert_eq!(rig.request(FLUSH, 0, 0).0, status, "readonly={readonly}");
-        let counted = rig.block.stats().flushes_total;
+        let counted = rig.block.counters().snapshot().flushes_total;
         assert_eq!(counted, flushes, "readonly={readonly}");
     }
 }
@@ -259,7 +259,7 @@ fn requests_that_leave_the_disk_fail() {
         assert_eq!(rig.request(kind, 0, 512).0, STATUS_UNSUPP, "{kind}");
     }
     assert_eq!(rig.image(), content());
-    assert_eq!(rig.block.stats().errors_total, 17);
+    assert_eq!(rig.block.counters().snapshot().errors_total, 17);
     rig.assert_alive();
 }
 
@@ -395,7 +395,7 @@ fn limits_hold_requests_back_and_a_reset_does_not_help() {
         for _ in 0..expected {
             assert_eq!(rig.request(IN, 0, 512), (STATUS_OK, 513));
         }
-        let throttled = |rig: &Rig| rig.block.stats().throttled_total;
+        let throttled = |rig: &Rig| rig.block.counters().snapshot().throttled_total;
         let chain = [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
         for round in 1..3 {
             let before = throttled(&rig);
@@ -403,7 +403,11 @@ fn limits_hold_requests_back_and_a_reset_does_not_help() {
             rig.queue.offer_chain(0, &chain);
             rig.queue.notify();
             wait_for(|| throttled(&rig) > before, "limit");
-            assert_eq!(rig.block.stats().reads_total, expected, "round {round}");
+            assert_eq!(
+                rig.block.counters().snapshot().reads_total,
+                expected,
+                "round {round}"
+            );
             rig.block.reset();
             rig.queue = MockQueue::new(&rig.memory, QUEUE, 16);
             rig.activate();
@@ -422,7 +426,7 @@ fn what_was_held_back_goes_on_by_itself() {
     for _ in 0..40 {
         rig.assert_alive();
     }
-    assert!(rig.block.stats().throttled_total > 0);
+    assert!(rig.block.counters().snapshot().throttled_total > 0);
 }
 
 /// Numbers of the specification: a block device is 2; the bits are those of virtio 1.3, 5.2.3 and 6.

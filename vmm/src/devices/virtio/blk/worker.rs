@@ -21,7 +21,7 @@ const CHUNK: usize = 1 << 20;
 
 ebb_core::metrics! {
     /// What a disk has done since the machine started.
-    pub struct DiskStats from pub(super) struct DiskCounters {
+    pub struct DiskStats from pub struct DiskCounters {
         /// Read requests that succeeded.
         reads_total: Counter,
         /// Write requests that succeeded.

@@ -27,9 +27,9 @@ use crate::config::{MacAddress, NetConfig};
 use crate::sys::seccomp::Role;
 use crate::sys::tap::{Tap, TapError};
 use wire::{DEVICE_TYPE, HEADER_BYTES};
-use worker::{Context, Limits, NetCounters, NetWorker};
+use worker::{Context, Limits, NetWorker};
 
-pub use worker::NetStats;
+pub use worker::{NetCounters, NetStats};
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -96,8 +96,8 @@ impl Net {
 
     /// The interface's counters.
     #[must_use]
-    pub fn stats(&self) -> NetStats {
-        self.counters.snapshot()
+    pub fn counters(&self) -> &Arc<NetCounters> {
+        &self.counters
     }
 }
 

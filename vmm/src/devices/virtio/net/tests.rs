@@ -151,7 +151,7 @@ fn a_frame_comes_and_goes() {
         tx_dropped_total: 0,
         throttled_total: 0,
     };
-    assert_eq!(rig.net.stats(), expected);
+    assert_eq!(rig.net.counters().snapshot(), expected);
     wait_for(
         || rig.interrupt.used.load(Ordering::SeqCst) == 3,
         "interrupts",
@@ -192,7 +192,7 @@ fn the_end_of_a_frame_waits_for_buffers() {
     rig.received(3);
     assert_eq!(rig.receive.used(2), (2, 600));
     rig.assert_data(frame(1900), 3);
-    assert_eq!(rig.net.stats().rx_dropped_total, 0);
+    assert_eq!(rig.net.counters().snapshot().rx_dropped_total, 0);
 }
 
 #[test]
@@ -200,7 +200,12 @@ fn frames_that_fit_into_no_buffers_are_dropped() {
     let rig = Rig::without(0);
     rig.offer(0, &[20; SIZE as usize]);
     rig.host.send(&frame(400)).unwrap();
-    let dropped = |count| wait_for(|| rig.net.stats().rx_dropped_total == count, "drop");
+    let dropped = |count| {
+        wait_for(
+            || rig.net.counters().snapshot().rx_dropped_total == count,
+            "drop",
+        )
+    };
     dropped(1);
     rig.host.send(&frame(300)).unwrap();
     rig.received(15);
@@ -208,7 +213,10 @@ fn frames_that_fit_into_no_buffers_are_dropped() {
     let rig = Rig::without(MERGEABLE);
     rig.offer(0, &[400, 1000]);
     rig.host.send(&frame(401)).unwrap();
-    wait_for(|| rig.net.stats().rx_dropped_total == 1, "drop");
+    wait_for(
+        || rig.net.counters().snapshot().rx_dropped_total == 1,
+        "drop",
+    );
     rig.host.send(&frame(400)).unwrap();
     rig.received(1);
     assert_eq!(rig.receive.used(0), (0, 400));
@@ -237,7 +245,7 @@ fn buffers_that_are_none_come_back_empty() {
     rig.offer(0, &[2048]);
     rig.host.send(&frame(100)).unwrap();
     rig.received(6);
-    assert_eq!(rig.net.stats().rx_packets_total, 1);
+    assert_eq!(rig.net.counters().snapshot().rx_packets_total, 1);
 }
 
 #[test]
@@ -255,7 +263,11 @@ fn what_is_no_frame_is_not_sent() {
     ];
     for (number, (what, chain)) in (1..).zip(cases) {
         rig.send(chain);
-        assert_eq!(rig.net.stats().tx_dropped_total, number, "{what}");
+        assert_eq!(
+            rig.net.counters().snapshot().tx_dropped_total,
+            number,
+            "{what}"
+        );
         assert!(rig.host.recv(&mut [0; 64]).is_err(), "{what}");
     }
     // The largest.
@@ -267,7 +279,7 @@ fn what_is_no_frame_is_not_sent() {
     rig.transmit.describe(0, (DATA, 64), NEXT, 0);
     rig.transmit.offer(0);
     rig.transmit.run_until_used(used + 1);
-    assert_eq!(rig.net.stats().tx_dropped_total, 8);
+    assert_eq!(rig.net.counters().snapshot().tx_dropped_total, 8);
 }
 
 /// The host has no room for more: what the guest sends is gone, and nothing is kept.
@@ -277,7 +289,7 @@ fn what_the_host_does_not_take_is_dropped() {
     for _ in 0..2000 {
         rig.send(&[(DATA, 12, 0), (DATA, 1500, 0)]);
     }
-    let stats = rig.net.stats();
+    let stats = rig.net.counters().snapshot();
     assert!(stats.tx_dropped_total > 0);
     assert_eq!(stats.tx_packets_total - 1 + stats.tx_dropped_total, 2000);
 }
@@ -292,7 +304,7 @@ fn a_reset_stops_it_and_old_frames_are_forgotten() {
         rig.host.send(&frame(99)).unwrap();
     }
     rig.assert_alive();
-    assert_eq!(rig.net.stats().rx_dropped_total, 3);
+    assert_eq!(rig.net.counters().snapshot().rx_dropped_total, 3);
     for queue in [&rig.receive, &rig.transmit] {
         let before = rig.interrupt.reset.load(Ordering::SeqCst);
         queue.set_avail_index(0x4000);
@@ -310,12 +322,12 @@ fn limits_hold_frames_back_in_each_direction() {
     let rig = Rig::limited(",tx_ops=3/86400000", 0);
     rig.send(&[(DATA, 64, 0)]);
     rig.send(&[(DATA, 64, 0)]);
-    let throttled = |rig: &Rig| rig.net.stats().throttled_total;
+    let throttled = |rig: &Rig| rig.net.counters().snapshot().throttled_total;
     wait_for(|| throttled(&rig) == 1, "limit");
     rig.transmit.offer_chain(0, &[(DATA, 64, 0)]);
     rig.transmit.notify();
     wait_for(|| throttled(&rig) == 2, "limit");
-    assert_eq!(rig.net.stats().tx_packets_total, 3);
+    assert_eq!(rig.net.counters().snapshot().tx_packets_total, 3);
     // The other direction goes on.
     rig.offer(0, &[512; 8]);
     for count in 1..4 {
@@ -334,7 +346,7 @@ fn limits_hold_frames_back_in_each_direction() {
     rig.send(&[(DATA, 64, 0)]);
     assert_eq!(rig.receive.used_index(), 2);
     rig.net.reset();
-    assert_eq!(rig.net.stats().rx_packets_total, 2);
+    assert_eq!(rig.net.counters().snapshot().rx_packets_total, 2);
 }
 
 #[test]
@@ -346,7 +358,7 @@ fn what_was_held_back_goes_on_by_itself() {
         rig.host.send(&frame(100)).unwrap();
         rig.received(count);
     }
-    assert!(rig.net.stats().throttled_total > 0);
+    assert!(rig.net.counters().snapshot().throttled_total > 0);
 }
 
 #[test]

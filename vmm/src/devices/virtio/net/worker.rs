@@ -17,7 +17,7 @@ use crate::sys::tap::Tap;
 
 ebb_core::metrics! {
     /// What an interface has done since the machine started. `rx` is the way to the guest, `tx` the way from it.
-    pub struct NetStats from pub(super) struct NetCounters {
+    pub struct NetStats from pub struct NetCounters {
         /// Frames that the guest got.
         rx_packets_total: Counter,
         /// Frames that the guest did not get: its buffers were too small, or it was resetting the device.

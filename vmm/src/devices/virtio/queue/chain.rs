@@ -207,6 +207,19 @@ impl<'a> Cursor<'a> {
         Some(tail)
     }
 
+    /// Leaves out what comes after the next `count` bytes.
+    pub fn truncate(&mut self, count: u64) {
+        self.remaining = self.remaining.min(count);
+    }
+
+    /// The memory of the next bytes, which are not moved yet; `None` at the end.
+    ///
+    /// # Errors
+    /// [`ReadError::NotMemory`].
+    pub fn next_piece(&self) -> Result<Option<VolatileSlice<'a>>, ReadError> {
+        self.slice(usize::MAX)
+    }
+
     /// Reads up to `buffer.len()` bytes; fewer only at the end of the chain.
     ///
     /// # Errors
@@ -318,7 +331,8 @@ impl<'a> Cursor<'a> {
             .map_err(|_| ReadError::NotMemory { addr, len })
     }
 
-    fn skip(&mut self, mut count: u64) {
+    /// The next `count` bytes, or all, have been moved.
+    pub fn skip(&mut self, mut count: u64) {
         self.remaining = self.remaining.saturating_sub(count);
         while let Some((first, rest)) = self.segments.split_first() {
             let left = u64::from(first.len.saturating_sub(self.done));

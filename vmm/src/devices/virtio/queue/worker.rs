@@ -210,6 +210,17 @@ impl Poller {
         self.register(source.as_raw_fd(), events, token.into())
     }
 
+    /// As [`watch_arrivals`](Self::watch_arrivals), for a stream: also reports that there is room again for what is written to it, and
+    /// its end. Closing it ends that.
+    ///
+    /// # Errors
+    /// The error of `epoll_ctl`.
+    pub fn watch_stream(&self, source: &impl AsRawFd, token: u32) -> io::Result<()> {
+        let events =
+            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        self.register(source.as_raw_fd(), events, token.into())
+    }
+
     fn register(&self, fd: RawFd, events: EventSet, data: u64) -> io::Result<()> {
         self.epoll
             .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
@@ -227,7 +238,19 @@ impl Poller {
     /// # Panics
     /// epoll_wait(2) fails as it never does. So the machine ends, instead of going on without the device.
     pub fn wait(&self, timeout: Option<Duration>, mut ready: impl FnMut(u32)) -> bool {
-        let mut events = [EpollEvent::default(); 8];
+        self.wait_for_streams(timeout, |token, _| ready(token))
+    }
+
+    /// The same; `ready` also hears whether a stream is closed in both directions.
+    ///
+    /// # Panics
+    /// As for [`wait`](Self::wait).
+    pub fn wait_for_streams(
+        &self,
+        timeout: Option<Duration>,
+        mut ready: impl FnMut(u32, bool),
+    ) -> bool {
+        let mut events = [EpollEvent::default(); 32];
         // Rounded up, so that a short timeout does not become a busy loop.
         let timeout = timeout.map_or(-1, |timeout| {
             i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
@@ -243,9 +266,10 @@ impl Poller {
         if self.stop.is_stopped() {
             return false;
         }
-        for token in events.iter().take(count).map(EpollEvent::data) {
-            if let Ok(token) = u32::try_from(token) {
-                ready(token);
+        for event in events.iter().take(count) {
+            if let Ok(token) = u32::try_from(event.data()) {
+                let closed = EventSet::HANG_UP | EventSet::ERROR;
+                ready(token, event.event_set().intersects(closed));
             }
         }
         true

@@ -13,9 +13,9 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::queue::{DeviceThread, GuestFaults, ServedQueue, Worker};
 use super::{Activation, ActivationError, VirtioDevice};
 use crate::sys::seccomp::Role;
-use worker::{Context, RngCounters, RngWorker};
+use worker::{Context, RngWorker};
 
-pub use worker::RngStats;
+pub use worker::{RngCounters, RngStats};
 
 /// Device type (virtio 1.3, 5.4.1).
 const DEVICE_TYPE: u32 = 4;
@@ -47,8 +47,8 @@ impl Entropy {
 
     /// The device's counters.
     #[must_use]
-    pub fn stats(&self) -> RngStats {
-        self.counters.snapshot()
+    pub fn counters(&self) -> &Arc<RngCounters> {
+        &self.counters
     }
 }
 

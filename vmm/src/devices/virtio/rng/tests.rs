@@ -83,7 +83,7 @@ fn bytes_are_random_and_no_more_than_asked_for() {
         errors_total: 0,
         random_bytes_total: 1200,
     };
-    assert_eq!(rig.rng.stats(), expected);
+    assert_eq!(rig.rng.counters().snapshot(), expected);
     // Joins the thread, which ends its pass first.
     rig.rng.reset();
     assert_eq!(rig.interrupt.used.load(Ordering::SeqCst), 2);
@@ -96,7 +96,10 @@ fn one_request_gets_a_bounded_number_of_bytes() {
     assert_eq!(rig.run(&[(DATA, 1 << 20, WRITE)]), most);
     let all = [(DATA, most, WRITE), (DATA, u32::MAX - most, WRITE)];
     assert_eq!(rig.run(&all), most);
-    assert_eq!(rig.rng.stats().random_bytes_total, 2 * u64::from(most));
+    assert_eq!(
+        rig.rng.counters().snapshot().random_bytes_total,
+        2 * u64::from(most)
+    );
 }
 
 #[test]
@@ -113,7 +116,7 @@ fn bad_requests_get_nothing_and_the_queue_goes_on() {
     ];
     for (number, (what, chain)) in (1..).zip(cases) {
         assert_eq!(rig.run(chain), 0, "{what}");
-        assert_eq!(rig.rng.stats().errors_total, number, "{what}");
+        assert_eq!(rig.rng.counters().snapshot().errors_total, number, "{what}");
         assert_eq!(rig.run(&[(DATA, 8, WRITE)]), 8, "{what}");
     }
     // A loop.

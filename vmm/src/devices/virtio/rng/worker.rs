@@ -16,7 +16,7 @@ pub(super) const MOST: u64 = 4096;
 
 ebb_core::metrics! {
     /// What the source of random bytes has done since the machine started.
-    pub struct RngStats from pub(super) struct RngCounters {
+    pub struct RngStats from pub struct RngCounters {
         /// Requests that got bytes.
         requests_total: Counter,
         /// Requests that failed, for any reason.
