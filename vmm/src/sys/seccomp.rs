@@ -16,7 +16,7 @@ use std::thread;
 use seccompiler::sock_filter;
 use syscalls::Sysno;
 
-/// Exit status of a process that made a system call which its filter forbids.
+/// Exit status of a process that made a system call which its filter forbids, or one of whose threads was refused its filter.
 pub const FORBIDDEN_CALL: u8 = 37;
 
 /// What happens to calls that are in no list.
@@ -98,13 +98,14 @@ impl Role {
         }
     }
 
-    /// From now on the calling thread makes only the calls of this role, in the mode of [`start`].
-    ///
-    /// # Panics
-    /// The kernel refuses the filter: there is no memory for it.
+    /// From now on the calling thread makes only the calls of this role, in the mode of [`start`]. If the kernel refuses the
+    /// filter, because there is no memory for it, the process ends as by a forbidden call: no thread goes on without one.
     pub fn enter(self) {
-        if let Err(error) = self.try_enter() {
-            panic!("the filter of system calls was refused: {error}");
+        if self.try_enter().is_err() {
+            let mut line = Line::default();
+            line.thread();
+            line.text(b" was refused its seccomp filter by the kernel, which may lack memory; the process ends with status 37\n");
+            line.end_process();
         }
     }
 
@@ -172,7 +173,10 @@ fn grow_and_shrink() {
 }
 
 /// Asks the kernel whether it has the action that `mode` needs (Linux 4.14).
-fn is_available(mode: Mode) -> io::Result<()> {
+///
+/// # Errors
+/// seccomp(2)'s: it has not.
+pub fn is_available(mode: Mode) -> io::Result<()> {
     let action: u32 = match mode {
         Mode::Off => return Ok(()),
         Mode::Log => libc::SECCOMP_RET_LOG,
@@ -203,11 +207,7 @@ extern "C" fn on_forbidden(_: c_int, info: *mut libc::siginfo_t, context: *mut c
     };
     let mut line = Line::default();
     line.describe(number, arguments);
-    for output in [2, LOG.load(Ordering::Relaxed)] {
-        line.write_to(output);
-    }
-    // SAFETY: it ends the process and returns to nobody.
-    unsafe { libc::_exit(FORBIDDEN_CALL.into()) }
+    line.end_process()
 }
 
 /// A line of bounded length that is made without allocation.
@@ -226,13 +226,18 @@ impl Default for Line {
 }
 
 impl Line {
-    /// Says what the calling thread wanted.
-    fn describe(&mut self, number: i32, arguments: [i64; 3]) {
+    /// Names the calling thread.
+    fn thread(&mut self) {
         let mut name = [0u8; 16];
         // SAFETY: the kernel writes at most 16 bytes, a zero among them (prctl(2)).
         unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
         self.text(b"ebb: the thread ");
         self.text(name.split(|byte| *byte == 0).next().unwrap_or_default());
+    }
+
+    /// Says what the calling thread wanted.
+    fn describe(&mut self, number: i32, arguments: [i64; 3]) {
+        self.thread();
         self.text(b" wanted to make the system call ");
         let known = usize::try_from(number).ok().and_then(Sysno::new);
         match known {
@@ -261,6 +266,15 @@ impl Line {
             let value = (number >> (4 * digit)) & 0xf;
             self.text(&[DIGITS[value as usize]]);
         }
+    }
+
+    /// Writes it, and ends the process.
+    fn end_process(&self) -> ! {
+        for output in [2, LOG.load(Ordering::Relaxed)] {
+            self.write_to(output);
+        }
+        // SAFETY: it ends the process and returns to nobody.
+        unsafe { libc::_exit(FORBIDDEN_CALL.into()) }
     }
 
     /// Writes it, unless nobody takes it for 100 ms.

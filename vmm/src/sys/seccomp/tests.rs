@@ -3,6 +3,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 
 use rustix::process::{WaitOptions, waitpid};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 use super::*;
 use crate::sys::process::{block_all_signals, fork_for_test};
@@ -70,6 +71,37 @@ fn a_thread_that_blocks_its_signals_reports_it_too() {
     });
     assert_eq!(status, i32::from(FORBIDDEN_CALL), "{text}");
     assert!(text.contains("personality"), "{text}");
+}
+
+/// Lets seccomp(2) fail in the calling thread and those that it starts, as if there was no memory.
+fn refuse_filters() {
+    let calls = [(libc::SYS_seccomp, Vec::new())].into();
+    let refuse = SeccompAction::Errno(libc::ENOMEM as u32);
+    let arch = seccompiler::TargetArch::x86_64;
+    let filter = SeccompFilter::new(calls, SeccompAction::Allow, refuse, arch).unwrap();
+    let filter: BpfProgram = filter.try_into().unwrap();
+    seccompiler::apply_filter(&filter).unwrap();
+}
+
+#[test]
+fn a_thread_that_is_refused_its_filter_ends_the_process() {
+    let (mut text, (reader, writer)) = (String::new(), rustix::pipe::pipe().unwrap());
+    let child = fork_for_test(|| {
+        start(Mode::On, Some(writer.as_fd())).unwrap();
+        refuse_filters();
+        let name = thread::Builder::new().name("ebb-test".into());
+        let _ = name.spawn(|| Role::Block.enter()).unwrap().join();
+        0
+    });
+    let (_, status) = waitpid(Some(child), WaitOptions::empty()).unwrap().unwrap();
+    drop(writer);
+    File::from(reader).read_to_string(&mut text).unwrap();
+    assert_eq!(status.exit_status(), Some(FORBIDDEN_CALL.into()), "{text}");
+    let line = "ebb: the thread ebb-test was refused its seccomp filter";
+    assert!(
+        text.starts_with(line) && text.ends_with("status 37\n"),
+        "{text}"
+    );
 }
 
 #[test]
