@@ -18,6 +18,7 @@ pub mod guest_kernel;
 pub mod guest_memory;
 pub mod hypercall;
 pub mod irq;
+pub mod jail;
 pub mod kvm;
 pub mod memory;
 pub mod output;

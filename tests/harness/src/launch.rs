@@ -1,6 +1,7 @@
 //! Puts together the command line of a monitor and starts it.
 
 use std::fs::File;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -16,7 +17,7 @@ use crate::terminal::Terminal;
 #[derive(Debug)]
 pub struct Launch {
     images: Images,
-    /// The monitor's program, without arguments.
+    /// The monitor's program, with the words before the options of `ebb run`.
     command: Command,
     kernel: PathBuf,
     initramfs: Option<PathBuf>,
@@ -37,8 +38,10 @@ impl Launch {
     pub fn new() -> Result<Self> {
         let images = Images::from_environment()?;
         let folder = TempDir::with_prefix("ebb-").context("make a temporary folder")?;
+        let mut command = Command::new(&images.ebb);
+        command.arg("run");
         Ok(Self {
-            command: Command::new(&images.ebb),
+            command,
             kernel: images.vmlinuz.clone(),
             initramfs: Some(images.initramfs.clone()),
             images,
@@ -66,7 +69,30 @@ impl Launch {
     #[must_use]
     pub fn within(mut self, cgroup: &Cgroup) -> Self {
         self.command = cgroup.command(&self.images.ebb);
+        self.command.arg("run");
         self
+    }
+
+    /// Locks the monitor in, as the user and group `user`, by the name `stock`.
+    ///
+    /// # Errors
+    /// When its folder or images cannot be given to it.
+    pub fn jailed(mut self, user: u32) -> Result<Self> {
+        let folder = self.folder.path();
+        chown(folder, Some(user), Some(user)).context(folder.display())?;
+        let number = user.to_string();
+        self.command = Command::new(&self.images.ebb);
+        self.command
+            .args(["jail", "--uid", &number, "--gid", &number, "--folder"]);
+        self.command.arg(folder).args(["--", "--id", "stock"]);
+        // A jail follows no links.
+        for image in [Some(&mut self.kernel), self.initramfs.as_mut()]
+            .into_iter()
+            .flatten()
+        {
+            *image = image.canonicalize().context(image.display())?;
+        }
+        Ok(self)
     }
 
     /// Another kernel.
@@ -160,7 +186,7 @@ impl Launch {
             self.mode
         );
         let mut command = self.command;
-        command.arg("run").arg("--kernel").arg(&self.kernel);
+        command.arg("--kernel").arg(&self.kernel);
         if let Some(initramfs) = &self.initramfs {
             command.arg("--initramfs").arg(initramfs);
         }

@@ -13,6 +13,7 @@ pub mod idle;
 pub mod images;
 pub mod inject;
 pub mod integrity;
+pub mod jail;
 pub mod launch;
 pub mod monitor;
 pub mod network;

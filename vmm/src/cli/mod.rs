@@ -5,6 +5,7 @@ mod ctl;
 mod docs;
 mod doctor;
 mod file;
+mod jail;
 mod run;
 
 use std::error::Error;
@@ -28,6 +29,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::Args>),
+    Jail(Box<jail::Args>),
     Ctl(ctl::Args),
     Doctor(doctor::Args),
 }
@@ -37,6 +39,7 @@ pub fn main() -> u8 {
     match parse(std::env::args_os().collect()) {
         Ok(cli) => match cli.command {
             Command::Run(args) => run::main(*args),
+            Command::Jail(args) => jail::main(*args),
             Command::Ctl(args) => ctl::main(args),
             Command::Doctor(args) => doctor::main(&args),
         },

@@ -11,18 +11,18 @@ use tracing::Level;
 /// Start a guest and stay with it until it ends
 ///
 /// Exit status: 0 guest powered off or stopped, 32 reset, 33 crash, 34 guest panic, 35 bad arguments or a
-/// host that cannot run guests, 37 a system call that the monitor has no use for.
+/// host that cannot run guests, 37 a system call that the monitor has no use for, or no filter of them to be had.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    machine: MachineSpec,
+    pub machine: MachineSpec,
     /// Read options from this file, TOML or (with the ending .json) JSON: keys are the names of options. An option on
     /// the command line takes precedence over the file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Write the log to this file instead of standard error
     #[arg(long, value_name = "PATH")]
-    log_file: Option<PathBuf>,
+    pub log_file: Option<PathBuf>,
     /// Log more: -v for information, -vv for debugging
     #[arg(short, action = clap::ArgAction::Count)]
     verbose: u8,

@@ -4,6 +4,7 @@ mod balloon;
 mod disk;
 mod error;
 mod files;
+mod jail;
 mod keys;
 mod lazy;
 mod limits;
@@ -22,6 +23,7 @@ mod vsock;
 pub use disk::DiskConfig;
 pub use error::ConfigError;
 pub use files::{SocketPath, check_socket, check_vsock_path};
+pub use jail::{JailCgroup, JailSpec};
 pub use keys::{choices, explain, parse_keys};
 pub use lazy::{LazyConfig, LazyMode};
 pub use mac::MacAddress;
@@ -30,5 +32,8 @@ pub use net::NetConfig;
 pub use number::parse_size;
 pub use rate::Rate;
 pub use size::format_size;
-pub use spec::{KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec, Transport};
+pub use spec::{
+    KernelCache, KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec, Transport,
+};
+pub use validate::check_id;
 pub use vsock::VsockConfig;

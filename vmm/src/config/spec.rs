@@ -92,7 +92,7 @@ pub struct MachineSpec {
 }
 
 /// How the help shows an option that consists of keys.
-const PAIRS: &str = "KEY=VALUE,...";
+pub(super) const PAIRS: &str = "KEY=VALUE,...";
 
 impl MachineSpec {
     /// The kernel command line when none is given: warnings and errors on the serial port, where each byte costs two exits,

@@ -90,7 +90,11 @@ fn user_cache() -> Option<PathBuf> {
     Some(cache.join("ebb/kernels"))
 }
 
-fn check_id(id: &str) -> Result<(), ConfigError> {
+/// Checks the name of a machine.
+///
+/// # Errors
+/// [`ConfigError::Id`].
+pub fn check_id(id: &str) -> Result<(), ConfigError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     if (1..=64).contains(&id.len()) && id.bytes().all(plain) {
         return Ok(());

@@ -2,6 +2,7 @@
 
 mod guest;
 mod host;
+mod jail;
 mod kvm;
 mod syscalls;
 
@@ -97,6 +98,7 @@ impl Report {
 pub fn examine() -> Report {
     let mut checks = kvm::checks();
     checks.extend(host::checks());
+    checks.extend(jail::checks());
     Report::new(checks)
 }
 

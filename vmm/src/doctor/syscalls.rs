@@ -33,6 +33,17 @@ pub(super) fn has_process_mrelease() -> bool {
     check(result).is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
 }
 
+/// The version of Landlock's interface (landlock_create_ruleset(2)).
+pub(super) fn landlock_version() -> io::Result<i64> {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the call reads nothing.
+    let result = unsafe {
+        let none = ptr::null::<u8>();
+        libc::syscall(libc::SYS_landlock_create_ruleset, none, 0_usize, VERSION)
+    };
+    check(result).map(|()| result)
+}
+
 fn check(result: libc::c_long) -> io::Result<()> {
     if result < 0 {
         return Err(io::Error::last_os_error());

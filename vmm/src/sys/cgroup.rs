@@ -115,7 +115,7 @@ impl Cgroup {
 impl Level {
     fn open(folder: &Path, version: Version) -> Option<Self> {
         let open = |name| KeptFile::open(&folder.join(name));
-        let id = fs::metadata(folder).ok()?.ino();
+        let id = fs::metadata(folder.join(version.current())).ok()?.ino();
         let mut level = match version {
             Version::Two => Self {
                 id,
@@ -141,7 +141,7 @@ impl Level {
         Some(level)
     }
 
-    /// A number that the cgroup has as long as it exists: that of its folder's inode.
+    /// A number that the cgroup has as long as it exists: that of the inode of a file in it.
     #[must_use]
     pub const fn id(&self) -> u64 {
         self.id
@@ -202,20 +202,39 @@ enum Version {
     Two,
 }
 
-/// The cgroup `path` below the mount point `point`, and those above it that control memory.
+impl Version {
+    /// The file with the memory in use, which each cgroup has that controls memory.
+    const fn current(self) -> &'static str {
+        match self {
+            Self::One => "memory.usage_in_bytes",
+            Self::Two => "memory.current",
+        }
+    }
+}
+
+/// The cgroup `path` below the mount point `point`, and those above it that control memory. Of those above the mount point
+/// only files may be there.
 fn levels(point: &Path, path: &Path, version: Version) -> Vec<Level> {
     let own = point.join(path);
-    let current = match version {
-        Version::One => "memory.usage_in_bytes",
-        Version::Two => "memory.current",
-    };
+    let current = version.current();
     // The root cgroup of version 2 has no such file.
     let folders = own
         .ancestors()
-        .take_while(|folder| folder.starts_with(point) && folder.join(current).exists());
+        .take_while(|folder| folder.join(current).exists());
     folders
         .map_while(|folder| Level::open(folder, version))
         .collect()
+}
+
+/// Where all cgroups of version 2 that this process may see are mounted, from `mounts` (/proc/self/mountinfo).
+#[must_use]
+pub fn mount_point(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        (filesystem.starts_with("cgroup2 ") && root == "/").then(|| point.into())
+    })
 }
 
 /// Returns the mount point of the cgroups that may control memory, from `mounts` (/proc/self/mountinfo), and below it the
@@ -260,6 +279,7 @@ mod tests {
     fn the_own_cgroup_is_found_where_it_is_mounted() {
         let found = |cgroup, version| own_folder(cgroup, HYBRID, version);
         let text = "12:pids:/\n4:cpu,memory:/x\n0::/vms/one\n";
+        assert_eq!(mount_point(HYBRID), Some("/sys/fs/cgroup/unified".into()));
         let two = ("/sys/fs/cgroup/unified".into(), "vms/one".into());
         assert_eq!(found(text, Version::Two), Some(two));
         let one = ("/sys/fs/cgroup/memory".into(), "x".into());
@@ -313,7 +333,11 @@ mod tests {
         assert_eq!(limits(), [None, limit(800, 300)]);
         write(&own, &[("max", "250\n")]);
         assert_eq!(limits(), [limit(250, 0), limit(800, 300)]);
-        assert_eq!(levels[1].id(), fs::metadata(above).unwrap().ino());
+        let file = above.join("memory.current");
+        assert_eq!(levels[1].id(), fs::metadata(file).unwrap().ino());
+        // In a jail only the own cgroup is mounted, and the files of those above.
+        let mounted = super::levels(&own, Path::new(""), Version::Two);
+        assert_eq!(mounted.len(), 2);
     }
 
     #[test]

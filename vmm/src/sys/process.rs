@@ -3,7 +3,7 @@
 use std::ffi::{c_int, c_void};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use rustix::process::{Pid, getpid, getppid};
 
@@ -45,6 +45,46 @@ pub fn raise_descriptor_limit(wanted: u64) -> u64 {
     rustix::process::setrlimit(resource, raised).map_or(now, |()| wanted)
 }
 
+/// Makes a process that runs only `child` and exits with the status that `child` returns. It has a copy of this one's memory
+/// and descriptors.
+///
+/// # Errors
+/// fork(2)'s; `Unsupported` if this process has other threads.
+pub fn fork(child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    if fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    // SAFETY: the child has a copy of the only thread.
+    let pid = unsafe { libc::fork() };
+    run_in_child(pid, child)
+}
+
+/// As [`fork`]. The child has none of this process's descriptors but the standard streams and `kept`, so it must use no
+/// other that was opened before.
+///
+/// # Errors
+/// As for [`fork`].
+pub fn fork_without_files(kept: &[RawFd], child: impl FnOnce() -> u8) -> io::Result<Pid> {
+    fork(|| {
+        close_all_but(kept);
+        child()
+    })
+}
+
+fn close_all_but(kept: &[RawFd]) {
+    let kept = kept.iter().filter_map(|fd| u32::try_from(*fd).ok());
+    let mut kept: Vec<u32> = kept.collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for &fd in kept.iter().chain([&u32::MAX]) {
+        if fd > first {
+            // SAFETY: the call takes numbers only. The callers answer for it that nobody needs these descriptors.
+            unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
+        }
+        first = first.max(fd.saturating_add(1));
+    }
+}
+
 /// The descriptors of a process that was made by [`fork_sharing_files`].
 #[derive(Debug)]
 pub struct SharedFiles {
@@ -78,17 +118,9 @@ impl SharedFiles {
         if getppid() == Some(self.parent) {
             return;
         }
-        let number = |fd: &BorrowedFd<'_>| fd.as_raw_fd().unsigned_abs();
-        let mut kept: Vec<u32> = kept.iter().map(number).collect();
-        kept.sort_unstable();
-        let mut first = 3;
-        for &fd in kept.iter().chain([&u32::MAX]) {
-            if fd > first {
-                // SAFETY: the call takes numbers only. The parent is dead, and this process needs the kept ones only.
-                unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
-            }
-            first = first.max(fd.saturating_add(1));
-        }
+        let kept: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+        // The parent is dead, and this process needs the kept ones only.
+        close_all_but(&kept);
     }
 }
 

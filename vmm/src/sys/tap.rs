@@ -186,6 +186,12 @@ impl Tap {
         Self::ready(file, name, header)
     }
 
+    /// The open tap, for another process to [`Tap::inherit`].
+    #[must_use]
+    pub fn into_descriptor(self) -> OwnedFd {
+        self.file.into()
+    }
+
     /// Sets the header, and finds out what frames may leave to their receiver.
     fn ready(file: File, name: String, header: usize) -> Result<Self, TapError> {
         let set = |operation, request, value| {
