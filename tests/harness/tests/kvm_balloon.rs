@@ -277,15 +277,22 @@ fn out_of_memory(scene: &mut Scene) -> Result<()> {
 
 /// Resets the balloon behind its driver's back, as a kernel does that was not shut down.
 fn reset_the_device(scene: &mut Scene) -> Result<()> {
-    let found = "grep LNRO0005 /proc/iomem | head -1 | cut -d- -f1";
-    let base = scene.guest.must(found)?;
+    let on_pci = std::env::var("EBB_TRANSPORT").is_ok_and(|it| it == "pci");
+    let name = if on_pci { "0000:00:01.0" } else { "LNRO0005" };
+    let found = format!("grep {name} /proc/iomem | head -1 | cut -d- -f1");
+    let base = scene.guest.must(&found)?;
     let base = u64::from_str_radix(base.trim(), 16).context(format_args!("address {base:?}"))?;
-    let device = scene.guest.must(&format!("devmem {:#x} 32", base + 8))?;
-    assert_eq!(device, "0x00000005", "the device is no balloon");
-    scene
-        .guest
-        .must(&format!("devmem {:#x} 32 0", base + 0x70))
-        .map(drop)
+    let (identity, reset) = if on_pci {
+        let identity = format!("cat /sys/bus/pci/devices/{name}/device");
+        (identity, format!("devmem {:#x} 8 0", base + 0x14))
+    } else {
+        let identity = format!("devmem {:#x} 32", base + 8);
+        (identity, format!("devmem {:#x} 32 0", base + 0x70))
+    };
+    let device = scene.guest.must(&identity)?;
+    let expected = if on_pci { "0x1045" } else { "0x00000005" };
+    assert_eq!(device, expected, "the device is no balloon");
+    scene.guest.must(&reset).map(drop)
 }
 
 #[test]
