@@ -46,7 +46,7 @@ const LIFETIME: Duration = Duration::from_secs(60);
 /// Time that the last answer of a connection past its lifetime may take.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 /// Time that requests which are being carried out have to finish when the server stops.
-pub(super) const FINISH_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 1 });
+const FINISH_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 1 });
 /// Time in which an answer that is there is written. A client that has not sent its request by then is cut off.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(20);
 

@@ -437,13 +437,8 @@ fn reset_interrupts_a_message_of_gigabytes() {
         rig.deflate.offer(0);
     }
     rig.deflate.notify();
-    let start = std::time::Instant::now();
     rig.balloon.reset();
-    assert!(
-        start.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(rig.deflate.used_index() < 16, "it was read to its end");
 }
 
 #[test]
