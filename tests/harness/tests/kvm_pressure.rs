@@ -65,6 +65,46 @@ fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
     Ok(())
 }
 
+/// A limit of 60 % of what the guest uses over time, and more than it uses at any one time: it lives, because what it has
+/// handed over is taken before the OOM killer comes. (Beyond the limit it is killed: `kvm_limits`.)
+#[test]
+fn a_guest_lives_with_less_memory_than_it_uses_over_time() -> Result<()> {
+    const ROUNDS: u64 = 3;
+    const EACH: u64 = 160 * MIB;
+    let cgroup = Cgroup::new("less")?;
+    let launch = Launch::new()?
+        .within(&cgroup)
+        .memory("size=1G")
+        .option("--balloon", "size=0");
+    let mut monitor = launch.start()?;
+    let mut guest = monitor.guest()?;
+    let api = monitor.api();
+    let checksum = guest.checksum("keep 32M")?;
+    let need = cgroup.number("memory.current")? + ROUNDS * EACH;
+    cgroup.set("memory.max", need / 10 * 6)?;
+    for round in 1..=ROUNDS {
+        guest.ask("fill 160M")?;
+        guest.ask("drop")?;
+        api.set_balloon(round * EACH)?;
+        until("the guest hands its memory over", LONG, || {
+            Ok((api.balloon()?.actual_mib == round * EACH / MIB).then_some(()))
+        })?;
+    }
+    let (state, events) = (api.lazy()?, cgroup.text("memory.events")?);
+    assert!(events.contains("\noom_kill 0\n"), "{events}");
+    let must_go = need - need / 10 * 6;
+    assert!(
+        state["reclaimed_bytes_total"] >= must_go,
+        "{state:?} of {need}, {events}"
+    );
+    cgroup.set("memory.max", "max")?;
+    api.set_balloon(0)?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
 /// A limit above the monitor's own cgroup comes near: lazy memory goes before anything stalls.
 #[test]
 fn a_cgroup_near_its_limit_takes_lazy_memory_before_anything_stalls() -> Result<()> {

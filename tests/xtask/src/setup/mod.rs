@@ -26,6 +26,7 @@ const PACKAGES: &[&str] = &[
     "e2fsprogs",
     "kmod",
     "mount",
+    "dmsetup",
     "strace",
     "systemd",
     "util-linux",
