@@ -4,6 +4,7 @@
 //! |---|---|
 //! | the monitor's main thread | the machine runs and ends with status 0; or it is refused with status 35 and one line; where memory for the monitor itself is missing, it is aborted (SIGABRT) |
 //! | all threads, while memory is taken | what cannot be taken stays free, and can be taken later |
+//! | who discards: the kernel takes long | who wants that memory back waits for it; everything else goes on, and a stop ends the machine |
 //! | reaper and guardian | the memory is freed, and the machine can be started again |
 //!
 //! In every case the machine is started again at once, with the same id, socket and disk, runs, and leaves nothing behind.
@@ -15,6 +16,7 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::thread;
 
 use ebb_harness::error::{Context, Result};
 use ebb_harness::idle::signal_to;
@@ -22,6 +24,8 @@ use ebb_harness::inject::{Attached, Call, calls, tracing};
 use ebb_harness::restart::{LAZY_PAGES, Life, Site, setting};
 use ebb_harness::wait::{LONG, until_often};
 use ebb_harness::{Error, figure};
+use ebb_hypercall_abi::Operation;
+use ebb_payload::{FREE_START, Transport};
 use rustix::process::Signal;
 
 /// Of so many calls one fails in the suite.
@@ -185,6 +189,37 @@ fn a_call_that_fails_while_memory_is_taken_loses_nothing() -> Result<()> {
     }
     figure("fault_points", points.len() as u64);
     Ok(())
+}
+
+/// The host's kernel takes a third of a second for each discard. Who wants that memory back waits for that one, however long it takes,
+/// because nobody can take memory out of a running madvise(2). Everybody else goes on, and a stop ends the machine.
+#[test]
+fn a_discard_that_stalls_holds_only_who_wants_that_memory() -> Result<()> {
+    const PAGES: u64 = 1024;
+    const TIMES: usize = 20_000;
+    let site = Site::new()?;
+    // It begins when the host has taken what it has freed before.
+    site.guest("guest", |guest| {
+        for _ in 0..TIMES {
+            guest.call(Transport::Port, Operation::LazyFree, FREE_START, PAGES);
+            guest.call(Transport::Port, Operation::Reuse, FREE_START, PAGES);
+        }
+    })?;
+    let mut life = site.running("guest")?;
+    let stall = "inject=madvise,process_madvise:delay_enter=300000";
+    let options = ["-f", "-e", "trace=madvise,process_madvise", "-e", stall].map(str::to_owned);
+    let attached = Attached::to(life.pid(), &site.path(""), &options)?;
+    let api = life.api().clone();
+    let orders = thread::spawn(move || while api.reclaim(64 << 20).is_ok() {});
+    until_often("a reuse waits for a discard", LONG, || {
+        Ok((life.api().lazy()?["reuse_waits_total"] > 0).then_some(()))
+    })?;
+    life.signal(Signal::TERM);
+    assert_eq!(life.wait()?.code(), Some(0), "{}", life.said());
+    attached.finish()?;
+    assert!(orders.join().is_ok());
+    figure("fault_points", 1);
+    starts_again(&site)
 }
 
 /// The helper of this name of a site's machine.
