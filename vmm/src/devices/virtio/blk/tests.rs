@@ -421,9 +421,10 @@ fn what_was_held_back_goes_on_by_itself() {
     let path = dir.path().join("disk");
     fs::write(&path, content()).unwrap();
     let disk = Disk::open(&config(path, true)).unwrap();
-    let limiter = Limiter::new(None, Some("5/20".parse().unwrap()));
+    // So slow that also a busy host asks for the next one too early.
+    let limiter = Limiter::new(None, Some("1/1000".parse().unwrap()));
     let rig = Rig::limited(dir, disk, limiter);
-    for _ in 0..40 {
+    for _ in 0..3 {
         rig.assert_alive();
     }
     assert!(rig.block.counters().snapshot().throttled_total > 0);
