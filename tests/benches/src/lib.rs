@@ -4,6 +4,7 @@ pub mod arena;
 mod bare;
 pub mod boot;
 mod counters;
+pub mod filters;
 pub mod footprint;
 pub mod free_pages;
 mod guest;

@@ -60,6 +60,8 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let and = |flag: &str| [more, &[flag.to_owned()]].concat();
     let exit = match name {
         "arena" | "scale" => here(name, more)?,
+        // KVM_RUN does not get as far as the guest.
+        "filters" if Path::new("/dev/kvm").exists() => here(name, more)?,
         // How fast free lists are read is a matter of the processor, not of KVM.
         "free-pages" => match on_kvm(name, more)? {
             exit if exit.success() && !has("--only") => here(name, &and("--with-guest"))?,

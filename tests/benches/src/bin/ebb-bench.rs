@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ebb_benches::{
-    arena, boot, footprint, free_pages, inflate, integrity, lazy, malloc, reclaim, reporting,
-    scale, teardown,
+    arena, boot, filters, footprint, free_pages, inflate, integrity, lazy, malloc, reclaim,
+    reporting, scale, teardown,
 };
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
@@ -22,6 +22,8 @@ enum Bench {
     Arena(arena::Arguments),
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
+    /// What the filter of system calls costs a vCPU at each exit
+    Filters(filters::Arguments),
     /// What a guest with bursts of work costs the host in GiB·min, and its work in time: QEMU's reporting and Ebb's ways
     Footprint(footprint::Arguments),
     /// What it costs that the host may take what the guest's free lists hold, and how much it gets
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
         Bench::Arena(arguments) => arena::run(&arguments),
         Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::Filters(arguments) => filters::run(&arguments),
         Bench::Footprint(arguments) => footprint::run(&arguments),
         Bench::FreePages(arguments) => free_pages::run(&arguments),
         Bench::Inflate(arguments) => inflate::run(&arguments),
