@@ -15,6 +15,7 @@ mod setup;
 mod shell;
 mod size;
 mod stress;
+mod talk;
 mod terminal;
 mod workload;
 

@@ -11,10 +11,10 @@ use rustix::system::{RebootCommand, reboot};
 
 use crate::pattern::{self, LostPage, PatternPages};
 use crate::terminal::RawMode;
-use crate::{balloon, meminfo, shell, size};
+use crate::{balloon, meminfo, shell, size, talk};
 
 const HELP: &str = "keep SIZE | fill SIZE | drop | churn SIZE SECONDS | verify | meminfo | rebind | sync | \
-                    sh COMMAND | reboot | panic | exit";
+                    talk [vsock] PORT | sh COMMAND | reboot | panic | exit";
 
 /// Text of the answer, or of the error.
 type Answer = Result<String, String>;
@@ -101,6 +101,10 @@ impl Workload {
                 rustix::fs::sync();
                 Ok(String::new())
             }
+            "talk" => match talk::serve(argument) {
+                Ok(()) => Ok(String::new()),
+                Err(error) => Err(error.to_string()),
+            },
             "sh" => shell::run(argument).map_err(|error| error.to_string()),
             "reboot" => match reboot(RebootCommand::Restart) {
                 Ok(()) => Ok(String::new()),

@@ -13,6 +13,7 @@ pub mod inflate;
 pub mod integrity;
 pub mod lazy;
 pub mod malloc;
+pub mod net;
 mod overhead;
 mod plot;
 mod process;
@@ -24,7 +25,9 @@ mod results;
 mod rig;
 pub mod scale;
 mod start;
+pub mod stream;
 pub mod teardown;
+pub mod vsock;
 
 use std::path::PathBuf;
 

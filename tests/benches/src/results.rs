@@ -64,6 +64,14 @@ impl Results {
         }
     }
 
+    /// Adds `a / b` by medians alone: of rates the smallest sample is not the best. Nothing when one has no samples.
+    pub fn divide_rates(&mut self, name: &str, a: [&str; 3], b: [&str; 3]) {
+        let of = |[system, case, metric]: [&str; 3]| self.median(system, case, metric);
+        if let (Some(a), Some(b)) = (of(a), of(b)) {
+            self.higher(name, a / b);
+        }
+    }
+
     /// As [`Results::divide`], where `a` is what Ebb takes: a cost.
     pub fn divide_cost(&mut self, name: &str, a: [&str; 3], b: [&str; 3]) {
         for (suffix, of) in PICKS {

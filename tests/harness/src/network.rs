@@ -3,11 +3,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use tempfile::TempDir;
 
 use crate::error::{Context, Error, Result};
@@ -172,6 +173,27 @@ pub fn fetch(address: &str, path: &str) -> Result<Vec<u8>> {
         return Err(Error::new(format!("{what}: {head}")));
     }
     Ok(body)
+}
+
+/// A stream to `port` of the guest with the number `cid`, by the host's kernel (vsock(7)).
+///
+/// # Errors
+/// The kernel's.
+pub fn connect_vsock(cid: u32, port: u32) -> Result<OwnedFd> {
+    let kind = SocketType::STREAM;
+    let socket = socket_with(AddressFamily::VSOCK, kind, SocketFlags::CLOEXEC, None);
+    let socket = socket.context("socket")?;
+    // SAFETY: all zeroes are a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    (address.svm_cid, address.svm_port) = (cid, port);
+    let len = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the call reads `len` bytes of `address`, which lives as long as it runs.
+    let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) };
+    if rc < 0 {
+        return Err(std::io::Error::last_os_error()).context(format_args!("port {port} of {cid}"));
+    }
+    Ok(socket)
 }
 
 fn busybox(words: &[&str]) -> Result<()> {

@@ -33,8 +33,16 @@ const NOTE_MODULES: &[&str] = &["qemu_fw_cfg"];
 /// Modules that a guest loads when it is told to.
 const MORE_MODULES: &[&str] = &["overlay", "virtio_mem"];
 
-/// Modules of the nested machine: KVM, taps, and disks that fail.
-const NESTED_MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd", "tun", "loop", "dm-mod"];
+/// Modules of the nested machine: KVM, taps, disks that fail, and the vsock of its kernel.
+const NESTED_MODULES: &[&str] = &[
+    "irqbypass",
+    "kvm",
+    "kvm-amd",
+    "tun",
+    "loop",
+    "dm-mod",
+    "vhost_vsock",
+];
 
 /// Parameters of these modules. Halted vCPUs must not poll, because the host is shared.
 const NESTED_PARAMETERS: &[(&str, &str)] = &[("kvm", "halt_poll_ns=0")];

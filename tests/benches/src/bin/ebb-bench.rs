@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ebb_benches::{
-    arena, boot, filters, footprint, free_pages, inflate, integrity, lazy, malloc, reclaim,
-    reporting, scale, teardown,
+    arena, boot, filters, footprint, free_pages, inflate, integrity, lazy, malloc, net, reclaim,
+    reporting, scale, stream, teardown, vsock,
 };
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
@@ -36,6 +36,8 @@ enum Bench {
     Lazy(lazy::Arguments),
     /// What a heap in an arena costs, compared with the same jemalloc on normal memory and with Debian's Redis
     Malloc(malloc::Arguments),
+    /// TCP between host and guest, and how long a byte takes there and back, beside QEMU's virtio-net
+    Net(stream::Arguments),
     /// What reclaim costs: interrupts, pauses, throughput compared with plain madvise, work of a busy guest
     Reclaim(reclaim::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
@@ -44,6 +46,8 @@ enum Bench {
     Scale(scale::Arguments),
     /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, compared with QEMU
     Teardown(teardown::Arguments),
+    /// Streams between host and guest, and how long a byte takes there and back, beside QEMU's vhost-vsock
+    Vsock(stream::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -57,10 +61,12 @@ fn main() -> ExitCode {
         Bench::Integrity(arguments) => integrity::run(&arguments),
         Bench::Lazy(arguments) => lazy::run(&arguments),
         Bench::Malloc(arguments) => malloc::run(&arguments),
+        Bench::Net(arguments) => net::run(&arguments),
         Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
         Bench::Scale(arguments) => scale::run(&arguments),
         Bench::Teardown(arguments) => teardown::run(&arguments),
+        Bench::Vsock(arguments) => vsock::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -466,6 +466,9 @@ fn a_flood_of_requests_waits_until_the_guest_takes_the_answers() {
         rig.offer(index, BUFFER);
     }
     rig.queues[0].notify();
+    wait_for(|| rig.queues[0].used_index() == 32, "answers");
+    let taken = rig.queues[1].used_index();
+    assert!(taken <= 256 + 32, "{taken} were taken");
     for _ in 0..offered {
         rig.expect(Op::Reset, (80, 7));
     }

@@ -1,0 +1,116 @@
+//! `ebb-bench vsock`: streams between host and guest, and how long a byte takes there and back: Ebb's vsock, which leads to unix
+//! sockets, and QEMU's vhost-vsock, which is in the host's kernel.
+
+use std::any::Any;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use ebb_harness::cgroup::Cgroup;
+use ebb_harness::error::{Context, Result};
+use ebb_harness::wait::{LONG, until};
+use ebb_harness::{Guest, Launch, network};
+
+use super::BenchError;
+use super::qemu::{Machine, Qemu};
+use super::results::{Metric, Results};
+use super::stream::{Arguments, DOWN, PING, PORT, Stream, UP, round};
+
+const CASE: &str = "1 vCPU";
+/// QEMU's guest.
+const CID: u32 = 78;
+
+/// How the host reaches a guest.
+enum Way {
+    /// By this socket.
+    Unix(PathBuf),
+    /// By the host's kernel.
+    Kernel,
+}
+
+/// A guest whose server answers.
+struct System {
+    name: &'static str,
+    way: Way,
+    /// Monitor and guest.
+    _machine: Box<dyn Any>,
+}
+
+/// Runs the benchmark, prints the table and writes the report.
+///
+/// # Errors
+/// [`BenchError`]: a guest does not boot, for instance.
+pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
+    let mut systems = [ebb()?, qemu()?];
+    let mut results = Results::default();
+    for run in 1..=arguments.runs {
+        for system in &systems {
+            let of = (system.name, CASE);
+            round(of, arguments, &mut results, || connect(&system.way))?;
+        }
+        systems.rotate_left(1);
+        eprintln!("vsock: run {run} of {}", arguments.runs);
+    }
+    results.note("one stream; QEMU's device is vhost-vsock, which copies in the host's kernel; the other machine is idle meanwhile");
+    let of = |system, metric: Metric| [system, CASE, metric.0];
+    results.divide_rates("to_guest_vs_vhost", of("ebb", DOWN), of("qemu-vhost", DOWN));
+    results.divide_rates("from_guest_vs_vhost", of("ebb", UP), of("qemu-vhost", UP));
+    results.divide("latency_vs_vhost", of("qemu-vhost", PING), of("ebb", PING));
+    results.report("vsock").publish()
+}
+
+fn ebb() -> Result<System> {
+    let launch = Launch::new()?;
+    let path = launch.folder().join("vsock");
+    let option = format!("cid=77,path={}", path.display());
+    let mut monitor = launch.option("--vsock", &option).start()?;
+    let mut guest = monitor.guest()?;
+    let way = Way::Unix(path);
+    serve(&mut guest, &way)?;
+    Ok(System {
+        name: "ebb",
+        way,
+        _machine: Box::new((monitor, guest)),
+    })
+}
+
+fn qemu() -> Result<System> {
+    let device = format!("vhost-vsock-pci,guest-cid={CID}");
+    let machine = Machine {
+        memory: "256",
+        cpus: 1,
+        cmdline: "ebb.mode=run",
+        more: &["-device", &device],
+    };
+    let cgroup = Cgroup::counting("qemu-vsock")?;
+    let mut qemu = Qemu::start(&machine, &cgroup)?;
+    let mut guest = qemu.guest()?;
+    serve(&mut guest, &Way::Kernel)?;
+    Ok(System {
+        name: "qemu-vhost",
+        way: Way::Kernel,
+        _machine: Box::new((qemu, guest, cgroup)),
+    })
+}
+
+fn serve(guest: &mut Guest, way: &Way) -> Result<()> {
+    guest.ask(&format!("talk vsock {PORT}"))?;
+    until("the guest answers", LONG, || {
+        Ok(connect(way).and_then(Stream::is_answered).ok())
+    })
+}
+
+fn connect(way: &Way) -> Result<Stream> {
+    let Way::Unix(path) = way else {
+        return Ok(network::connect_vsock(CID, PORT.into())?.into());
+    };
+    let what = "connect to the guest";
+    let mut stream = UnixStream::connect(path).context(what)?;
+    let line = format!("CONNECT {PORT}\n");
+    stream.write_all(line.as_bytes()).context(what)?;
+    let mut byte = [0];
+    while byte[0] != b'\n' {
+        stream.read_exact(&mut byte).context(what)?;
+    }
+    Ok(stream.into())
+}
