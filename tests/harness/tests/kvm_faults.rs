@@ -222,6 +222,28 @@ fn a_discard_that_stalls_holds_only_who_wants_that_memory() -> Result<()> {
     starts_again(&site)
 }
 
+#[test]
+fn a_request_that_finds_no_thread_fails_alone() -> Result<()> {
+    let site = site()?;
+    let mut life = site.running("guest")?;
+    let options = [
+        "-f",
+        "-e",
+        "trace=clone3",
+        "-e",
+        "inject=clone3:error=EAGAIN",
+    ];
+    let attached = Attached::to(life.pid(), &site.path(""), &options.map(str::to_owned))?;
+    let answer = life.api().request("GET", "/", &serde_json::Value::Null)?;
+    assert_eq!(answer.status, 503, "{}", answer.body);
+    attached.detach()?;
+    assert!(life.api().is_running(life.pid()));
+    life.signal(Signal::TERM);
+    assert_eq!(life.wait()?.code(), Some(0), "{}", life.said());
+    figure("fault_points", 1);
+    site.vanished()
+}
+
 /// The helper of this name of a site's machine.
 fn helper(site: &Site, name: &str) -> Result<u32> {
     // It gives itself its name.

@@ -21,7 +21,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::net::UnixStream;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
 use super::routes::{self, Fault, Handler, Reply};
@@ -147,9 +147,6 @@ pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiErro
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
-        .thread_name("ebb-api-command")
-        .max_blocking_threads(MAX_CONNECTIONS)
-        .thread_keep_alive(Duration::from_secs(1))
         .build()?;
     let listener = {
         let _context = runtime.enter();
@@ -315,9 +312,23 @@ async fn answer(
             (Handler::Running(_), None) => Err(Fault::internal("the machine has ended")),
         }
     };
-    tokio::task::spawn_blocking(command)
-        .await
-        .unwrap_or_else(|error| Err(Fault::internal(format!("the command failed: {error}"))))
+    carry_out(command).await
+}
+
+/// Runs `command` on a thread of its own. Not tokio's, which panics where the host has no thread left.
+async fn carry_out(
+    command: impl FnOnce() -> Result<Reply, Fault> + Send + 'static,
+) -> Result<Reply, Fault> {
+    let (sender, answer) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("ebb-api-command".to_owned());
+    // Whoever asked may have gone.
+    let run = move || drop(sender.send(command()));
+    if let Err(error) = thread.spawn(run) {
+        let message = format!("the host has no thread for it: {error}");
+        return Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, message));
+    }
+    let ended = |_| Err(Fault::internal("the command failed: it has panicked"));
+    answer.await.unwrap_or_else(ended)
 }
 
 /// Makes an HTTP response of a reply or a fault.
