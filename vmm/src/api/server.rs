@@ -77,6 +77,8 @@ type Running = Option<Arc<dyn Controller>>;
 struct Served {
     instance: Arc<dyn Instance>,
     machine: watch::Receiver<Running>,
+    /// A command whose client has gone holds its permit until it is done.
+    commands: Arc<Semaphore>,
 }
 
 /// A running API server. Dropping it stops the server, joins its thread and removes the socket.
@@ -157,6 +159,7 @@ pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiErro
     let served = Served {
         instance,
         machine: machine.subscribe(),
+        commands: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
     };
     let thread = std::thread::Builder::new()
         .name("ebb-api".to_owned())
@@ -303,6 +306,7 @@ async fn answer(
     };
     let machine = machine.and_then(|machine| machine.clone());
     is_busy.store(true, Ordering::Relaxed);
+    let commands = Arc::clone(&served.commands);
     let command = move || {
         panic_point();
         match (handler, machine) {
@@ -312,17 +316,24 @@ async fn answer(
             (Handler::Running(_), None) => Err(Fault::internal("the machine has ended")),
         }
     };
-    carry_out(command).await
+    carry_out(&commands, command).await
 }
 
-/// Runs `command` on a thread of its own. Not tokio's, which panics where the host has no thread left.
+/// Runs `command` on a thread of its own, at most as many at a time as `commands` has permits. Not on tokio's threads:
+/// tokio panics where the host has no thread left.
 async fn carry_out(
+    commands: &Arc<Semaphore>,
     command: impl FnOnce() -> Result<Reply, Fault> + Send + 'static,
 ) -> Result<Reply, Fault> {
+    // The semaphore is never closed.
+    let permit = Arc::clone(commands).acquire_owned().await.ok();
     let (sender, answer) = oneshot::channel();
     let thread = std::thread::Builder::new().name("ebb-api-command".to_owned());
-    // Whoever asked may have gone.
-    let run = move || drop(sender.send(command()));
+    let run = move || {
+        // Whoever asked may have gone.
+        let _ = sender.send(command());
+        drop(permit);
+    };
     if let Err(error) = thread.spawn(run) {
         let message = format!("the host has no thread for it: {error}");
         return Err(Fault::new(StatusCode::SERVICE_UNAVAILABLE, message));
@@ -352,4 +363,44 @@ fn respond(reply: Result<Reply, Fault>) -> Response<Full<Bytes>> {
     response.headers_mut().insert(CONTENT_TYPE, json_type);
     *response.body_mut() = Full::from(json.to_string());
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn clients_that_go_do_not_make_more_threads() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let commands = Arc::new(Semaphore::new(2));
+        let (starts, started) = mpsc::channel();
+        let (end, ends) = mpsc::channel::<()>();
+        let ends = Arc::new(std::sync::Mutex::new(ends));
+        let command = |number| {
+            let (starts, ends) = (starts.clone(), Arc::clone(&ends));
+            move || {
+                let _ = starts.send(number);
+                let _ = ends.lock().map(|ends| ends.recv());
+                Ok(Reply::Done)
+            }
+        };
+        runtime.unwrap().block_on(async {
+            for number in 0..4 {
+                // Polled once, then dropped, as when its client goes.
+                let mut asked = pin!(carry_out(&commands, command(number)));
+                let gone = first(asked.as_mut(), pin!(std::future::ready(()))).await;
+                assert!(gone.is_none());
+            }
+            end.send(()).unwrap();
+            end.send(()).unwrap();
+            end.send(()).unwrap();
+            assert!(carry_out(&commands, command(4)).await.is_ok());
+        });
+        drop(starts);
+        let mut numbers: Vec<_> = started.into_iter().collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, [0, 1, 4]);
+    }
 }
