@@ -18,6 +18,7 @@ pub mod slots;
 pub mod sockets;
 pub mod tap;
 mod terminal;
+pub mod transfer;
 mod usage;
 mod userfault;
 pub mod vectors;
