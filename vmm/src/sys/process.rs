@@ -94,6 +94,9 @@ pub struct SharedFiles {
 impl SharedFiles {
     /// Releases the locks (flock(2)) on all files but `kept`. It is quick, other than to close everything. Does nothing
     /// while the parent lives.
+    ///
+    /// What a thread was writing when it died is written by now. Not so direct I/O by io_uring: the disk may still be at
+    /// work. Such a file is closed instead, and the kernel releases its lock with the last request that uses it.
     pub fn unlock_all_but(&self, kept: &[BorrowedFd<'_>]) {
         if getppid() == Some(self.parent) {
             return;
@@ -104,8 +107,15 @@ impl SharedFiles {
             .flatten();
         let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         for number in numbers.filter(|it| kept.iter().all(|kept| kept.as_raw_fd() != *it)) {
-            // SAFETY: the call takes numbers only. The parent is dead, and nobody else counts on its locks.
-            unsafe { libc::flock(number, libc::LOCK_UN) };
+            // SAFETY: the calls take numbers only. The parent is dead, and nobody else counts on its locks or its disks.
+            unsafe {
+                let flags = libc::fcntl(number, libc::F_GETFL);
+                if number > 2 && flags >= 0 && flags & libc::O_DIRECT != 0 {
+                    libc::close(number);
+                } else {
+                    libc::flock(number, libc::LOCK_UN);
+                }
+            }
         }
     }
 
@@ -320,7 +330,10 @@ impl Drop for StoppedExit {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::fs::{FlockOperation, OFlags, flock};
     use rustix::process::{WaitOptions, waitpid};
 
     use super::*;
@@ -353,6 +366,47 @@ mod tests {
         assert_eq!(rustix::io::read(&reader, &mut [0; 99]), Ok(10));
         assert_eq!(rustix::io::read(&reader, &mut [0; 99]), Ok(0));
         drop(going);
+    }
+
+    /// The test's own reference stands for a request that is under way.
+    #[test]
+    fn a_disk_with_direct_io_stays_locked_until_its_last_request_is_done() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let files = [false, true].map(|direct| {
+            let path = dir.path().join(if direct { "direct" } else { "cached" });
+            fs::write(&path, [0; 512]).unwrap();
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            if direct {
+                rustix::fs::fcntl_setfl(&file, OFlags::DIRECT).unwrap();
+            }
+            flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+            (path, file)
+        });
+        let (done, is_done) = rustix::pipe::pipe().unwrap();
+        let child = fork_for_test(|| {
+            let parent = std::mem::ManuallyDrop::new(own_process().unwrap());
+            let shared = fork_sharing_files(|shared| {
+                let _ = poll(&mut [PollFd::new(&*parent, PollFlags::IN)], None);
+                // Other tests have their files here, too.
+                let own = [files[0].1.as_fd(), files[1].1.as_fd(), is_done.as_fd()];
+                shared.close_all_but(&own);
+                shared.unlock_all_but(&[]);
+                let _ = rustix::io::write(&is_done, b"!");
+                0
+            });
+            u8::from(shared.is_err())
+        });
+        waitpid(Some(child), WaitOptions::empty()).unwrap();
+        assert_eq!(rustix::io::read(&done, &mut [0; 1]), Ok(1));
+        let is_free = files.each_ref().map(|(path, _)| {
+            let file = File::open(path).unwrap();
+            flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+        });
+        assert_eq!(is_free, [true, false]);
+        let [_, (path, direct)] = files;
+        drop(direct);
+        let file = File::open(path).unwrap();
+        flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
     }
 
     #[test]
