@@ -1,6 +1,7 @@
 //! What an operator can ask of a machine: the traits [`Instance`], from its first moment on, and [`Controller`], while it
 //! runs, and their answers. The API calls them, the machine implements them, and neither knows more of the other.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ebb_core::generation::GateStats;
@@ -9,7 +10,7 @@ use ebb_core::metrics::Metric;
 use serde::{Deserialize, Serialize};
 
 use crate::arena::ArenaStats;
-use crate::config::MachineConfig;
+use crate::config::{DiskEngine, MachineConfig, Rate};
 use crate::devices::virtio::balloon::{ReportStats, Statistics};
 use crate::devices::virtio::blk::DiskStats;
 use crate::devices::virtio::net::NetStats;
@@ -140,6 +141,15 @@ pub trait Controller: Send + Sync {
     /// # Errors
     /// [`CommandError::Failed`] if the machine is ending.
     fn resume(&self) -> Result<(), CommandError>;
+
+    /// The machine's disks.
+    fn drives(&self) -> Vec<DriveState>;
+
+    /// Changes the disk `id`: what it is on, the size that the guest sees, its limits.
+    ///
+    /// # Errors
+    /// [`CommandError::Failed`]: there is no such disk, or the file cannot be one.
+    fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError>;
 
     /// How the guest's memory will be freed when the machine ends.
     fn teardown(&self) -> TeardownState;
@@ -342,6 +352,39 @@ pub struct ArenaState {
     /// What it holds, and what has happened to it.
     #[serde(flatten)]
     pub stats: ArenaStats,
+}
+
+/// A disk, in the names of Firecracker's API.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriveState {
+    /// `disk0` for the first one on the command line.
+    pub drive_id: String,
+    /// The file that it is on now.
+    pub path_on_host: PathBuf,
+    /// The guest may not write.
+    pub is_read_only: bool,
+    /// Its size in bytes, as the guest is told.
+    pub size_bytes: u64,
+    /// How its requests are carried out: `io_uring` or `threads`.
+    pub engine: DiskEngine,
+}
+
+/// What is to change of a disk. With nothing in it, the guest is told the size that the file has now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DriveUpdate {
+    /// The file that it shall be on. The one that it is on: look at its size.
+    pub path: Option<PathBuf>,
+    /// New limits.
+    pub limits: Option<DriveLimits>,
+}
+
+/// New limits of a disk; `None` leaves one as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DriveLimits {
+    /// Of the bytes that are read and written.
+    pub bandwidth: Option<Rate>,
+    /// Of the requests.
+    pub operations: Option<Rate>,
 }
 
 /// What one reclaim did.

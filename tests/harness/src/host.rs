@@ -379,7 +379,7 @@ fn kvm_folder(pid: u32) -> Result<PathBuf> {
         .ok_or_else(|| Error::new(format!("{DEBUGFS} has no machine of process {pid}")))
 }
 
-/// The names of a process's threads.
+/// The names of a process's threads, without those that the kernel has for its io_uring: they come and go as it likes.
 ///
 /// # Errors
 /// When the process is gone.
@@ -391,6 +391,7 @@ pub fn threads(pid: u32) -> Result<Vec<String>> {
         // A thread may end at any time.
         names.extend(fs::read_to_string(comm).map(|name| name.trim().to_owned()));
     }
+    names.retain(|name| !name.starts_with("iou-wrk-"));
     Ok(names)
 }
 

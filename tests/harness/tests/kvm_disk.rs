@@ -38,7 +38,9 @@ fn disks_are_read_written_flushed_and_fail() -> Result<()> {
     let (writable, readonly) = (launch.folder().join("rw"), launch.folder().join("ro"));
     fs::write(&writable, pattern(0)).context("write a disk")?;
     fs::write(&readonly, pattern(1)).context("write a disk")?;
-    let launch = launch.disk(&writable, false).disk(&readonly, true);
+    // By threads, whose system calls can be watched.
+    let threads = format!("path={},engine=threads", writable.display());
+    let launch = launch.option("--disk", &threads).disk(&readonly, true);
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
 

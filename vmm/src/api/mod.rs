@@ -4,6 +4,7 @@
 //! `docs/api.md` describes the API for users.
 
 mod client;
+mod drives;
 mod routes;
 mod server;
 mod view;

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::view;
+use super::{drives, view};
 use crate::control::{CommandError, Controller, Instance};
 
 /// The answer to a request that was carried out.
@@ -67,9 +67,14 @@ pub(super) enum Handler {
     Always(fn(&dyn Instance, &[u8]) -> Result<Reply, Fault>),
     /// When the machine runs.
     Running(fn(&dyn Controller, &[u8]) -> Result<Reply, Fault>),
+    /// The same, with the word of the path that stands for [`NAME`].
+    Named(fn(&dyn Controller, &str, &[u8]) -> Result<Reply, Fault>),
 }
 
-use Handler::{Always, Running};
+use Handler::{Always, Named, Running};
+
+/// Stands for the last word of a path.
+const NAME: &str = "{id}";
 
 /// Every endpoint: method, path, handler. A new one is a row here and a method of [`Controller`].
 pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
@@ -124,6 +129,12 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
     ),
     (
         Method::GET,
+        "/drives",
+        Running(|machine, _| Reply::json(&machine.drives())),
+    ),
+    (Method::PATCH, "/drives/{id}", Named(drives::patch)),
+    (
+        Method::GET,
         "/teardown",
         Running(|machine, _| Reply::json(&machine.teardown())),
     ),
@@ -136,7 +147,7 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
 /// 404 for an unknown path, 405 for a method that the path does not know.
 pub(super) fn find(method: &Method, path: &str) -> Result<Handler, Fault> {
     let mut methods = Vec::new();
-    for (known, _, handler) in ROUTES.iter().filter(|route| route.1 == path) {
+    for (known, _, handler) in ROUTES.iter().filter(|route| is_at(route.1, path)) {
         if known == method {
             return Ok(*handler);
         }
@@ -173,6 +184,21 @@ fn patch_vm(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
         }
     }
     Ok(Reply::Done)
+}
+
+/// Returns true if `path` is that of the route.
+fn is_at(route: &str, path: &str) -> bool {
+    match route.strip_suffix(NAME) {
+        Some(folder) => path
+            .strip_prefix(folder)
+            .is_some_and(|name| !name.is_empty() && !name.contains('/')),
+        None => route == path,
+    }
+}
+
+/// The last word of a path.
+pub(super) fn name_in(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or_default()
 }
 
 #[derive(Deserialize)]
@@ -272,7 +298,7 @@ fn patch_teardown(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault>
 }
 
 /// Reads a request's body, which must be a JSON object with no unknown fields.
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     // Serde would also accept an array with the fields in order.
     if !body.trim_ascii_start().starts_with(b"{") {
         return Err(Fault::bad_request("the body is no JSON object"));

@@ -279,7 +279,8 @@ async fn answer(
     is_busy: &AtomicBool,
 ) -> Result<Reply, Fault> {
     panic_point();
-    let handler = routes::find(request.method(), request.uri().path())?;
+    let path = request.uri().path().to_owned();
+    let handler = routes::find(request.method(), &path)?;
     let too_long = || {
         let message = format!("the body is longer than {MAX_BODY} bytes");
         Fault::new(StatusCode::PAYLOAD_TOO_LARGE, message)
@@ -302,7 +303,9 @@ async fn answer(
     };
     let machine = match handler {
         Handler::Always(_) => None,
-        Handler::Running(_) => served.machine.wait_for(Option::is_some).await.ok(),
+        Handler::Running(_) | Handler::Named(_) => {
+            served.machine.wait_for(Option::is_some).await.ok()
+        }
     };
     let machine = machine.and_then(|machine| machine.clone());
     is_busy.store(true, Ordering::Relaxed);
@@ -312,8 +315,13 @@ async fn answer(
         match (handler, machine) {
             (Handler::Always(handler), _) => handler(served.instance.as_ref(), &body),
             (Handler::Running(handler), Some(machine)) => handler(machine.as_ref(), &body),
+            (Handler::Named(handler), Some(machine)) => {
+                handler(machine.as_ref(), routes::name_in(&path), &body)
+            }
             // The server outlives its connections.
-            (Handler::Running(_), None) => Err(Fault::internal("the machine has ended")),
+            (Handler::Running(_) | Handler::Named(_), None) => {
+                Err(Fault::internal("the machine has ended"))
+            }
         }
     };
     carry_out(&commands, command).await

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::config::{MachineConfig, NetConfig};
+use crate::config::{DiskEngine, MachineConfig, NetConfig};
 
 /// The configuration. What Firecracker has no name for is under `ebb`.
 pub(super) fn config(config: &MachineConfig) -> Value {
@@ -16,6 +16,10 @@ pub(super) fn config(config: &MachineConfig) -> Value {
                 "path_on_host": disk.path,
                 "is_root_device": false,
                 "is_read_only": disk.readonly,
+                "io_engine": match disk.engine {
+                    DiskEngine::Threads => "Sync",
+                    _ => "Async",
+                },
             })
         })
         .collect();
@@ -65,6 +69,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "arenas": config.arenas,
             "lazy": config.lazy,
             "rng": config.rng,
+            "allow_paths": config.allow_paths,
             "balloon_reserve_mib": reserve.map(|bytes| bytes >> 20),
             "serial": config.serial,
             "api_socket": config.api_socket,

@@ -1,13 +1,13 @@
 //! `ebb ctl`: controls a running machine through its API.
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ebb_vmm::api::{self, ClientError};
-use ebb_vmm::config::{SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
+use ebb_vmm::config::{DiskEngine, SocketSpec, TeardownSpec, format_size, parse_keys, parse_size};
 use ebb_vmm::control::{
-    ArenaState, AutoBalloonState, BalloonDoing, BalloonState, FreePages, InstanceInfo,
+    ArenaState, AutoBalloonState, BalloonDoing, BalloonState, DriveState, FreePages, InstanceInfo,
     InstanceState, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState, TeardownState,
 };
 use ebb_vmm::exit;
@@ -64,6 +64,14 @@ enum Command {
     Pause,
     /// Let a paused machine run again
     Resume,
+    /// Show the disks, or have one take on the size that its file has now, or another file
+    Disk {
+        /// For instance disk0, the first one on the command line
+        disk: Option<String>,
+        /// The file that it shall be on, in a folder that `ebb run --allow-paths` names
+        #[arg(long, requires = "disk")]
+        path: Option<PathBuf>,
+    },
     /// End the machine
     Stop,
     /// Ask the guest to shut down, by Ctrl-Alt-Del, and wait; end the machine if it does not
@@ -106,6 +114,11 @@ pub fn main(args: Args) -> u8 {
         Command::Teardown { settings } => set_teardown(&socket, &settings),
         Command::Pause => set_state(&socket, "Paused"),
         Command::Resume => set_state(&socket, "Resumed"),
+        Command::Disk { disk: None, .. } => disks(&socket),
+        Command::Disk {
+            disk: Some(disk),
+            path,
+        } => update_disk(&socket, &disk, path.as_deref()),
         Command::Stop => stop(&socket),
         Command::Shutdown { timeout } => shutdown(&socket, Duration::from_secs(timeout)),
         Command::Wait { memory_free: _ } => return wait(&socket),
@@ -231,6 +244,31 @@ fn teardown(socket: &Path) -> Result<String, ClientError> {
         state.workers,
         human(state.batch_bytes),
     ))
+}
+
+fn disks(socket: &Path) -> Result<String, ClientError> {
+    let disks: Vec<DriveState> = parse(get(socket, "/drives")?)?;
+    let describe = |disk: &DriveState| {
+        let readonly = if disk.is_read_only { ", read-only" } else { "" };
+        let engine = match disk.engine {
+            DiskEngine::Threads => "threads",
+            _ => "io_uring",
+        };
+        let path = disk.path_on_host.display();
+        let size = human(disk.size_bytes);
+        format!("{}  {path}, {size}{readonly}, {engine}", disk.drive_id)
+    };
+    Ok(disks.iter().map(describe).collect::<Vec<_>>().join("\n"))
+}
+
+fn update_disk(socket: &Path, disk: &str, path: Option<&Path>) -> Result<String, ClientError> {
+    let request = format!("/drives/{disk}");
+    let body = json!({ "drive_id": disk, "path_on_host": path });
+    api::request(socket, Method::PATCH, &request, Some(&body), TIMEOUT)?;
+    let disks: Vec<DriveState> = parse(get(socket, "/drives")?)?;
+    let state = disks.iter().find(|it| it.drive_id == disk);
+    let size = state.map_or_else(String::new, |it| human(it.size_bytes));
+    Ok(format!("{disk} has {size}"))
 }
 
 fn set_teardown(socket: &Path, settings: &[TeardownSpec]) -> Result<String, ClientError> {

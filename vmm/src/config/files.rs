@@ -4,7 +4,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{ConfigError, DiskConfig};
 use crate::sys::sockets::{connect_at_once, is_dead, server_of};
@@ -70,11 +70,26 @@ fn check_disk(disk: &DiskConfig) -> Result<Identity, ConfigError> {
     let length = file
         .seek(SeekFrom::End(0))
         .or_else(|error| refuse_io(option, path, &error))?;
-    if length < SECTOR {
+    if (1..SECTOR).contains(&length) {
         let problem = format!("a disk of {length} bytes holds no sector");
         return refuse(option, path, problem, "name a disk of 512 bytes or more");
     }
     Ok(identity)
+}
+
+/// Checks folders, and makes their paths absolute ones without links.
+pub(super) fn check_folders(
+    option: &'static str,
+    folders: Vec<PathBuf>,
+) -> Result<Vec<PathBuf>, ConfigError> {
+    let check = |path: PathBuf| {
+        if stat(option, &path)?.is_dir() {
+            let real = path.canonicalize();
+            return real.or_else(|error| refuse_io(option, &path, &error));
+        }
+        refuse(option, &path, "is no directory", "name the folder")
+    };
+    folders.into_iter().map(check).collect()
 }
 
 /// Checks a file to be created or overwritten: its folder is there, and it is not a folder itself.

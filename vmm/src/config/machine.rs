@@ -35,6 +35,8 @@ pub struct MachineConfig {
     pub arenas: Vec<ArenaConfig>,
     /// Block devices, in the order of the command line: the first is `/dev/vda`.
     pub disks: Vec<DiskConfig>,
+    /// Folders whose files a client of the API may name as disks.
+    pub allow_paths: Vec<PathBuf>,
     /// Network interfaces, in the order of the command line.
     pub nets: Vec<NetConfig>,
     /// Streams to and from the host.

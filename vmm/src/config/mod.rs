@@ -20,7 +20,7 @@ mod tests;
 mod validate;
 mod vsock;
 
-pub use disk::DiskConfig;
+pub use disk::{DiskConfig, DiskEngine};
 pub use error::ConfigError;
 pub use files::{SocketPath, check_socket, check_vsock_path};
 pub use jail::{JailCgroup, JailSpec};

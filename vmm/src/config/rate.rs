@@ -22,6 +22,24 @@ pub struct Rate {
     pub burst: u64,
 }
 
+impl Rate {
+    /// A bucket of these tokens and this time.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotARate`]: more tokens than any device moves, or more than a day.
+    pub fn new(size: u64, refill_ms: u64, burst: u64) -> Result<Self, ConfigError> {
+        if size.max(burst) > MOST_TOKENS || refill_ms > MOST_MS {
+            let text = format!("{size}/{refill_ms}+{burst}");
+            return Err(ConfigError::NotARate(text));
+        }
+        Ok(Self {
+            size,
+            refill_ms,
+            burst,
+        })
+    }
+}
+
 impl FromStr for Rate {
     type Err = ConfigError;
 
@@ -29,19 +47,9 @@ impl FromStr for Rate {
         let (rest, burst) = text.split_once('+').unwrap_or((text, "0"));
         let (size, refill) = rest.split_once('/').unwrap_or((rest, "1000"));
         let refused = || ConfigError::NotARate(text.escape_debug().to_string());
-        let bounded = |number: u64, most: u64| (number <= most).then_some(number);
-        let tokens = |text| {
-            parse_size(text)
-                .ok()
-                .and_then(|it| bounded(it, MOST_TOKENS))
-        };
+        let tokens = |text| parse_size(text).map_err(|_| refused());
         let time = refill.parse().ok().filter(|_| !refill.starts_with('+'));
-        let time = time.and_then(|it| bounded(it, MOST_MS));
-        Ok(Self {
-            size: tokens(size).ok_or_else(refused)?,
-            refill_ms: time.ok_or_else(refused)?,
-            burst: tokens(burst).ok_or_else(refused)?,
-        })
+        Self::new(tokens(size)?, time.ok_or_else(refused)?, tokens(burst)?).map_err(|_| refused())
     }
 }
 

@@ -254,7 +254,8 @@ fn disks_that_are_no_disks() {
     let disk = |name: &str| folder.complaint(&[&format!("--disk=path=./{name}")]);
     assert!(disk("none").starts_with("--disk none: there is no such file"));
     assert!(disk(".").starts_with("--disk .: is a directory"));
-    assert!(disk("empty").contains("holds no sector"));
+    fs::write(folder.path("short"), [0; 511]).unwrap();
+    assert!(disk("short").contains("a disk of 511 bytes holds no sector"));
 }
 
 #[test]

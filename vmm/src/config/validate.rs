@@ -6,7 +6,9 @@ use ebb_hypercall_abi::arena::{Layout, MAX_ID};
 
 use super::ConfigError;
 use super::balloon::BalloonSpec;
-use super::files::{check_disks, check_image, check_output, check_socket, check_vsock_path};
+use super::files::{
+    check_disks, check_folders, check_image, check_output, check_socket, check_vsock_path,
+};
 use super::keys::defaults;
 use super::lazy::{LazyConfig, LazyMode};
 use super::limits::{MAX_ARENAS, MAX_CMDLINE, MAX_MEMORY};
@@ -38,6 +40,7 @@ impl MachineSpec {
             check_image("--initramfs", path)?;
         }
         check_disks(&self.disks)?;
+        let allow_paths = check_folders("--allow-paths", self.allow_paths)?;
         check_nets(&self.nets)?;
         if let SerialConfig::File(path) = &self.serial {
             check_output("--serial", path)?;
@@ -64,6 +67,7 @@ impl MachineSpec {
             memory,
             arenas,
             disks: self.disks,
+            allow_paths,
             nets: self.nets,
             vsock: self.vsock,
             serial: self.serial,

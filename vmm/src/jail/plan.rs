@@ -110,6 +110,8 @@ fn made<'a>(
         arenas: _,
         transport: _,
         disks: _,
+        // Only folders in the jail's own are there.
+        allow_paths: _,
         nets: _,
         balloon: _,
         rng: _,

@@ -22,11 +22,10 @@ use crate::devices::platform::{I8042, Power, PvPanic};
 use crate::devices::serial::{ConsoleInput, SerialFile, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
-use crate::devices::virtio::blk::{Block, Disk};
+use crate::devices::virtio::blk::{Block, Disk, DiskHandle};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::pci::{self, PciTransport};
-use crate::devices::virtio::queue::Limiter;
 use crate::devices::virtio::rng::Entropy;
 use crate::devices::virtio::vsock::Vsock;
 use crate::guest_memory::{KernelEvents, RangeSink};
@@ -191,22 +190,22 @@ impl Devices {
         Ok(handle)
     }
 
-    /// Block devices, in the order of the command line.
+    /// Block devices, in the order of the command line, and the operator's handles of them.
     pub fn attach_disks(
         &mut self,
         machine: &kvm::Machine,
         memory: &Arc<GuestMemoryMmap>,
         config: &MachineConfig,
         disks: Vec<Disk>,
-    ) -> Result<(), LaunchError> {
+    ) -> Result<Vec<DiskHandle>, LaunchError> {
+        let mut handles = Vec::new();
         for (index, (disk, it)) in disks.into_iter().zip(&config.disks).enumerate() {
-            let limiter = Limiter::new(it.bw, it.ops);
-            let block =
-                Block::new(index, disk, limiter).map_err(LaunchError::system("disk thread"))?;
+            let block = Block::new(index, disk, it)?;
             self.counters.disks.push(Arc::clone(block.counters()));
+            handles.push(block.handle());
             self.attach_virtio(machine, memory, Box::new(block))?;
         }
-        Ok(())
+        Ok(handles)
     }
 
     /// Network interfaces, in the order of the command line, on the taps that were opened for them.

@@ -7,13 +7,14 @@ use ebb_core::range::PAGE_SIZE;
 use ebb_core::release::Release;
 
 use super::counters::DeviceCounters;
+use super::drives::Drives;
 use super::instance::Instance;
 use super::pause::Pausing;
 use crate::arena::Arena;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
-    DevicesState, FreePages, LazyMemoryState, ReclaimOutcome, ReportingMode, ReportingState,
-    TeardownState,
+    DevicesState, DriveState, DriveUpdate, FreePages, LazyMemoryState, ReclaimOutcome,
+    ReportingMode, ReportingState, TeardownState,
 };
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
@@ -29,6 +30,8 @@ pub struct Control {
     pub instance: Arc<Instance>,
     /// The balloon, if there is one.
     pub balloon: Option<BalloonHandle>,
+    /// The machine's disks.
+    pub drives: Drives,
     /// What the balloon is doing, if it runs itself.
     pub auto: Option<Arc<BalloonReport>>,
     /// What counts what the devices do.
@@ -163,6 +166,14 @@ impl Controller for Control {
 
     fn resume(&self) -> Result<(), CommandError> {
         self.pausing.resume().map_err(failed)
+    }
+
+    fn drives(&self) -> Vec<DriveState> {
+        self.drives.states()
+    }
+
+    fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError> {
+        self.drives.update(id, update)
     }
 
     fn teardown(&self) -> TeardownState {

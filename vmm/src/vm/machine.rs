@@ -12,6 +12,7 @@ use super::LaunchError;
 use super::attach::{Console, Devices};
 use super::balloon::MachineBalloon;
 use super::control::Control;
+use super::drives::Drives;
 use super::events::{self, ExitSlot, Operator};
 use super::instance::{Instance, Service};
 use super::memory;
@@ -105,7 +106,7 @@ impl Vm {
         if memory.kernel().is_enabled() {
             devices.attach_fw_cfg(&ram)?;
         }
-        let balloon = attach_virtio(&mut devices, &machine, config, &memory, backends)?;
+        let (balloon, drives) = attach_virtio(&mut devices, &machine, config, &memory, backends)?;
 
         let entry = load_guest(config, &setup, &ram, &devices)?;
         let instruction = host.take_hypercalls(&machine)?;
@@ -130,6 +131,7 @@ impl Vm {
             instance: Arc::clone(instance),
             pausing,
             balloon,
+            drives,
             auto: None,
             counters: std::mem::take(&mut devices.counters),
             hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
@@ -242,16 +244,18 @@ struct Backends {
     vsock: Option<ServedVsock>,
 }
 
-/// Attaches the virtio devices. Returns the balloon's handle, if there is one.
+/// Attaches the virtio devices. Returns the balloon's handle, if there is one, and the disks.
 fn attach_virtio(
     devices: &mut Devices,
     machine: &kvm::Machine,
     config: &MachineConfig,
     memory: &Arc<GuestMemory>,
     backends: Backends,
-) -> Result<Option<BalloonHandle>, LaunchError> {
+) -> Result<(Option<BalloonHandle>, Drives), LaunchError> {
     let ram = memory.ram().memory();
-    devices.attach_disks(machine, &ram, config, backends.disks)?;
+    let disks = devices.attach_disks(machine, &ram, config, backends.disks)?;
+    let drives = Drives::new(disks, &config.allow_paths)
+        .map_err(LaunchError::system("open of a folder of --allow-paths"))?;
     let sink = || Arc::clone(memory) as _;
     let balloon = config.balloon.as_ref();
     let balloon = balloon.map(|balloon| devices.attach_balloon(machine, &ram, balloon, sink()));
@@ -263,7 +267,7 @@ fn attach_virtio(
     if let (Some(vsock), Some(served)) = (&config.vsock, backends.vsock) {
         devices.attach_vsock(machine, &ram, vsock, served)?;
     }
-    Ok(balloon)
+    Ok((balloon, drives))
 }
 
 /// The balloon that runs itself, if it shall.

@@ -4,6 +4,7 @@ mod attach;
 mod balloon;
 mod control;
 mod counters;
+mod drives;
 mod events;
 mod instance;
 mod machine;

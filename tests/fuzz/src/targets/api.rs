@@ -11,8 +11,9 @@ use clap::Parser;
 use ebb_vmm::api::{Server, serve};
 use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::control::{
-    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DevicesState, Instance,
-    InstanceInfo, LazyMemoryState, ReclaimOutcome, TeardownState,
+    ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DevicesState,
+    DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome,
+    TeardownState,
 };
 use tempfile::TempDir;
 
@@ -71,6 +72,15 @@ impl Controller for Machine {
 
     fn reclaim(&self, _bytes: u64, _timeout: Option<Duration>) -> ReclaimOutcome {
         ReclaimOutcome::default()
+    }
+
+    fn drives(&self) -> Vec<DriveState> {
+        Vec::new()
+    }
+
+    fn update_drive(&self, id: &str, _update: &DriveUpdate) -> Result<(), CommandError> {
+        assert!(!id.contains('/'), "{id}");
+        Ok(())
     }
 
     fn pause(&self) -> Result<(), CommandError> {

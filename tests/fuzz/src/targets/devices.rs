@@ -6,12 +6,11 @@ use std::sync::{Arc, OnceLock};
 
 use ebb_core::release::Release;
 use ebb_vmm::bus::BusDevice;
-use ebb_vmm::config::{BalloonConfig, DiskConfig};
+use ebb_vmm::config::{BalloonConfig, DiskConfig, DiskEngine};
 use ebb_vmm::devices::virtio::VirtioDevice;
 use ebb_vmm::devices::virtio::balloon::Balloon;
 use ebb_vmm::devices::virtio::blk::{Block, Disk};
 use ebb_vmm::devices::virtio::mmio::MmioTransport;
-use ebb_vmm::devices::virtio::queue::Limiter;
 use ebb_vmm::guest_memory::GuestMemory;
 use ebb_vmm::irq::Interrupt;
 use tempfile::NamedTempFile;
@@ -49,16 +48,19 @@ fn image() -> NamedTempFile {
     file
 }
 
-pub(super) fn disk(file: &NamedTempFile, readonly: bool) -> Box<dyn VirtioDevice> {
+pub(super) fn disk(
+    file: &NamedTempFile,
+    readonly: bool,
+    engine: DiskEngine,
+) -> Box<dyn VirtioDevice> {
     let config = DiskConfig {
         path: file.path().to_owned(),
         readonly,
-        bw: None,
-        ops: None,
+        engine,
+        ..DiskConfig::default()
     };
     let disk = Disk::open(&config).expect("a disk");
-    let unlimited = Limiter::new(config.bw, config.ops);
-    Box::new(Block::new(0, disk, unlimited).expect("a thread"))
+    Box::new(Block::new(0, disk, &config).expect("a thread"))
 }
 
 pub fn transport(memory: &GuestMemory, device: Box<dyn VirtioDevice>) -> MmioTransport {
@@ -82,7 +84,7 @@ pub fn mmio(input: &[u8]) {
     let memory = memory();
     let mut device = match input.u8() % 2 {
         0 => transport(&memory, a_balloon(&memory)),
-        _ => transport(&memory, disk(read_only(), true)),
+        _ => transport(&memory, disk(read_only(), true, DiskEngine::Auto)),
     };
     for _ in 0..256 {
         if input.is_empty() {
@@ -110,10 +112,11 @@ pub fn mmio(input: &[u8]) {
 
 /// Writes the input to memory, starts the device with queues there, and waits until it has served them.
 fn drive(memory: &GuestMemory, device: Box<dyn VirtioDevice>, input: &mut Bytes<'_>) {
+    let known = device.features();
     let mut device = transport(memory, device);
     let view = memory.ram().memory();
     let queues = u64::from(1 + input.u8() % 5);
-    let features = input.u32() & 0x3000_0037;
+    let features = input.u32() & known as u32;
     let mut write = |register: u64, value: u64| {
         let _ = device.write(register, &(value as u32).to_le_bytes());
     };
@@ -225,13 +228,18 @@ pub fn balloon(input: &[u8]) {
 pub fn block(input: &[u8]) {
     let mut input = Bytes::new(input);
     let memory = memory();
-    if input.u8().is_multiple_of(2) {
+    let how = input.u8();
+    let engine = match how & 2 {
+        0 => DiskEngine::Auto,
+        _ => DiskEngine::Threads,
+    };
+    if how.is_multiple_of(2) {
         let file = image();
-        drive(&memory, disk(&file, false), &mut input);
+        drive(&memory, disk(&file, false, engine), &mut input);
         let len = file.as_file().metadata().expect("metadata").len();
         assert_eq!(len, DISK_BYTES as u64, "no request changes the disk's size");
     } else {
-        drive(&memory, disk(read_only(), true), &mut input);
+        drive(&memory, disk(read_only(), true, engine), &mut input);
         let bytes = fs::read(read_only().path()).expect("the disk");
         assert!(
             bytes == [FILL; DISK_BYTES],

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use ebb_vmm::bus::BusDevice;
+use ebb_vmm::config::DiskEngine;
 use ebb_vmm::devices::pci::PciFunction;
 use ebb_vmm::devices::virtio::pci::{PciTransport, SIZE};
 use ebb_vmm::irq::{Interrupt, Message, MessageInterrupt};
@@ -37,7 +38,7 @@ pub fn run(input: &[u8]) {
     let memory = memory();
     let device = match input.u8() % 2 {
         0 => a_balloon(&memory),
-        _ => disk(read_only(), true),
+        _ => disk(read_only(), true, DiskEngine::Auto),
     };
     let interrupts = (0..4).map(|_| Box::new(Unheard) as Box<dyn MessageInterrupt>);
     let (ram, kernel) = (memory.ram().memory(), Arc::clone(&memory) as _);

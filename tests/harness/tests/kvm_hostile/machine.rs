@@ -205,7 +205,10 @@ impl Machine {
             }
         }
         for entry in fs::read_dir(folder("task")).context("threads")?.flatten() {
-            if let Ok(name) = fs::read_to_string(entry.path().join("comm")) {
+            // The kernel's threads for io_uring come and go as it likes.
+            if let Ok(name) = fs::read_to_string(entry.path().join("comm"))
+                && !name.starts_with("iou-wrk-")
+            {
                 *observed.threads.entry(name.trim().to_owned()).or_default() += 1;
             }
         }

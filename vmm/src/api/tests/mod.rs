@@ -1,6 +1,7 @@
 //! The API over a real socket, with a machine that only remembers what it was told.
 
 mod document;
+mod drives;
 mod names;
 
 use std::fs;
@@ -18,10 +19,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{ClientError, Server, request, serve};
-use crate::config::{MachineConfig, MachineSpec, parse_keys};
+use crate::config::{DiskEngine, MachineConfig, MachineSpec, parse_keys};
 use crate::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DeviceState,
-    DevicesState, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome, TeardownState,
+    DevicesState, DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome,
+    TeardownState,
 };
 
 /// How long a test waits for an answer.
@@ -144,6 +146,21 @@ impl Controller for Machine {
     fn resume(&self) -> Result<(), CommandError> {
         self.note("resume");
         Err(CommandError::Failed("the machine is ending".to_owned()))
+    }
+
+    fn drives(&self) -> Vec<DriveState> {
+        vec![DriveState {
+            drive_id: "disk0".to_owned(),
+            path_on_host: "/d".into(),
+            is_read_only: true,
+            size_bytes: 512,
+            engine: DiskEngine::IoUring,
+        }]
+    }
+
+    fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError> {
+        self.note(format!("{id} {:?} {:?}", update.path, update.limits));
+        Ok(())
     }
 
     fn teardown(&self) -> TeardownState {
@@ -408,9 +425,9 @@ const REFUSED: &[(&str, u16, &str)] = &[
     ),
     (r#"PATCH / {}"#, 405, "/ does not know PATCH; it knows GET"),
     (
-        r#"PUT /drives {}"#,
+        r#"PUT /snapshot/load {}"#,
         404,
-        "there is no /drives; there are /, /version",
+        "there is no /snapshot/load; there are /, /version",
     ),
 ];
 

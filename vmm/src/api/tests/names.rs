@@ -5,9 +5,11 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::config::DiskEngine;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonDoing, BalloonState, BalloonStatistics, DevicesState,
-    InstanceInfo, LazyMemoryState, METRICS, Prefault, ReclaimOutcome, ReportingMode, TeardownState,
+    DriveState, InstanceInfo, LazyMemoryState, METRICS, Prefault, ReclaimOutcome, ReportingMode,
+    TeardownState,
 };
 
 /// Every field that `/lazy-memory` answers with when strict mode is on.
@@ -42,8 +44,8 @@ const ARENA: &str = "
     reused_bytes_total reuse_waits_total scans_total scan_us size_bytes";
 
 const DISK: &str = "
-    errors_total flushes_total id read_bytes_total reads_total throttled_total writes_total
-    written_bytes_total";
+    discarded_bytes_total errors_total flushes_total id read_bytes_total reads_total
+    throttled_total writes_total written_bytes_total zeroed_bytes_total";
 
 const NET: &str = "
     id rx_bytes_total rx_dropped_total rx_packets_total throttled_total tx_bytes_total
@@ -57,6 +59,8 @@ const RNG: &str = "errors_total random_bytes_total requests_total";
 
 const BALLOON: &str = "
     actual_mib amount_mib deflate_on_oom free_page_reporting lazy stats_polling_interval_s";
+
+const DRIVE: &str = "drive_id engine is_read_only path_on_host size_bytes";
 
 /// What a balloon that runs itself answers with, too.
 const AUTO: &str = "
@@ -207,4 +211,18 @@ fn the_names_of_everything_else() {
         "cut_short duration_us reclaimed_bytes",
     );
     expect(&TeardownState::default(), "batch_bytes guardian workers");
+}
+
+#[test]
+fn the_names_of_drives() {
+    expect(
+        &DriveState {
+            drive_id: String::new(),
+            path_on_host: "/".into(),
+            is_read_only: false,
+            size_bytes: 0,
+            engine: DiskEngine::IoUring,
+        },
+        DRIVE,
+    );
 }

@@ -17,6 +17,8 @@ pub const READ: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const ID: u32 = 8;
+const DISCARD: u32 = 11;
+const ZERO: u32 = 13;
 pub const OK: u64 = 0;
 const FAILED: u64 = 1;
 const UNSUPPORTED: u64 = 2;
@@ -34,13 +36,87 @@ pub fn status(s: &mut Script<'_>) -> u64 {
 /// Sends a request with `len` bytes of data, and expects this status.
 fn request(s: &mut Script<'_>, disk: Device, (kind, sector): (u32, u64), len: u32, answer: u64) {
     let (at, end) = (header(s, kind, sector), status(s));
-    let flags = if kind == OUT { NEXT } else { NEXT | WRITE };
+    let flags = if [OUT, DISCARD, ZERO].contains(&kind) {
+        NEXT
+    } else {
+        NEXT | WRITE
+    };
     disk.sends(s, 0, &[(at, 16, NEXT), (PLAY, len, flags), (end, 1, WRITE)]);
     s.load(end, 1).expect_bits(0xff, answer);
     disk.is_well(s);
 }
 
+/// Has segments freed or zeroed, and expects this status.
+fn clear(s: &mut Script<'_>, kind: u32, segments: &[(u64, u32, u32)], answer: u64) {
+    let words = segments.iter().flat_map(|&(sector, sectors, flags)| {
+        [sector, u64::from(sectors) | u64::from(flags) << 32]
+    });
+    let words: Vec<u64> = words.chain([0]).collect();
+    let (at, end) = (header(s, kind, u64::MAX), status(s));
+    let (list, len) = (s.words(&words, 16), 16 * segments.len() as u32);
+    DISK.sends(s, 0, &[(at, 16, NEXT), (list, len, NEXT), (end, 1, WRITE)]);
+    s.load(end, 1).expect_bits(0xff, answer);
+    DISK.is_well(s);
+}
+
 pub const CASES: &[Case] = &[
+    case(
+        "segments_beyond_the_disk",
+        "frees and zeroes sectors whose position or number overflows",
+        |s| {
+            for kind in [DISCARD, ZERO] {
+                for (sector, sectors) in [
+                    (SECTORS, 1),
+                    (SECTORS - 1, 2),
+                    (0, u32::MAX),
+                    (u64::MAX, 1),
+                    (u64::MAX, u32::MAX),
+                    (u64::MAX >> 9, 8),
+                    (1 << 55, 1),
+                ] {
+                    clear(s, kind, &[(sector, sectors, 0)], FAILED);
+                }
+            }
+        },
+    ),
+    case(
+        "segments_with_unknown_flags",
+        "frees and zeroes with flags that are reserved, or for the other one",
+        |s| {
+            for flags in [2, 1 << 31, u32::MAX] {
+                for kind in [DISCARD, ZERO] {
+                    clear(s, kind, &[(0, 8, flags)], UNSUPPORTED);
+                }
+            }
+            clear(s, DISCARD, &[(0, 8, 1)], UNSUPPORTED);
+        },
+    ),
+    case(
+        "segments_of_any_number",
+        "frees and zeroes no segment, more than one, and a part of one",
+        |s| {
+            for kind in [DISCARD, ZERO] {
+                clear(s, kind, &[], FAILED);
+                clear(s, kind, &[(0, 8, 0); 2], FAILED);
+                clear(s, kind, &[(0, 8, 0); 64], FAILED);
+                for len in [1, 15, 17] {
+                    request(s, DISK, (kind, 0), len, FAILED);
+                }
+            }
+        },
+    ),
+    case(
+        "segments_that_are_good",
+        "frees and zeroes 40 times, also nothing, and parts of pages",
+        |s| {
+            for n in 0..10 {
+                clear(s, DISCARD, &[(FIRST_WRITTEN + n, 9, 0)], OK);
+                clear(s, ZERO, &[(FIRST_WRITTEN + n, 3, 1)], OK);
+                clear(s, ZERO, &[(FIRST_WRITTEN + n, 5, 0)], OK);
+                clear(s, DISCARD, &[(SECTORS, 0, 0)], OK);
+            }
+        },
+    ),
     case(
         "request_with_a_short_header",
         "sends headers of 1, 8 and 15 bytes",
@@ -133,7 +209,7 @@ pub const CASES: &[Case] = &[
         "requests_of_no_type",
         "sends types that were not offered",
         |s| {
-            for kind in [2, 3, 5, 9, 11, 13, 14, 16, 0x7fff_ffff, u32::MAX] {
+            for kind in [2, 3, 5, 9, 12, 14, 16, 0x7fff_ffff, u32::MAX] {
                 request(s, DISK, (kind, 0), 512, UNSUPPORTED);
             }
         },

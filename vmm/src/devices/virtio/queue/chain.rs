@@ -1,12 +1,7 @@
 //! A chain of descriptors: each is read once, into a buffer list that is reused for the next chain.
 
-use std::io;
-
 use virtio_queue::DescriptorChain;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile, VolatileMemoryError,
-    VolatileSlice, WriteVolatile,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// One buffer of a chain: guest-physical address and length in bytes, never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,9 +159,6 @@ pub enum ReadError {
         /// Bytes needed.
         wanted: u64,
     },
-    /// Reading or writing the file on the host failed.
-    #[error("{0}")]
-    Host(#[source] io::Error),
 }
 
 /// A position in the readable or in the writable buffers of a chain.
@@ -266,42 +258,6 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 
-    /// Moves up to `limit` bytes, all of one buffer, from `source` into guest memory. Returns how many;
-    /// 0 at the end of the chain.
-    ///
-    /// # Errors
-    /// [`ReadError`].
-    pub fn fill_from(
-        &mut self,
-        source: &mut impl ReadVolatile,
-        limit: usize,
-    ) -> Result<usize, ReadError> {
-        let Some(mut slice) = self.slice(limit)? else {
-            return Ok(0);
-        };
-        source.read_exact_volatile(&mut slice).map_err(host)?;
-        self.skip(slice.len() as u64);
-        Ok(slice.len())
-    }
-
-    /// Moves up to `limit` bytes, all of one buffer, from guest memory into `sink`. Returns how many; 0 at
-    /// the end of the chain.
-    ///
-    /// # Errors
-    /// [`ReadError`].
-    pub fn drain_into(
-        &mut self,
-        sink: &mut impl WriteVolatile,
-        limit: usize,
-    ) -> Result<usize, ReadError> {
-        let Some(slice) = self.slice(limit)? else {
-            return Ok(0);
-        };
-        sink.write_all_volatile(&slice).map_err(host)?;
-        self.skip(slice.len() as u64);
-        Ok(slice.len())
-    }
-
     fn enough(&self, wanted: usize) -> Result<(), ReadError> {
         let (available, wanted) = (self.remaining, wanted as u64);
         if available < wanted {
@@ -331,7 +287,15 @@ impl<'a> Cursor<'a> {
             .map_err(|_| ReadError::NotMemory { addr, len })
     }
 
-    /// The next `count` bytes, or all, have been moved.
+    /// Address and length of the next piece of one buffer, at most `limit` bytes, which is then done; `None` at the end. It is
+    /// not checked against guest memory.
+    pub fn take_piece(&mut self, limit: usize) -> Option<(u64, usize)> {
+        let piece = self.piece(limit)?;
+        self.skip(piece.1 as u64);
+        Some(piece)
+    }
+
+    /// Goes on by `count` bytes, or to the end.
     pub fn skip(&mut self, mut count: u64) {
         self.remaining = self.remaining.saturating_sub(count);
         while let Some((first, rest)) = self.segments.split_first() {
@@ -346,11 +310,4 @@ impl<'a> Cursor<'a> {
             self.done = 0;
         }
     }
-}
-
-fn host(error: VolatileMemoryError) -> ReadError {
-    ReadError::Host(match error {
-        VolatileMemoryError::IOError(error) => error,
-        other => io::Error::other(other),
-    })
 }

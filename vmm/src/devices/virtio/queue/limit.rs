@@ -88,6 +88,16 @@ impl Limiter {
         }
     }
 
+    /// Sets another limit, with a full bucket; `None` leaves one as it is.
+    pub fn set(&mut self, bandwidth: Option<Rate>, operations: Option<Rate>) {
+        if let Some(rate) = bandwidth {
+            self.bandwidth = Bucket::new(rate);
+        }
+        if let Some(rate) = operations {
+            self.operations = Bucket::new(rate);
+        }
+    }
+
     /// How long the next request has to wait; `None` if it may begin. Does not look at the clock where there is no limit.
     pub fn delay(&mut self) -> Option<Duration> {
         if self.bandwidth.is_none() && self.operations.is_none() {

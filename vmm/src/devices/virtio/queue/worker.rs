@@ -30,7 +30,7 @@ impl StopSignal {
     }
 
     /// Returns true if the worker has to rest: the machine is paused. A worker must have nothing in flight when it calls
-    /// [`Poller::wait`] then.
+    /// [`Poller::wait`] then; see [`Poller::wait_and_settle`].
     #[must_use]
     pub fn is_paused(&self) -> bool {
         self.paused.load(Ordering::Acquire)
@@ -238,7 +238,7 @@ impl Poller {
     /// # Panics
     /// epoll_wait(2) fails as it never does. So the machine ends, instead of going on without the device.
     pub fn wait(&self, timeout: Option<Duration>, mut ready: impl FnMut(u32)) -> bool {
-        self.wait_for_streams(timeout, |token, _| ready(token))
+        self.wait_with(timeout, |token, _| ready(token), || {})
     }
 
     /// The same; `ready` also hears whether a stream is closed in both directions.
@@ -248,7 +248,24 @@ impl Poller {
     pub fn wait_for_streams(
         &self,
         timeout: Option<Duration>,
+        ready: impl FnMut(u32, bool),
+    ) -> bool {
+        self.wait_with(timeout, ready, || {})
+    }
+
+    /// As [`wait`](Self::wait), for a worker that has something in flight: before it rests it has to `settle` that.
+    ///
+    /// # Panics
+    /// As for [`wait`](Self::wait).
+    pub fn wait_and_settle(&self, timeout: Option<Duration>, settle: impl FnOnce()) -> bool {
+        self.wait_with(timeout, |_, _| {}, settle)
+    }
+
+    fn wait_with(
+        &self,
+        timeout: Option<Duration>,
         mut ready: impl FnMut(u32, bool),
+        settle: impl FnOnce(),
     ) -> bool {
         let mut events = [EpollEvent::default(); 32];
         // Rounded up, so that a short timeout does not become a busy loop.
@@ -261,6 +278,7 @@ impl Poller {
             Err(error) => panic!("epoll_wait failed: {error}"),
         };
         if self.stop.is_paused() {
+            settle();
             self.rest();
         }
         if self.stop.is_stopped() {

@@ -1,5 +1,8 @@
 //! The disk against a driver that may be hostile.
 
+mod clearing;
+mod live;
+
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -10,7 +13,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::wire::{STATUS_IOERR, STATUS_OK, STATUS_UNSUPP};
 use super::*;
-use crate::config::DiskConfig;
 use crate::devices::virtio::queue::tests::driver::{
     INDIRECT, MockInterrupt, MockQueue, NEXT, WRITE, memory, wait_for,
 };
@@ -41,8 +43,7 @@ fn config(path: PathBuf, readonly: bool) -> DiskConfig {
     DiskConfig {
         path,
         readonly,
-        bw: None,
-        ops: None,
+        ..DiskConfig::default()
     }
 }
 
@@ -55,23 +56,28 @@ fn content() -> Vec<u8> {
 
 impl Rig {
     fn new(readonly: bool) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::with(|config| config.readonly = readonly)
+    }
+
+    /// A disk with `content`, as `set` has changed its configuration.
+    fn with(set: impl FnOnce(&mut DiskConfig)) -> Self {
+        // O_DIRECT needs a real file system, which a folder for temporary files may not be on.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = dir.path().join("disk");
         fs::write(&path, content()).unwrap();
-        Self::over(dir, Disk::open(&config(path, readonly)).unwrap())
+        let mut config = config(path, false);
+        set(&mut config);
+        let disk = Disk::open(&config).unwrap();
+        Self::over(dir, disk, &config)
     }
 
-    fn over(dir: tempfile::TempDir, disk: Disk) -> Self {
-        Self::limited(dir, disk, Limiter::new(None, None))
-    }
-
-    fn limited(dir: tempfile::TempDir, disk: Disk, limiter: Limiter) -> Self {
+    fn over(dir: tempfile::TempDir, disk: Disk, config: &DiskConfig) -> Self {
         let memory = memory(8);
         let mut rig = Self {
             dir,
             queue: MockQueue::new(&memory, QUEUE, 16),
             memory,
-            block: Block::new(3, disk, limiter).unwrap(),
+            block: Block::new(3, disk, config).unwrap(),
             interrupt: Arc::default(),
         };
         rig.activate();
@@ -160,8 +166,10 @@ fn what_is_written_is_read_back() {
         flushes_total: 1,
         errors_total: 0,
         throttled_total: 0,
+        discarded_bytes_total: 0,
+        zeroed_bytes_total: 0,
     };
-    assert_eq!(rig.block.counters().snapshot(), expected);
+    assert_eq!(rig.block.handle().stats(), expected);
     wait_for(
         || rig.interrupt.used.load(Ordering::SeqCst) == 3,
         "interrupts",
@@ -183,13 +191,19 @@ fn a_driver_that_wants_no_interrupt_gets_none() {
 /// A pipe cannot be flushed: fdatasync(2) fails with EINVAL. So its error proves that the call was made.
 #[test]
 fn a_flush_reaches_the_host_and_its_failure_the_guest() {
-    for (readonly, status, flushes) in [(false, STATUS_IOERR, 0), (true, STATUS_OK, 1)] {
-        let (reader, _writer) = std::io::pipe().unwrap();
-        let disk = Disk::over(OwnedFd::from(reader).into(), readonly);
-        let rig = Rig::over(tempfile::tempdir().unwrap(), disk);
-        assert_eq!(rig.request(FLUSH, 0, 0).0, status, "readonly={readonly}");
-        let counted = rig.block.counters().snapshot().flushes_total;
-        assert_eq!(counted, flushes, "readonly={readonly}");
+    for engine in ENGINES {
+        let config = DiskConfig {
+            engine,
+            ..DiskConfig::default()
+        };
+        for (readonly, status, flushes) in [(false, STATUS_IOERR, 0), (true, STATUS_OK, 1)] {
+            let (reader, _writer) = std::io::pipe().unwrap();
+            let disk = Disk::over(OwnedFd::from(reader).into(), readonly);
+            let rig = Rig::over(tempfile::tempdir().unwrap(), disk, &config);
+            assert_eq!(rig.request(FLUSH, 0, 0).0, status, "readonly={readonly}");
+            let counted = rig.block.handle().stats().flushes_total;
+            assert_eq!(counted, flushes, "{engine:?} readonly={readonly}");
+        }
     }
 }
 
@@ -255,11 +269,11 @@ fn requests_that_leave_the_disk_fail() {
             );
         }
     }
-    for kind in [2, 3, 11, 13, u32::MAX] {
+    for kind in [2, 3, 5, 12, 14, u32::MAX] {
         assert_eq!(rig.request(kind, 0, 512).0, STATUS_UNSUPP, "{kind}");
     }
     assert_eq!(rig.image(), content());
-    assert_eq!(rig.block.counters().snapshot().errors_total, 17);
+    assert_eq!(rig.block.handle().stats().errors_total, 18);
     rig.assert_alive();
 }
 
@@ -279,7 +293,8 @@ fn a_file_that_shrank_is_an_input_error() {
 fn a_host_without_room_is_an_error_of_writes_only() {
     let mut options = fs::OpenOptions::new();
     let full = options.read(true).write(true).open("/dev/full").unwrap();
-    let rig = Rig::over(tempfile::tempdir().unwrap(), Disk::over(full, false));
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::over(dir, Disk::over(full, false), &DiskConfig::default());
     assert_eq!(rig.request(OUT, 0, 512).0, STATUS_IOERR);
     assert_eq!(rig.request(IN, 0, 512).0, STATUS_OK);
 }
@@ -386,16 +401,14 @@ fn limits_hold_requests_back_and_a_reset_does_not_help() {
         (Some(format!("{read}/86400000")), Some("9"), 1),
     ] {
         let rate = |text: &str| text.parse().unwrap();
-        let limiter = Limiter::new(bandwidth.as_deref().map(rate), operations.map(rate));
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk");
-        fs::write(&path, content()).unwrap();
-        let disk = Disk::open(&config(path, true)).unwrap();
-        let mut rig = Rig::limited(dir, disk, limiter);
+        let mut rig = Rig::with(|config| {
+            config.bw = bandwidth.as_deref().map(rate);
+            config.ops = operations.map(rate);
+        });
         for _ in 0..expected {
             assert_eq!(rig.request(IN, 0, 512), (STATUS_OK, 513));
         }
-        let throttled = |rig: &Rig| rig.block.counters().snapshot().throttled_total;
+        let throttled = |rig: &Rig| rig.block.handle().stats().throttled_total;
         let chain = [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
         for round in 1..3 {
             let before = throttled(&rig);
@@ -404,7 +417,7 @@ fn limits_hold_requests_back_and_a_reset_does_not_help() {
             rig.queue.notify();
             wait_for(|| throttled(&rig) > before, "limit");
             assert_eq!(
-                rig.block.counters().snapshot().reads_total,
+                rig.block.handle().stats().reads_total,
                 expected,
                 "round {round}"
             );
@@ -417,17 +430,15 @@ fn limits_hold_requests_back_and_a_reset_does_not_help() {
 
 #[test]
 fn what_was_held_back_goes_on_by_itself() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk");
-    fs::write(&path, content()).unwrap();
-    let disk = Disk::open(&config(path, true)).unwrap();
-    // So slow that also a busy host asks for the next one too early.
-    let limiter = Limiter::new(None, Some("1/1000".parse().unwrap()));
-    let rig = Rig::limited(dir, disk, limiter);
-    for _ in 0..3 {
-        rig.assert_alive();
+    let rig = Rig::with(|config| config.ops = Some("1/200".parse().unwrap()));
+    for first in [0, 3, 6] {
+        rig.offer(first, IN, 2, (DATA, 512));
     }
-    assert!(rig.block.counters().snapshot().throttled_total > 0);
+    rig.queue.run_until_used(3);
+    for first in [0, 3, 6] {
+        assert_eq!(rig.status(first), STATUS_OK);
+    }
+    assert!(rig.block.handle().stats().throttled_total > 0);
 }
 
 /// Numbers of the specification: a block device is 2; the bits are those of virtio 1.3, 5.2.3 and 6.
@@ -436,11 +447,16 @@ fn the_device_says_what_it_is_and_can_do() {
     let always = [32, 29, 28, 2, 6, 9]
         .iter()
         .fold(0, |all, bit| all | 1 << bit);
-    for (readonly, expected) in [(false, always), (true, always | 1 << 5)] {
-        let rig = Rig::new(readonly);
+    let clearing = 1 << 13 | 1 << 14;
+    for (readonly, queues, expected) in [
+        (false, 1, always | clearing),
+        (true, 1, always | 1 << 5),
+        (false, 3, always | clearing | 1 << 12),
+    ] {
+        let rig = Rig::with(|config| (config.readonly, config.queues) = (readonly, queues));
         assert_eq!(rig.block.features(), expected);
         assert_eq!(rig.block.device_type(), 2);
-        assert_eq!(rig.block.queue_sizes(), [QUEUE_SIZE]);
+        assert_eq!(rig.block.queue_sizes(), vec![QUEUE_SIZE; queues.into()]);
     }
 }
 
@@ -456,12 +472,190 @@ fn the_configuration_tells_the_size() {
     assert_eq!(data, [0; 8]);
 }
 
+/// Both ways to carry out requests.
+const ENGINES: [DiskEngine; 2] = [DiskEngine::IoUring, DiskEngine::Threads];
+
+impl Rig {
+    /// Describes and offers a request in the descriptors from `first` on, with a header, data and status of its own.
+    fn offer(&self, first: u16, kind: u32, sector: u64, (data, bytes): (u64, u32)) {
+        let header = HEADER + 64 * u64::from(first);
+        let mut raw = [0; 16];
+        raw[..4].copy_from_slice(&kind.to_le_bytes());
+        raw[8..].copy_from_slice(&sector.to_le_bytes());
+        self.memory.write_slice(&raw, GuestAddress(header)).unwrap();
+        let status = STATUS + u64::from(first);
+        self.memory
+            .write_obj(0xee_u8, GuestAddress(status))
+            .unwrap();
+        let direction = if kind == OUT { 0 } else { WRITE };
+        let mut buffers = vec![
+            (header, 16, 0),
+            (data, bytes, direction),
+            (status, 1, WRITE),
+        ];
+        if bytes == 0 {
+            buffers.remove(1);
+        }
+        self.queue.offer_chain(first, &buffers);
+    }
+
+    fn status(&self, first: u16) -> u8 {
+        let at = STATUS + u64::from(first);
+        self.memory.read_obj(GuestAddress(at)).unwrap()
+    }
+}
+
+#[test]
+fn several_requests_at_once_are_each_answered() {
+    for engine in ENGINES {
+        let rig = Rig::with(|config| config.engine = engine);
+        for round in 0..50 {
+            let used = rig.queue.used_index();
+            for n in 0..5_u16 {
+                let sector = (round * 5 + u64::from(n)) % SECTORS;
+                rig.offer(3 * n, IN, sector, (DATA + 4096 * u64::from(n), 512));
+            }
+            rig.queue.run_until_used(used.wrapping_add(5));
+            for n in 0..5_u16 {
+                assert_eq!(rig.status(3 * n), STATUS_OK);
+                let at = DATA + 4096 * u64::from(n) + 511;
+                let byte: u8 = rig.memory.read_obj(GuestAddress(at)).unwrap();
+                let sector = (round * 5 + u64::from(n)) % SECTORS;
+                assert_eq!(u64::from(byte), sector, "{engine:?} {round} {n}");
+            }
+        }
+        assert_eq!(rig.block.handle().stats().reads_total, 250, "{engine:?}");
+    }
+}
+
+/// A request of 3 MiB and 512 bytes is done in four parts, and its data stays in order.
+#[test]
+fn a_long_request_goes_in_parts() {
+    for (engine, direct) in [
+        (DiskEngine::IoUring, false),
+        (DiskEngine::IoUring, true),
+        (DiskEngine::Threads, false),
+        (DiskEngine::Threads, true),
+    ] {
+        let rig = Rig::with(|config| {
+            let file = fs::OpenOptions::new().write(true).open(&config.path);
+            file.unwrap().set_len(4 << 20).unwrap();
+            (config.engine, config.direct) = (engine, direct);
+        });
+        let bytes = (3 << 20) + 512_u32;
+        let data: Vec<u8> = (0..bytes).map(|at| (at / 512 % 251) as u8).collect();
+        // Behind queue, header and status.
+        let at = 4 << 30;
+        rig.memory.write_slice(&data, GuestAddress(at)).unwrap();
+        for (kind, sector) in [(OUT, 8), (IN, 8)] {
+            rig.header(kind, sector);
+            let direction = if kind == OUT { 0 } else { WRITE };
+            let chain = [(HEADER, 16, 0), (at, bytes, direction), (STATUS, 1, WRITE)];
+            let used = rig.queue.used_index();
+            rig.queue.offer_chain(0, &chain);
+            rig.queue.run_until_used(used + 1);
+            let status: u8 = rig.memory.read_obj(GuestAddress(STATUS)).unwrap();
+            assert_eq!(status, STATUS_OK, "{engine:?} {direct}");
+            assert_eq!(rig.image()[4096..4096 + data.len()], data);
+            let mut seen = vec![0; data.len()];
+            rig.memory.read_slice(&mut seen, GuestAddress(at)).unwrap();
+            assert!(seen == data, "{engine:?} {direct}");
+        }
+    }
+}
+
+/// Memory at odd addresses and in odd pieces, which the host's disk does not take.
+#[test]
+fn direct_access_moves_memory_that_does_not_suit_it() {
+    for engine in ENGINES {
+        let rig = Rig::with(|config| (config.engine, config.direct) = (engine, true));
+        let odd = DATA + 3;
+        rig.header(IN, 0);
+        let parts = [(odd, 700, WRITE), (odd + 5000, 8192 - 700, WRITE)];
+        let chain = [(HEADER, 16, 0), parts[0], parts[1], (STATUS, 1, WRITE)];
+        assert_eq!(rig.run(&chain), (STATUS_OK, 8193), "{engine:?}");
+        let mut seen = vec![0; 8192];
+        let (left, right) = seen.split_at_mut(700);
+        rig.memory.read_slice(left, GuestAddress(odd)).unwrap();
+        let at = GuestAddress(odd + 5000);
+        rig.memory.read_slice(right, at).unwrap();
+        assert!(seen == content()[..8192], "{engine:?}");
+        rig.header(OUT, 16);
+        let chain = [
+            (HEADER, 16, 0),
+            (odd, 700, 0),
+            (odd + 5000, 8192 - 700, 0),
+            (STATUS, 1, WRITE),
+        ];
+        assert_eq!(rig.run(&chain), (STATUS_OK, 1), "{engine:?}");
+        assert!(rig.image()[8192..16384] == content()[..8192], "{engine:?}");
+        // Not memory at all.
+        rig.header(OUT, 0);
+        let chain = [(HEADER, 16, 0), (0xd000_0001, 4096, 0), (STATUS, 1, WRITE)];
+        assert_eq!(rig.run(&chain).0, STATUS_IOERR);
+    }
+}
+
+#[test]
+fn a_flush_waits_for_the_writes_before_it_and_a_reset_for_all() {
+    for engine in ENGINES {
+        let mut rig = Rig::with(|config| config.engine = engine);
+        for first in [0, 3, 6] {
+            let sector = u64::from(first);
+            rig.offer(first, OUT, sector, (DATA, 4096));
+        }
+        rig.offer(9, FLUSH, 0, (0, 0));
+        rig.offer(12, IN, 0, (DATA + 8192, 4096));
+        rig.queue.run_until_used(5);
+        let order: Vec<u32> = (0..5).map(|n| rig.queue.used(n).0).collect();
+        let place = |head: u32| order.iter().position(|it| *it == head).unwrap();
+        for write in [0, 3, 6] {
+            assert!(place(write) < place(9), "{engine:?} {order:?}");
+            assert_eq!(rig.status(write as u16), STATUS_OK);
+        }
+        assert_eq!(rig.status(9), STATUS_OK);
+        // What is under way at a reset is done, or was never begun, when it returns.
+        for first in [0, 3, 6, 9, 12] {
+            rig.offer(first, IN, 0, (DATA, 32768));
+        }
+        rig.queue.notify();
+        rig.block.reset();
+        rig.memory
+            .write_slice(&[7; 32768], GuestAddress(DATA))
+            .unwrap();
+        assert!(rig.data(32768).iter().all(|byte| *byte == 7));
+    }
+}
+
+#[test]
+fn each_queue_has_a_thread_of_its_own_and_unused_ones_none_to_wait_for() {
+    for engine in ENGINES {
+        let mut rig = Rig::with(|config| (config.engine, config.queues) = (engine, 3));
+        rig.block.reset();
+        let others = [0x60_0000, 0x61_0000].map(|at| MockQueue::new(&rig.memory, at, 16));
+        rig.queue = MockQueue::new(&rig.memory, QUEUE, 16);
+        let activation = Activation {
+            memory: Arc::clone(&rig.memory),
+            features: rig.block.features(),
+            queues: vec![Some(rig.queue.handle()), None, Some(others[1].handle())],
+            interrupt: rig.interrupt.clone(),
+        };
+        rig.block.activate(activation).unwrap();
+        rig.assert_alive();
+        rig.header(IN, 3);
+        let chain = [(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)];
+        others[1].offer_chain(0, &chain);
+        others[1].run_until_used(1);
+        assert_eq!(rig.data(512), content()[1536..2048]);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn no_bytes_in_the_rings_stop_the_disk(
         table in prop::collection::vec((0..0x60_0000_u64, 0..4096_u32, 0..8_u16, 0..18_u16), 16),
-        kind in 0..10_u32,
+        kind in 0..14_u32,
         sector in prop_oneof![0..80_u64, any::<u64>()],
         heads in prop::collection::vec(0..18_u16, 0..16),
         jump in 0..24_u16,
