@@ -151,6 +151,12 @@ pub trait Controller: Send + Sync {
     /// [`CommandError::Failed`]: there is no such disk, or the file cannot be one.
     fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError>;
 
+    /// Saves the paused machine to two new files. Blocks until they have their names.
+    ///
+    /// # Errors
+    /// [`CommandError::Failed`] if the machine is not paused, or a file cannot be written; nothing is left then.
+    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError>;
+
     /// How the guest's memory will be freed when the machine ends.
     fn teardown(&self) -> TeardownState;
 

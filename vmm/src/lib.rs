@@ -23,6 +23,7 @@ pub mod kvm;
 pub mod memory;
 pub mod output;
 pub mod reclaim;
+pub mod snapshot;
 pub mod strict;
 pub mod sys;
 pub mod teardown;

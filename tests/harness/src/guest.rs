@@ -27,6 +27,11 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Drives a workload that was ready before its machine was saved.
+    pub fn restored(input: ChildStdin, console: Console) -> Self {
+        Self { input, console }
+    }
+
     /// Sends a request without waiting for an answer.
     ///
     /// # Errors

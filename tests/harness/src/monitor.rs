@@ -1,7 +1,8 @@
 //! A running monitor.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Output};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -65,6 +66,47 @@ impl Monitor {
     /// A client of its API.
     pub fn api(&self) -> Api {
         Api::new(&self.socket())
+    }
+
+    /// Kills it, and starts another one from the snapshot in the files `state` and `memory` of its folder, with more options.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn kill_and_restore(&mut self, more: &[&str]) -> Result<()> {
+        self.child.kill().context("kill the monitor")?;
+        self.child.wait().context("wait for the monitor")?;
+        let path = |name: &str| self.folder.path().join(name);
+        let mut command = Command::new(&self.images.ebb);
+        command
+            .args(["restore", "-v", "--state"])
+            .arg(path("state"))
+            .arg("--memory")
+            .arg(path("memory"))
+            .arg("--api-socket")
+            .arg(path("api"))
+            .arg("--log-file")
+            .arg(path("log"))
+            .args(more)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(path("stderr")).context("create stderr")?);
+        let mut child = command.spawn().context("ebb restore")?;
+        if let Some(output) = child.stdout.take() {
+            self.console = Console::read(output);
+        }
+        self.input = child.stdin.take();
+        self.child = child;
+        Ok(())
+    }
+
+    /// The workload in the guest of a restored machine.
+    ///
+    /// # Errors
+    /// When somebody has it already.
+    pub fn restored_guest(&mut self) -> Result<Guest> {
+        let input = self.input.take();
+        let input = input.context("the guest's console is taken already")?;
+        Ok(Guest::restored(input, self.console.clone()))
     }
 
     /// Waits for the workload in the guest and drives it from then on.

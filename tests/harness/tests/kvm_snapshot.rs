@@ -1,12 +1,17 @@
-//! Machines that are paused and resumed.
+//! Machines that are paused and resumed, saved, killed and restored.
 
-use std::fs;
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use ebb_harness::error::{Context, Result};
 use ebb_harness::wait::{LONG, settled, until, until_often};
-use ebb_harness::{Api, Launch, Monitor};
+use ebb_harness::{Api, Images, Launch, Monitor};
 use ebb_hypercall_abi::Operation;
+use ebb_hypercall_abi::status::LAST_RANGE;
 use ebb_payload::{Program, Transport, page};
 use serde_json::json;
 
@@ -57,6 +62,15 @@ fn state(api: &Api) -> Result<String> {
 fn ctl(monitor: &Monitor, word: &str) -> Result<()> {
     let output = monitor.ctl(&[word])?;
     assert!(output.status.success(), "{output:?}");
+    Ok(())
+}
+
+/// Saves a machine to the files `state` and `memory` of its folder.
+fn snapshot(monitor: &Monitor) -> Result<()> {
+    let [state, memory] = ["state", "memory"].map(|it| monitor.folder().join(it));
+    let [state, memory] = [&state, &memory].map(|it| it.to_string_lossy().into_owned());
+    let output = monitor.ctl(&["snapshot", "--state", &state, "--memory", &memory])?;
+    assert!(output.status.success(), "{output:?}\n{}", monitor.stderr());
     Ok(())
 }
 
@@ -126,6 +140,256 @@ fn a_stock_guest_with_devices_at_work_is_paused_many_times() -> Result<()> {
     until("the balloon grows", LONG, || {
         Ok((api.balloon()?.actual_mib == 32).then_some(()))
     })?;
+    guest.ask("exit")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
+/// Bytes of the disk that a file takes.
+fn allocated(path: &Path) -> Result<u64> {
+    Ok(fs::metadata(path).context(path.display())?.blocks() * 512)
+}
+
+#[test]
+fn dead_memory_is_left_out_and_the_rest_comes_back() -> Result<()> {
+    const PAGES: u64 = 1024;
+    const TALK: u64 = 60_000;
+    let (kept, freed) = (page(0), page(PAGES));
+    let mut guest = Program::kernel();
+    guest.fill(kept, PAGES, 7);
+    guest.fill(freed, PAGES, 9);
+    guest.call(Transport::Port, Operation::LazyFree, freed, PAGES);
+    guest.output_byte(SERIAL, b'x', TALK);
+    guest.count_filled(kept, PAGES, 7);
+    guest.call(Transport::Port, Operation::Reuse, freed, PAGES);
+    guest.count_equal(freed, PAGES, 0);
+    guest.output_byte(SERIAL, b'y', u64::MAX);
+    let mut talking = Talking::start(&guest, 1)?;
+    talking.says_more()?;
+    let api = talking.monitor.api();
+    // One half of it is returned to the host before, the other half is not.
+    assert_eq!(
+        api.reclaim(PAGES / 2 * 4096)?.reclaimed_bytes,
+        PAGES / 2 * 4096
+    );
+    snapshot(&talking.monitor)?;
+    // It goes on after that.
+    talking.says_more()?;
+    // The initial RAM disk is in the guest's memory, too.
+    let initramfs = Images::from_environment()?.initramfs;
+    let initramfs = fs::metadata(initramfs)
+        .context("the initial RAM disk")?
+        .len();
+    let size = allocated(&talking.monitor.folder().join("memory"))?;
+    assert!(
+        (PAGES * 4096..PAGES * 4096 + initramfs + (2 << 20)).contains(&size),
+        "{size}"
+    );
+
+    let serial = talking.monitor.folder().join("restored");
+    let serial = format!("file={}", serial.display());
+    talking
+        .monitor
+        .kill_and_restore(&["--verify", "--serial", &serial])?;
+    let api = talking.monitor.api();
+    until_often("the API answers", LONG, || {
+        Ok(api
+            .get("/")
+            .is_ok_and(|it| it["state"] == "Paused")
+            .then_some(()))
+    })?;
+    assert_eq!(api.lazy()?["discarded_bytes"], PAGES * 4096);
+    ctl(&talking.monitor, "resume")?;
+    let text = until("the guest comes to its end", LONG, || {
+        let text = fs::read(talking.monitor.folder().join("restored")).unwrap_or_default();
+        Ok(text.contains(&b'y').then_some(text))
+    })?;
+    // The results of the steps after those that talk: counts, and a status between.
+    let end = text.iter().position(|byte| *byte == b'y').unwrap_or(0);
+    let results = ebb_payload::results(&text[end - 3 * 8..end]);
+    assert_eq!(results, [PAGES, LAST_RANGE.cast_unsigned(), PAGES]);
+    let left = text[..end].iter().filter(|byte| **byte == b'x').count() as u64;
+    assert!(left > 0 && left < TALK, "{left} of {TALK}");
+    ctl(&talking.monitor, "stop")?;
+    assert_eq!(talking.monitor.wait()?, 0, "{}", talking.monitor.log());
+    Ok(())
+}
+
+/// The one line that `ebb restore` says.
+fn refused(folder: &Path, more: &[&str]) -> Result<String> {
+    let mut command = Command::new(Images::from_environment()?.ebb);
+    command
+        .args(["restore", "--state", "state", "--memory", "memory"])
+        .args(more)
+        .current_dir(folder);
+    let output = command.output().context("ebb restore")?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(35), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    Ok(text)
+}
+
+fn alter(path: &Path, at: u64) -> Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.context(path.display())?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).context("read")?;
+    file.write_all_at(&[byte[0] ^ 1], at).context("write")
+}
+
+/// The files of a folder, in order.
+fn names(folder: &Path) -> Result<Vec<OsString>> {
+    let entries = fs::read_dir(folder).context("list")?;
+    let mut names: Vec<_> = entries.flatten().map(|it| it.file_name()).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Alters the files of a snapshot, of which `good` and `whole` are copies, in several ways.
+fn altered_files(folder: &Path) -> Result<()> {
+    let path = |name: &str| folder.join(name);
+    alter(&path("state"), 300)?;
+    assert!(refused(folder, &[])?.contains("state: was altered"));
+    fs::copy(path("good"), path("state")).context("copy")?;
+    alter(&path("state"), 8)?;
+    assert!(refused(folder, &[])?.contains("state: has version 0"));
+    let half = fs::read(path("good")).context("read")?;
+    fs::write(path("state"), &half[..half.len() / 2]).context("write")?;
+    assert!(refused(folder, &[])?.contains("state: is truncated"));
+    fs::copy(path("good"), path("state")).context("copy")?;
+
+    alter(&path("memory"), 1 << 20)?;
+    assert!(refused(folder, &["--verify"])?.contains("memory: was altered"));
+    fs::copy(path("whole"), path("memory")).context("copy")?;
+    alter(&path("memory"), (64 << 20) + 10)?;
+    assert!(refused(folder, &[])?.contains("memory: does not belong"));
+    let file = OpenOptions::new().write(true).open(path("memory"));
+    file.context("open")?.set_len(1 << 20).context("truncate")?;
+    assert!(refused(folder, &[])?.contains("truncated"));
+    fs::copy(path("whole"), path("memory")).context("copy")?;
+    Ok(())
+}
+
+#[test]
+fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
+    let launch = Launch::new()?.memory("size=64M").serial("null");
+    let folder = launch.folder().to_owned();
+    let path = |name: &str| folder.join(name);
+    fs::write(path("disk"), vec![1; 1 << 20]).context("write a disk")?;
+    talker(16)
+        .write(&path("kernel"))
+        .context("write the guest")?;
+    let mut monitor = launch
+        .kernel(&path("kernel"))
+        .disk(&path("disk"), false)
+        .start()?;
+    until_often("the API answers", LONG, || {
+        Ok(monitor.api().is_running(monitor.pid()).then_some(()))
+    })?;
+    let names = || names(&folder);
+    // A running machine, a folder that is not there, a full disk: the machine goes on and leaves nothing.
+    let before = names()?;
+    let ask = |state: &str, memory: &str| {
+        let body = json!({ "snapshot_path": state, "mem_file_path": memory });
+        monitor.api().request("PUT", "/snapshot/create", &body)
+    };
+    let answer = ask("/tmp/s", "/tmp/m")?;
+    assert!(
+        answer.body["fault_message"]
+            .as_str()
+            .unwrap_or("")
+            .contains("pause it first")
+    );
+    ctl(&monitor, "pause")?;
+    for (state, memory, part) in [
+        ("/nowhere/s", "/nowhere/m", "/nowhere/m: "),
+        ("/tmp/s", "/tmp/s", "different names"),
+    ] {
+        let answer = ask(state, memory)?;
+        let message = answer.body["fault_message"]
+            .as_str()
+            .unwrap_or("")
+            .to_owned();
+        assert!(answer.status == 400 && message.contains(part), "{message}");
+    }
+    assert_eq!(
+        (names()?, state(&monitor.api())?),
+        (before, "Paused".to_owned())
+    );
+    snapshot(&monitor)?;
+    fs::copy(path("memory"), path("whole")).context("copy")?;
+    fs::copy(path("state"), path("good")).context("copy")?;
+    ctl(&monitor, "stop")?;
+    assert_eq!(monitor.wait()?, 0);
+    let before = names()?;
+
+    altered_files(&folder)?;
+    alter(&path("disk"), 0)?;
+    assert!(refused(&folder, &[])?.contains("was changed since the snapshot"));
+    fs::write(path("small"), vec![1; 1 << 19]).context("write a disk")?;
+    assert!(refused(&folder, &["--disk", "0=small"])?.contains("had 1048576"));
+    assert!(refused(&folder, &["--disk", "1=small"])?.contains("no such disk"));
+    fs::remove_file(path("small")).context("remove")?;
+    assert_eq!(names()?, before);
+    Ok(())
+}
+
+#[test]
+fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
+    let launch = Launch::new()?.cpus(2).option("--rng", "on");
+    let launch = launch.option("--balloon", "size=64M,statistics=1");
+    let disk = launch.folder().join("disk");
+    let content: Vec<u8> = (0..8 << 20)
+        .map(|at: usize| (at / 4096 % 251) as u8)
+        .collect();
+    fs::write(&disk, content).context("write a disk")?;
+    let mut monitor = launch.disk(&disk, false).start()?;
+    let mut guest = monitor.guest()?;
+    until("the balloon grows", LONG, || {
+        Ok((monitor.api().balloon()?.actual_mib == 64).then_some(()))
+    })?;
+    let read = "dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | sha256sum";
+    let sum = guest.must(read)?;
+    let random = "dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null; sha256sum </tmp/data";
+    let kept = guest.must(random)?;
+    // It hashes what is in memory and on the disk all the time.
+    let both = format!("{{ {read}; sha256sum </tmp/data; }}");
+    guest.must(&format!(
+        "(while :; do {both} >>/tmp/sums; done) >/dev/null 2>&1 </dev/null &"
+    ))?;
+    let uptime = "cut -d. -f1 /proc/uptime";
+    let before: u64 = guest.must(uptime)?.parse().unwrap_or(0);
+    snapshot(&monitor)?;
+    // Between the two moments lies what the guest must not see: the first machine's end.
+    monitor.kill_and_restore(&["--resume"])?;
+    let mut guest = monitor.restored_guest()?;
+    let after: u64 = guest.must(uptime)?.parse().unwrap_or(0);
+    assert!(after >= before, "{before} {after}");
+    assert_eq!(guest.must("sha256sum </tmp/data")?, kept);
+    assert_eq!(guest.must(read)?, sum);
+    let rounds = "wc -l </tmp/sums";
+    let now: u64 = guest.must(rounds)?.trim().parse().unwrap_or(0);
+    until("it hashes on", LONG, || {
+        let then: u64 = guest.must(rounds)?.trim().parse().unwrap_or(0);
+        Ok((then > now + 2).then_some(()))
+    })?;
+    assert_eq!(guest.must("sort -u /tmp/sums | wc -l")?.trim(), "2");
+    let said = guest.must("dmesg | grep -c 'virtual machine fork'")?;
+    assert_eq!(said.trim(), "1");
+    // What was in the balloon is the guest's again, and what it hands back can be taken.
+    let api = monitor.api();
+    assert!(api.lazy()?["discarded_bytes"] >= 60 << 20);
+    for target in [0, 96] {
+        api.set_balloon(target << 20)?;
+        until("the balloon follows", LONG, || {
+            Ok((api.balloon()?.actual_mib == target).then_some(()))
+        })?;
+    }
+    assert!(api.reclaim(96 << 20)?.reclaimed_bytes >= 90 << 20);
+    api.set_balloon(0)?;
+    let write = "dd if=/tmp/data of=/dev/vda bs=1M count=4 conv=fsync,notrunc 2>/dev/null";
+    guest.must(&format!("{write}; cmp -n 4194304 /tmp/data /dev/vda"))?;
+    assert_eq!(guest.must("sha256sum </tmp/data")?, kept);
     guest.ask("exit")?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
     Ok(())

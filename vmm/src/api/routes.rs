@@ -1,5 +1,6 @@
 //! The endpoints: a table of methods and paths, each with the function that answers it.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use hyper::{Method, StatusCode};
@@ -94,6 +95,8 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
         Always(|machine, _| Reply::json(&view::config(machine.config()))),
     ),
     (Method::PATCH, "/vm", Running(patch_vm)),
+    (Method::PUT, "/snapshot/create", Running(put_snapshot)),
+    (Method::PUT, "/snapshot/load", Always(put_load)),
     (
         Method::GET,
         "/balloon",
@@ -199,6 +202,30 @@ fn is_at(route: &str, path: &str) -> bool {
 /// The last word of a path.
 pub(super) fn name_in(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or_default()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Snapshot {
+    snapshot_type: Option<String>,
+    snapshot_path: PathBuf,
+    mem_file_path: PathBuf,
+}
+
+fn put_snapshot(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
+    let it: Snapshot = parse(body)?;
+    if let Some(other) = it.snapshot_type.filter(|it| it != "Full") {
+        let message = format!("snapshot_type '{other}' is not possible; there is Full");
+        return Err(Fault::bad_request(message));
+    }
+    machine.snapshot(it.mem_file_path, it.snapshot_path)?;
+    Ok(Reply::Done)
+}
+
+fn put_load(_: &dyn Instance, _: &[u8]) -> Result<Reply, Fault> {
+    Err(Fault::bad_request(
+        "a machine that is built cannot load a snapshot; start one by `ebb restore`",
+    ))
 }
 
 #[derive(Deserialize)]

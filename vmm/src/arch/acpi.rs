@@ -164,6 +164,7 @@ fn system_bus(virtio: &[VirtioWindow], fw_cfg: bool, body: &mut Vec<u8>) {
     )
     .to_aml_bytes(&mut scope);
     keyboard(&mut scope);
+    generation(&mut scope);
     qemu_device("PEVT", "QEMU0001", layout::PVPANIC_PORT, 1, &mut scope);
     if fw_cfg {
         let len = layout::FW_CFG_PORT_LEN as u8;
@@ -213,6 +214,36 @@ fn keyboard(scope: &mut Vec<u8>) {
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0303")),
             &Name::new("_CRS".into(), &resources),
+        ],
+    )
+    .to_aml_bytes(scope);
+}
+
+/// Where the generation id is ("Virtual Machine Generation ID", Microsoft, 2018), and the event device by which the guest hears
+/// that it has changed (ACPI 6.5, 5.6.9). Linux's driver is `drivers/virt/vmgenid.c`.
+fn generation(scope: &mut Vec<u8>) {
+    let (low, high) = (layout::VM_GENERATION as u32, 0u32);
+    let name = "VM_Gen_Counter";
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"VMGENCTR"),
+            &Name::new("_CID".into(), &name),
+            &Name::new("_DDN".into(), &name),
+            &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    )
+    .to_aml_bytes(scope);
+    let irq = Interrupt::new(true, true, false, false, layout::EVENT_GSI);
+    let (generation, changed) = (aml::Path::new("\\_SB_.VGEN"), 0x80u8);
+    let notify = aml::Notify::new(&generation, &changed);
+    Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&irq])),
+            // It has one interrupt, so the argument says nothing.
+            &aml::Method::new("_EVT".into(), 1, true, vec![&notify]),
         ],
     )
     .to_aml_bytes(scope);
@@ -298,8 +329,14 @@ mod tests {
         );
         assert_eq!(madt.len(), 44 + 255 * 8 + 12);
         let count = |id: &[u8]| dsdt.windows(8).filter(|window| *window == id).count();
-        let devices = [&b"LNRO0005"[..], b"QEMU0001", b"QEMU0002"];
-        assert_eq!(devices.map(count), [19, 1, 1]);
+        let devices = [
+            &b"LNRO0005"[..],
+            b"QEMU0001",
+            b"QEMU0002",
+            b"VMGENCTR",
+            b"ACPI0013",
+        ];
+        assert_eq!(devices.map(count), [19, 1, 1, 1, 1]);
         let has = |image: &[u8]| image.windows(4).any(|window| window == b"PCI0");
         assert!(has(&image) && !has(&tables(1, 1, false).0));
         assert_eq!(fadt[109] & 1 << 3, 0, "MSI is supported");

@@ -35,9 +35,15 @@ pub const CMDLINE_MAX: usize = 2048;
 /// ACPI tables, the RSDP first: the BIOS area, which is not RAM to the guest.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// End of the space for ACPI tables.
-pub const ACPI_TABLES_END: u64 = RESET_VECTOR;
+pub const ACPI_TABLES_END: u64 = VM_GENERATION;
+/// The 16 bytes that change when a snapshot is restored ("Virtual Machine Generation ID", Microsoft, 2018): not RAM to the
+/// guest, and at a multiple of 8.
+pub const VM_GENERATION: u64 = 0xf_ff00;
 /// Where an x86 processor starts after a reset, in real mode: F000:FFF0.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
+
+/// Tells the guest by ACPI that its generation has changed.
+pub const EVENT_GSI: u32 = 3;
 
 /// First virtio-mmio window.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;

@@ -22,6 +22,9 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit for a reclaim.
 const RECLAIM_TIMEOUT: Duration = Duration::from_secs(3600);
 
+/// Time limit for a snapshot.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(3600);
+
 /// Control a running machine
 ///
 /// Exit status: 0 done, 1 refused or failed, 35 bad arguments.
@@ -72,6 +75,15 @@ enum Command {
         #[arg(long, requires = "disk")]
         path: Option<PathBuf>,
     },
+    /// Save the machine to two new files, from which `ebb restore` starts it; it is paused meanwhile
+    Snapshot {
+        /// The file for the state
+        #[arg(long, value_name = "FILE")]
+        state: PathBuf,
+        /// The file for the memory
+        #[arg(long, value_name = "FILE")]
+        memory: PathBuf,
+    },
     /// End the machine
     Stop,
     /// Ask the guest to shut down, by Ctrl-Alt-Del, and wait; end the machine if it does not
@@ -119,6 +131,7 @@ pub fn main(args: Args) -> u8 {
             disk: Some(disk),
             path,
         } => update_disk(&socket, &disk, path.as_deref()),
+        Command::Snapshot { state, memory } => snapshot(&socket, &state, &memory),
         Command::Stop => stop(&socket),
         Command::Shutdown { timeout } => shutdown(&socket, Duration::from_secs(timeout)),
         Command::Wait { memory_free: _ } => return wait(&socket),
@@ -204,6 +217,22 @@ fn set_state(socket: &Path, state: &str) -> Result<String, ClientError> {
     let body = json!({ "state": state });
     api::request(socket, Method::PATCH, "/vm", Some(&body), TIMEOUT)?;
     Ok(String::new())
+}
+
+/// The monitor may have another working directory, so it gets whole paths.
+fn snapshot(socket: &Path, state: &Path, memory: &Path) -> Result<String, ClientError> {
+    let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let machine: InstanceInfo = parse(get(socket, "/")?)?;
+    set_state(socket, "Paused")?;
+    let body = json!({
+        "snapshot_type": "Full", "snapshot_path": whole(state), "mem_file_path": whole(memory),
+    });
+    let path = "/snapshot/create";
+    let saved = api::request(socket, Method::PUT, path, Some(&body), SNAPSHOT_TIMEOUT);
+    if machine.state == InstanceState::Running {
+        set_state(socket, "Resumed")?;
+    }
+    saved.map(|_| String::new())
 }
 
 fn stop(socket: &Path) -> Result<String, ClientError> {

@@ -28,9 +28,12 @@ pub fn main(args: Args) -> u8 {
     let words = ["ebb", "run"].map(OsString::from).into_iter();
     match parse(words.chain(args.run).collect()) {
         Err(status) => status,
-        Ok(Cli {
-            command: Command::Run(run),
-        }) => lock_in(args.jail, *run).unwrap_or_else(|error| {
+        Ok((
+            Cli {
+                command: Command::Run(run),
+            },
+            _,
+        )) => lock_in(args.jail, *run).unwrap_or_else(|error| {
             complain_of(&error);
             exit::BAD_ARGUMENTS
         }),
@@ -44,6 +47,7 @@ fn lock_in(jail: JailSpec, mut args: run::Args) -> Result<u8, JailError> {
     let complain = |text: &dyn std::fmt::Display| complain(text);
     jail::run(plan, machine, &complain, |machine| {
         args.machine = machine;
-        run::main(args)
+        // A machine with no words is not saved: nothing could restore it in a jail.
+        run::main(args, &[])
     })
 }

@@ -6,6 +6,7 @@ mod docs;
 mod doctor;
 mod file;
 mod jail;
+mod restore;
 mod run;
 
 use std::error::Error;
@@ -30,6 +31,7 @@ struct Cli {
 enum Command {
     Run(Box<run::Args>),
     Jail(Box<jail::Args>),
+    Restore(restore::Args),
     Ctl(ctl::Args),
     Doctor(doctor::Args),
 }
@@ -37,8 +39,9 @@ enum Command {
 /// Runs the command that the arguments name, and returns the exit status.
 pub fn main() -> u8 {
     match parse(std::env::args_os().collect()) {
-        Ok(cli) => match cli.command {
-            Command::Run(args) => run::main(*args),
+        Ok((cli, words)) => match cli.command {
+            Command::Run(args) => run::main(*args, words.get(2..).unwrap_or_default()),
+            Command::Restore(args) => restore::main(args),
             Command::Jail(args) => jail::main(*args),
             Command::Ctl(args) => ctl::main(args),
             Command::Doctor(args) => doctor::main(&args),
@@ -47,9 +50,9 @@ pub fn main() -> u8 {
     }
 }
 
-/// Parses the arguments, together with those that a configuration file stands for. On an error it prints the message
-/// and returns the exit status.
-fn parse(mut words: Vec<OsString>) -> Result<Cli, u8> {
+/// Parses the arguments, together with those that a configuration file stands for, and returns all of them, too. On an error
+/// it prints the message and returns the exit status.
+fn parse(mut words: Vec<OsString>) -> Result<(Cli, Vec<OsString>), u8> {
     if words.get(1).is_some_and(|word| word == "run") {
         let more = file::arguments(&words[2..]).map_err(|complaint| {
             complain(&complaint);
@@ -57,7 +60,10 @@ fn parse(mut words: Vec<OsString>) -> Result<Cli, u8> {
         })?;
         words.splice(2..2, more);
     }
-    Cli::try_parse_from(words).map_err(|error| refuse(&error))
+    match Cli::try_parse_from(&words) {
+        Ok(cli) => Ok((cli, words)),
+        Err(error) => Err(refuse(&error)),
+    }
 }
 
 /// Prints `message` to standard error in one line.

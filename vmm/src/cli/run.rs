@@ -1,11 +1,13 @@
 //! `ebb run`: builds a machine and runs it to its end.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ebb_vmm::config::MachineSpec;
+use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::exit;
 use ebb_vmm::output::Log;
+use ebb_vmm::vm::Restoration;
 use tracing::Level;
 
 /// Start a guest and stay with it until it ends
@@ -28,24 +30,57 @@ pub struct Args {
     verbose: u8,
 }
 
-/// Runs the subcommand and returns the exit status.
-pub fn main(args: Args) -> u8 {
-    let config = match args.machine.validate() {
-        Ok(config) => config,
+/// Runs the subcommand and returns the exit status. `words` are its arguments, for snapshots.
+pub fn main(args: Args, words: &[OsString]) -> u8 {
+    match args.machine.validate() {
+        Ok(config) => {
+            let config = MachineConfig {
+                words: saved(words),
+                ..config
+            };
+            start(config, None, args.log_file, args.verbose)
+        }
         Err(error) => {
             super::complain(&error);
-            return exit::BAD_ARGUMENTS;
+            exit::BAD_ARGUMENTS
         }
-    };
+    }
+}
+
+/// The words that describe the machine: a snapshot keeps no configuration file, as its options are among them, and no log.
+fn saved(words: &[OsString]) -> Vec<String> {
+    let (mut saved, mut words) = (Vec::new(), words.iter());
+    while let Some(word) = words.next() {
+        let word = word.to_string_lossy().into_owned();
+        let name = word.split('=').next().unwrap_or_default();
+        match name {
+            "--config" | "--log-file" if name == word => drop(words.next()),
+            "--config" | "--log-file" => {}
+            _ if word.len() > 1
+                && word.starts_with('-')
+                && word[1..].bytes().all(|it| it == b'v') => {}
+            _ => saved.push(word),
+        }
+    }
+    saved
+}
+
+/// Runs a machine to its end, and returns the exit status.
+pub fn start(
+    config: MachineConfig,
+    snapshot: Option<Restoration>,
+    log_file: Option<PathBuf>,
+    verbose: u8,
+) -> u8 {
     // The log file is made only now, so that a wrong command line leaves no file behind.
-    let log = match start_log(args.log_file, args.verbose) {
+    let log = match start_log(log_file, verbose) {
         Ok(log) => log,
         Err(error) => {
             super::complain(&error);
             return exit::BAD_ARGUMENTS;
         }
     };
-    let ended = ebb_vmm::vm::run(config, &log);
+    let ended = ebb_vmm::vm::run(config, snapshot, &log);
     log.finish();
     match ended {
         Ok(reason) => exit::status(reason),

@@ -53,6 +53,8 @@ pub struct MachineConfig {
     pub api_socket: Option<PathBuf>,
     /// Start the helper processes that free memory and clean up after the monitor's end, also when it is killed.
     pub guardian: bool,
+    /// The words of the command line that it was made from, for a snapshot.
+    pub words: Vec<String>,
     /// What happens when a thread makes a system call that it has no use for.
     pub seccomp: seccomp::Mode,
 }

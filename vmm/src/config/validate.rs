@@ -76,6 +76,7 @@ impl MachineSpec {
             lazy,
             api_socket,
             guardian: self.guardian,
+            words: Vec::new(),
             seccomp: self.seccomp.into(),
         })
     }

@@ -52,10 +52,21 @@ pub struct FreePagesState {
     pub why_not: Option<String>,
 }
 
+/// What a snapshot keeps of the guest's kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelState {
+    /// The vCPUs whose kvmclock is on.
+    clocks: Vec<usize>,
+    /// Start and end of the note that counts, and who told.
+    note: Option<(u64, u64, NoteSource)>,
+}
+
 struct State {
     /// Notes are taken. Otherwise `why_not` says for good why not.
     enabled: bool,
     kernel: Option<(Arc<GuestKernel>, NoteSource)>,
+    /// Where its note is.
+    note: Option<GpaRange>,
     why_not: String,
     /// The vCPUs whose kvmclock is on.
     clocks: BTreeSet<usize>,
@@ -98,6 +109,7 @@ impl KnownKernel {
         let state = State {
             enabled,
             kernel: None,
+            note: None,
             why_not: why_not.into(),
             clocks: BTreeSet::new(),
             ends: 0,
@@ -152,6 +164,7 @@ impl KnownKernel {
                     tracing::info!(release = kernel.release(), ?source, "free lists are read");
                 }
                 state.kernel = Some((Arc::new(kernel), source));
+                state.note = Some(note);
                 state.why_not.clear();
                 Ok(())
             }
@@ -183,6 +196,30 @@ impl KnownKernel {
                 tracing::info!(%why, "free lists are not read any more");
             }
             state.why_not = why.to_string();
+        }
+    }
+
+    /// What a snapshot keeps of it.
+    #[must_use]
+    pub fn save(&self) -> KernelState {
+        let state = self.state();
+        let counts = state.kernel.as_ref().zip(state.note);
+        KernelState {
+            clocks: state.clocks.iter().copied().collect(),
+            note: counts.map(|((_, source), note)| (note.start(), note.end(), *source)),
+        }
+    }
+
+    /// Takes up what a snapshot has kept, and reads the note again: it counts if it passes all checks.
+    pub fn restore(&self, memory: &dyn ReadGuest, saved: &KernelState) {
+        for &index in &saved.clocks {
+            self.clock_set(index, true);
+        }
+        if let Some((start, end, source)) = saved.note
+            && let Some(note) = GpaRange::new(start, end)
+            && let Err(error) = self.offer(memory, note, source)
+        {
+            tracing::info!(%error, "the saved note is not accepted");
         }
     }
 

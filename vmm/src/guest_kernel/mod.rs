@@ -45,7 +45,7 @@ use std::sync::OnceLock;
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
 
-pub use known::{FreePagesState, KnownKernel, Lost, NoteSource};
+pub use known::{FreePagesState, KernelState, KnownKernel, Lost, NoteSource};
 
 use note::{Note, bad};
 use pages::{Descriptors, Layout, SECTION_BITS};

@@ -5,15 +5,18 @@
 //! tracker ([`LazyMemory`]), or through [`Reclaimer`], [`Strict`] or [`ReportedMemory`] to the madvise in
 //! [`GuestRam`].
 
+mod dead;
 mod ops;
 mod resident;
 #[cfg(test)]
 pub mod tests;
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use ebb_core::generation::{Gate, VmGeneration};
-use ebb_core::lazy::{LazyMemory, Surveyed};
+use ebb_core::lazy::{LazyMemory, Pieces, Surveyed, Sweep};
 use ebb_core::range::GpaRange;
 use ebb_core::release::Release;
 use ebb_hypercall_abi::arena::ArenaInfo;
@@ -28,7 +31,8 @@ use crate::reclaim::{
 };
 use crate::strict::{self, Strict, StrictThread};
 
-pub use crate::guest_kernel::{BadNote, Lost, NoteSource};
+pub use crate::guest_kernel::{BadNote, KernelState, Lost, NoteSource};
+pub use dead::merge;
 pub use ops::{KernelEvents, LazyOps, RangeSink, States, Survey};
 
 /// The memory of a machine cannot be set up.
@@ -53,6 +57,19 @@ pub struct ArenaSetup {
     pub granule: u64,
 }
 
+/// What a snapshot knows of the memory.
+#[derive(Clone, Debug)]
+pub struct Restored {
+    /// Holds all RAM, one region after the other.
+    pub file: Arc<File>,
+    /// The parts of RAM whose content is there; the rest is zero.
+    pub runs: Vec<GpaRange>,
+    /// What was lazily free.
+    pub lazily_free: Vec<GpaRange>,
+    /// The guest's kernel.
+    pub kernel: KernelState,
+}
+
 /// Describes the memory of a machine.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -70,6 +87,8 @@ pub struct Setup {
     pub strict: bool,
     /// Take what is free by the guest kernel's free lists, too.
     pub free_pages: bool,
+    /// Where the RAM's content comes from; `None`: it is zero.
+    pub restored: Option<Restored>,
 }
 
 impl Setup {
@@ -104,7 +123,10 @@ impl GuestMemory {
     /// [`SetupError`]; nothing stays mapped then.
     pub fn new(setup: &Setup, vcpus: usize, kicks: &Arc<KickTable>) -> Result<Self, SetupError> {
         let places: Vec<GpaRange> = setup.arenas.iter().map(|arena| arena.gpa).collect();
-        let ram = GuestRam::with_arenas(setup.backing, &setup.ram, &places)?;
+        let mut ram = GuestRam::with_arenas(setup.backing, &setup.ram, &places)?;
+        if let Some(restored) = &setup.restored {
+            ram.map_file(restored.file.as_fd(), &restored.runs)?;
+        }
         let ram = Arc::new(ram);
         let arenas = arenas(&setup.arenas, &ram)?;
         let generation = Arc::new(VmGeneration::default());
@@ -142,6 +164,17 @@ impl GuestMemory {
             arenas,
             ram,
         })
+    }
+
+    /// Takes up what was lazily free, and the guest's kernel. Nobody must have used this memory.
+    pub fn restore(&self, restored: &Restored) {
+        self.lazy.free(&restored.lazily_free);
+        let mut sweep = Sweep::new(Pieces::Any, u64::MAX);
+        while let Some(chunk) = self.lazy.take_chunk(&mut sweep, u64::MAX) {
+            // The host has nothing there.
+            chunk.discarded();
+        }
+        self.kernel.restore(&*self.ram, &restored.kernel);
     }
 
     /// The RAM and the memory of the arenas.

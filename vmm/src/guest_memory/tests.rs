@@ -29,6 +29,7 @@ fn setup() -> Setup {
         reported: Release::MarkFree,
         strict: false,
         free_pages: true,
+        restored: None,
     }
 }
 

@@ -7,6 +7,7 @@ mod limits;
 mod msi;
 mod msr;
 mod run_pages;
+mod state;
 mod synchronous;
 
 use std::io;
@@ -26,6 +27,7 @@ pub use kick::{KickTable, KickTarget, Registration, kick, prepare_kicks};
 pub use msi::MsiFd;
 pub use msr::{MSR_KVM_SYSTEM_TIME_NEW, MSR_LSTAR};
 pub use run_pages::{RegisteredPage, RunPages};
+pub use state::{ChipState, Chips, VcpuState};
 
 /// What KVM refuses, or cannot do on this host.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +68,11 @@ pub enum KvmError {
         /// Width of guest-physical addresses in bits.
         bits: u32,
     },
+    /// A saved register cannot be written.
+    #[error(
+        "this host's KVM refuses the saved value of MSR {0:#x}; restore on a host like the one that made the snapshot"
+    )]
+    Msr(u32),
     /// A system call failed.
     #[error("KVM: {operation} failed")]
     Call {

@@ -62,6 +62,14 @@ pub enum MemoryError {
         /// Error of madvise(2).
         source: io::Error,
     },
+    /// A file cannot be put behind a range.
+    #[error("mapping {bytes} bytes of a snapshot's memory file failed")]
+    File {
+        /// Size of the range in bytes.
+        bytes: u64,
+        /// Error of mmap(2).
+        source: io::Error,
+    },
     /// Page faults cannot be watched.
     #[error(
         "watching the guest's page faults failed: {source}; they need userfaultfd for faults of the kernel: run as \

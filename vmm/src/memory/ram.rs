@@ -4,6 +4,7 @@ mod missing;
 
 use std::io;
 use std::num::NonZero;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::available_parallelism;
@@ -49,6 +50,8 @@ pub struct GuestRam {
     /// Releases work in units of this many bytes.
     unit: u64,
     can_mark_free: bool,
+    /// Transparent huge pages are asked for.
+    huge_pages: bool,
     process: OwnProcess,
 }
 
@@ -105,9 +108,44 @@ impl GuestRam {
             } else {
                 PAGE_SIZE
             },
+            huge_pages: backing.thp && !backing.hugepages,
             can_mark_free: !backing.hugepages && !backing.shared,
             process: OwnProcess::default(),
         })
+    }
+
+    /// Puts the content of `file` behind the RAM: `runs` of it have their content there, at [`GuestRam::file_offset`], and are
+    /// read when they are touched. The rest stays as it is. From now on pages can be discarded but not marked free, and
+    /// several ranges are not released in one call.
+    ///
+    /// # Errors
+    /// [`MemoryError::NotRam`]; [`MemoryError::File`] if the kernel refuses.
+    pub fn map_file(&mut self, file: BorrowedFd<'_>, runs: &[GpaRange]) -> Result<(), MemoryError> {
+        self.can_mark_free = false;
+        let huge_pages = self.huge_pages;
+        for &run in runs {
+            self.check(run)?;
+            let parts: Vec<_> = self.parts(run).collect();
+            for (mapping, part) in parts {
+                let Extent { offset, len, .. } = self.extent(0, (mapping, part));
+                let at = self.file_offset(part.start());
+                let mapped =
+                    self.mappings[mapping].map_private((offset, len), file, at, huge_pages);
+                mapped.map_err(|source| MemoryError::File {
+                    bytes: part.len(),
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the byte at `gpa`, in RAM, is in a file that holds all regions one after the other.
+    #[must_use]
+    pub fn file_offset(&self, gpa: u64) -> u64 {
+        let below =
+            |region: &RamRegion| gpa.min(region.gpa.end()).saturating_sub(region.gpa.start());
+        self.regions.iter().map(below).sum()
     }
 
     /// A handle for devices and loaders. Clones may outlive this value: they keep the addresses reserved, not the content.
@@ -178,6 +216,28 @@ impl GuestRam {
                 source: io::Error::from_raw_os_error(errno),
             }),
         }
+    }
+
+    /// Frees what is behind `range` for good, at the machine's end: nobody may use it any more.
+    ///
+    /// # Errors
+    /// As for [`GuestRam::release_range`].
+    pub fn free_range(&self, range: GpaRange) -> Result<u64, MemoryError> {
+        let of_file = self.mappings.iter().any(Mapping::has_overlay);
+        if !of_file {
+            return self.release_range(range, Release::Discard);
+        }
+        self.check(range)?;
+        for part in self.parts(range) {
+            let Extent { offset, len, .. } = self.extent(0, part);
+            let freed = self.mappings[part.0].free(offset, len);
+            freed.map_err(|source| MemoryError::Release {
+                bytes: range.len(),
+                gpa: range.start(),
+                source,
+            })?;
+        }
+        Ok(range.len())
     }
 
     /// Populates all RAM, with as many threads as there are cores, unless `is_cancelled` returns true: it is asked before
@@ -391,7 +451,7 @@ impl Drop for GuestRam {
             "guest memory is still in use: its pages are freed, its addresses stay reserved"
         );
         for mapping in self.mappings.drain(..) {
-            let discard = || mapping.release(0, mapping.len(), Release::Discard);
+            let discard = || mapping.free(0, mapping.len());
             if let Err(error) = retry_while_busy(discard) {
                 tracing::warn!(%error, bytes = mapping.len(), "guest memory could not be freed");
             }

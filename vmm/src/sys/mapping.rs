@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
@@ -39,7 +39,22 @@ pub struct Mapping {
     len: usize,
     /// The mapping is of files, which nobody else has open.
     shared: bool,
+    /// Parts are private mappings of a file, see [`Mapping::map_private`].
+    overlay: Option<Overlay>,
 }
+
+/// Which blocks of [`HUGE_PAGE`] bytes of a mapping have their content from a file.
+#[derive(Debug)]
+struct Overlay {
+    blocks: Box<[AtomicBool]>,
+    /// Transparent huge pages are asked for where there is no file.
+    huge_pages: bool,
+    /// How often a part was cut out of it.
+    cuts: AtomicUsize,
+}
+
+/// Each cut takes two more of the 65530 mappings that a process may have, and whoever frees memory decides about them.
+const MAX_CUTS: usize = 20_000;
 
 impl Mapping {
     /// Maps `len` bytes of private anonymous memory at an address that is congruent to `congruent_to` modulo 2 MiB:
@@ -96,6 +111,7 @@ impl Mapping {
             address: base,
             len: reserve,
             shared: false,
+            overlay: None,
         };
         let below = base.next_multiple_of(HUGE_PAGE) - base;
         let head = (below + offset) % HUGE_PAGE;
@@ -146,7 +162,78 @@ impl Mapping {
     /// Those of madvise(2), for instance `EINVAL` for locked pages and for [`Release::MarkFree`] of files or hugetlb
     /// pages; `EINVAL` also for a part that leaves the mapping.
     pub fn release(&self, offset: usize, len: usize, how: Release) -> io::Result<()> {
-        self.advise(offset, len, release_advice(how, self.shared))
+        match (how, &self.overlay) {
+            (Release::Discard, Some(overlay)) if overlay.meets(offset, len) => {
+                self.replace(offset, len, overlay)
+            }
+            _ => self.advise(offset, len, release_advice(how, self.shared)),
+        }
+    }
+
+    /// Returns true if parts of it are private mappings of a file.
+    #[must_use]
+    pub const fn has_overlay(&self) -> bool {
+        self.overlay.is_some()
+    }
+
+    /// Frees the pages of a part that nobody will use any more. What is read there all the same is undefined.
+    ///
+    /// # Errors
+    /// As for [`Mapping::release`].
+    pub fn free(&self, offset: usize, len: usize) -> io::Result<()> {
+        let advice = release_advice(Release::Discard, self.shared);
+        self.advise(offset, len, advice)
+    }
+
+    /// Puts the content of `file` from `at` on behind `len` bytes from `offset` on: pages are read when they are touched, and
+    /// what is written stays here. Offset and length are multiples of [`HUGE_PAGE`], but for the mapping's end. The
+    /// file must keep its content and its length as long as the mapping exists: where it is shorter, an access ends the
+    /// process. `huge_pages` says what holds for parts that are released later. The mapping must be private and of small pages.
+    ///
+    /// # Errors
+    /// Those of mmap(2); `EINVAL` also for a part that leaves the mapping.
+    pub fn map_private(
+        &mut self,
+        (offset, len): (usize, usize),
+        file: BorrowedFd<'_>,
+        at: u64,
+        huge_pages: bool,
+    ) -> io::Result<()> {
+        self.check(offset, len)?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        // SAFETY: the part lies in this mapping, to whose bytes nobody holds references.
+        unsafe { rustix::mm::mmap(pointer(self.address + offset), len, prot, flags, file, at)? };
+        self.advise(offset, len, Advice::LinuxDontDump)?;
+        let count = self.len.div_ceil(HUGE_PAGE);
+        let overlay = self.overlay.get_or_insert_with(|| Overlay {
+            blocks: (0..count).map(|_| AtomicBool::new(false)).collect(),
+            huge_pages,
+            cuts: AtomicUsize::new(0),
+        });
+        overlay.set(offset, len, true);
+        Ok(())
+    }
+
+    /// Releases a part that meets the file: `MADV_DONTNEED` would bring back the file's content. New anonymous memory takes
+    /// its place, which reads zero.
+    fn replace(&self, offset: usize, len: usize, overlay: &Overlay) -> io::Result<()> {
+        self.check(offset, len)?;
+        overlay.cut(offset, len)?;
+        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::NORESERVE);
+        map(self.address + offset, len, prot, flags | MapFlags::FIXED)?;
+        let first = offset.next_multiple_of(HUGE_PAGE);
+        if let Some(whole) = (offset + len).checked_sub(first) {
+            overlay.set(first, whole / HUGE_PAGE * HUGE_PAGE, false);
+        }
+        let advice = if overlay.huge_pages {
+            Advice::LinuxHugepage
+        } else {
+            Advice::LinuxNoHugepage
+        };
+        // Refused by kernels without huge pages.
+        let _ = self.advise(offset, len, advice);
+        self.advise(offset, len, Advice::LinuxDontDump)
     }
 
     /// Releases several parts, each an offset and a length, in one system call (process_madvise(2)). Returns how many
@@ -163,6 +250,13 @@ impl Mapping {
     ) -> io::Result<usize> {
         let vector = |&(offset, len): &(usize, usize)| {
             self.check(offset, len)?;
+            if self
+                .overlay
+                .as_ref()
+                .is_some_and(|it| it.meets(offset, len))
+            {
+                return Err(Errno::INVAL.into());
+            }
             Ok(libc::iovec {
                 iov_base: pointer(self.address + offset),
                 iov_len: len,
@@ -326,6 +420,40 @@ impl Mapping {
     }
 }
 
+impl Overlay {
+    /// The blocks that a part meets.
+    fn blocks(&self, offset: usize, len: usize) -> impl Iterator<Item = &AtomicBool> {
+        let (first, end) = (offset / HUGE_PAGE, (offset + len).div_ceil(HUGE_PAGE));
+        let blocks = self.blocks.get(first..end.min(self.blocks.len()));
+        blocks.unwrap_or_default().iter()
+    }
+
+    fn meets(&self, offset: usize, len: usize) -> bool {
+        let mut blocks = self.blocks(offset, len);
+        blocks.any(|block| block.load(Ordering::Relaxed))
+    }
+
+    /// Counts a part that is about to be cut out. One that continues what is cut out already costs nothing.
+    fn cut(&self, offset: usize, len: usize) -> io::Result<()> {
+        let end = offset + len;
+        let continues =
+            (offset > 0 && offset.is_multiple_of(HUGE_PAGE) && !self.meets(offset - 1, 1))
+                || (end.is_multiple_of(HUGE_PAGE) && !self.meets(end, 1));
+        if !continues && self.cuts.fetch_add(1, Ordering::Relaxed) >= MAX_CUTS {
+            self.cuts.fetch_sub(1, Ordering::Relaxed);
+            return Err(Errno::NOMEM.into());
+        }
+        Ok(())
+    }
+
+    fn set(&self, offset: usize, len: usize, of_file: bool) {
+        if len > 0 {
+            let blocks = self.blocks(offset, len);
+            blocks.for_each(|block| block.store(of_file, Ordering::Relaxed));
+        }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: this value owns the mapping. Everyone who was given the address has promised not to use it any more.
@@ -411,6 +539,55 @@ mod tests {
             assert_eq!(mapping.address() % HUGE_PAGE, want, "{len:#x} {at:#x}");
             mapping.populate().unwrap();
         }
+    }
+
+    #[test]
+    fn what_is_released_of_a_file_reads_zero_and_not_the_file() {
+        const BLOCK: usize = HUGE_PAGE;
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, &vec![7; 3 * BLOCK]).unwrap();
+        let mut mapping = Mapping::new(4 * BLOCK, 0, MappingKind::Small).unwrap();
+        mapping
+            .map_private((BLOCK, 3 * BLOCK), file.as_fd(), 0, false)
+            .unwrap();
+        let byte = |at: usize| {
+            let byte = ptr::with_exposed_provenance_mut::<u8>(mapping.address() + at);
+            // SAFETY: it lies in the mapping.
+            unsafe { AtomicU8::from_ptr(byte) }
+        };
+        let read = |at: usize| byte(at).load(Ordering::Relaxed);
+        assert_eq!([0, BLOCK, 4 * BLOCK - 1].map(read), [0, 7, 7]);
+        byte(BLOCK).store(9, Ordering::Relaxed);
+        let release = |offset, len| mapping.release(offset, len, Release::Discard).unwrap();
+        // A page of one block, and a whole block with the page before it.
+        release(BLOCK + SMALL_PAGE, SMALL_PAGE);
+        release(3 * BLOCK - SMALL_PAGE, BLOCK + SMALL_PAGE);
+        let at = [BLOCK, BLOCK + SMALL_PAGE, BLOCK + 2 * SMALL_PAGE];
+        assert_eq!(at.map(read), [9, 0, 7]);
+        let at = [3 * BLOCK - 2 * SMALL_PAGE, 3 * BLOCK - 1, 4 * BLOCK - 1];
+        assert_eq!(at.map(read), [7, 0, 0]);
+        byte(4 * BLOCK - 1).store(5, Ordering::Relaxed);
+        release(3 * BLOCK, BLOCK);
+        assert_eq!(read(4 * BLOCK - 1), 0);
+        // A guest that frees single pages here and there does not use up the mappings of the process.
+        let cut = |at: usize| mapping.release(at, SMALL_PAGE, Release::Discard);
+        cut(2 * BLOCK - SMALL_PAGE).unwrap();
+        let overlay = mapping.overlay.as_ref().unwrap();
+        overlay.cuts.store(MAX_CUTS, Ordering::Relaxed);
+        let error = cut(BLOCK + 4 * SMALL_PAGE).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
+        cut(2 * BLOCK - SMALL_PAGE).unwrap_err();
+        mapping.free(0, 4 * BLOCK).unwrap();
+        assert_eq!(read(BLOCK), 7, "the file's");
+        byte(BLOCK).store(9, Ordering::Relaxed);
+        let process = rustix::process::pidfd_open(
+            rustix::process::getpid(),
+            rustix::process::PidfdFlags::empty(),
+        );
+        let parts = [(BLOCK, SMALL_PAGE), (0, SMALL_PAGE)];
+        let done = mapping.release_parts(process.unwrap().as_fd(), &parts, Release::Discard);
+        assert!(done.is_err() && read(BLOCK) == 9);
+        assert!(file.metadata().unwrap().len() == 3 * BLOCK as u64);
     }
 
     #[test]

@@ -50,6 +50,8 @@ pub enum Role {
     Balloon,
     /// The API's server, and the threads that carry out its requests.
     Api,
+    /// Makes snapshots, with its workers.
+    Snapshot,
     /// Watches memory pressure and reclaims, with its workers.
     Reclaim,
     /// Watches page faults in strict mode.
@@ -90,6 +92,7 @@ impl Role {
             Self::Vsock => &compiled::VSOCK,
             Self::Balloon => &compiled::BALLOON,
             Self::Api => &compiled::API,
+            Self::Snapshot => &compiled::SNAPSHOT,
             Self::Reclaim => &compiled::RECLAIM,
             Self::Strict => &compiled::STRICT,
             Self::Output => &compiled::OUTPUT,

@@ -5,7 +5,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ebb_core::range::GpaRange;
-use ebb_core::release::Release;
 
 use super::Plan;
 use super::queue::{BatchQueue, bind_to_one_of};
@@ -56,7 +55,7 @@ impl Report {
 pub fn execute(plan: &Plan, workers: usize, ram: &GuestRam, meanwhile: impl FnOnce()) -> Report {
     let start = Instant::now();
     let workers = workers.min(plan.max_workers());
-    let free = |range| ram.release_range(range, Release::Discard);
+    let free = |range| ram.free_range(range);
     let mut freeing = Freeing::new(plan.batches(), free);
     freeing.find_nodes(nodes::all(), ram);
     let mut report = freeing.run(workers, meanwhile);

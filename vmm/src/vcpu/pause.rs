@@ -31,6 +31,9 @@ const STOP: u8 = 2;
 #[error("the machine is ending")]
 pub struct Ending;
 
+/// What a thread does with the vCPU of this number.
+type Job = Arc<dyn Fn(usize, &mut KickTarget) + Send + Sync>;
+
 /// By this the vCPU threads of a machine are paused, resumed and stopped. They look at it before each entry: one load.
 pub struct PauseSwitch {
     wish: AtomicU8,
@@ -43,6 +46,9 @@ pub struct PauseSwitch {
 struct State {
     /// Which vCPUs rest.
     resting: Vec<bool>,
+    /// What each is to do meanwhile, and which have not done it yet.
+    job: Option<Job>,
+    due: Vec<bool>,
     /// A vCPU thread has ended, or shall.
     ending: bool,
 }
@@ -55,11 +61,18 @@ impl PauseSwitch {
             wish: AtomicU8::new(RUN),
             state: Mutex::new(State {
                 resting: vec![false; vcpus],
+                job: None,
+                due: vec![false; vcpus],
                 ending: false,
             }),
             changed: Condvar::new(),
             kicks,
         }
+    }
+
+    /// Has the vCPUs rest from the start, before any of their threads is there.
+    pub fn start_paused(&self) {
+        self.wish.store(PAUSE, Ordering::SeqCst);
     }
 
     /// What a vCPU thread shall do. It must have forgotten earlier kicks before.
@@ -97,6 +110,38 @@ impl PauseSwitch {
         }
     }
 
+    /// Has the thread of each vCPU do `job` while they rest, and returns what came of it, by the number of the vCPU.
+    ///
+    /// # Errors
+    /// [`Ending`].
+    pub fn at_rest<T: Send + 'static>(
+        &self,
+        job: impl Fn(&mut KickTarget) -> T + Send + Sync + 'static,
+    ) -> Result<Vec<T>, Ending> {
+        let mut state = self.state();
+        let results: Vec<_> = state.due.iter().map(|_| Mutex::new(None)).collect();
+        let results = Arc::new(results);
+        let kept = Arc::clone(&results);
+        state.job = Some(Arc::new(move |index, vcpu| {
+            let result = job(vcpu);
+            *kept[index].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        }));
+        state.due.fill(true);
+        self.changed.notify_all();
+        while state.due.contains(&true) && !state.ending {
+            let waited = self.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        state.job = None;
+        state.due.fill(false);
+        let take = |slot: &Mutex<Option<T>>| {
+            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+            slot.take()
+        };
+        let all: Option<Vec<T>> = results.iter().map(take).collect();
+        all.ok_or(Ending)
+    }
+
     /// Lets the vCPUs run again.
     ///
     /// # Errors
@@ -125,6 +170,14 @@ impl PauseSwitch {
         state.resting[index] = true;
         self.changed.notify_all();
         while self.wish() == Wish::Pause {
+            if let (true, Some(job)) = (state.due[index], state.job.clone()) {
+                drop(state);
+                job(index, vcpu);
+                state = self.state();
+                state.due[index] = false;
+                self.changed.notify_all();
+                continue;
+            }
             let waited = self.changed.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }

@@ -20,6 +20,7 @@ use crate::devices::fw_cfg::FwCfg;
 use crate::devices::pci::PciRoot;
 use crate::devices::platform::{I8042, Power, PvPanic};
 use crate::devices::serial::{ConsoleInput, SerialFile, SerialPort};
+use crate::devices::state::SaveState;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{Balloon, BalloonHandle};
 use crate::devices::virtio::blk::{Block, Disk, DiskHandle};
@@ -34,6 +35,9 @@ use crate::kvm;
 use crate::output::Outlet;
 use crate::sys::RawMode;
 use crate::sys::tap::Tap;
+
+/// A device that a snapshot keeps, and its name.
+pub type SavedDevice = (String, Arc<Mutex<dyn SaveState>>);
 
 /// The devices of a machine while it is being built.
 pub struct Devices {
@@ -56,6 +60,8 @@ pub struct Devices {
     pub counters: DeviceCounters,
     /// The vsock's socket, if there is one.
     pub vsock: Option<ServedVsock>,
+    /// Those that have a state, in the order in which they were attached.
+    pub saved: Vec<SavedDevice>,
 }
 
 /// Bytes of the guest's output that may wait for a terminal or a pipe.
@@ -89,6 +95,7 @@ impl Devices {
             virtio: Vec::new(),
             counters: DeviceCounters::default(),
             vsock: None,
+            saved: Vec::new(),
         }
     }
 
@@ -115,17 +122,17 @@ impl Devices {
         let keyboard = Arc::new(Mutex::new(I8042::new(line)));
         self.ports
             .insert(layout::I8042_PORT, layout::I8042_PORT_LEN, keyboard.clone())?;
+        self.saved.push(("keyboard".into(), keyboard.clone()));
         Ok(keyboard)
     }
 
     /// By this the guest's kernel tells where its note is.
     pub fn attach_fw_cfg(&mut self, memory: &Arc<GuestMemoryMmap>) -> Result<(), LaunchError> {
         let device = FwCfg::new(Arc::clone(memory), Arc::clone(&self.kernel));
-        self.ports.insert(
-            layout::FW_CFG_PORT,
-            layout::FW_CFG_PORT_LEN,
-            Arc::new(Mutex::new(device)),
-        )?;
+        let device = Arc::new(Mutex::new(device));
+        self.ports
+            .insert(layout::FW_CFG_PORT, layout::FW_CFG_PORT_LEN, device.clone())?;
+        self.saved.push(("fw_cfg".into(), device));
         self.fw_cfg = true;
         Ok(())
     }
@@ -157,6 +164,7 @@ impl Devices {
         let port = Arc::new(Mutex::new(port));
         self.ports
             .insert(layout::SERIAL_PORT, layout::SERIAL_PORT_LEN, port.clone())?;
+        self.saved.push(("serial".into(), port.clone()));
         if *config != SerialConfig::Tty {
             return Ok(Console {
                 output,
@@ -325,6 +333,8 @@ impl Devices {
         let transport = Arc::new(Mutex::new(transport));
         self.mmio
             .insert(base, layout::VIRTIO_MMIO_SIZE, transport.clone())?;
+        self.saved
+            .push((format!("virtio{index}"), transport.clone()));
         self.virtio.push(transport);
         self.windows.push(VirtioWindow { base, gsi });
         Ok(())

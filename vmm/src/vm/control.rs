@@ -1,5 +1,6 @@
 //! Carries out what the operator asks of a running machine.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use super::counters::DeviceCounters;
 use super::drives::Drives;
 use super::instance::Instance;
 use super::pause::Pausing;
+use super::snapshot::Snapshots;
 use crate::arena::Arena;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
@@ -43,7 +45,9 @@ pub struct Control {
     /// Frees the guest's memory at the end.
     pub teardown: Arc<Teardown>,
     /// Pauses and resumes the machine.
-    pub pausing: Pausing,
+    pub pausing: Arc<Pausing>,
+    /// Makes snapshots.
+    pub snapshots: Arc<Snapshots>,
 }
 
 fn failed(error: impl std::error::Error) -> CommandError {
@@ -174,6 +178,11 @@ impl Controller for Control {
 
     fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError> {
         self.drives.update(id, update)
+    }
+
+    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError> {
+        let created = self.snapshots.create(memory, state);
+        created.map_err(CommandError::Failed)
     }
 
     fn teardown(&self) -> TeardownState {

@@ -40,6 +40,11 @@ impl Drives {
         Ok(Self { disks, allowed })
     }
 
+    /// Their handles.
+    pub fn handles(&self) -> Vec<DiskHandle> {
+        self.disks.clone()
+    }
+
     /// All of them.
     pub fn states(&self) -> Vec<DriveState> {
         let all = self.disks.iter().enumerate();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ebb_core::range::GpaRange;
-use ebb_hypercall_abi::Features;
+use ebb_hypercall_abi::{Features, Interface};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::VcpuFd;
 use vm_memory::GuestMemoryMmap;
@@ -17,6 +17,8 @@ use super::events::{self, ExitSlot, Operator};
 use super::instance::{Instance, Service};
 use super::memory;
 use super::pause::{Pausing, VirtioDevices};
+use super::restore::{self, Restoration};
+use super::snapshot::{Saver, Snapshots};
 use super::vsock::ServedVsock;
 use crate::arch::registers::Entry;
 use crate::arch::{acpi, reset};
@@ -46,6 +48,7 @@ pub struct Vm {
     input: Option<Box<dyn MutEventSubscriber>>,
     vcpus: Vcpus,
     vsock: Option<ServedVsock>,
+    snapshots: Arc<Snapshots>,
     devices: Arc<VirtioDevices>,
     reclaim: Option<ReclaimThread>,
     strict: Option<StrictThread>,
@@ -64,18 +67,17 @@ impl Vm {
     /// [`LaunchError`]; [`LaunchError::Stopped`] if the operator or one of `signals` has asked for the end.
     pub fn build(
         instance: &Arc<Instance>,
+        snapshot: Option<&Restoration>,
         guardian: &'static Guardian,
         signals: &Signals,
     ) -> Result<(Self, Control), LaunchError> {
         let config = &instance.config;
         let mut host = Hypervisor::open()?;
-        let setup = memory::setup(config);
+        let mut setup = memory::setup(config);
+        let restored = snapshot.map(|it| it.memory(&host, config.vcpus, &setup.ram));
+        setup.restored = restored.transpose()?;
         host.check_limits(config.vcpus, setup.end())?;
-        let backends = Backends {
-            disks: open_disks(&config.disks)?,
-            taps: open_taps(&config.nets)?,
-            vsock: open_vsock(config.vsock.as_ref(), guardian)?,
-        };
+        let backends = Backends::open(config, guardian)?;
         let vcpus = config.vcpus as usize;
         let kicks = Arc::new(KickTable::new(vcpus));
         let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
@@ -84,52 +86,53 @@ impl Vm {
         if config.memory.prefault {
             populate(&memory, &teardown, instance, signals)?;
         }
-        let mut machine = host.create_machine()?;
-        machine.map_memory(Arc::clone(memory.ram()))?;
-        if setup.strict {
-            host.hide_async_faults();
-            machine.fault_synchronously()?;
-        }
-
-        if memory.kernel().is_enabled() && !host.report_kernels(&machine)? {
-            memory.kernel().turn_off(
-                "this host's KVM does not report writes of MSRs (KVM_CAP_X86_MSR_FILTER, Linux 5.10)",
-            );
-        }
+        let machine = create_machine(&mut host, &setup, &memory)?;
 
         let mut devices = Devices::new(Arc::clone(&memory) as _, config.transport);
         instance.set_keyboard(devices.attach_platform(&machine)?);
-        let on_pci = config.transport == Transport::Pci;
-        if on_pci || !setup.arenas.is_empty() {
-            devices.attach_pci()?;
-        }
-        if memory.kernel().is_enabled() {
-            devices.attach_fw_cfg(&ram)?;
-        }
+        attach_buses(&mut devices, config, &memory)?;
         let (balloon, drives) = attach_virtio(&mut devices, &machine, config, &memory, backends)?;
 
-        let entry = load_guest(config, &setup, &ram, &devices)?;
         let instruction = host.take_hypercalls(&machine)?;
         let interface = hypercall::offer(instruction, more_features(&memory));
-        let vcpu = VcpuSetup {
-            index: 0,
-            vcpus: config.vcpus,
-            nested: config.nested,
-            entry,
-            interface,
+        let booted = match snapshot {
+            None => {
+                restore::new_generation(&ram, None)?;
+                let entry = load_guest(config, &setup, &ram, &devices)?;
+                create_vcpus(&host, &machine, first_vcpu(config, entry, interface))?
+            }
+            Some(_) => Vec::new(),
         };
-        let vcpus = create_vcpus(&host, &machine, vcpu)?;
         // Last, so that an error before this leaves no file behind and the terminal unchanged.
         let console = devices.attach_serial(&machine, &config.serial, &instance.exit)?;
         instance.set_console(console.output.as_ref());
-        let pausing = Pausing::new(
-            PauseSwitch::new(vcpus.len(), Arc::clone(&kicks)),
-            VirtioDevices(std::mem::take(&mut devices.virtio)),
-            Arc::clone(instance),
-        );
+        let vcpus = match snapshot {
+            None => booted,
+            Some(snapshot) => {
+                restore::memory(&memory, setup.restored.as_ref());
+                snapshot.apply(&host, &machine, &ram, &devices.saved)?
+            }
+        };
+        let switch = PauseSwitch::new(vcpus.len(), Arc::clone(&kicks));
+        let virtio = VirtioDevices(std::mem::take(&mut devices.virtio));
+        let pausing = Pausing::new(switch, virtio, Arc::clone(instance));
+        let pausing = Arc::new(match snapshot {
+            Some(_) => pausing.paused(),
+            None => pausing,
+        });
+        let snapshots = Snapshots::start(Saver {
+            pausing: Arc::clone(&pausing),
+            chips: machine.chips(),
+            devices: std::mem::take(&mut devices.saved),
+            disks: drives.handles(),
+            memory: Arc::clone(&memory),
+            msrs: host.saved_msrs()?,
+            instance: Arc::clone(instance),
+        })?;
         let control = Control {
             instance: Arc::clone(instance),
             pausing,
+            snapshots: Arc::new(snapshots),
             balloon,
             drives,
             auto: None,
@@ -183,6 +186,7 @@ impl Vm {
             input: console.input,
             vcpus,
             vsock,
+            snapshots: Arc::clone(&control.snapshots),
             devices: Arc::clone(control.pausing.devices()),
             reclaim,
             strict,
@@ -218,6 +222,7 @@ impl Vm {
         self.vcpus.stop();
         service.stop();
         drop(self.vsock.take());
+        self.snapshots.stop();
         if let Some(output) = self.output.take() {
             output.finish();
         }
@@ -228,13 +233,34 @@ impl Vm {
             reclaimer,
             vcpus,
             devices,
+            snapshots,
             kvm,
             teardown,
             ..
         } = self;
-        drop((reclaimer, vcpus, devices));
+        drop((reclaimer, vcpus, devices, snapshots));
         teardown.free((kvm, pressure));
     }
+}
+
+/// Creates the machine in KVM, with its memory.
+fn create_machine(
+    host: &mut Hypervisor,
+    setup: &Setup,
+    memory: &GuestMemory,
+) -> Result<kvm::Machine, LaunchError> {
+    const NO_FILTER: &str =
+        "this host's KVM does not report writes of MSRs (KVM_CAP_X86_MSR_FILTER, Linux 5.10)";
+    let mut machine = host.create_machine()?;
+    machine.map_memory(Arc::clone(memory.ram()))?;
+    if setup.strict {
+        host.hide_async_faults();
+        machine.fault_synchronously()?;
+    }
+    if memory.kernel().is_enabled() && !host.report_kernels(&machine)? {
+        memory.kernel().turn_off(NO_FILTER);
+    }
+    Ok(machine)
 }
 
 /// What the devices of a machine work on, opened before anything is built.
@@ -242,6 +268,31 @@ struct Backends {
     disks: Vec<Disk>,
     taps: Vec<Tap>,
     vsock: Option<ServedVsock>,
+}
+
+impl Backends {
+    fn open(config: &MachineConfig, guardian: &Guardian) -> Result<Self, LaunchError> {
+        Ok(Self {
+            disks: open_disks(&config.disks)?,
+            taps: open_taps(&config.nets)?,
+            vsock: open_vsock(config.vsock.as_ref(), guardian)?,
+        })
+    }
+}
+
+/// Attaches what a machine has only by its options, beside the virtio devices.
+fn attach_buses(
+    devices: &mut Devices,
+    config: &MachineConfig,
+    memory: &GuestMemory,
+) -> Result<(), LaunchError> {
+    if config.transport == Transport::Pci || !config.arenas.is_empty() {
+        devices.attach_pci()?;
+    }
+    if memory.kernel().is_enabled() {
+        devices.attach_fw_cfg(&memory.ram().memory())?;
+    }
+    Ok(())
 }
 
 /// Attaches the virtio devices. Returns the balloon's handle, if there is one, and the disks.
@@ -376,6 +427,16 @@ fn load_guest(
         arenas: &arenas,
     };
     Ok(boot::load(memory, &setup.ram, &payload, rsdp)?)
+}
+
+const fn first_vcpu(config: &MachineConfig, entry: Entry, interface: Interface) -> VcpuSetup {
+    VcpuSetup {
+        index: 0,
+        vcpus: config.vcpus,
+        nested: config.nested,
+        entry,
+        interface,
+    }
 }
 
 fn create_vcpus(

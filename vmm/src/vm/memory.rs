@@ -36,6 +36,7 @@ pub fn setup(config: &MachineConfig) -> Setup {
         reported: reporting.unwrap_or(Release::MarkFree),
         strict: config.lazy.strict,
         free_pages: config.lazy.free_pages,
+        restored: None,
     }
 }
 

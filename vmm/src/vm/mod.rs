@@ -10,6 +10,8 @@ mod instance;
 mod machine;
 mod memory;
 mod pause;
+mod restore;
+mod snapshot;
 mod vsock;
 
 use std::io;
@@ -38,6 +40,8 @@ use crate::teardown::Reaper;
 use events::{ExitSlot, end_on_panic};
 use instance::{Instance, Service};
 use machine::Vm;
+
+pub use restore::Restoration;
 
 /// The machine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +110,9 @@ pub enum LaunchError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// A snapshot cannot be restored here.
+    #[error("{0}")]
+    Snapshot(String),
     /// It was ended while it was being built. No mistake.
     #[error("stopped while it was being built")]
     Stopped,
@@ -120,12 +127,16 @@ impl LaunchError {
     }
 }
 
-/// Builds the machine, runs it until it ends, and frees everything that it used, or leaves its memory to the reaper, which
+/// Builds the machine, from `snapshot` if there is one, runs it until it ends, and frees everything that it used, or leaves its memory to the reaper, which
 /// frees it when this process has ended. `log` is where the log goes. The process must have one thread.
 ///
 /// # Errors
 /// [`LaunchError`]; nothing is left behind.
-pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> {
+pub fn run(
+    config: MachineConfig,
+    snapshot: Option<Restoration>,
+    log: &Log,
+) -> Result<ExitReason, LaunchError> {
     // The parser of the command line is not needed any more.
     sys::process::shrink();
     seccomp::start(config.seccomp, log.file()).map_err(LaunchError::Seccomp)?;
@@ -144,13 +155,14 @@ pub fn run(config: MachineConfig, log: &Log) -> Result<ExitReason, LaunchError> 
     // The guardian could be made only while there was one thread.
     let prepared = seccomp::prepare_allocator().map_err(LaunchError::system("thread"));
     let started = prepared.and_then(|()| log.start().map_err(LaunchError::system("log thread")));
-    let reason = started.and_then(|()| build_and_run(config, guardian, signals, log));
+    let reason = started.and_then(|()| build_and_run(config, snapshot, guardian, signals, log));
     guardian.finish();
     reason
 }
 
 fn build_and_run(
     config: MachineConfig,
+    snapshot: Option<Restoration>,
     guardian: &'static Guardian,
     signals: Signals,
     log: &Log,
@@ -161,7 +173,7 @@ fn build_and_run(
     // Before anything that takes long, so that the operator can look and stop it.
     let socket = instance.config.api_socket.as_deref();
     let service = Service::start(socket, &instance, guardian.status())?;
-    let (mut vm, control) = match Vm::build(&instance, guardian, &signals) {
+    let (mut vm, control) = match Vm::build(&instance, snapshot.as_ref(), guardian, &signals) {
         Ok(built) => built,
         Err(LaunchError::Stopped) => return Ok(exit.reason().unwrap_or(ExitReason::Stop)),
         Err(error) => {
@@ -169,8 +181,14 @@ fn build_and_run(
             return Err(error);
         }
     };
-    service.set_machine(Arc::new(control));
+    let control = Arc::new(control);
+    service.set_machine(Arc::clone(&control) as _);
     instance.set_running();
+    if snapshot.is_some_and(|snapshot| snapshot.resume) {
+        // It fails only when the machine ends already.
+        let _ = control.pausing.resume();
+    }
+    drop(control);
     // The hook has reported a panic, and has the machine end for it.
     let reason = catch_unwind(AssertUnwindSafe(|| vm.run(signals, log)));
     let reason = reason.unwrap_or(Ok(ExitReason::Crash));

@@ -43,6 +43,22 @@ impl Pausing {
         }
     }
 
+    /// The same for a machine that was restored: it is paused until it is resumed.
+    pub fn paused(self) -> Self {
+        self.switch.start_paused();
+        self.instance.set_paused(true);
+        Self {
+            turn: Mutex::new(true),
+            ..self
+        }
+    }
+
+    /// Does something with a paused machine, which stays paused meanwhile. `None`: it is not paused.
+    pub fn while_paused<T>(&self, action: impl FnOnce() -> T) -> Option<T> {
+        let paused = self.turn();
+        paused.then(action)
+    }
+
     /// By this its vCPUs hear of it.
     pub const fn switch(&self) -> &Arc<PauseSwitch> {
         &self.switch

@@ -91,6 +91,11 @@ impl Controller for Machine {
         Ok(())
     }
 
+    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError> {
+        let _ = (memory, state);
+        Ok(())
+    }
+
     fn teardown(&self) -> TeardownState {
         TeardownState::default()
     }

@@ -41,6 +41,7 @@ pub fn memory() -> Arc<GuestMemory> {
         reported: Release::Discard,
         strict: false,
         free_pages: true,
+        restored: None,
     };
     let memory = GuestMemory::new(&setup, 1, &Arc::new(KickTable::new(1)));
     Arc::new(memory.expect("memory can be mapped"))

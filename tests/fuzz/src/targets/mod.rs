@@ -10,6 +10,7 @@ mod hypercall;
 mod machine;
 mod pci;
 mod reclaim;
+mod snapshot;
 mod vsock;
 
 /// One of them.
@@ -23,6 +24,10 @@ pub struct Target {
 
 /// All of them.
 pub const TARGETS: &[Target] = &[
+    Target {
+        name: "snapshot",
+        run: snapshot::run,
+    },
     Target {
         name: "hypercall",
         run: hypercall::run,

@@ -163,6 +163,11 @@ impl Controller for Machine {
         Ok(())
     }
 
+    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError> {
+        self.note(format!("snapshot {} {}", memory.display(), state.display()));
+        Ok(())
+    }
+
     fn teardown(&self) -> TeardownState {
         TeardownState {
             workers: 3,
@@ -328,6 +333,12 @@ fn what_can_be_changed() {
         (Method::PATCH, "/vm", json!({ "state": "Paused" }), "pause"),
         (
             Method::PUT,
+            "/snapshot/create",
+            json!({ "snapshot_type": "Full", "snapshot_path": "/s", "mem_file_path": "/m" }),
+            "snapshot /m /s",
+        ),
+        (
+            Method::PUT,
             "/actions",
             json!({ "action_type": "SendCtrlAltDel" }),
             "ctrl-alt-del",
@@ -387,6 +398,12 @@ const REFUSED: &[(&str, u16, &str)] = &[
         500,
         "failed",
     ),
+    (
+        r#"PUT /snapshot/create {"snapshot_type": "Diff", "snapshot_path": "/s", "mem_file_path": "/m"}"#,
+        400,
+        "there is Full",
+    ),
+    (r#"PUT /snapshot/load {}"#, 400, "ebb restore"),
     (r#"PATCH /vm {"state": "Resumed"}"#, 400, "is ending"),
     (
         r#"PATCH /vm {"state": "Asleep"}"#,
@@ -425,9 +442,9 @@ const REFUSED: &[(&str, u16, &str)] = &[
     ),
     (r#"PATCH / {}"#, 405, "/ does not know PATCH; it knows GET"),
     (
-        r#"PUT /snapshot/load {}"#,
+        r#"PUT /snapshot/other {}"#,
         404,
-        "there is no /snapshot/load; there are /, /version",
+        "there is no /snapshot/other; there are /, /version",
     ),
 ];
 

@@ -11,9 +11,12 @@ mod tests;
 use std::sync::Arc;
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::bus::{Action, BusDevice};
+use crate::devices::state::{SaveState, from_value, to_value};
 use crate::faults::GuestFaults;
 use crate::guest_memory::{KernelEvents, NoteSource};
 use items::{NOTE_KEY, NOTE_LEN, NoteFile};
@@ -180,6 +183,33 @@ impl FwCfg {
                 "the guest's vmcoreinfo note at {start:#x} is not used: {error}"
             ));
         }
+    }
+}
+
+/// What a snapshot keeps of it.
+#[derive(Serialize, Deserialize)]
+struct FwCfgState {
+    note: [u8; items::NOTE_LEN],
+    key: u16,
+    offset: u64,
+    dma_high: u32,
+}
+
+impl SaveState for FwCfg {
+    fn save(&self) -> Result<Value, String> {
+        to_value(&FwCfgState {
+            note: self.note.0,
+            key: self.key,
+            offset: self.offset,
+            dma_high: self.dma_high,
+        })
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let state: FwCfgState = from_value(state)?;
+        self.note.0 = state.note;
+        (self.key, self.offset, self.dma_high) = (state.key, state.offset, state.dma_high);
+        Ok(())
     }
 }
 

@@ -6,7 +6,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use crate::bus::{Action, BusDevice, ExitReason};
+use crate::devices::state::{SaveState, from_value, to_value};
 use crate::faults::GuestFaults;
 use crate::irq::Interrupt;
 
@@ -158,6 +162,35 @@ impl I8042 {
             (0xf0, 0) => self.send(&[ACKNOWLEDGE, 2]),
             _ => self.send(&[ACKNOWLEDGE]),
         }
+    }
+}
+
+/// What a snapshot keeps of it.
+#[derive(Serialize, Deserialize)]
+struct KeyboardState {
+    command_byte: u8,
+    pending: Option<u8>,
+    pending_keyboard: Option<u8>,
+    output: Vec<u8>,
+}
+
+impl SaveState for I8042 {
+    fn save(&self) -> Result<Value, String> {
+        to_value(&KeyboardState {
+            command_byte: self.command_byte,
+            pending: self.pending,
+            pending_keyboard: self.pending_keyboard,
+            output: self.output.iter().copied().collect(),
+        })
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let state: KeyboardState = from_value(state)?;
+        self.command_byte = state.command_byte;
+        self.pending = state.pending;
+        self.pending_keyboard = state.pending_keyboard;
+        self.output = state.output.into_iter().take(CAPACITY).collect();
+        Ok(())
     }
 }
 

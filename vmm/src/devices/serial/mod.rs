@@ -6,11 +6,14 @@ mod input;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vm_superio::Trigger;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use vm_superio::serial::{Serial, SerialEvents};
+use vm_superio::{SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Action, BusDevice};
+use crate::devices::state::{SaveState, from_value, to_value};
 use crate::faults::GuestFaults;
 use crate::irq::Interrupt;
 use crate::output::Outlet;
@@ -62,6 +65,8 @@ impl SerialEvents for Drained {
 /// The serial port.
 pub struct SerialPort {
     uart: Serial<Line, Drained, Output>,
+    interrupt: Arc<dyn Interrupt>,
+    output: Option<Arc<Outlet>>,
     faults: GuestFaults,
 }
 
@@ -74,7 +79,13 @@ impl SerialPort {
         drained: EventFd,
     ) -> Self {
         Self {
-            uart: Serial::with_events(Line(interrupt), Drained(drained), Output(output)),
+            uart: Serial::with_events(
+                Line(Arc::clone(&interrupt)),
+                Drained(drained),
+                Output(output.clone()),
+            ),
+            interrupt,
+            output,
             faults: GuestFaults::new("serial port"),
         }
     }
@@ -90,6 +101,53 @@ impl SerialPort {
             self.faults.report(format_args!("{error:?}"));
             0
         })
+    }
+}
+
+/// What a snapshot keeps of it.
+#[derive(Serialize, Deserialize)]
+struct PortState {
+    divisor: [u8; 2],
+    interrupts: [u8; 2],
+    line: [u8; 2],
+    modem: [u8; 2],
+    scratch: u8,
+    input: Vec<u8>,
+}
+
+impl SaveState for SerialPort {
+    fn save(&self) -> Result<Value, String> {
+        let is = self.uart.state();
+        to_value(&PortState {
+            divisor: [is.baud_divisor_low, is.baud_divisor_high],
+            interrupts: [is.interrupt_enable, is.interrupt_identification],
+            line: [is.line_control, is.line_status],
+            modem: [is.modem_control, is.modem_status],
+            scratch: is.scratch,
+            input: is.in_buffer,
+        })
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let was: PortState = from_value(state)?;
+        let drained = self.uart.events().0.try_clone();
+        let drained = drained.map_err(|error| error.to_string())?;
+        let state = SerialState {
+            baud_divisor_low: was.divisor[0],
+            baud_divisor_high: was.divisor[1],
+            interrupt_enable: was.interrupts[0],
+            interrupt_identification: was.interrupts[1],
+            line_control: was.line[0],
+            line_status: was.line[1],
+            modem_control: was.modem[0],
+            modem_status: was.modem[1],
+            scratch: was.scratch,
+            in_buffer: was.input,
+        };
+        let (line, output) = (Line(Arc::clone(&self.interrupt)), self.output.clone());
+        let uart = Serial::from_state(&state, line, Drained(drained), Output(output));
+        self.uart = uart.map_err(|error| format!("{error:?}"))?;
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -87,6 +88,20 @@ pub trait VirtioDevice: Send {
 
     /// What works for the device now. While the machine is paused all of it rests, see `Worker::pause`.
     fn workers(&self) -> &[Worker];
+
+    /// What a snapshot keeps of it beyond what its transport does, and beyond its configuration. `None`: it cannot be a part
+    /// of one.
+    fn save(&self) -> Option<Value> {
+        None
+    }
+
+    /// Takes up what [`VirtioDevice::save`] has returned, before the device is activated.
+    ///
+    /// # Errors
+    /// Why the state is none of this device.
+    fn restore(&mut self, _state: &Value) -> Result<(), String> {
+        Ok(())
+    }
 
     /// Stops the device and forgets the driver. When this returns, the device uses no queue and no guest memory any
     /// more, and all pages that the driver had given to it belong to the driver again. Also called for a device that

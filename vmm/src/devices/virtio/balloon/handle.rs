@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ebb_core::range::PAGE_SIZE;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::wire::{
@@ -97,6 +98,19 @@ struct Told {
     at: Option<Instant>,
 }
 
+/// What a snapshot keeps of a balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct BalloonSaved {
+    /// Pages that an operator asks for.
+    floor: u32,
+    /// Pages that the guest has handed back.
+    actual: u32,
+    /// What the guest fills free pages with.
+    poison: u32,
+    /// Seconds between two requests for statistics.
+    interval: u16,
+}
+
 /// The state that device, workers and handles share.
 pub(super) struct Shared {
     /// Features on offer.
@@ -158,6 +172,26 @@ impl Shared {
         reports.ranges_total.add(found.ranges_total);
         reports.bytes_total.add(found.bytes_total);
         reports.poisoned_bytes_total.add(found.poisoned_bytes_total);
+    }
+
+    /// What a snapshot keeps.
+    pub fn save(&self) -> BalloonSaved {
+        let targets = *(self.targets.lock()).unwrap_or_else(PoisonError::into_inner);
+        let config = self.config();
+        BalloonSaved {
+            floor: targets.floor,
+            actual: config.actual,
+            poison: config.poison_val,
+            interval: self.interval(),
+        }
+    }
+
+    /// Takes up what a snapshot has kept.
+    pub fn restore(&self, saved: &BalloonSaved) {
+        self.change_targets(|targets| targets.floor = saved.floor);
+        self.actual.store(saved.actual, Ordering::Relaxed);
+        self.poison.store(saved.poison, Ordering::Relaxed);
+        self.interval.store(saved.interval, Ordering::Relaxed);
     }
 
     pub fn interval(&self) -> u16 {

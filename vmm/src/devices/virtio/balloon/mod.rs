@@ -17,6 +17,7 @@ mod worker;
 use std::io;
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -24,6 +25,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::queue::{DeviceThread, ServedQueue, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice};
 use crate::config::BalloonConfig;
+use crate::devices::state::{from_value, to_value};
 use crate::guest_memory::RangeSink;
 use crate::sys::seccomp::Role;
 use handle::Shared;
@@ -188,6 +190,15 @@ impl VirtioDevice for Balloon {
 
     fn workers(&self) -> &[Worker] {
         &self.workers
+    }
+
+    fn save(&self) -> Option<Value> {
+        to_value(&self.shared.save()).ok()
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        self.shared.restore(&from_value(state)?);
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -15,6 +15,7 @@ mod worker;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde_json::Value;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -224,6 +225,10 @@ impl VirtioDevice for Block {
 
     fn workers(&self) -> &[Worker] {
         &self.workers
+    }
+
+    fn save(&self) -> Option<Value> {
+        Some(Value::Null)
     }
 
     fn reset(&mut self) {

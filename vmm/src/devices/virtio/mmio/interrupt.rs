@@ -86,6 +86,18 @@ impl MmioInterrupt {
         self.signal.reset();
     }
 
+    /// What a snapshot keeps: status, generation, and whether a reset is needed.
+    pub fn save(&self) -> (u32, u32, bool) {
+        (self.status(), self.generation(), self.is_reset_needed())
+    }
+
+    /// Takes up what a snapshot has kept.
+    pub fn restore(&self, (status, generation, needs_reset): (u32, u32, bool)) {
+        self.status.store(status, Ordering::SeqCst);
+        self.generation.store(generation, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+    }
+
     /// Done before the driver is told: it must find the bit when it handles the interrupt.
     fn set(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);

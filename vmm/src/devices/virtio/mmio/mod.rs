@@ -2,6 +2,7 @@
 
 mod interrupt;
 mod queue;
+mod state;
 #[cfg(test)]
 pub(super) mod tests;
 mod wire;
@@ -72,6 +73,8 @@ pub struct MmioTransport {
     driver_features: u64,
     status: u32,
     active: bool,
+    /// It was restored, and is to be activated when the machine is resumed.
+    starts_late: bool,
     /// Is told when the driver resets the device while it is in use.
     kernel: Option<Arc<dyn KernelEvents>>,
 }
@@ -111,6 +114,7 @@ impl MmioTransport {
             driver_features: 0,
             status: 0,
             active: false,
+            starts_late: false,
             kernel: None,
         })
     }
@@ -144,6 +148,7 @@ impl MmioTransport {
     /// Lets the device work again.
     pub fn resume(&mut self) {
         self.device.workers().iter().for_each(Worker::resume);
+        self.start_late();
     }
 
     fn status(&self) -> u32 {
@@ -378,6 +383,7 @@ impl MmioTransport {
         self.driver_features = 0;
         self.status = 0;
         self.active = false;
+        self.starts_late = false;
     }
 }
 

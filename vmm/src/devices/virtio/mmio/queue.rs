@@ -1,9 +1,11 @@
 //! The registers by which a driver sets up a queue.
 
 use std::io;
+use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::wire::{QueueRegister, Ring};
@@ -24,6 +26,18 @@ pub(super) enum QueueError {
     Event { index: usize, cause: io::Error },
 }
 
+/// What a snapshot keeps of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct QueueSaved {
+    size: u32,
+    ready: bool,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    /// The index from which on the device takes and returns chains.
+    next: u16,
+}
+
 /// The registers of one queue, exactly as written: they are checked as a whole at activation.
 pub(super) struct QueueSetup {
     max_size: u16,
@@ -32,6 +46,8 @@ pub(super) struct QueueSetup {
     descriptors: u64,
     available: u64,
     used: u64,
+    /// Where the device goes on after it was restored.
+    next: u16,
     pub notifier: EventFd,
 }
 
@@ -44,6 +60,7 @@ impl QueueSetup {
             descriptors: 0,
             available: 0,
             used: 0,
+            next: 0,
             notifier: EventFd::new(EFD_NONBLOCK)?,
         })
     }
@@ -70,6 +87,36 @@ impl QueueSetup {
         self.size = self.max_size.into();
         self.ready = false;
         (self.descriptors, self.available, self.used) = (0, 0, 0);
+        self.next = 0;
+    }
+
+    /// The registers. A device that rests has returned all chains that it has taken, or takes those again that it has not: so
+    /// it goes on where the used ring is.
+    pub fn save(&self, memory: &GuestMemoryMmap) -> QueueSaved {
+        let index = GuestAddress(self.used.saturating_add(2));
+        let next = memory.load::<u16>(index, Ordering::Acquire);
+        QueueSaved {
+            size: self.size,
+            ready: self.ready,
+            descriptors: self.descriptors,
+            available: self.available,
+            used: self.used,
+            next: if self.ready {
+                next.map_or(0, u16::from_le)
+            } else {
+                0
+            },
+        }
+    }
+
+    /// Takes up registers, which are checked as a whole at activation.
+    pub fn restore(&mut self, saved: &QueueSaved) {
+        self.size = saved.size;
+        self.ready = saved.ready;
+        self.descriptors = saved.descriptors;
+        self.available = saved.available;
+        self.used = saved.used;
+        self.next = saved.next;
     }
 
     /// Writes a register. A queue in use can only be disabled (virtio 1.3, 4.2.2.2).
@@ -118,6 +165,8 @@ impl QueueSetup {
             .map_err(|_| address("the used ring", self.used))?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
+        queue.set_next_avail(self.next);
+        queue.set_next_used(self.next);
         // The queue takes an available ring at 0 for one that was never set.
         if self.available == 0 || !queue.is_valid(memory) {
             return Err(address(

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
@@ -23,7 +24,8 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use super::queue::{DeviceThread, GuestFaults, Limiter, ServedQueue, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice};
-use crate::config::{MacAddress, NetConfig};
+use crate::config::{ConfigError, MacAddress, NetConfig};
+use crate::devices::state::from_value;
 use crate::sys::seccomp::Role;
 use crate::sys::tap::{Tap, TapError};
 use wire::{DEVICE_TYPE, HEADER_BYTES};
@@ -159,6 +161,17 @@ impl VirtioDevice for Net {
 
     fn workers(&self) -> &[Worker] {
         self.worker.as_slice()
+    }
+
+    /// Its address: the default one follows from names that may be others when it is restored.
+    fn save(&self) -> Option<Value> {
+        Some(self.mac.to_string().into())
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let mac = from_value::<String>(state)?.parse();
+        self.mac = mac.map_err(|error: ConfigError| error.to_string())?;
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -7,6 +7,7 @@ mod worker;
 use std::io;
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -90,6 +91,10 @@ impl VirtioDevice for Entropy {
 
     fn workers(&self) -> &[Worker] {
         self.worker.as_slice()
+    }
+
+    fn save(&self) -> Option<Value> {
+        Some(Value::Null)
     }
 
     fn reset(&mut self) {

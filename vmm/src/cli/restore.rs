@@ -1,0 +1,182 @@
+//! `ebb restore`: starts a machine from a snapshot.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Parser;
+use ebb_vmm::config::{MachineConfig, MachineSpec, SerialConfig, SocketSpec};
+use ebb_vmm::exit;
+use ebb_vmm::snapshot::{self, DiskFile, FileError, State};
+use ebb_vmm::vm::Restoration;
+
+use super::run;
+
+/// No state file is longer: a machine of 254 vCPUs has 20 MiB.
+const MAX_STATE: u64 = 256 << 20;
+
+/// Start a machine from a snapshot
+///
+/// It has the options of the machine that was saved, and is paused unless --resume is given. Exit status: as of `ebb run`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The snapshot's state file
+    #[arg(long, value_name = "FILE")]
+    state: PathBuf,
+    /// The snapshot's memory file. It must stay as it is while the machine runs
+    #[arg(long, value_name = "FILE")]
+    memory: PathBuf,
+    /// Let the guest run at once
+    #[arg(long)]
+    resume: bool,
+    /// First read all of the memory file and compare its checksums
+    #[arg(long)]
+    verify: bool,
+    /// Serve the REST API on this unix socket
+    #[arg(long, value_name = "PATH|path=PATH", alias = "api-sock")]
+    api_socket: Option<SocketSpec>,
+    /// Another file for disk number N, the first is 0: a copy that was made at the time of the snapshot
+    #[arg(long = "disk", value_name = "N=PATH")]
+    disks: Vec<Override<PathBuf>>,
+    /// Another tap for network interface number N, the first is 0
+    #[arg(long = "tap", value_name = "N=NAME")]
+    taps: Vec<Override<String>>,
+    /// Where the first serial port goes, if elsewhere
+    #[arg(long, value_name = "tty|null|file=PATH")]
+    serial: Option<SerialConfig>,
+    /// Another name of the machine
+    #[arg(long, value_name = "NAME")]
+    id: Option<String>,
+    /// Write the log to this file instead of standard error
+    #[arg(long, value_name = "PATH")]
+    log_file: Option<PathBuf>,
+    /// Log more: -v for information, -vv for debugging
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+/// Something else for the device of this number.
+#[derive(Clone, Debug)]
+struct Override<T> {
+    index: usize,
+    value: T,
+}
+
+impl<T: FromStr> FromStr for Override<T> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let split = text.split_once('=');
+        let parsed =
+            split.and_then(|(index, value)| Some((index.parse().ok()?, value.parse().ok()?)));
+        let (index, value) =
+            parsed.ok_or("write a number, = and the other value, for instance 0=copy.raw")?;
+        Ok(Self { index, value })
+    }
+}
+
+/// Runs the subcommand and returns the exit status.
+pub fn main(args: Args) -> u8 {
+    let (log_file, verbose) = (args.log_file.clone(), args.verbose);
+    match prepare(args) {
+        Ok((config, snapshot)) => run::start(config, Some(snapshot), log_file, verbose),
+        Err(message) => {
+            super::complain(&message);
+            exit::BAD_ARGUMENTS
+        }
+    }
+}
+
+/// Checks everything that can be checked before a machine is built.
+fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
+    let text = |error: FileError| error.to_string();
+    let refuse = |path: &PathBuf, what: String| Err(FileError::new(path, what).to_string());
+    let mut content = Vec::new();
+    let file = snapshot::open(&args.state).map_err(text)?;
+    if let Err(error) = file.take(MAX_STATE).read_to_end(&mut content) {
+        return refuse(&args.state, error.to_string());
+    }
+    let state = match State::decode(&content) {
+        Ok(state) => state,
+        Err(error) => return refuse(&args.state, error.to_string()),
+    };
+    let memory = snapshot::open(&args.memory).map_err(text)?;
+    if let Err(error) = state.memory.check(&memory, args.verify) {
+        return refuse(&args.memory, error.to_string());
+    }
+    let config = config(&args, &state)?;
+    check_disks(&args, &state, &config)?;
+    let resume = args.resume;
+    Ok((
+        config,
+        Restoration {
+            state,
+            memory,
+            resume,
+        },
+    ))
+}
+
+/// The saved machine's options, and those that are given now.
+fn config(args: &Args, state: &State) -> Result<MachineConfig, String> {
+    let spec = Saved::try_parse_from(&state.words);
+    let mut spec = spec
+        .map_err(|error| format!("{}: {}", args.state.display(), super::one_line(&error)))?
+        .machine;
+    for it in &args.disks {
+        let missing = || format!("--disk {}=: the saved machine has no such disk", it.index);
+        let disk = spec.disks.get_mut(it.index).ok_or_else(missing)?;
+        disk.path.clone_from(&it.value);
+    }
+    for it in &args.taps {
+        let missing = || {
+            format!(
+                "--tap {}=: the saved machine has no such interface",
+                it.index
+            )
+        };
+        let net = spec.nets.get_mut(it.index).ok_or_else(missing)?;
+        (net.tap, net.fd) = (Some(it.value.clone()), None);
+    }
+    spec.api_socket.clone_from(&args.api_socket);
+    if let Some(serial) = &args.serial {
+        spec.serial.clone_from(serial);
+    }
+    if let Some(id) = &args.id {
+        spec.id.clone_from(id);
+    }
+    // The kernel is in the guest's memory already; its file may be gone.
+    spec.kernel.clone_from(&args.state);
+    spec.initramfs = None;
+    let config = spec.validate().map_err(|error| error.to_string())?;
+    let words = state.words.clone();
+    Ok(MachineConfig { words, ..config })
+}
+
+#[derive(Parser)]
+#[command(no_binary_name = true)]
+struct Saved {
+    #[command(flatten)]
+    machine: MachineSpec,
+}
+
+/// A disk that was written to since then would not fit to what the guest has of it in its memory.
+fn check_disks(args: &Args, state: &State, config: &MachineConfig) -> Result<(), String> {
+    for (index, (disk, was)) in config.disks.iter().zip(&state.disks).enumerate() {
+        let path = disk.path.display();
+        let is = DiskFile::at(&disk.path).map_err(|error| format!("disk {path}: {error}"))?;
+        if is.size != was.size {
+            let (is, was) = (is.size, was.size);
+            return Err(format!(
+                "disk {path} has {is} bytes, but had {was} at the time of the snapshot; give a copy from then with --disk {index}=PATH"
+            ));
+        }
+        let is_given = args.disks.iter().any(|it| it.index == index);
+        if is.written_ns != was.written_ns && !is_given {
+            return Err(format!(
+                "disk {path} was changed since the snapshot; give a copy from then with --disk {index}=PATH"
+            ));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,14 @@
+//! Snapshots: what a paused machine is, in two files. `docs/snapshot.md` describes them.
+//!
+//! `format` is the state file's container, `memory` the memory file, `state` what the sections hold, `files` how both appear
+//! under their names or not at all.
+
+mod files;
+mod format;
+mod memory;
+mod state;
+
+pub use files::{FileError, create, open};
+pub use format::{FormatError, Reader, VERSION, Writer};
+pub use memory::{MemoryFileError, MemoryMap, SnapshotId, write};
+pub use state::{CpuMismatch, DiskFile, Host, State, check_cpu};

@@ -1,0 +1,244 @@
+//! Makes snapshots of a paused machine, on a thread of their own.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+use std::{error, io};
+
+use super::LaunchError;
+use super::attach::SavedDevice;
+use super::instance::Instance;
+use super::pause::Pausing;
+use crate::config::{MachineConfig, Transport};
+use crate::devices::virtio::blk::DiskHandle;
+use crate::guest_memory::{GuestMemory, merge};
+use crate::kvm::Chips;
+use crate::snapshot::{self, DiskFile, Host, MemoryMap, SnapshotId, State};
+use crate::sys::random::random_block;
+use crate::sys::seccomp::Role;
+
+/// A snapshot that somebody asks for, and who wants to know what came of it.
+struct Request {
+    memory: PathBuf,
+    state: PathBuf,
+    answer: Sender<Result<(), String>>,
+}
+
+/// The parts of a machine that a snapshot is made of.
+pub struct Saver {
+    /// Keeps the machine paused.
+    pub pausing: Arc<Pausing>,
+    /// Interrupt controllers, timer and clock.
+    pub chips: Chips,
+    /// The devices, by name.
+    pub devices: Vec<SavedDevice>,
+    /// The disks, in the order of the command line.
+    pub disks: Vec<DiskHandle>,
+    /// The guest's memory.
+    pub memory: Arc<GuestMemory>,
+    /// The model-specific registers to save.
+    pub msrs: Vec<u32>,
+    /// What it was built from, and whether it ends.
+    pub instance: Arc<Instance>,
+}
+
+/// The thread that makes snapshots, one after the other.
+pub struct Snapshots {
+    requests: Mutex<Option<Sender<Request>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Snapshots {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// [`LaunchError::System`].
+    pub fn start(saver: Saver) -> Result<Self, LaunchError> {
+        let (requests, todo) = mpsc::channel::<Request>();
+        let run = move || {
+            Role::Snapshot.enter();
+            for request in todo {
+                let done = saver.create(&request.memory, &request.state);
+                // Nobody may be there any more who wants to know.
+                let _ = request.answer.send(done);
+            }
+        };
+        let thread = thread::Builder::new().name("ebb-snapshot".to_owned());
+        let thread = thread
+            .spawn(run)
+            .map_err(LaunchError::system("snapshot thread"))?;
+        Ok(Self {
+            requests: Mutex::new(Some(requests)),
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Makes a snapshot, and returns when its files have their names.
+    ///
+    /// # Errors
+    /// Why there is none. Nothing of it is left then.
+    pub fn create(&self, memory: PathBuf, state: PathBuf) -> Result<(), String> {
+        let (answer, answered) = mpsc::channel();
+        let request = Request {
+            memory,
+            state,
+            answer,
+        };
+        let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = requests.as_ref().map(|requests| requests.send(request));
+        drop(requests);
+        match sent.map(|_| answered.recv()) {
+            Some(Ok(done)) => done,
+            _ => Err("the machine is ending".to_owned()),
+        }
+    }
+
+    /// Ends the thread. A snapshot that is being made is given up, as the machine ends.
+    pub fn stop(&self) {
+        let take = |thread: &Mutex<Option<JoinHandle<()>>>| {
+            thread.lock().unwrap_or_else(PoisonError::into_inner).take()
+        };
+        drop(
+            self.requests
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+        if let Some(thread) = take(&self.thread) {
+            // It has reported a panic itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Snapshots {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn text(error: impl error::Error) -> String {
+    let mut text = error.to_string();
+    if let Some(source) = error.source() {
+        text.push_str(&format!(": {source}"));
+    }
+    text
+}
+
+impl Saver {
+    fn create(&self, memory: &Path, state: &Path) -> Result<(), String> {
+        let paused = self.pausing.while_paused(|| self.save(memory, state));
+        paused.unwrap_or_else(|| Err("the machine runs; pause it first".to_owned()))
+    }
+
+    fn save(&self, memory: &Path, state: &Path) -> Result<(), String> {
+        let start = Instant::now();
+        let config = &self.instance.config;
+        refuse(config)?;
+        self.refuse_exchanged()?;
+        let id = snapshot_id().map_err(text)?;
+        let written = snapshot::create(memory, state, |file| {
+            let lazily_free = self.memory.lazily_free();
+            let mut dead = self.memory.free_in_lists();
+            dead.extend(&lazily_free);
+            merge(&mut dead);
+            let is_ending = || self.instance.exit.reason().is_some();
+            let map = snapshot::write(file, self.memory.ram(), &dead, id, is_ending)?;
+            let written = map.written;
+            let lazily_free = lazily_free
+                .iter()
+                .map(|it| (it.start(), it.len()))
+                .collect();
+            let state = self.state(map, lazily_free).map_err(io::Error::other)?;
+            let state = state.encode().map_err(io::Error::other)?;
+            tracing::info!(written, ms = start.elapsed().as_millis(), "snapshot");
+            Ok(state)
+        });
+        written.map_err(text)
+    }
+
+    /// The options say where the disks are, and those would name another file.
+    fn refuse_exchanged(&self) -> Result<(), String> {
+        let disks = self.disks.iter().zip(&self.instance.config.disks);
+        for (index, (disk, config)) in disks.enumerate() {
+            let (is, was) = (disk.path(), &config.path);
+            if is != *was {
+                let (is, was) = (is.display(), was.display());
+                return Err(format!(
+                    "disk{index} is on {is} now, and a machine is saved only with the disks that it was started with; \
+                     give it {was} again"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self, memory: MemoryMap, lazily_free: Vec<(u64, u64)>) -> Result<State, String> {
+        let config = &self.instance.config;
+        let save = |(name, device): &SavedDevice| {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok((name.clone(), device.save()?))
+        };
+        let disk = |path: &PathBuf| {
+            DiskFile::at(path).map_err(|error| format!("disk {}: {error}", path.display()))
+        };
+        let msrs = self.msrs.clone();
+        let vcpus = self.pausing.switch().at_rest(move |vcpu| vcpu.save(&msrs));
+        let vcpus = vcpus.map_err(text)?.into_iter().collect::<Result<_, _>>();
+        Ok(State {
+            host: Host::now(),
+            words: config.words.clone(),
+            disks: config
+                .disks
+                .iter()
+                .map(|it| disk(&it.path))
+                .collect::<Result<_, _>>()?,
+            vcpus: vcpus.map_err(text)?,
+            chips: self.chips.save().map_err(text)?,
+            devices: self
+                .devices
+                .iter()
+                .map(save)
+                .collect::<Result<_, String>>()?,
+            memory,
+            lazily_free,
+            kernel: self.memory.kernel().save(),
+        })
+    }
+}
+
+/// What cannot be saved, or not be restored.
+fn refuse(config: &MachineConfig) -> Result<(), String> {
+    let is = [
+        (
+            config.transport == Transport::Pci,
+            "devices on PCI (--transport pci)",
+        ),
+        (!config.arenas.is_empty(), "arenas (--arena)"),
+        (config.lazy.strict, "strict mode (--lazy strict=on)"),
+        (
+            config.memory.hugepages,
+            "hugetlb pages (--memory hugepages=on)",
+        ),
+        (config.memory.shared, "shared memory (--memory shared=on)"),
+        (
+            config.nested,
+            "virtual machines of its own (--cpus nested=on)",
+        ),
+        (config.vsock.is_some(), "a vsock (--vsock)"),
+        (config.words.is_empty(), "a jail (ebb jail)"),
+    ];
+    match is.into_iter().find(|(is, _)| *is) {
+        Some((_, what)) => Err(format!(
+            "a machine with {what} cannot be saved; start it without"
+        )),
+        None => Ok(()),
+    }
+}
+
+fn snapshot_id() -> io::Result<SnapshotId> {
+    let block = random_block()?;
+    Ok(std::array::from_fn(|at| block[at]))
+}
