@@ -111,7 +111,6 @@ fn disks() -> Result<()> {
     for (value, parts) in [
         ("path=none", ["--disk none", "check the path"]),
         ("path=.", ["--disk .", "raw disk image"]),
-        ("path=empty", ["--disk empty", "512 bytes or more"]),
         (
             "path=disk,readnoly=on",
             ["readnoly", "did you mean 'readonly'?"],
