@@ -159,7 +159,14 @@ fn a_spike_to_the_limit_is_heard_whenever_samples_are_taken() -> Result<()> {
     assert!(spike.status().context("dd")?.success());
     let after = until("the monitor hears of it", LONG, || {
         Ok(Some(api.lazy()?).filter(|state| state["limit_events_total"] > 0))
-    })?;
+    });
+    let after = after.context(format_args!(
+        "{:?}\n{before:?}\n{}{}{}",
+        api.lazy(),
+        cgroup.text("memory.events")?,
+        cgroup.text("memory.high")?,
+        cgroup.text("memory.current")?
+    ))?;
     println!("{after:?} {}", cgroup.text("memory.pressure")?);
     until("the host takes lazy memory", LONG, || {
         Ok((api.lazy()?["reclaimed_bytes_total"] >= 16 * MIB).then_some(()))

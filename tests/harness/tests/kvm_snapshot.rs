@@ -33,7 +33,7 @@ struct Talking {
 
 impl Talking {
     fn start(guest: &Program, cpus: u32) -> Result<Self> {
-        let launch = Launch::new()?.memory("size=64M").cpus(cpus);
+        let launch = savable()?.memory("size=64M").cpus(cpus);
         let kernel = launch.folder().join("kernel");
         guest.write(&kernel).context("write the guest")?;
         let serial = format!("file={}", launch.folder().join("serial").display());
@@ -53,6 +53,13 @@ impl Talking {
             Ok((self.said() > before + 10_000).then_some(()))
         })
     }
+}
+
+/// A machine that may be saved to files of its folder.
+fn savable() -> Result<Launch> {
+    let launch = Launch::new()?;
+    let folder = launch.folder().canonicalize().context("the folder")?;
+    Ok(launch.option("--allow-paths", &folder.to_string_lossy()))
 }
 
 fn state(api: &Api) -> Result<String> {
@@ -272,7 +279,7 @@ fn altered_files(folder: &Path) -> Result<()> {
 
 #[test]
 fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
-    let launch = Launch::new()?.memory("size=64M").serial("null");
+    let launch = savable()?.memory("size=64M").serial("null");
     let folder = launch.folder().to_owned();
     let path = |name: &str| folder.join(name);
     fs::write(path("disk"), vec![1; 1 << 20]).context("write a disk")?;
@@ -287,13 +294,15 @@ fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
         Ok(monitor.api().is_running(monitor.pid()).then_some(()))
     })?;
     let names = || names(&folder);
-    // A running machine, a folder that is not there, a full disk: the machine goes on and leaves nothing.
+    // A running machine, files elsewhere, a name that is taken by a folder: the machine goes on and leaves nothing.
+    fs::create_dir(path("folder")).context("make a folder")?;
+    let at = |name: &str| path(name).to_string_lossy().into_owned();
     let before = names()?;
     let ask = |state: &str, memory: &str| {
         let body = json!({ "snapshot_path": state, "mem_file_path": memory });
         monitor.api().request("PUT", "/snapshot/create", &body)
     };
-    let answer = ask("/tmp/s", "/tmp/m")?;
+    let answer = ask(&at("s"), &at("m"))?;
     assert!(
         answer.body["fault_message"]
             .as_str()
@@ -302,8 +311,11 @@ fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
     );
     ctl(&monitor, "pause")?;
     for (state, memory, part) in [
-        ("/nowhere/s", "/nowhere/m", "/nowhere/m: "),
-        ("/tmp/s", "/tmp/s", "different names"),
+        (&*at("s"), "/nowhere/m", "/nowhere/m: may not be written"),
+        ("/tmp/s", &*at("m"), "--allow-paths"),
+        (&*at("../s"), &*at("m"), "may not be written"),
+        (&*at("s"), &*at("s"), "different names"),
+        (&*at("s"), &*at("folder"), "folder: "),
     ] {
         let answer = ask(state, memory)?;
         let message = answer.body["fault_message"]
@@ -336,7 +348,7 @@ fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
 
 #[test]
 fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
-    let launch = Launch::new()?.cpus(2).option("--rng", "on");
+    let launch = savable()?.cpus(2).option("--rng", "on");
     let launch = launch.option("--balloon", "size=64M,statistics=1");
     let disk = launch.folder().join("disk");
     let content: Vec<u8> = (0..8 << 20)

@@ -219,9 +219,17 @@ fn set_state(socket: &Path, state: &str) -> Result<String, ClientError> {
     Ok(String::new())
 }
 
-/// The monitor may have another working directory, so it gets whole paths.
+/// The monitor may have another working directory, and compares real paths, so it gets such.
+fn whole(path: &Path) -> PathBuf {
+    let folder = path.parent().filter(|it| !it.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).canonicalize();
+    match (folder, path.file_name()) {
+        (Ok(folder), Some(name)) => folder.join(name),
+        _ => path.to_owned(),
+    }
+}
+
 fn snapshot(socket: &Path, state: &Path, memory: &Path) -> Result<String, ClientError> {
-    let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let machine: InstanceInfo = parse(get(socket, "/")?)?;
     set_state(socket, "Paused")?;
     let body = json!({

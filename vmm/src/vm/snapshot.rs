@@ -137,6 +137,9 @@ impl Saver {
         let start = Instant::now();
         let config = &self.instance.config;
         refuse(config)?;
+        for path in [memory, state] {
+            refuse_outside(path, &config.allow_paths)?;
+        }
         self.refuse_exchanged()?;
         let id = snapshot_id().map_err(text)?;
         let written = snapshot::create(memory, state, |file| {
@@ -238,7 +241,49 @@ fn refuse(config: &MachineConfig) -> Result<(), String> {
     }
 }
 
+/// A client of the API may write only what lies in one of `folders` itself, which have real paths. A link of that name is
+/// replaced, not followed.
+fn refuse_outside(path: &Path, folders: &[PathBuf]) -> Result<(), String> {
+    let folder = path.file_name().and(path.parent());
+    if folder.is_some_and(|it| folders.iter().any(|allowed| allowed == it)) {
+        return Ok(());
+    }
+    Err(format!(
+        "{}: may not be written: start the machine with --allow-paths and the folder that it is in, and give the folder's real path",
+        path.display()
+    ))
+}
+
 fn snapshot_id() -> io::Result<SnapshotId> {
     let block = random_block()?;
     Ok(std::array::from_fn(|at| block[at]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_names_files_in_allowed_folders_only() {
+        let folders = ["/srv/a", "/srv/b"].map(PathBuf::from);
+        for (path, is_allowed) in [
+            ("/srv/a/state", true),
+            ("/srv/b/./state", true),
+            ("/srv/state", false),
+            ("/srv/a", false),
+            ("/srv/a/..", false),
+            ("/srv/a/../state", false),
+            ("/srv/a/c/../../state", false),
+            ("/srv/a/c/state", false),
+            ("/srv/ab/state", false),
+            ("srv/a/state", false),
+            ("state", false),
+            ("", false),
+        ] {
+            let refused = refuse_outside(Path::new(path), &folders);
+            assert_eq!(refused.is_ok(), is_allowed, "{path}: {refused:?}");
+        }
+        let refused = refuse_outside(Path::new("/srv/a/state"), &[]).unwrap_err();
+        assert!(refused.starts_with("/srv/a/state: ") && refused.contains("--allow-paths"));
+    }
 }
