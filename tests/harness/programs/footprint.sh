@@ -3,9 +3,9 @@
 # `burst` builds it from nothing; `start` starts Redis,
 # and keeps /dev/vdd open; `fill KEYS` has it hold so many values of 4 KiB; `flush` empties it;
 # `scan` reads /dev/vdd; `rest` drops what the page cache holds.
-# The project lies in FOLDER, /root/project by default.
+# The project lies in FOLDER, /srv/project by default.
 set -e
-folder=${FOLDER:-/root/project}
+folder=${FOLDER:-/srv/project}
 mkdir -p "$folder"
 cd "$folder"
 functions() {

@@ -19,16 +19,16 @@ as_postgres() { setpriv --reuid=postgres --regid=postgres --init-groups "$@"; }
 # The same sources are built twice: all objects must be equal, and the program must compute what it computes without optimization.
 compile() {
     for folder in a b; do
-        FOLDER=/root/$folder must "sources" bash "$here/footprint.sh" project "$size" 4
-        FOLDER=/root/$folder must "the build" bash "$here/footprint.sh" burst
+        FOLDER=/srv/$folder must "sources" bash "$here/footprint.sh" project "$size" 4
+        FOLDER=/srv/$folder must "the build" bash "$here/footprint.sh" burst
     done
     objects=0
-    for object in /root/a/*.o; do
-        must "$object is the same in both builds" cmp "$object" "/root/b/${object##*/}"
+    for object in /srv/a/*.o; do
+        must "$object is the same in both builds" cmp "$object" "/srv/b/${object##*/}"
         objects=$((objects + 1))
     done
-    must "a build without optimization" gcc -O0 -o /root/plain /root/a/*.c
-    [ "$(/root/plain)" = "$(/root/a/program)" ] || { echo "wrong: what the program computes"; exit 1; }
+    must "a build without optimization" gcc -O0 -o /srv/plain /srv/a/*.c
+    [ "$(/srv/plain)" = "$(/srv/a/program)" ] || { echo "wrong: what the program computes"; exit 1; }
     echo "ok objects=$objects"
 }
 
@@ -56,7 +56,7 @@ postgresql() {
 # The digest of all values must stay the same over a save by a forked child, and a reload of what that has written.
 redis() {
     cli="redis-cli -s /tmp/checked.sock"
-    redis-server --port 0 --unixsocket /tmp/checked.sock --save '' --dir /root --dbfilename checked.rdb --enable-debug-command local \
+    redis-server --port 0 --unixsocket /tmp/checked.sock --save '' --dir /srv --dbfilename checked.rdb --enable-debug-command local \
         >/tmp/redis.log 2>&1 &
     for _ in $(seq 300); do
         [ "$($cli ping 2>/dev/null)" = PONG ] && break
@@ -70,7 +70,7 @@ redis() {
         digest=$($cli debug digest)
         $cli bgsave >/dev/null
         while $cli info persistence | grep -q rdb_bgsave_in_progress:1; do sleep 0.1; done
-        must "the file that was saved" redis-check-rdb /root/checked.rdb
+        must "the file that was saved" redis-check-rdb /srv/checked.rdb
         $cli debug reload >/dev/null
         [ "$($cli debug digest)" = "$digest" ] || { echo "wrong: the digest after a reload"; exit 1; }
         [ "$($cli eval "$wrong" 0 $letter "$size")" = 0 ] || { echo "wrong: values"; exit 1; }
@@ -83,11 +83,11 @@ redis() {
 
 # Packages of a local repository are installed; every file must have the checksum that its package lists.
 apt_() {
-    rm -rf /root/repository
-    mkdir -p /root/repository
-    cd /root/repository
+    rm -rf /srv/repository
+    mkdir -p /srv/repository
+    cd /srv/repository
     for number in $(seq "$size"); do
-        root=/root/package$number
+        root=/srv/package$number
         mkdir -p "$root/DEBIAN" "$root/opt/checked$number"
         find /usr/lib/x86_64-linux-gnu -maxdepth 1 -name "lib*.so.*" -type f -size -2048k | sort | awk -v n="$number" -v all="$size" 'NR % all == n - 1' \
             | xargs cp -t "$root/opt/checked$number"
@@ -104,8 +104,8 @@ apt_() {
             echo
         } >>Packages
     done
-    echo "deb [trusted=yes] file:/root/repository ./" >/root/sources.list
-    options="-o Dir::Etc::sourcelist=/root/sources.list -o Dir::Etc::sourceparts=/dev/null -o APT::Sandbox::User=root"
+    echo "deb [trusted=yes] file:/srv/repository ./" >/srv/sources.list
+    options="-o Dir::Etc::sourcelist=/srv/sources.list -o Dir::Etc::sourceparts=/dev/null -o APT::Sandbox::User=root"
     must "apt-get update" apt-get $options update
     names=$(seq -f 'checked%g' "$size")
     must "apt-get install" apt-get $options install -y $names
