@@ -347,6 +347,38 @@ fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
 }
 
 #[test]
+fn what_cannot_be_saved_says_why_and_goes_on() -> Result<()> {
+    for (option, value, what) in [
+        ("--transport", "pci", "devices on PCI"),
+        ("--vsock", "cid=3,path=v", "a vsock"),
+        ("--lazy", "strict=on", "strict mode"),
+        ("--arena", "size=64M", "arenas"),
+    ] {
+        let launch = savable()?.memory("size=64M").serial("null");
+        let folder = launch.folder().canonicalize().context("the folder")?;
+        let at = |name: &str| folder.join(name).to_string_lossy().into_owned();
+        let value = value.replace("path=v", &format!("path={}", at("v")));
+        let kernel = folder.join("kernel");
+        talker(16).write(&kernel).context("write the guest")?;
+        let mut monitor = launch.kernel(&kernel).option(option, &value).start()?;
+        until_often("the API answers", LONG, || {
+            Ok(monitor.api().is_running(monitor.pid()).then_some(()))
+        })?;
+        ctl(&monitor, "pause")?;
+        let before = names(&folder)?;
+        let body = json!({ "snapshot_path": at("s"), "mem_file_path": at("m") });
+        let answer = monitor.api().request("PUT", "/snapshot/create", &body)?;
+        let message = answer.body["fault_message"].as_str().unwrap_or("");
+        assert!(answer.status == 400 && message.contains(what), "{message}");
+        assert_eq!(names(&folder)?, before);
+        ctl(&monitor, "resume")?;
+        ctl(&monitor, "stop")?;
+        assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    }
+    Ok(())
+}
+
+#[test]
 fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
     let launch = savable()?.cpus(2).option("--rng", "on");
     let launch = launch.option("--balloon", "size=64M,statistics=1");
@@ -398,6 +430,14 @@ fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
         })?;
     }
     assert!(api.reclaim(96 << 20)?.reclaimed_bytes >= 90 << 20);
+    // It is saved over the files that it runs from, killed, and goes on once more.
+    snapshot(&monitor)?;
+    monitor.kill_and_restore(&["--resume"])?;
+    let mut guest = monitor.restored_guest()?;
+    assert_eq!(guest.must("sha256sum </tmp/data")?, kept);
+    assert_eq!(guest.must(read)?, sum);
+    let said = guest.must("dmesg | grep -c 'virtual machine fork'")?;
+    assert_eq!(said.trim(), "2");
     api.set_balloon(0)?;
     let write = "dd if=/tmp/data of=/dev/vda bs=1M count=4 conv=fsync,notrunc 2>/dev/null";
     guest.must(&format!("{write}; cmp -n 4194304 /tmp/data /dev/vda"))?;
