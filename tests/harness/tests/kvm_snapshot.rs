@@ -396,6 +396,8 @@ fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
     let sum = guest.must(read)?;
     let random = "dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null; sha256sum </tmp/data";
     let kept = guest.must(random)?;
+    // Nobody looks at this before the second restore.
+    let rest = guest.must("head -c 12M /dev/urandom >/tmp/rest; sha256sum </tmp/rest")?;
     // It hashes what is in memory and on the disk all the time.
     let both = format!("{{ {read}; sha256sum </tmp/data; }}");
     guest.must(&format!(
@@ -438,6 +440,7 @@ fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
     assert_eq!(guest.must(read)?, sum);
     let said = guest.must("dmesg | grep -c 'virtual machine fork'")?;
     assert_eq!(said.trim(), "2");
+    assert_eq!(guest.must("sha256sum </tmp/rest")?, rest);
     api.set_balloon(0)?;
     let write = "dd if=/tmp/data of=/dev/vda bs=1M count=4 conv=fsync,notrunc 2>/dev/null";
     guest.must(&format!("{write}; cmp -n 4194304 /tmp/data /dev/vda"))?;

@@ -10,12 +10,16 @@ use super::GuestMemory;
 use crate::guest_kernel::{GuestKernel, Lost};
 use crate::memory::GuestRam;
 
+/// Most ranges smaller than a block that are told. A guest decides how many it makes; what is beyond is saved as if it were
+/// in use.
+const MAX_FRAGMENTS: usize = 1 << 20;
+
 /// A chunk that reclaim has taken is back within about a millisecond.
 const WAIT: Duration = Duration::from_millis(1);
 
 impl GuestMemory {
-    /// All lazily freed memory, in whatever state, ascending. The machine must be paused: then reclaim moves ranges from one
-    /// state to another, and nothing else happens to them.
+    /// Lazily freed memory, in whatever state, ascending: all but what lies beyond a million fragments. The machine must be
+    /// paused: then reclaim moves ranges from one state to another, and nothing else happens to them.
     #[must_use]
     pub fn lazily_free(&self) -> Vec<GpaRange> {
         let mut all = Vec::new();
@@ -25,7 +29,7 @@ impl GuestMemory {
                 let totals = self.lazy.survey(block).totals;
                 let tracked = totals.lazy + totals.unmapped + totals.discarded + totals.reclaiming;
                 if found.iter().map(|range| range.len()).sum::<u64>() == tracked {
-                    all.extend(found);
+                    found.into_iter().for_each(|range| add(&mut all, range));
                     break;
                 }
                 // A part is in flight.
@@ -53,7 +57,8 @@ impl GuestMemory {
         found
     }
 
-    /// What is free by the guest kernel's free lists, ascending, if they are read. The machine must be paused.
+    /// What is free by the guest kernel's free lists, ascending, if they are read; all but what lies beyond a million
+    /// fragments. The machine must be paused.
     #[must_use]
     pub fn free_in_lists(&self) -> Vec<GpaRange> {
         let Some(kernel) = self.kernel.current() else {
@@ -69,11 +74,11 @@ impl GuestMemory {
             let mut rest = Some(region.gpa);
             while let Some(within) = rest {
                 let end = kernel.find_free(memory, within, 0, &mut candidates);
+                for range in candidates.drain(..) {
+                    listed(&kernel, memory, range, &mut free);
+                }
                 rest = GpaRange::new(end, region.gpa.end());
             }
-        }
-        for range in candidates {
-            listed(&kernel, memory, range, &mut free);
         }
         merge(&mut free);
         if let Some(first) = free.first().copied()
@@ -105,8 +110,20 @@ fn listed(kernel: &GuestKernel, memory: &GuestRam, range: GpaRange, free: &mut V
             let is_free = piece.end() <= range.end() && kernel.is_free(memory, piece);
             is_free.then_some(piece)
         });
-        free.extend(piece);
+        piece.into_iter().for_each(|piece| add(free, piece));
         at = piece.map_or(at + PAGE_SIZE, GpaRange::end);
+    }
+}
+
+/// Adds `range` to the ranges before it, unless it is one fragment too many.
+fn add(ranges: &mut Vec<GpaRange>, range: GpaRange) {
+    let is_full = ranges.len() >= MAX_FRAGMENTS;
+    match ranges.last_mut() {
+        Some(last) if last.end() == range.start() => {
+            *last = GpaRange::new(last.start(), range.end()).unwrap_or(*last);
+        }
+        _ if is_full && range.len() < BLOCK_SIZE => {}
+        _ => ranges.push(range),
     }
 }
 
@@ -119,4 +136,25 @@ pub fn merge(ranges: &mut Vec<GpaRange>) {
             .flatten();
         grown.map(|grown| *last = grown).is_some()
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_cannot_make_the_list_longer_than_a_million_fragments() {
+        let mut ranges = Vec::new();
+        let page = |at: u64, pages: u64| GpaRange::new(at << 12, (at + pages) << 12).unwrap();
+        for at in (0..4_000_000).step_by(2) {
+            add(&mut ranges, page(at, 1));
+        }
+        assert_eq!(ranges.len(), MAX_FRAGMENTS);
+        // Whole blocks, and what continues the last range, are told all the same.
+        add(&mut ranges, page(4_000_256, 512));
+        add(&mut ranges, page(4_000_768, 1));
+        add(&mut ranges, page(4_000_770, 1));
+        assert_eq!(ranges.len(), MAX_FRAGMENTS + 1);
+        assert_eq!(ranges.last(), Some(&page(4_000_256, 513)));
+    }
 }

@@ -343,7 +343,9 @@ impl GuestRam {
         let address = mapping.address() + extent.offset;
         let map = self.process.page_map().filter(|_| !mapping.is_shared());
         if let Some(Ok(held)) = map.map(|map| map.held(address, extent.len)) {
-            return Some(held as u64);
+            // What is in a file and was not touched yet is content that the host does not hold.
+            let is_told = held > 0 || !mapping.is_of_file(extent.offset, extent.len);
+            return is_told.then_some(held as u64);
         }
         let resident = mapping.resident_part(extent.offset, extent.len).ok()?;
         (resident > 0).then_some(resident as u64)

@@ -176,6 +176,13 @@ impl Mapping {
         self.overlay.is_some()
     }
 
+    /// Returns true if a block of 2 MiB that this part meets is, at least in part, a private mapping of a file.
+    #[must_use]
+    pub fn is_of_file(&self, offset: usize, len: usize) -> bool {
+        let overlay = self.overlay.as_ref();
+        overlay.is_some_and(|overlay| overlay.meets(offset, len))
+    }
+
     /// Frees the pages of a part that nobody will use any more. What is read there all the same is undefined.
     ///
     /// # Errors
