@@ -219,12 +219,21 @@ pub fn rss_estimate(pid: u32) -> Result<u64> {
         .context(format_args!("{path}: {text:?}"))
 }
 
+/// Resident bytes of a process beside its guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overhead {
+    /// Memory that this process alone has.
+    pub own: u64,
+    /// Unchanged pages of its program and libraries, which all processes of the same program share.
+    pub shared: u64,
+}
+
 /// Resident bytes of everything in a process but its guest's memory, which are the anonymous mappings of
 /// `guest_bytes` in all.
 ///
 /// # Errors
 /// When the process is gone, or no such mappings are found.
-pub fn overhead(pid: u32, guest_bytes: u64) -> Result<u64> {
+pub fn overhead(pid: u32, guest_bytes: u64) -> Result<Overhead> {
     let path = format!("/proc/{pid}/smaps");
     beside_guest(&mappings(&read(&path)?), guest_bytes).context(format_args!(
         "{path} has no mapping for {guest_bytes} bytes of guest memory"
@@ -251,6 +260,25 @@ struct Mapping {
     anonymous: bool,
     size: u64,
     rss: u64,
+    /// The part of `rss` that is unchanged pages of a program or a library.
+    shared: u64,
+}
+
+impl Mapping {
+    /// A mapping's part of /proc/PID/smaps.
+    fn new(part: &str) -> Self {
+        let head = part.lines().next().unwrap_or_default();
+        let words: Vec<&str> = head.split_whitespace().collect();
+        let bytes = |name| field(part, name).unwrap_or(0);
+        let code = words.len() == 6 && words[5].starts_with('/') && !words[5].starts_with("/dev/");
+        Self {
+            start: start(part),
+            anonymous: words.len() == 5,
+            size: bytes("Size"),
+            rss: bytes("Rss"),
+            shared: u64::from(code) * (bytes("Rss") - bytes("Anonymous")),
+        }
+    }
 }
 
 /// The mappings of /proc/PID/smaps.
@@ -264,16 +292,7 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
             .next()
             .is_some_and(|word| !word.ends_with(':'));
         if is_head && !part.is_empty() {
-            let words = part
-                .lines()
-                .next()
-                .map_or(0, |head| head.split_whitespace().count());
-            found.push(Mapping {
-                start: start(&part),
-                anonymous: words == 5,
-                size: field(&part, "Size").unwrap_or(0),
-                rss: field(&part, "Rss").unwrap_or(0),
-            });
+            found.push(Mapping::new(&part));
             part.clear();
         }
         part.push_str(line);
@@ -289,9 +308,12 @@ fn start(part: &str) -> u64 {
 }
 
 /// Resident bytes outside of the guest's memory.
-fn beside_guest(mappings: &[Mapping], guest_bytes: u64) -> Option<u64> {
+fn beside_guest(mappings: &[Mapping], guest_bytes: u64) -> Option<Overhead> {
     let (_, others) = split_guest(mappings, guest_bytes)?;
-    Some(others.iter().map(|mapping| mapping.rss).sum())
+    let shared = others.iter().map(|mapping| mapping.shared).sum();
+    let rss: u64 = others.iter().map(|mapping| mapping.rss).sum();
+    let own = rss - shared;
+    Some(Overhead { own, shared })
 }
 
 /// The guest's memory, and the rest: the largest anonymous mapping that is not larger than the guest's is
@@ -403,6 +425,7 @@ mod tests {
 55d0-55e0 r-xp 00000000 fe:01 123   /bin/ebb
 Size:               2048 kB
 Rss:                 700 kB
+Anonymous:             8 kB
 VmFlags: rd ex
 7f00-7f80 rw-p 00000000 00:00 0
 Size:             131072 kB
@@ -421,6 +444,7 @@ Rss:                  40 kB
             anonymous: true,
             size: 128 << 20,
             rss: 90_000 << 10,
+            shared: 0,
         };
         assert_eq!(found[1], ram);
         assert!(!found[0].anonymous && !found[2].anonymous);
@@ -429,7 +453,11 @@ Rss:                  40 kB
     #[test]
     fn overhead_is_what_the_guest_does_not_account_for() {
         let found = mappings(SMAPS);
-        assert_eq!(beside_guest(&found, 128 << 20), Some(740 << 10));
+        let overhead = Overhead {
+            own: 48 << 10,
+            shared: 692 << 10,
+        };
+        assert_eq!(beside_guest(&found, 128 << 20), Some(overhead));
         assert_eq!(beside_guest(&found, 256 << 20), None);
     }
 
