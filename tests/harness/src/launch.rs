@@ -77,14 +77,15 @@ impl Launch {
     ///
     /// # Errors
     /// When its folder or images cannot be given to it.
-    pub fn jailed(mut self, user: u32) -> Result<Self> {
+    pub fn jailed(mut self, user: u32, options: &[&str]) -> Result<Self> {
         let folder = self.folder.path();
         chown(folder, Some(user), Some(user)).context(folder.display())?;
         let number = user.to_string();
         self.command = Command::new(&self.images.ebb);
         self.command
             .args(["jail", "--uid", &number, "--gid", &number, "--folder"]);
-        self.command.arg(folder).args(["--", "--id", "stock"]);
+        self.command.arg(folder).args(options);
+        self.command.args(["--", "--id", "stock"]);
         // A jail follows no links.
         for image in [Some(&mut self.kernel), self.initramfs.as_mut()]
             .into_iter()

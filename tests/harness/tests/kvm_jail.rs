@@ -2,9 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{chown, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use ebb_harness::Launch;
 use ebb_harness::error::{Context, Result};
@@ -340,17 +343,59 @@ fn what_a_jail_refuses() -> Result<()> {
     jail.vanished()
 }
 
-/// A Debian guest boots in a jail, and is asked to end.
+/// A network namespace with the tap `ebbjail1`, and a process that keeps it until this is dropped.
+struct Namespace(Child);
+
+impl Namespace {
+    fn start() -> Result<Self> {
+        let script = "busybox tunctl -t ebbjail1 >/dev/null && busybox ip addr add 10.77.8.1/24 dev ebbjail1 && \
+                      busybox ip link set dev ebbjail1 up && echo ready && exec busybox cat >/dev/null";
+        let mut command = Command::new("busybox");
+        command.args(["unshare", "--net", "busybox", "sh", "-c", script]);
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let mut space = Self(child.context("busybox unshare")?);
+        let mut line = String::new();
+        let output = space.0.stdout.take().context("its output")?;
+        BufReader::new(output)
+            .read_line(&mut line)
+            .context("its output")?;
+        assert_eq!(line, "ready\n");
+        Ok(space)
+    }
+
+    fn path(&self) -> String {
+        format!("/proc/{}/ns/net", self.0.id())
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // It ends with its input.
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// A Debian guest boots in a jail, reaches a network of a namespace that is not the caller's, and is asked to end. Its vsock's
+/// socket goes with it.
 #[test]
-fn a_stock_guest_runs_in_a_jail() -> Result<()> {
-    let launch = Launch::new()?.jailed(64_099)?;
-    let mut monitor = launch.start()?;
+fn a_stock_guest_runs_in_a_jail_and_reaches_its_network() -> Result<()> {
+    let space = Namespace::start()?;
+    let launch = Launch::new()?.jailed(64_099, &["--netns", &space.path()])?;
+    let vsock = launch.folder().join("v");
+    let mut monitor = launch
+        .option("--net", "tap=ebbjail1")
+        .option("--vsock", "cid=3,path=v")
+        .start()?;
     let mut guest = monitor.guest()?;
     assert!(guest.must("uname -r")?.contains("amd64"));
+    guest.must("ip addr add 10.77.8.2/24 dev eth0 && ip link set dev eth0 up")?;
+    guest.must("ping -c 1 -W 60 10.77.8.1")?;
+    UnixStream::connect(&vsock).context("connect to the vsock")?;
     let info = monitor.api().get("/")?;
     assert_eq!(info["pid"], 2, "{info}");
     guest.ask("exit")?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
-    assert!(!Path::new("/sys/fs/cgroup/ebb/stock").exists());
+    assert!(!vsock.exists() && !Path::new("/sys/fs/cgroup/ebb/stock").exists());
     Ok(())
 }
