@@ -70,6 +70,12 @@ impl Cgroup {
         Ok(Self(own))
     }
 
+    /// Its folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// A file of it.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use crate::cgroup::Cgroup;
+use crate::container::{Container, USER};
 use crate::error::{Context, Result};
 use crate::images::Images;
 use crate::monitor::Monitor;
@@ -87,13 +88,34 @@ impl Launch {
         self.command.arg(folder).args(options);
         self.command.args(["--", "--id", "stock"]);
         // A jail follows no links.
+        self.follow_links()?;
+        Ok(self)
+    }
+
+    /// Puts the monitor into a container.
+    ///
+    /// # Errors
+    /// When its folder or images cannot be given to it.
+    pub fn contained(mut self, container: &Container) -> Result<Self> {
+        let folder = self.folder.path();
+        chown(folder, Some(USER), Some(USER)).context(folder.display())?;
+        self.follow_links()?;
+        let initramfs = self.initramfs.as_deref();
+        let images: Vec<&Path> = initramfs.into_iter().chain([&*self.kernel]).collect();
+        self.command = container.command(self.folder.path(), &images);
+        self.command.arg("run");
+        Ok(self)
+    }
+
+    /// Names the images by paths without symbolic links.
+    fn follow_links(&mut self) -> Result<()> {
         for image in [Some(&mut self.kernel), self.initramfs.as_mut()]
             .into_iter()
             .flatten()
         {
             *image = image.canonicalize().context(image.display())?;
         }
-        Ok(self)
+        Ok(())
     }
 
     /// Another kernel.

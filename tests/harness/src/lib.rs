@@ -4,6 +4,7 @@
 pub mod api;
 pub mod cgroup;
 pub mod console;
+pub mod container;
 pub mod debian;
 pub mod error;
 pub mod free_pages;
@@ -15,6 +16,7 @@ pub mod inject;
 pub mod integrity;
 pub mod jail;
 pub mod launch;
+pub mod libraries;
 pub mod monitor;
 pub mod network;
 pub mod payload_vm;

@@ -30,6 +30,8 @@ const PACKAGES: &[&str] = &[
     "strace",
     "systemd",
     "util-linux",
+    "crun",
+    "podman",
     "gcc",
     "libc6-dev",
     "make",
