@@ -170,6 +170,22 @@ impl Api {
         self.must("GET", path, &Value::Null)
     }
 
+    /// The metrics as Prometheus gets them.
+    ///
+    /// # Errors
+    /// When there is no answer, or one that is no text.
+    pub fn metrics_text(&self) -> Result<String> {
+        let raw = self.exchange("GET", "/metrics", "")?;
+        let text = String::from_utf8(raw).context("GET /metrics")?;
+        let (head, body) = text
+            .split_once("\r\n\r\n")
+            .context("GET /metrics: no body")?;
+        match head.contains("200 OK") {
+            true => Ok(body.to_owned()),
+            false => Err(Error::new(format!("GET /metrics: {text}"))),
+        }
+    }
+
     /// Returns true if the machine of the process `pid` answers, and has been built.
     #[must_use]
     pub fn is_running(&self, pid: u32) -> bool {

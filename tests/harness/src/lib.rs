@@ -21,6 +21,7 @@ pub mod monitor;
 pub mod network;
 pub mod payload_vm;
 pub mod programs;
+pub mod promtool;
 pub mod refusal;
 pub mod restart;
 pub mod size;

@@ -18,6 +18,8 @@ pub(super) enum Reply {
     Done,
     /// Status 200, and this body.
     Json(Value),
+    /// Status 200, and this text for Prometheus.
+    Text(String),
 }
 
 impl Reply {
@@ -66,13 +68,15 @@ impl From<CommandError> for Fault {
 pub(super) enum Handler {
     /// Also while the machine is being built.
     Always(fn(&dyn Instance, &[u8]) -> Result<Reply, Fault>),
+    /// The metrics for Prometheus: also while the machine is being built, then those that there are.
+    Metrics,
     /// When the machine runs.
     Running(fn(&dyn Controller, &[u8]) -> Result<Reply, Fault>),
     /// The same, with the word of the path that stands for [`NAME`].
     Named(fn(&dyn Controller, &str, &[u8]) -> Result<Reply, Fault>),
 }
 
-use Handler::{Always, Named, Running};
+use Handler::{Always, Metrics, Named, Running};
 
 /// Stands for the last word of a path.
 const NAME: &str = "{id}";
@@ -94,6 +98,7 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
         "/vm/config",
         Always(|machine, _| Reply::json(&view::config(machine.config()))),
     ),
+    (Method::GET, "/metrics", Metrics),
     (Method::PATCH, "/vm", Running(patch_vm)),
     (Method::PUT, "/snapshot/create", Running(put_snapshot)),
     (Method::PUT, "/snapshot/load", Always(put_load)),

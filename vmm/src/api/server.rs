@@ -24,7 +24,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
-use super::routes::{self, Fault, Handler, Reply};
+use super::routes::{Fault, Handler, Reply};
+use super::{prometheus, routes};
 use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::{Controller, Instance};
 use crate::sys::panic_point;
@@ -303,17 +304,22 @@ async fn answer(
     };
     let machine = match handler {
         Handler::Always(_) => None,
+        Handler::Metrics => served.machine.borrow().clone(),
         Handler::Running(_) | Handler::Named(_) => {
-            served.machine.wait_for(Option::is_some).await.ok()
+            let machine = served.machine.wait_for(Option::is_some).await.ok();
+            machine.and_then(|machine| machine.clone())
         }
     };
-    let machine = machine.and_then(|machine| machine.clone());
     is_busy.store(true, Ordering::Relaxed);
     let commands = Arc::clone(&served.commands);
     let command = move || {
         panic_point();
         match (handler, machine) {
             (Handler::Always(handler), _) => handler(served.instance.as_ref(), &body),
+            (Handler::Metrics, machine) => Ok(Reply::Text(prometheus::text(
+                served.instance.as_ref(),
+                machine.as_deref(),
+            ))),
             (Handler::Running(handler), Some(machine)) => handler(machine.as_ref(), &body),
             (Handler::Named(handler), Some(machine)) => {
                 handler(machine.as_ref(), routes::name_in(&path), &body)
@@ -356,6 +362,12 @@ fn respond(reply: Result<Reply, Fault>) -> Response<Full<Bytes>> {
     let json = match reply {
         Ok(Reply::Done) => {
             *response.status_mut() = StatusCode::NO_CONTENT;
+            return response;
+        }
+        Ok(Reply::Text(text)) => {
+            let text_type = HeaderValue::from_static(prometheus::CONTENT_TYPE);
+            response.headers_mut().insert(CONTENT_TYPE, text_type);
+            *response.body_mut() = Full::from(text);
             return response;
         }
         Ok(Reply::Json(value)) => value,

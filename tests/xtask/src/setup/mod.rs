@@ -4,6 +4,7 @@ mod apt;
 mod kernel;
 mod other_kernel;
 mod program_disk;
+mod promtool;
 mod qemu;
 mod root_disk;
 mod stamp;
@@ -69,6 +70,7 @@ fn prepare(refresh: bool) -> Result<Assets> {
     let _lock = lock(&cache)?;
     apt::install(PACKAGES)?;
     qemu::ensure(&cache)?;
+    promtool::ensure(&cache)?;
     let release = kernel::ensure(&cache, refresh)?;
     let assets = Assets::locate(&root, &release);
     root_disk::ensure(&root, &assets.root_disk)?;

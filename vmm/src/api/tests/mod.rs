@@ -3,6 +3,7 @@
 mod document;
 mod drives;
 mod names;
+mod prometheus;
 
 use std::fs;
 use std::io::{Read, Write};
