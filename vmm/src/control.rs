@@ -80,6 +80,12 @@ pub trait Instance: Send + Sync {
     /// Ends the machine, as a SIGTERM to the monitor would. Returns at once.
     fn stop(&self);
 
+    /// Writes the counters to the file of `--metrics-path`. Does not wait for the file.
+    ///
+    /// # Errors
+    /// [`CommandError::NoDevice`] without such a file.
+    fn flush_metrics(&self) -> Result<(), CommandError>;
+
     /// Presses Ctrl-Alt-Del on the guest's keyboard: asks it to shut down. Returns at once.
     ///
     /// # Errors

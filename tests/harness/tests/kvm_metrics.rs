@@ -1,7 +1,10 @@
 //! What a running machine tells those who watch it.
 
+use std::fs;
+
 use ebb_harness::error::{Context, Result};
 use ebb_harness::{Launch, promtool};
+use serde_json::{Value, json};
 
 /// The value of the first sample whose line begins with `name`.
 fn value(text: &str, name: &str) -> Result<u64> {
@@ -14,16 +17,16 @@ fn value(text: &str, name: &str) -> Result<u64> {
 #[test]
 fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     let launch = Launch::new()?;
+    let socket = launch.folder().join("v");
     let disk = launch.images().root_disk.clone();
     let launch = launch
         .disk(&disk, true)
         .option("--balloon", "size=0,statistics=1,free_page_reporting=on")
         .option("--arena", "id=heap,size=64M")
-        .option(
-            "--vsock",
-            &format!("cid=3,path={}", launch.folder().join("v").display()),
-        )
+        .option("--vsock", &format!("cid=3,path={}", socket.display()))
         .option("--rng", "on");
+    let metrics = launch.folder().join("metrics");
+    let launch = launch.option("--metrics-path", &metrics.to_string_lossy());
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
     guest.must("dd if=/dev/vda of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null")?;
@@ -33,7 +36,21 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     assert!(value(&text, "ebb_resident_bytes{")? > 16 << 20, "{text}");
     assert_eq!(value(&text, "ebb_running{")?, 1);
     assert_eq!(value(&text, "ebb_memory_bytes{")?, 256 << 20);
+    // The line of the start, one on request, and one of the end; each tells what was counted since the last.
+    let action = json!({ "action_type": "FlushMetrics" });
+    monitor.api().must("PUT", "/actions", &action)?;
+    guest.must("dd if=/dev/vda of=/dev/null bs=1M count=1 iflag=direct 2>/dev/null")?;
     monitor.api().stop()?;
     assert_eq!(monitor.wait()?, 0);
+    let text = fs::read_to_string(&metrics).context(metrics.display())?;
+    let read = |line: &str| -> Result<u64> {
+        let line: Value = serde_json::from_str(line).context(line)?;
+        line["block_disk0"]["read_bytes"].as_u64().context(line)
+    };
+    let read: Vec<u64> = text.lines().map(read).collect::<Result<_>>()?;
+    assert!(
+        matches!(*read, [_, a, b] if a >= 4 << 20 && (1 << 20..4 << 20).contains(&b)),
+        "{text}"
+    );
     Ok(())
 }

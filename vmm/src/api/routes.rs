@@ -277,6 +277,10 @@ fn put_action(machine: &dyn Instance, body: &[u8]) -> Result<Reply, Fault> {
             machine.stop();
             Ok(Reply::Done)
         }
+        "FlushMetrics" => {
+            machine.flush_metrics()?;
+            Ok(Reply::Done)
+        }
         "SendCtrlAltDel" => {
             machine.press_ctrl_alt_del()?;
             Ok(Reply::Done)
@@ -285,7 +289,7 @@ fn put_action(machine: &dyn Instance, body: &[u8]) -> Result<Reply, Fault> {
             "InstanceStart is not possible: the machine is already running",
         )),
         other => Err(Fault::bad_request(format!(
-            "unknown action_type '{other}'; there are InstanceStart, InstanceStop, SendCtrlAltDel"
+            "unknown action_type '{other}'; there are FlushMetrics, InstanceStart, InstanceStop, SendCtrlAltDel"
         ))),
     }
 }

@@ -51,6 +51,8 @@ pub struct MachineConfig {
     pub lazy: LazyConfig,
     /// Socket on which the API is served.
     pub api_socket: Option<PathBuf>,
+    /// Where the counters go in Firecracker's JSON.
+    pub metrics_path: Option<PathBuf>,
     /// Start the helper processes that free memory and clean up after the monitor's end, also when it is killed.
     pub guardian: bool,
     /// The words of the command line that it was made from, for a snapshot.

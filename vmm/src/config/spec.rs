@@ -84,6 +84,9 @@ pub struct MachineSpec {
     /// Serve the REST API on this unix socket
     #[arg(long, value_name = "PATH|path=PATH", alias = "api-sock")]
     pub api_socket: Option<SocketSpec>,
+    /// Append the counters to this file or FIFO in Firecracker's JSON: at the start, each minute, at the end, and on request
+    #[arg(long, value_name = "PATH")]
+    pub metrics_path: Option<PathBuf>,
     /// Helper processes that free the machine's memory and clean up after the monitor's end, also when it is killed
     #[arg(long, action = Set, value_parser = on_off(), value_name = "on|off", hide_possible_values = true, default_value = "on")]
     pub guardian: bool,

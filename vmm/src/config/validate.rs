@@ -49,6 +49,9 @@ impl MachineSpec {
         if let Some(path) = &api_socket {
             check_socket("--api-socket", path)?;
         }
+        if let Some(path) = &self.metrics_path {
+            check_output("--metrics-path", path)?;
+        }
         if let Some(vsock) = &self.vsock {
             check_vsock_path(&vsock.path)?;
         }
@@ -75,6 +78,7 @@ impl MachineSpec {
             rng: self.rng,
             lazy,
             api_socket,
+            metrics_path: self.metrics_path,
             guardian: self.guardian,
             words: Vec::new(),
             seccomp: self.seccomp.into(),

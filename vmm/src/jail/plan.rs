@@ -116,6 +116,7 @@ fn made<'a>(
         balloon: _,
         rng: _,
         lazy: _,
+        metrics_path,
         guardian: _,
         seccomp: _,
         id: _,
@@ -129,6 +130,7 @@ fn made<'a>(
     // A cache that machines share would let one choose the kernel of another.
     let cache = kernel_cache.get_or_insert(KernelCache(None));
     made.extend(cache.0.as_mut().map(|path| ("--kernel-cache", path)));
+    made.extend(metrics_path.as_mut().map(|path| ("--metrics-path", path)));
     made.extend(log.map(|path| ("--log-file", path)));
     made
 }

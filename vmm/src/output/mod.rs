@@ -3,6 +3,7 @@
 //! Whoever writes puts bytes into a bounded buffer and goes on. A thread of the [`Outlet`] writes them to a terminal, a pipe
 //! or a file, however long that takes. What does not fit is dropped and counted, and a line among the output says so.
 
+mod lines;
 mod log;
 
 use std::io::{self, Write};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 
+pub use lines::Lines;
 pub use log::Log;
 
 ebb_core::metrics! {
@@ -23,6 +25,8 @@ ebb_core::metrics! {
         console_dropped_bytes_total: Counter of Bytes,
         /// Bytes of the log that were lost in the same ways.
         log_dropped_bytes_total: Counter of Bytes,
+        /// Bytes of the files of `--metrics-path` and `--event-monitor` that were lost in the same ways.
+        json_dropped_bytes_total: Counter of Bytes,
     }
 }
 
@@ -46,9 +50,11 @@ pub struct Outlet {
     capacity: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
+    /// What stands among the output instead of so many bytes.
+    instead: fn(u64) -> String,
     /// For so long the thread waits for more.
     gather: Duration,
     /// Something was put into an empty buffer, there is enough, or no more will be.
@@ -80,6 +86,16 @@ impl State {
 }
 
 impl Shared {
+    fn new(gather: Duration, instead: fn(u64) -> String) -> Self {
+        Self {
+            state: Mutex::default(),
+            instead,
+            gather,
+            filled: Condvar::new(),
+            written: Condvar::new(),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -97,7 +113,7 @@ impl Shared {
         // What was dropped came after what is in the buffer.
         let lost = mem::take(&mut state.lost);
         if lost > 0 {
-            bytes.extend(format!("\r\n[ebb: {lost} bytes of output dropped]\r\n").bytes());
+            bytes.extend((self.instead)(lost).bytes());
         }
         state.writing = !bytes.is_empty();
         state.writing.then_some(bytes)
@@ -142,10 +158,26 @@ impl Outlet {
         gather: Duration,
         target: impl Write + Send + 'static,
     ) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            gather,
-            ..Shared::default()
-        });
+        let instead = |lost| format!("\r\n[ebb: {lost} bytes of output dropped]\r\n");
+        Self::spawn(name, capacity, Shared::new(gather, instead), target)
+    }
+
+    /// As [`Outlet::start`], for JSON in lines.
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn of_json(name: &str, capacity: usize, target: Lines) -> io::Result<Self> {
+        let instead = |lost| format!("{{\"dropped_bytes\":{lost}}}\n");
+        Self::spawn(name, capacity, Shared::new(Duration::ZERO, instead), target)
+    }
+
+    fn spawn(
+        name: &str,
+        capacity: usize,
+        shared: Shared,
+        target: impl Write + Send + 'static,
+    ) -> io::Result<Self> {
+        let shared = Arc::new(shared);
         let own = Arc::clone(&shared);
         let thread = thread::Builder::new().name(name.to_owned());
         Ok(Self {

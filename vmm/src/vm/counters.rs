@@ -9,7 +9,7 @@ use crate::devices::virtio::rng::RngCounters;
 use crate::devices::virtio::vsock::VsockCounters;
 
 /// The counters of a machine's devices.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct DeviceCounters {
     /// Those of its disks.
     pub disks: Vec<Arc<DiskCounters>>,

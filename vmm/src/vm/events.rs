@@ -7,10 +7,12 @@ use std::panic;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::metrics_file::{INTERVAL, MetricsFile};
 use crate::bus::ExitReason;
 use crate::output::Log;
 use crate::sys::{Request, Signals, Terminal, panic_point};
@@ -138,6 +140,28 @@ pub struct Operator {
     pub has_terminal: bool,
     /// Console input.
     pub console: Option<Box<dyn MutEventSubscriber>>,
+    /// What is flushed each minute.
+    pub metrics: Option<Arc<MetricsFile>>,
+}
+
+/// Flushes the metrics when it is time.
+struct Minute {
+    file: Arc<MetricsFile>,
+    next: Instant,
+}
+
+impl Minute {
+    /// Flushes them if it is time, and returns the milliseconds until then.
+    fn pass(&mut self) -> i32 {
+        let now = Instant::now();
+        if self.next <= now {
+            self.file.flush();
+            self.next = now + INTERVAL;
+        }
+        // One more, or the last of them would pass in short waits.
+        let left = self.next.duration_since(now).as_millis() + 1;
+        i32::try_from(left).unwrap_or(i32::MAX)
+    }
 }
 
 /// Runs the loop until the machine ends, and returns the reason.
@@ -165,11 +189,16 @@ pub fn run(exit: &Arc<ExitSlot>, operator: Operator) -> Result<ExitReason, event
     if let Some(console) = operator.console {
         manager.add_subscriber(console);
     }
+    let mut minute = operator.metrics.map(|file| Minute {
+        file,
+        next: Instant::now(),
+    });
     loop {
         if let Some(reason) = exit.reason() {
             return Ok(reason);
         }
-        manager.run()?;
+        let timeout = minute.as_mut().map_or(-1, Minute::pass);
+        manager.run_with_timeout(timeout)?;
         panic_point();
     }
 }

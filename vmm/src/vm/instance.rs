@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::events::ExitSlot;
+use super::metrics_file::MetricsFile;
 use crate::api::{self, ApiError};
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
@@ -23,6 +24,7 @@ pub struct Instance {
     pub exit: Arc<ExitSlot>,
     started: Instant,
     log: Log,
+    metrics: Option<Arc<MetricsFile>>,
     console: OnceLock<Arc<Outlet>>,
     keyboard: OnceLock<Arc<Mutex<I8042>>>,
     populated: AtomicU64,
@@ -31,13 +33,19 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// A machine that will be built from `config`. `log` is where the log goes.
-    pub fn new(config: MachineConfig, exit: Arc<ExitSlot>, log: &Log) -> Self {
+    /// A machine that will be built from `config`. `log` is where the log goes, `metrics` what FlushMetrics flushes.
+    pub fn new(
+        config: MachineConfig,
+        exit: Arc<ExitSlot>,
+        log: &Log,
+        metrics: Option<Arc<MetricsFile>>,
+    ) -> Self {
         Self {
             config,
             exit,
             started: Instant::now(),
             log: log.clone(),
+            metrics,
             console: OnceLock::new(),
             keyboard: OnceLock::new(),
             populated: AtomicU64::new(0),
@@ -111,6 +119,7 @@ impl crate::control::Instance for Instance {
             output: OutputStats {
                 console_dropped_bytes_total: self.console.get().map_or(0, |it| it.dropped()),
                 log_dropped_bytes_total: self.log.dropped(),
+                json_dropped_bytes_total: self.metrics.as_ref().map_or(0, |it| it.dropped()),
             },
         }
     }
@@ -121,6 +130,14 @@ impl crate::control::Instance for Instance {
 
     fn stop(&self) {
         self.exit.request(ExitReason::Stop);
+    }
+
+    fn flush_metrics(&self) -> Result<(), CommandError> {
+        let missing = CommandError::NoDevice {
+            device: "file for metrics",
+            option: "--metrics-path",
+        };
+        self.metrics.as_ref().ok_or(missing).map(|it| it.flush())
     }
 
     fn press_ctrl_alt_del(&self) -> Result<(), CommandError> {

@@ -16,6 +16,7 @@ use super::drives::Drives;
 use super::events::{self, ExitSlot, Operator};
 use super::instance::{Instance, Service};
 use super::memory;
+use super::metrics_file::MetricsFile;
 use super::pause::{Pausing, VirtioDevices};
 use super::restore::{self, Restoration};
 use super::snapshot::{Saver, Snapshots};
@@ -199,17 +200,23 @@ impl Vm {
         Ok((vm, control))
     }
 
-    /// Waits for the machine to end.
+    /// Waits for the machine to end. Flushes `metrics` from time to time.
     ///
     /// # Errors
     /// [`LaunchError::Loop`].
-    pub fn run(&mut self, signals: Signals, log: &Log) -> Result<ExitReason, LaunchError> {
+    pub fn run(
+        &mut self,
+        signals: Signals,
+        log: &Log,
+        metrics: Option<Arc<MetricsFile>>,
+    ) -> Result<ExitReason, LaunchError> {
         Role::Main.enter();
         let operator = Operator {
             signals,
             log: log.clone(),
             has_terminal: self.raw_mode.is_some(),
             console: self.input.take(),
+            metrics,
         };
         let reason = events::run(&self.exit, operator)?;
         tracing::info!("machine ends: {reason:?}");

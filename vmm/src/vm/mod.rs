@@ -9,6 +9,7 @@ mod events;
 mod instance;
 mod machine;
 mod memory;
+mod metrics_file;
 mod pause;
 mod restore;
 mod snapshot;
@@ -16,7 +17,7 @@ mod vsock;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::api::ApiError;
@@ -40,6 +41,7 @@ use crate::teardown::Reaper;
 use events::{ExitSlot, end_on_panic};
 use instance::{Instance, Service};
 use machine::Vm;
+use metrics_file::MetricsFile;
 
 pub use restore::Restoration;
 
@@ -94,6 +96,14 @@ pub enum LaunchError {
     /// The serial port's file cannot be written.
     #[error("serial file {path}: {source}; give a writable path with --serial file=")]
     SerialFile {
+        /// The file.
+        path: PathBuf,
+        /// The error of the system call.
+        source: io::Error,
+    },
+    /// The file for the counters cannot be written.
+    #[error("--metrics-path {}: {source}; name a file or FIFO that you may write", path.display())]
+    MetricsFile {
         /// The file.
         path: PathBuf,
         /// The error of the system call.
@@ -169,7 +179,10 @@ fn build_and_run(
 ) -> Result<ExitReason, LaunchError> {
     let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
     end_on_panic(&exit);
-    let instance = Arc::new(Instance::new(config, Arc::clone(&exit), log));
+    let metrics = config.metrics_path.as_deref().map(start_metrics);
+    let metrics = metrics.transpose()?;
+    let instance = Instance::new(config, Arc::clone(&exit), log, metrics.clone());
+    let instance = Arc::new(instance);
     // Before anything that takes long, so that the operator can look and stop it.
     let socket = instance.config.api_socket.as_deref();
     let service = Service::start(socket, &instance, guardian.status())?;
@@ -184,14 +197,29 @@ fn build_and_run(
     let control = Arc::new(control);
     service.set_machine(Arc::clone(&control) as _);
     instance.set_running();
+    if let Some(metrics) = &metrics {
+        metrics.set_counters(control.counters.clone());
+    }
     if snapshot.is_some_and(|snapshot| snapshot.resume) {
         // It fails only when the machine ends already.
         let _ = control.pausing.resume();
     }
     drop(control);
     // The hook has reported a panic, and has the machine end for it.
-    let reason = catch_unwind(AssertUnwindSafe(|| vm.run(signals, log)));
+    let reason = catch_unwind(AssertUnwindSafe(|| vm.run(signals, log, metrics.clone())));
     let reason = reason.unwrap_or(Ok(ExitReason::Crash));
     vm.shut_down(service);
+    if let Some(metrics) = metrics {
+        metrics.flush();
+        metrics.finish();
+    }
     reason
+}
+
+fn start_metrics(path: &Path) -> Result<Arc<MetricsFile>, LaunchError> {
+    let path_of = |source| LaunchError::MetricsFile {
+        path: path.to_owned(),
+        source,
+    };
+    MetricsFile::start(path).map(Arc::new).map_err(path_of)
 }

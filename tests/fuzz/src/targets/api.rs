@@ -31,6 +31,10 @@ impl Instance for Machine {
 
     fn stop(&self) {}
 
+    fn flush_metrics(&self) -> Result<(), CommandError> {
+        Ok(())
+    }
+
     fn press_ctrl_alt_del(&self) -> Result<(), CommandError> {
         Ok(())
     }

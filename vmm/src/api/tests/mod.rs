@@ -59,6 +59,11 @@ impl Instance for Machine {
         self.note("stop");
     }
 
+    fn flush_metrics(&self) -> Result<(), CommandError> {
+        self.note("flush");
+        Ok(())
+    }
+
     fn press_ctrl_alt_del(&self) -> Result<(), CommandError> {
         self.note("ctrl-alt-del");
         Ok(())
@@ -347,6 +352,12 @@ fn what_can_be_changed() {
         (
             Method::PUT,
             "/actions",
+            json!({ "action_type": "FlushMetrics" }),
+            "flush",
+        ),
+        (
+            Method::PUT,
+            "/actions",
             json!({ "action_type": "InstanceStop" }),
             "stop",
         ),
@@ -419,7 +430,7 @@ const REFUSED: &[(&str, u16, &str)] = &[
     (
         r#"PUT /actions {"action_type": "Dance"}"#,
         400,
-        "there are InstanceStart, InstanceStop, SendCtrlAltDel",
+        "there are FlushMetrics, InstanceStart, InstanceStop, SendCtrlAltDel",
     ),
     (
         r#"PUT /lazy-memory/reclaim {}"#,

@@ -203,7 +203,8 @@ fn the_names_of_everything_else() {
             prefault: Some(Prefault::default()),
             ..InstanceInfo::default()
         },
-        "app_name id output.console_dropped_bytes_total output.log_dropped_bytes_total pid
+        "app_name id output.console_dropped_bytes_total output.json_dropped_bytes_total
+        output.log_dropped_bytes_total pid
         prefault.populated_bytes prefault.total_bytes state uptime_ms vmm_version",
     );
     expect(
