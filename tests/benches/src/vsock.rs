@@ -2,12 +2,10 @@
 //! sockets, and QEMU's vhost-vsock, which is in the host's kernel.
 
 use std::any::Any;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use ebb_harness::cgroup::Cgroup;
-use ebb_harness::error::{Context, Result};
+use ebb_harness::error::Result;
 use ebb_harness::wait::{LONG, until};
 use ebb_harness::{Guest, Launch, network};
 
@@ -104,13 +102,5 @@ fn connect(way: &Way) -> Result<Stream> {
     let Way::Unix(path) = way else {
         return Ok(network::connect_vsock(CID, PORT.into())?.into());
     };
-    let what = "connect to the guest";
-    let mut stream = UnixStream::connect(path).context(what)?;
-    let line = format!("CONNECT {PORT}\n");
-    stream.write_all(line.as_bytes()).context(what)?;
-    let mut byte = [0];
-    while byte[0] != b'\n' {
-        stream.read_exact(&mut byte).context(what)?;
-    }
-    Ok(stream.into())
+    Ok(network::connect_through(path, PORT.into())?.into())
 }

@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
@@ -12,6 +14,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use tempfile::TempDir;
 
 use crate::error::{Context, Error, Result};
+use crate::wait::LONG;
 
 /// A tap with an address, and nothing else on its network but a guest. Removed when this is dropped.
 pub struct Tap {
@@ -173,6 +176,25 @@ pub fn fetch(address: &str, path: &str) -> Result<Vec<u8>> {
         return Err(Error::new(format!("{what}: {head}")));
     }
     Ok(body)
+}
+
+/// A stream to `port` of a guest whose vsock has the socket `path`. Reading from it takes a while at most.
+///
+/// # Errors
+/// Nobody is there, or the guest refuses.
+pub fn connect_through(path: &Path, port: u32) -> Result<UnixStream> {
+    let what = || format!("port {port} through {}", path.display());
+    let mut stream = UnixStream::connect(path).context(what())?;
+    stream.set_read_timeout(Some(LONG)).context(what())?;
+    let request = format!("CONNECT {port}\n");
+    stream.write_all(request.as_bytes()).context(what())?;
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).context(what())?;
+        line.extend(byte);
+    }
+    line.starts_with(b"OK ").then_some(stream).context(what())
 }
 
 /// A stream to `port` of the guest with the number `cid`, by the host's kernel (vsock(7)).

@@ -2,14 +2,18 @@
 
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use ebb_harness::error::{Context, Result};
+use ebb_harness::network::{Tap, connect_through};
 use ebb_harness::wait::{LONG, settled, until, until_often};
-use ebb_harness::{Api, Images, Launch, Monitor};
+use ebb_harness::{Api, Guest, Images, Launch, Monitor};
 use ebb_hypercall_abi::Operation;
 use ebb_hypercall_abi::status::LAST_RANGE;
 use ebb_payload::{Program, Transport, page};
@@ -349,18 +353,15 @@ fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
 #[test]
 fn what_cannot_be_saved_says_why_and_goes_on() -> Result<()> {
     for (option, value, what) in [
-        ("--transport", "pci", "devices on PCI"),
-        ("--vsock", "cid=3,path=v", "a vsock"),
         ("--lazy", "strict=on", "strict mode"),
         ("--arena", "size=64M", "arenas"),
     ] {
         let launch = savable()?.memory("size=64M").serial("null");
         let folder = launch.folder().canonicalize().context("the folder")?;
         let at = |name: &str| folder.join(name).to_string_lossy().into_owned();
-        let value = value.replace("path=v", &format!("path={}", at("v")));
         let kernel = folder.join("kernel");
         talker(16).write(&kernel).context("write the guest")?;
-        let mut monitor = launch.kernel(&kernel).option(option, &value).start()?;
+        let mut monitor = launch.kernel(&kernel).option(option, value).start()?;
         until_often("the API answers", LONG, || {
             Ok(monitor.api().is_running(monitor.pid()).then_some(()))
         })?;
@@ -378,10 +379,100 @@ fn what_cannot_be_saved_says_why_and_goes_on() -> Result<()> {
     Ok(())
 }
 
+const PORT: u16 = 5201;
+
+/// A tap for a guest, in a network of its own.
+struct Network {
+    name: &'static str,
+    number: u8,
+    _tap: Tap,
+}
+
+/// Connections of the host to a server in the guest.
+struct Talk {
+    tcp: TcpStream,
+    vsock: UnixStream,
+    /// Of the guest's program, which has one for each connection.
+    threads: u64,
+}
+
+impl Network {
+    fn create(name: &'static str, number: u8) -> Result<Self> {
+        let tap = Tap::create(name, Ipv4Addr::new(10, 77, number, 1), 1500)?;
+        Ok(Self {
+            name,
+            number,
+            _tap: tap,
+        })
+    }
+
+    /// Connects to the guest by both ways.
+    fn talk(&self, guest: &mut Guest, vsock: &Path) -> Result<Talk> {
+        let address = format!("10.77.{}.2", self.number);
+        guest.must(&format!(
+            "ip addr add {address}/24 dev eth0 && ip link set dev eth0 up"
+        ))?;
+        guest.ask(&format!("talk {PORT}"))?;
+        guest.ask(&format!("talk vsock {PORT}"))?;
+        let tcp = until("the guest answers", LONG, || {
+            Ok(TcpStream::connect((&*address, PORT)).ok())
+        })?;
+        tcp.set_read_timeout(Some(LONG)).context("a stream")?;
+        let mut talk = Talk {
+            tcp,
+            vsock: connect_through(vsock, PORT.into())?,
+            threads: 0,
+        };
+        echo(&mut talk.tcp, b"p")?;
+        echo(&mut talk.vsock, b"p")?;
+        talk.threads = threads(guest)?;
+        Ok(talk)
+    }
+}
+
+impl Talk {
+    /// After a restore: the network's connection lives, the vsock's is gone on both sides, and who listens there goes on.
+    fn goes_on(&mut self, guest: &mut Guest, vsock: &Path) -> Result<()> {
+        echo(&mut self.tcp, b"")?;
+        assert_eq!(self.vsock.read(&mut [0]).context("the old stream")?, 0);
+        until("the guest's end of it is gone", LONG, || {
+            Ok((threads(guest)? < self.threads).then_some(()))
+        })?;
+        self.vsock = connect_through(vsock, PORT.into())?;
+        echo(&mut self.vsock, b"p")
+    }
+}
+
+/// A byte there and back, after `first`.
+fn echo(stream: &mut (impl Read + Write), first: &[u8]) -> Result<()> {
+    stream.write_all(&[first, b"."].concat()).context("send")?;
+    stream.read_exact(&mut [0]).context("receive")
+}
+
+/// Threads of the program that drives the guest.
+fn threads(guest: &mut Guest) -> Result<u64> {
+    let count = guest
+        .must("ls /proc/$(pidof ebb-guest | tr ' ' '\\n' | sort -n | head -1)/task | wc -l")?;
+    count.trim().parse().context(count)
+}
+
 #[test]
 fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
+    goes_on("mmio", Network::create("ebbsave1", 6)?)
+}
+
+#[test]
+fn a_stock_guest_on_pci_goes_on_where_it_was_saved() -> Result<()> {
+    goes_on("pci", Network::create("ebbsave2", 7)?)
+}
+
+fn goes_on(transport: &str, network: Network) -> Result<()> {
     let launch = savable()?.cpus(2).option("--rng", "on");
     let launch = launch.option("--balloon", "size=64M,statistics=1");
+    let launch = launch.option("--transport", transport);
+    let launch = launch.option("--net", &format!("tap={}", network.name));
+    let vsock = launch.folder().join("vsock");
+    let launch = launch.option("--vsock", &format!("cid=9,path={}", vsock.display()));
     let disk = launch.folder().join("disk");
     let content: Vec<u8> = (0..8 << 20)
         .map(|at: usize| (at / 4096 % 251) as u8)
@@ -404,6 +495,7 @@ fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
     guest.must(&format!(
         "(while :; do {both} >>/tmp/sums; done) >/dev/null 2>&1 </dev/null &"
     ))?;
+    let mut talk = network.talk(&mut guest, &vsock)?;
     let uptime = "cut -d. -f1 /proc/uptime";
     let before: u64 = guest.must(uptime)?.parse().unwrap_or(0);
     snapshot(&monitor)?;
@@ -414,6 +506,7 @@ fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
     assert!(after >= before, "{before} {after}");
     assert_eq!(guest.must("sha256sum </tmp/data")?, kept);
     assert_eq!(guest.must(read)?, sum);
+    talk.goes_on(&mut guest, &vsock)?;
     let rounds = "wc -l </tmp/sums";
     let now: u64 = guest.must(rounds)?.trim().parse().unwrap_or(0);
     until("it hashes on", LONG, || {

@@ -8,6 +8,7 @@ use std::thread;
 
 use ebb_harness::debian::Debian;
 use ebb_harness::error::{Context, Result};
+use ebb_harness::network::connect_through;
 use ebb_harness::refusal::Bench;
 use ebb_harness::wait::{LONG, until};
 use ebb_harness::{Images, Launch};
@@ -64,20 +65,7 @@ impl Rig {
 
     /// A connection of the host to `port` of the guest.
     fn connect(&self, port: u32) -> Result<UnixStream> {
-        let what = "connect to the guest";
-        let mut stream = UnixStream::connect(&self.path).context(what)?;
-        stream.set_read_timeout(Some(LONG)).context(what)?;
-        stream
-            .write_all(format!("CONNECT {port}\n").as_bytes())
-            .context(what)?;
-        let mut line = Vec::new();
-        while !line.ends_with(b"\n") {
-            let mut byte = [0];
-            stream.read_exact(&mut byte).context(what)?;
-            line.extend(byte);
-        }
-        assert!(line.starts_with(b"OK "), "{line:?}");
-        Ok(stream)
+        connect_through(&self.path, port)
     }
 
     fn listen(&self, port: u32) -> Result<UnixListener> {

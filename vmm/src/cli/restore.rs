@@ -41,6 +41,9 @@ pub struct Args {
     /// Another tap for network interface number N, the first is 0
     #[arg(long = "tap", value_name = "N=NAME")]
     taps: Vec<Override<String>>,
+    /// Another path for the vsock's socket
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
     /// Where the first serial port goes, if elsewhere
     #[arg(long, value_name = "tty|null|file=PATH")]
     serial: Option<SerialConfig>,
@@ -137,6 +140,10 @@ fn config(args: &Args, state: &State) -> Result<MachineConfig, String> {
         };
         let net = spec.nets.get_mut(it.index).ok_or_else(missing)?;
         (net.tap, net.fd) = (Some(it.value.clone()), None);
+    }
+    if let Some(path) = &args.vsock {
+        let missing = "--vsock: the saved machine has none";
+        spec.vsock.as_mut().ok_or(missing)?.path.clone_from(path);
     }
     spec.api_socket.clone_from(&args.api_socket);
     if let Some(serial) = &args.serial {

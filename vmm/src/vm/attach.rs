@@ -142,6 +142,7 @@ impl Devices {
         let root = Arc::new(Mutex::new(PciRoot::default()));
         self.ports
             .insert(layout::PCI_PORT, layout::PCI_PORT_LEN, root.clone())?;
+        self.saved.push(("pci".into(), root.clone()));
         self.root = Some(root);
         Ok(())
     }
@@ -304,6 +305,7 @@ impl Devices {
         let function = Arc::new(Mutex::new(function));
         self.mmio
             .insert(base, layout::PCI_MEMORY_SIZE, function.clone())?;
+        self.saved.push((format!("pci{place}"), function.clone()));
         let mut root = root.lock().unwrap_or_else(PoisonError::into_inner);
         root.add(function);
         self.virtio.push(registers);

@@ -11,7 +11,7 @@ use super::LaunchError;
 use super::attach::SavedDevice;
 use super::instance::Instance;
 use super::pause::Pausing;
-use crate::config::{MachineConfig, Transport};
+use crate::config::MachineConfig;
 use crate::devices::virtio::blk::DiskHandle;
 use crate::guest_memory::{GuestMemory, merge};
 use crate::kvm::Chips;
@@ -215,10 +215,6 @@ impl Saver {
 /// What cannot be saved, or not be restored.
 fn refuse(config: &MachineConfig) -> Result<(), String> {
     let is = [
-        (
-            config.transport == Transport::Pci,
-            "devices on PCI (--transport pci)",
-        ),
         (!config.arenas.is_empty(), "arenas (--arena)"),
         (config.lazy.strict, "strict mode (--lazy strict=on)"),
         (
@@ -230,7 +226,6 @@ fn refuse(config: &MachineConfig) -> Result<(), String> {
             config.nested,
             "virtual machines of its own (--cpus nested=on)",
         ),
-        (config.vsock.is_some(), "a vsock (--vsock)"),
         (config.words.is_empty(), "a jail (ebb jail)"),
     ];
     match is.into_iter().find(|(is, _)| *is) {

@@ -115,6 +115,12 @@ impl ConfigSpace {
         }
     }
 
+    /// All registers.
+    #[must_use]
+    pub const fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Writes registers, as far as the guest may.
     pub fn write(&mut self, offset: usize, data: &[u8]) {
         for (at, byte) in (offset..SIZE).zip(data) {

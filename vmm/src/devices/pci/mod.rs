@@ -5,5 +5,5 @@ mod msix;
 mod root;
 
 pub use config::{ConfigSpace, Identity};
-pub use msix::{ENTRY_SIZE, Msix};
+pub use msix::{ENTRY_SIZE, Msix, VectorSaved};
 pub use root::{PciFunction, PciRoot};

@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use crate::irq::{Message, MessageInterrupt};
 
 /// Bytes of an entry of the table: address, data, and the mask in bit 0 of the last word.
@@ -18,6 +20,13 @@ pub struct Msix(Vec<Vector>);
 struct Vector {
     interrupt: Box<dyn MessageInterrupt>,
     state: Mutex<State>,
+}
+
+/// What a snapshot keeps of a vector, beside the control register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VectorSaved {
+    entry: [u32; 4],
+    pending: bool,
 }
 
 struct State {
@@ -129,6 +138,34 @@ impl Msix {
     pub fn set_control(&self, control: u16) -> io::Result<()> {
         let change = |vector: &Vector| vector.change(|state| state.control = control);
         self.0.iter().try_for_each(change)
+    }
+
+    /// What a snapshot keeps of all vectors.
+    #[must_use]
+    pub fn save(&self) -> Vec<VectorSaved> {
+        let saved = |vector: &Vector| {
+            let state = vector.lock();
+            VectorSaved {
+                entry: state.entry,
+                pending: state.pending,
+            }
+        };
+        self.0.iter().map(saved).collect()
+    }
+
+    /// Takes up what a snapshot has kept, and the control register, in a table that nobody has used yet.
+    ///
+    /// # Errors
+    /// The error of a system call: that vector reaches nobody. The others are restored.
+    pub fn restore(&self, saved: &[VectorSaved], control: u16) -> io::Result<()> {
+        let mut done = Ok(());
+        for (vector, &VectorSaved { entry, pending }) in self.0.iter().zip(saved) {
+            let changed = vector.change(|state| {
+                (state.entry, state.control, state.pending) = (entry, control, pending);
+            });
+            done = done.and(changed);
+        }
+        done
     }
 
     /// Reads from the table.

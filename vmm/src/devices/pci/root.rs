@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde_json::Value;
+
 use crate::bus::{Action, BusDevice};
+use crate::devices::state::{SaveState, from_value, to_value};
 
 /// Offset of the data port from the address port.
 const DATA: u64 = 4;
@@ -96,6 +99,18 @@ impl BusDevice for PciRoot {
             function.write_config(register, data);
         }
         Action::Continue
+    }
+}
+
+impl SaveState for PciRoot {
+    /// The guest may be between its two accesses to the ports.
+    fn save(&self) -> Result<Value, String> {
+        to_value(&self.address)
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        self.address = from_value(state)?;
+        Ok(())
     }
 }
 

@@ -98,6 +98,15 @@ impl MmioInterrupt {
         self.needs_reset.store(needs_reset, Ordering::SeqCst);
     }
 
+    /// Tells the driver again, of each of its `queues` and of its configuration if that has changed: what was on its way when
+    /// the machine was saved may be lost.
+    pub fn repeat(&self, queues: usize) -> io::Result<()> {
+        if self.status() & INTERRUPT_CONFIG != 0 {
+            self.signal.configuration_changed()?;
+        }
+        (0..queues).try_for_each(|queue| self.used_buffers(queue))
+    }
+
     /// Done before the driver is told: it must find the bit when it handles the interrupt.
     fn set(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);

@@ -6,7 +6,6 @@ use serde_json::Value;
 use super::MmioTransport;
 use super::queue::QueueSaved;
 use crate::devices::state::{SaveState, from_value, to_value};
-use crate::devices::virtio::VirtioInterrupt;
 
 #[derive(Serialize, Deserialize)]
 struct TransportSaved {
@@ -82,10 +81,8 @@ impl MmioTransport {
     pub(super) fn start_late(&mut self) {
         if std::mem::take(&mut self.starts_late) {
             self.start();
-            for queue in 0..self.queues.len() {
-                let told = self.interrupt.used_buffers(queue);
-                told.unwrap_or_else(|error| self.faults.report(format_args!("interrupt: {error}")));
-            }
+            let told = self.interrupt.repeat(self.queues.len());
+            told.unwrap_or_else(|error| self.faults.report(format_args!("interrupt: {error}")));
         }
     }
 }

@@ -70,6 +70,9 @@ impl VirtioDevice for MockDevice {
     fn workers(&self) -> &[Worker] {
         &[]
     }
+    fn save(&self) -> Option<serde_json::Value> {
+        Some(serde_json::Value::Null)
+    }
     fn reset(&mut self) {
         let mut log = self.0.lock().unwrap();
         log.resets += 1;

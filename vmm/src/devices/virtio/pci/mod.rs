@@ -4,6 +4,7 @@
 //! root bus, and a driver that writes another address reads back the old one.
 
 mod signal;
+mod state;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -238,6 +239,11 @@ impl PciTransport {
         (fits && at < SIZE as usize).then_some((at, len))
     }
 
+    /// The control register of MSI-X.
+    fn control(&self) -> u16 {
+        u16::from_le_bytes(self.config.get(self.msix + 2))
+    }
+
     /// Returns true if an access of `len` bytes at `offset` touches `size` bytes at `at`.
     const fn touches(offset: usize, len: usize, at: usize, size: usize) -> bool {
         offset < at + size && at < offset + len
@@ -270,8 +276,7 @@ impl PciFunction for PciTransport {
             self.sizing = data == [0xff; 4];
         }
         if Self::touches(offset, len, self.msix + 2, 2) {
-            let control = u16::from_le_bytes(self.config.get(self.msix + 2));
-            self.report(self.signal.msix().set_control(control));
+            self.report(self.signal.msix().set_control(self.control()));
         }
         let window = self.access + 16;
         if Self::touches(offset, len, window, 4)

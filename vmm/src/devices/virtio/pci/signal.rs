@@ -55,6 +55,20 @@ impl MsixSignal {
         }
     }
 
+    /// The vectors for the configuration and for each queue.
+    pub fn save(&self) -> (u16, Vec<u16>) {
+        let of_queues = self.queues.iter().map(|it| it.load(Ordering::Relaxed));
+        (self.config_vector(), of_queues.collect())
+    }
+
+    /// Takes up what a snapshot has kept.
+    pub fn restore(&self, (config, queues): &(u16, Vec<u16>)) {
+        self.set_config_vector(*config);
+        for (queue, vector) in (0..).zip(queues) {
+            self.set_queue_vector(queue, *vector);
+        }
+    }
+
     /// A driver that asks for a vector that does not exist reads back that it has none.
     fn existing(&self, vector: u16) -> u16 {
         if usize::from(vector) < self.msix.len() {

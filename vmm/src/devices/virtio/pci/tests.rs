@@ -7,6 +7,7 @@ use ebb_core::range::GpaRange;
 use proptest::prelude::*;
 
 use super::*;
+use crate::devices::state::SaveState;
 use crate::devices::virtio::mmio::tests::{Log, MockDevice};
 use crate::devices::virtio::queue::tests::driver::{MockQueue, memory};
 use crate::guest_memory::{BadNote, Lost, NoteSource};
@@ -229,6 +230,49 @@ fn each_event_has_its_vector() {
     assert_eq!(rig.read(QUEUE_VECTOR, 2), 0xffff, "there is no vector 3");
     interrupt.used_buffers(1).unwrap();
     assert_eq!(rig.raised.lock().unwrap().len(), 3);
+}
+
+#[test]
+fn a_function_goes_on_where_it_was_saved() {
+    let mut saved = Rig::new();
+    saved.open();
+    saved.bind();
+    let interrupt = Arc::clone(
+        &saved
+            .log
+            .lock()
+            .unwrap()
+            .current
+            .as_ref()
+            .unwrap()
+            .interrupt,
+    );
+    saved.write(TABLE + 16 * 2 + 12, 4, 1);
+    interrupt.used_buffers(1).unwrap();
+    interrupt.configuration_changed().unwrap();
+    saved.function.write_config(4, &[2, 0]);
+    saved.function.write_config(0x10, &[0xff; 4]);
+    let state = saved.function.save().unwrap();
+
+    let mut restored = Rig::new();
+    restored.function.restore(&state).unwrap();
+    for at in (0..256).step_by(4) {
+        assert_eq!(restored.config(at), saved.config(at), "{at:#x}");
+    }
+    for at in [COMMON, TABLE, PENDING]
+        .into_iter()
+        .flat_map(|part| (part..part + 0x40).step_by(4))
+    {
+        assert_eq!(restored.read(at, 4), saved.read(at, 4), "{at:#x}");
+    }
+    assert_eq!(restored.read(PENDING, 1), 1 << 2);
+    assert_eq!(restored.log.lock().unwrap().activations, 0);
+    restored.function.registers().lock().unwrap().resume();
+    assert_eq!(restored.log.lock().unwrap().activations, 1);
+    // What may not have come before is told again; what is masked goes on waiting.
+    assert_eq!(*restored.raised.lock().unwrap(), [0, 1]);
+    restored.write(TABLE + 16 * 2 + 12, 4, 0);
+    assert_eq!(*restored.raised.lock().unwrap(), [0, 1, 2]);
 }
 
 #[test]

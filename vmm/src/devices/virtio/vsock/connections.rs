@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Ends};
@@ -34,7 +35,6 @@ pub struct Connections {
     answers: VecDeque<Header>,
     /// Room that the connections have been promised together.
     promised: u64,
-    next_port: u32,
     /// No answer is due before that.
     deadline: Option<Instant>,
 }
@@ -49,7 +49,6 @@ impl Connections {
             turns: VecDeque::new(),
             answers: VecDeque::new(),
             promised: 0,
-            next_port: FIRST_PORT,
             deadline: None,
             peer,
         }
@@ -193,10 +192,11 @@ impl Connections {
     }
 
     /// A port of the host that makes a new pair with the guest's. There are far fewer connections than ports.
-    fn free_port(&mut self, guest: u32) -> u32 {
+    fn free_port(&self, guest: u32) -> u32 {
+        let next = &self.peer.next_port;
         loop {
-            let host = self.next_port;
-            self.next_port = host.checked_add(1).unwrap_or(FIRST_PORT);
+            let host = next.load(Ordering::Relaxed).max(FIRST_PORT);
+            next.store(host.wrapping_add(1), Ordering::Relaxed);
             if !self.by_ends.contains_key(&Ends { host, guest }) {
                 return host;
             }

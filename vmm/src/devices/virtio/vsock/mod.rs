@@ -21,13 +21,16 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde_json::Value;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::queue::{DeviceThread, GuestFaults, ServedQueue, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice};
 use crate::config::VsockConfig;
+use crate::devices::state::from_value;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::seccomp::Role;
 use wire::DEVICE_TYPE;
@@ -54,6 +57,8 @@ pub struct Vsock {
     listener: Arc<UnixListener>,
     worker: Option<Worker>,
     thread: DeviceThread,
+    /// The driver has connections of a machine that was saved, and is to hear that they are gone.
+    is_restored: bool,
 }
 
 impl Vsock {
@@ -80,11 +85,13 @@ impl Vsock {
                 // The monitor's folder may change.
                 path: std::path::absolute(path)?,
                 most_connections: most as usize,
+                next_port: AtomicU32::new(0),
                 counters: Arc::default(),
                 faults: GuestFaults::new("vsock"),
             }),
             listener: socket.listener(),
             worker: None,
+            is_restored: false,
         })
     }
 
@@ -131,6 +138,7 @@ impl VirtioDevice for Vsock {
             memory: activation.memory,
             interrupt: activation.interrupt,
             peer: Arc::clone(&self.peer),
+            is_restored: std::mem::take(&mut self.is_restored),
         };
         let worker = VsockWorker::new(context, queues, Arc::clone(&self.listener));
         let worker = self.thread.start(worker);
@@ -142,8 +150,22 @@ impl VirtioDevice for Vsock {
         self.worker.as_slice()
     }
 
+    /// The host's next port: a new connection must not be taken for one that the driver has not given up yet. Connections
+    /// are not kept.
+    fn save(&self) -> Option<Value> {
+        Some(self.peer.next_port.load(Ordering::Relaxed).into())
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let next_port = from_value(state)?;
+        self.peer.next_port.store(next_port, Ordering::Relaxed);
+        self.is_restored = true;
+        Ok(())
+    }
+
     /// Closes all connections.
     fn reset(&mut self) {
+        self.is_restored = false;
         // Waits for the thread.
         self.worker = None;
     }

@@ -684,6 +684,39 @@ fn the_device_says_what_it_is() {
     assert_eq!(config[..2], [0, 0]);
 }
 
+#[test]
+fn a_restored_driver_hears_once_that_its_connections_are_gone() {
+    let mut rig = Rig::new();
+    let server = rig.listen(80);
+    let _stream = rig.connect(80, &server);
+    rig.client().write_all(b"CONNECT 52\n").unwrap();
+    let port = rig.packet().0.src_port;
+    let state = rig.vsock.save().unwrap();
+    rig.vsock.reset();
+    rig.vsock.restore(&state).unwrap();
+    rig.queues = Rig::queues(&rig.memory);
+    (rig.seen, rig.sent) = (0, 0);
+    rig.activate();
+    for index in 0..32 {
+        rig.offer(index, BUFFER);
+    }
+    // It has given no buffer for that yet.
+    rig.works(81);
+    rig.memory.write_obj(u64::MAX, GuestAddress(SENT)).unwrap();
+    rig.queues[2].offer_chain(0, &[(SENT, 8, WRITE)]);
+    rig.queues[2].offer_chain(1, &[(SENT + 8, 8, WRITE)]);
+    rig.queues[2].run_until_used(1);
+    assert_eq!(rig.queues[2].used(0), (0, 4));
+    let event: u64 = rig.memory.read_obj(GuestAddress(SENT)).unwrap();
+    assert_eq!(event, u64::from(u32::MAX) << 32);
+    rig.client().write_all(b"CONNECT 52\n").unwrap();
+    assert!(
+        rig.packet().0.src_port > port,
+        "the driver may know that one"
+    );
+    assert_eq!(rig.queues[2].used_index(), 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]

@@ -17,6 +17,9 @@ pub const MAX_PAYLOAD: u32 = 64 << 10;
 /// The type of a stream's packets (virtio 1.3, 5.10.6).
 pub const STREAM: u16 = 1;
 
+/// The event that all connections are gone (virtio 1.3, 5.10.6.7; `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`).
+pub const TRANSPORT_RESET: u32 = 0;
+
 /// What the sender of a `SHUTDOWN` will not do any more.
 pub mod shutdown {
     /// Receive.

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -12,7 +13,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::QUEUE_SIZE;
 use super::connections::Connections;
-use super::wire::{HEADER_BYTES, Header, MAX_PAYLOAD};
+use super::wire::{HEADER_BYTES, Header, MAX_PAYLOAD, TRANSPORT_RESET};
 use crate::devices::virtio::VirtioInterrupt;
 use crate::devices::virtio::queue::{
     Chain, GuestFaults, Poller, QueueFailure, ReadError, ServedQueue, Work,
@@ -48,6 +49,8 @@ pub(super) struct Peer {
     pub cid: u64,
     pub path: PathBuf,
     pub most_connections: usize,
+    /// The host's end of the next connection that one of its clients opens.
+    pub next_port: AtomicU32,
     pub counters: Arc<VsockCounters>,
     pub faults: GuestFaults,
 }
@@ -66,12 +69,15 @@ pub(super) struct Context {
     pub memory: Arc<GuestMemoryMmap>,
     pub interrupt: Arc<dyn VirtioInterrupt>,
     pub peer: Arc<Peer>,
+    /// The driver is to hear that its connections are gone.
+    pub is_restored: bool,
 }
 
 /// What wakes the thread, beside the streams, whose tokens are those of [`Connections`].
 const LISTENER: u32 = 1 << 31;
 const RECEIVE: u32 = LISTENER + 1;
 const TRANSMIT: u32 = LISTENER + 2;
+const EVENTS: u32 = LISTENER + 3;
 
 /// Time after which clients are taken again when the host had no room for one.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -81,8 +87,7 @@ pub(super) struct VsockWorker {
     context: Context,
     receive: ServedQueue,
     transmit: ServedQueue,
-    /// It is given back at a reset; until then nothing of it is used.
-    _events: ServedQueue,
+    events: ServedQueue,
     listener: Arc<UnixListener>,
     connections: Connections,
     chain: Chain,
@@ -91,6 +96,8 @@ pub(super) struct VsockWorker {
     has_space: bool,
     /// The guest may have sent something.
     is_transmit_due: bool,
+    /// The driver has not heard yet that its connections are gone.
+    is_reset_due: bool,
     /// Clients may wait.
     is_accept_due: bool,
     /// The host had no room for one.
@@ -102,10 +109,11 @@ impl VsockWorker {
         let [receive, transmit, events] = queues;
         Self {
             connections: Connections::new(Arc::clone(&context.peer)),
+            is_reset_due: context.is_restored,
             context,
             receive,
             transmit,
-            _events: events,
+            events,
             listener,
             chain: Chain::with_capacity(QUEUE_SIZE),
             space: Chain::with_capacity(QUEUE_SIZE),
@@ -119,6 +127,9 @@ impl VsockWorker {
 
     /// Does what can be done by now. Returns true if there is more.
     fn serve(&mut self, poller: &Poller) -> Result<bool, QueueFailure> {
+        if self.is_reset_due {
+            self.is_reset_due = !self.tell_of_reset()?;
+        }
         self.connections.expire();
         if self.is_accept_due {
             self.accept(poller);
@@ -131,6 +142,37 @@ impl VsockWorker {
         Ok(more
             || self.is_transmit_due && !self.connections.is_congested()
             || may_accept && !self.connections.is_full())
+    }
+
+    /// Tells the driver that all connections are gone, so that it ends those that it has; who listens goes on. Returns false if
+    /// it has no buffer for that yet.
+    fn tell_of_reset(&mut self) -> Result<bool, QueueFailure> {
+        let memory = Arc::clone(&self.context.memory);
+        let (interrupt, faults) = (&*self.context.interrupt, &self.context.peer.faults);
+        self.events.begin(&memory);
+        let Some(loaded) = self.events.next(&memory, &mut self.chain)? else {
+            self.events.end(&memory, interrupt, faults)?;
+            return Ok(false);
+        };
+        let event = TRANSPORT_RESET.to_le_bytes();
+        let written = match loaded {
+            Ok(()) => self
+                .chain
+                .writable(&memory)
+                .write_all(&event)
+                .map_err(|it| it.to_string()),
+            Err(fault) => Err(fault.to_string()),
+        };
+        let bytes = if let Err(error) = &written {
+            faults.report(format_args!("a buffer for events: {error}"));
+            0
+        } else {
+            event.len() as u32
+        };
+        self.events.give_back(&memory, self.chain.head(), bytes)?;
+        self.events.tell(&memory, interrupt, faults);
+        // A driver with a bad buffer has missed its event.
+        Ok(true)
     }
 
     /// Takes clients of the host in.
@@ -196,6 +238,7 @@ impl VsockWorker {
             memory,
             interrupt,
             peer,
+            ..
         } = &self.context;
         self.transmit.tell(memory, &**interrupt, &peer.faults);
     }
@@ -296,6 +339,7 @@ impl Work for VsockWorker {
     fn watch(&self, poller: &Poller) -> io::Result<()> {
         poller.watch(self.receive.notified(), RECEIVE)?;
         poller.watch(self.transmit.notified(), TRANSMIT)?;
+        poller.watch(self.events.notified(), EVENTS)?;
         // It stays readable while there is no room for clients.
         poller.watch_arrivals(&*self.listener, LISTENER)
     }
@@ -320,6 +364,7 @@ impl Work for VsockWorker {
                     self.transmit.begin(&self.context.memory);
                     self.is_transmit_due = true;
                 }
+                EVENTS => self.events.begin(&self.context.memory),
                 LISTENER => self.is_accept_due = true,
                 slot => self.connections.wake(slot as usize, is_closed),
             });
