@@ -24,6 +24,7 @@ pub mod reporting;
 mod results;
 mod rig;
 pub mod scale;
+pub mod snapshot;
 mod start;
 pub mod stream;
 pub mod teardown;

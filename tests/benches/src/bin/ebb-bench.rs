@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use ebb_benches::{
     arena, boot, filters, footprint, free_pages, inflate, integrity, lazy, malloc, net, reclaim,
-    reporting, scale, stream, teardown, vsock,
+    reporting, scale, snapshot, stream, teardown, vsock,
 };
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
@@ -44,6 +44,8 @@ enum Bench {
     Reporting(reporting::Arguments),
     /// What grows with the size of guests, with their number, and with their vCPUs
     Scale(scale::Arguments),
+    /// How large a snapshot is and how long it takes with most memory free and with none, and how soon a restored guest runs
+    Snapshot(snapshot::Arguments),
     /// How fast memory is free again after a stop and after SIGKILL, by the number of workers, compared with QEMU
     Teardown(teardown::Arguments),
     /// Streams between host and guest, and how long a byte takes there and back, beside QEMU's vhost-vsock
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
         Bench::Scale(arguments) => scale::run(&arguments),
+        Bench::Snapshot(arguments) => snapshot::run(&arguments),
         Bench::Teardown(arguments) => teardown::run(&arguments),
         Bench::Vsock(arguments) => vsock::run(&arguments),
     };
