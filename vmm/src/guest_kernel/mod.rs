@@ -43,7 +43,7 @@ mod walk;
 
 use std::sync::OnceLock;
 
-use ebb_core::range::{GpaRange, PAGE_SIZE};
+use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 
 pub use known::{FreePagesState, KernelState, KnownKernel, Lost, NoteSource};
 
@@ -198,8 +198,9 @@ impl GuestKernel {
     }
 
     /// Looks for free memory in `within`, at most at 128 MiB of it: appends free pieces to `found`, ascending, each at least
-    /// `2^order` pages long and aligned so; neighbouring ones are merged, but none is longer than 128 MiB. Returns the address
-    /// up to which it has looked; that is more than `within.start()`.
+    /// `2^order` pages long and aligned so. Neighbours are merged where a block of 2 MiB begins, so what a piece has of such a block is one free block or
+    /// a part of one; none is longer than 128 MiB. Returns the address up to which it has looked; that is more than
+    /// `within.start()`.
     ///
     /// It loads one descriptor, of which it needs one or two words, for each `2^order` pages, less where it finds something.
     pub fn find_free(
@@ -250,6 +251,9 @@ fn find_in_section(
                 .map(|free| page + (1 << free))
         };
         if let Some(block_end) = block_end {
+            if !(page * PAGE_SIZE).is_multiple_of(BLOCK_SIZE) {
+                found.extend(piece.take());
+            }
             let from = piece.map_or(page * PAGE_SIZE, GpaRange::start);
             piece = GpaRange::new(from, block_end.min(end) * PAGE_SIZE);
             page = block_end;

@@ -43,6 +43,12 @@ proptest! {
         let units = units.step_by(unit as usize).filter(|page| page + unit <= first + count);
         let (expected, used): (Vec<_>, Vec<_>) = units.partition(|&page| is_free(page, unit));
         let found = find(&kernel, &machine.memory, within, order);
+        // As reclaim asks again, when no vCPU runs.
+        for block in (0..RAM / PAGE / BLOCK).map(|block| pages(block * BLOCK, BLOCK)) {
+            for part in found.iter().filter_map(|piece| piece.intersection(block)) {
+                prop_assert!(kernel.is_free(&machine.memory, part), "{part:?} of {found:?}");
+            }
+        }
         let found = found.iter().flat_map(|piece| (piece.start()..piece.end()).step_by((unit * PAGE) as usize));
         prop_assert_eq!(found.map(|gpa| gpa / PAGE).collect::<Vec<_>>(), expected.clone());
         for (page, is_free) in expected.into_iter().map(|page| (page, true)).chain(used.into_iter().map(|page| (page, false))) {

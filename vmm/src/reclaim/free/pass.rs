@@ -102,7 +102,9 @@ impl FreePass {
             let end = self.lists.find(part, self.order, &mut found);
             let mut last: Option<GpaRange> = None;
             for range in found.drain(..).filter_map(|range| range.intersection(part)) {
-                match last.and_then(|last| joined(last, range)) {
+                // Within a block of 2 MiB they are free blocks of their own, of which each is looked at by itself.
+                let whole = range.start().is_multiple_of(BLOCK_SIZE);
+                match last.filter(|_| whole).and_then(|last| joined(last, range)) {
                     Some(both) => last = Some(both),
                     None => self.add(last.replace(range), &mut left),
                 }

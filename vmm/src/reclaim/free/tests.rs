@@ -639,3 +639,16 @@ fn by_age_only_blocks_that_were_free_at_two_looks_are_taken() {
     scene.world.state().kernel = 0;
     assert_eq!((old_free(181), take()), (0, 0));
 }
+
+/// A small free block beside another one is no part of it: each is looked at by itself, and both are taken.
+#[test]
+fn small_free_blocks_side_by_side_are_taken() {
+    let world = World::new(4);
+    let free = [64, 128, 256, 512].map(|kib| range(kib * KIB, 2 * kib * KIB));
+    world.state().free = free.to_vec();
+    world.state().huge = false;
+    let scene = scene_with(world, LONG);
+    let outcome = scene.discard(u64::MAX, Reach::Everything);
+    assert_eq!(outcome.bytes, 960 * KIB);
+    assert_eq!(scene.reclaimer.free_pages().stale_total, 0);
+}
