@@ -15,6 +15,7 @@ use ebb_harness::network::{Tap, connect_through};
 use ebb_harness::wait::{LONG, settled, until, until_often};
 use ebb_harness::{Api, Guest, Images, Launch, Monitor};
 use ebb_hypercall_abi::Operation;
+use ebb_hypercall_abi::granule::{State, Word};
 use ebb_hypercall_abi::status::LAST_RANGE;
 use ebb_payload::{Program, Transport, page};
 use serde_json::json;
@@ -36,8 +37,8 @@ struct Talking {
 }
 
 impl Talking {
-    fn start(guest: &Program, cpus: u32) -> Result<Self> {
-        let launch = savable()?.memory("size=64M").cpus(cpus);
+    fn start(guest: &Program, launch: Launch) -> Result<Self> {
+        let launch = launch.memory("size=64M");
         let kernel = launch.folder().join("kernel");
         guest.write(&kernel).context("write the guest")?;
         let serial = format!("file={}", launch.folder().join("serial").display());
@@ -88,7 +89,7 @@ fn snapshot(monitor: &Monitor) -> Result<()> {
 #[test]
 fn a_paused_guest_does_nothing_and_its_free_memory_can_be_taken() -> Result<()> {
     const PAGES: u64 = 2048;
-    let mut talking = Talking::start(&talker(PAGES), 1)?;
+    let mut talking = Talking::start(&talker(PAGES), savable()?)?;
     let api = talking.monitor.api();
     until_often("the API answers", LONG, || {
         Ok(api.is_running(talking.monitor.pid()).then_some(()))
@@ -175,7 +176,7 @@ fn dead_memory_is_left_out_and_the_rest_comes_back() -> Result<()> {
     guest.call(Transport::Port, Operation::Reuse, freed, PAGES);
     guest.count_equal(freed, PAGES, 0);
     guest.output_byte(SERIAL, b'y', u64::MAX);
-    let mut talking = Talking::start(&guest, 1)?;
+    let mut talking = Talking::start(&guest, savable()?)?;
     talking.says_more()?;
     let api = talking.monitor.api();
     // One half of it is returned to the host before, the other half is not.
@@ -221,6 +222,78 @@ fn dead_memory_is_left_out_and_the_rest_comes_back() -> Result<()> {
     assert_eq!(results, [PAGES, LAST_RANGE.cast_unsigned(), PAGES]);
     let left = text[..end].iter().filter(|byte| **byte == b'x').count() as u64;
     assert!(left > 0 && left < TALK, "{left} of {TALK}");
+    ctl(&talking.monitor, "stop")?;
+    assert_eq!(talking.monitor.wait()?, 0, "{}", talking.monitor.log());
+    Ok(())
+}
+
+/// Restores a machine to another serial file, and returns what its guest has written there once that has a `y`. Until then
+/// `meanwhile` is called again and again.
+fn restored_text(monitor: &mut Monitor, meanwhile: impl Fn()) -> Result<Vec<u8>> {
+    let path = monitor.folder().join("restored");
+    let serial = format!("file={}", path.display());
+    monitor.kill_and_restore(&["--verify", "--resume", "--serial", &serial])?;
+    let text = until("the guest comes to its end", LONG, || {
+        meanwhile();
+        let text = fs::read(&path).unwrap_or_default();
+        Ok(text.contains(&b'y').then_some(text))
+    });
+    text.map_err(|error| monitor.explain(error))
+}
+
+#[test]
+fn an_arena_goes_on_where_it_was_saved() -> Result<()> {
+    const GRANULE: u64 = 2 << 20;
+    const PAGES: u64 = GRANULE / 4096;
+    // Where the first arena of a small machine lies.
+    const ARENA: u64 = 4 << 30;
+    let granule = |index: u64| ARENA + index * GRANULE;
+    let word = |index: u64| ARENA + 4096 + 8 * index;
+    let raw = |state| Word::new(state, 0).raw();
+    let [in_use, lazy, discarded] = [State::InUse, State::Lazy, State::Discarded].map(raw);
+    let (kept, freed, taken) = (3, 4, 5);
+    let mut guest = Program::kernel();
+    for index in [kept, freed, taken] {
+        guest.fill(granule(index), PAGES, index);
+    }
+    guest.compare_exchange(word(taken), in_use, lazy);
+    guest.wait_for(word(taken), discarded);
+    guest.compare_exchange(word(freed), in_use, lazy);
+    guest.output_byte(SERIAL, b'x', 60_000);
+    let first = guest.results();
+    guest.count_filled(granule(kept), PAGES, kept);
+    guest.load(word(taken));
+    guest.compare_exchange(word(freed), discarded, in_use);
+    guest.count_equal(granule(freed), PAGES, 0);
+    guest.compare_exchange(word(kept), in_use, lazy);
+    let results = guest.results() - first;
+    guest.wait_for(word(kept), discarded);
+    guest.output_byte(SERIAL, b'y', u64::MAX);
+    let launch = savable()?.option("--arena", "size=64M,id=heap");
+    let mut talking = Talking::start(&guest, launch)?;
+    let api = talking.monitor.api();
+    until_often("the host takes a granule", LONG, || {
+        let done = api.reclaim(GRANULE);
+        Ok(done
+            .is_ok_and(|it| it.reclaimed_bytes == GRANULE)
+            .then_some(()))
+    })?;
+    talking.says_more()?;
+    snapshot(&talking.monitor)?;
+    let initramfs = Images::from_environment()?.initramfs;
+    let initramfs = fs::metadata(initramfs).context("the initial RAM disk")?;
+    let size = allocated(&talking.monitor.folder().join("memory"))?;
+    let most = GRANULE + initramfs.len() + (1 << 20);
+    assert!((GRANULE..most).contains(&size), "{size}");
+
+    let text = restored_text(&mut talking.monitor, || {
+        // It may not answer yet.
+        let _ = api.reclaim(GRANULE);
+    })?;
+    let end = text.iter().position(|byte| *byte == b'y').unwrap_or(0);
+    let end = end - ebb_payload::RESULT_SIZE;
+    let found = ebb_payload::results(&text[end - results * ebb_payload::RESULT_SIZE..end]);
+    assert_eq!(found, [PAGES, discarded, discarded, PAGES, in_use]);
     ctl(&talking.monitor, "stop")?;
     assert_eq!(talking.monitor.wait()?, 0, "{}", talking.monitor.log());
     Ok(())
@@ -352,16 +425,16 @@ fn what_is_no_whole_snapshot_is_refused_in_one_line() -> Result<()> {
 
 #[test]
 fn what_cannot_be_saved_says_why_and_goes_on() -> Result<()> {
-    for (option, value, what) in [
-        ("--lazy", "strict=on", "strict mode"),
-        ("--arena", "size=64M", "arenas"),
+    for (memory, lazy, what) in [
+        ("size=64M", "strict=on", "strict mode"),
+        ("size=64M,shared=on", "strict=off", "shared memory"),
     ] {
-        let launch = savable()?.memory("size=64M").serial("null");
+        let launch = savable()?.memory(memory).serial("null");
         let folder = launch.folder().canonicalize().context("the folder")?;
         let at = |name: &str| folder.join(name).to_string_lossy().into_owned();
         let kernel = folder.join("kernel");
         talker(16).write(&kernel).context("write the guest")?;
-        let mut monitor = launch.kernel(&kernel).option(option, value).start()?;
+        let mut monitor = launch.kernel(&kernel).option("--lazy", lazy).start()?;
         until_often("the API answers", LONG, || {
             Ok(monitor.api().is_running(monitor.pid()).then_some(()))
         })?;

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ebb_hypercall_abi::arena::{GENERATION, Header, Layout, REUSE_MAX_GRANULES};
+use ebb_hypercall_abi::granule::{State, Word};
 use vm_memory::GuestMemoryMmap;
 
 use ebb_core::range::GpaRange;
-use ebb_core::table::{Table, Taken};
+use ebb_core::table::{Table, Taken, Words};
 use words::GuestWords;
 
 /// The arenas of a machine, by their numbers.
@@ -96,9 +97,9 @@ impl Arena {
         };
         let layout = Layout::new(gpa.len(), granule).ok_or_else(bad)?;
         let number = |value: u64| usize::try_from(value).map_err(|_| bad());
-        let (first, len) = (number(layout.first())?, number(layout.granules())?);
-        let words = GuestWords::new(Arc::clone(&memory), start + layout.table(), len);
-        let table = Table::new(words.ok_or_else(bad)?, first);
+        let first = number(layout.first())?;
+        let words = words_at(&memory, gpa, layout).ok_or_else(bad)?;
+        let table = Table::new(words, first);
         let header = Header::new(layout, index, start, &id);
         if !words::write(&memory, start, &header.to_words()) {
             return Err(bad());
@@ -188,6 +189,45 @@ impl Arena {
         })
     }
 
+    /// What is free by the words of the table, in whatever state, ascending. The machine must be paused: then reclaim moves
+    /// granules from one of these states to another, and nothing else happens to them.
+    pub fn free(&self) -> Vec<GpaRange> {
+        let granule = self.place.layout.granule();
+        let mut free: Vec<GpaRange> = Vec::new();
+        self.each_free(|index, _, _| {
+            let at = self.place.gpa.start() + index as u64 * granule;
+            free.extend(GpaRange::new(at, at + granule));
+        });
+        free
+    }
+
+    /// Takes up the words of a restored machine, which has not run yet. What was free in whatever state is discarded: the host
+    /// has nothing there.
+    pub fn restore(&self) {
+        self.each_free(|index, word, words| {
+            words.swap(index, word, Word::new(State::Lazy, 0));
+        });
+        let mut cursor = 0;
+        while let Some(taken) = self.table.take(&mut cursor, 0, usize::MAX) {
+            let gone = vec![true; taken.runs().len()];
+            taken.finish(&gone);
+        }
+    }
+
+    /// Shows the words of what is free, with their numbers.
+    fn each_free(&self, mut look: impl FnMut(usize, Word, &GuestWords)) {
+        let layout = self.place.layout;
+        let Some(words) = words_at(&self.memory, self.place.gpa, layout) else {
+            return;
+        };
+        for index in (layout.first()..layout.granules()).map(|index| index as usize) {
+            let word = words.load(index);
+            if let Some(State::Lazy | State::Reclaiming | State::Discarded) = word.state() {
+                look(index, word, &words);
+            }
+        }
+    }
+
     /// Counts what the guest offers, in bytes.
     pub fn lazy_bytes(&self) -> u64 {
         self.stats().lazy_bytes
@@ -208,6 +248,12 @@ impl Arena {
             ..self.counters.snapshot()
         }
     }
+}
+
+/// The words of the table of an arena at `gpa`; `None` if they are not guest memory.
+fn words_at(memory: &Arc<GuestMemoryMmap>, gpa: GpaRange, layout: Layout) -> Option<GuestWords> {
+    let len = usize::try_from(layout.granules()).ok()?;
+    GuestWords::new(Arc::clone(memory), gpa.start() + layout.table(), len)
 }
 
 /// Granules that the monitor may discard, until this is finished; lazy again when dropped before.

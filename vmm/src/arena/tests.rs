@@ -74,6 +74,35 @@ fn what_is_no_memory_is_no_arena() {
 }
 
 #[test]
+fn what_was_free_is_discarded_after_a_restore() {
+    let (_ram, arena) = arena(64 * MIB);
+    let free = [
+        (2, State::Lazy),
+        (3, State::Reclaiming),
+        (4, State::Discarded),
+        (6, State::Lazy),
+    ];
+    for (index, state) in free {
+        set(&arena, index, state, 5);
+    }
+    let at = word(&arena, 5);
+    arena.memory.store(0xff_u64, at, Ordering::Relaxed).unwrap();
+    let ranges = free.map(|(index, _)| range(START + index * GRANULE, GRANULE));
+    assert_eq!(arena.free(), ranges);
+    arena.restore();
+    for (index, _) in free {
+        assert_eq!(state(&arena, index), Some(State::Discarded), "{index}");
+    }
+    assert_eq!([1, 5].map(|n| state(&arena, n)), [Some(State::InUse), None]);
+    let stats = arena.stats();
+    let bytes = (stats.discarded_bytes, stats.reclaimed_bytes_total);
+    assert_eq!(bytes, (4 * GRANULE, 0));
+    // What is freed from now on is older than what is freed later.
+    set(&arena, 3, State::Lazy, 0);
+    assert!(arena.take(&mut 0, 0, GRANULE).is_some());
+}
+
+#[test]
 fn lazy_granules_go_to_the_host_and_come_back_by_a_call() {
     let (ram, arena) = arena(64 * MIB);
     for index in 1..5 {

@@ -57,6 +57,12 @@ impl GuestMemory {
         found
     }
 
+    /// What is free in the arenas, ascending. The machine must be paused.
+    #[must_use]
+    pub fn free_in_arenas(&self) -> Vec<GpaRange> {
+        self.arenas.iter().flat_map(|arena| arena.free()).collect()
+    }
+
     /// What is free by the guest kernel's free lists, ascending, if they are read; all but what lies beyond a million
     /// fragments. The machine must be paused.
     #[must_use]

@@ -60,9 +60,9 @@ pub struct ArenaSetup {
 /// What a snapshot knows of the memory.
 #[derive(Clone, Debug)]
 pub struct Restored {
-    /// Holds all RAM, one region after the other.
+    /// Holds RAM and arenas, one region after the other.
     pub file: Arc<File>,
-    /// The parts of RAM whose content is there; the rest is zero.
+    /// The parts of them whose content is there; the rest is zero.
     pub runs: Vec<GpaRange>,
     /// What was lazily free.
     pub lazily_free: Vec<GpaRange>,
@@ -92,12 +92,17 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// Addresses of RAM and arenas.
+    #[must_use]
+    pub fn regions(&self) -> Vec<GpaRange> {
+        let arenas = self.arenas.iter().map(|arena| arena.gpa);
+        self.ram.iter().copied().chain(arenas).collect()
+    }
+
     /// First address after the memory.
     #[must_use]
     pub fn end(&self) -> u64 {
-        let arenas = self.arenas.iter().map(|arena| arena.gpa);
-        let last = self.ram.iter().copied().chain(arenas).last();
-        last.map_or(0, GpaRange::end)
+        self.regions().last().map_or(0, |last| last.end())
     }
 }
 
@@ -174,6 +179,7 @@ impl GuestMemory {
             // The host has nothing there.
             chunk.discarded();
         }
+        self.arenas.iter().for_each(|arena| arena.restore());
         self.kernel.restore(&*self.ram, &restored.kernel);
     }
 

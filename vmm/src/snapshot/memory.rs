@@ -1,4 +1,4 @@
-//! The memory file: the RAM, one region after the other, with holes where nothing has to be kept, and a last page that says
+//! The memory file: RAM and arenas, one region after the other, with holes where nothing has to be kept, and a last page that says
 //! which snapshot it belongs to.
 
 use std::fs::File;

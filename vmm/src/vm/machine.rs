@@ -75,7 +75,7 @@ impl Vm {
         let config = &instance.config;
         let mut host = Hypervisor::open()?;
         let mut setup = memory::setup(config);
-        let restored = snapshot.map(|it| it.memory(&host, config.vcpus, &setup.ram));
+        let restored = snapshot.map(|it| it.memory(&host, config.vcpus, &setup.regions()));
         setup.restored = restored.transpose()?;
         host.check_limits(config.vcpus, setup.end())?;
         let backends = Backends::open(config, guardian)?;

@@ -27,7 +27,7 @@ pub struct Restoration {
 }
 
 impl Restoration {
-    /// Checks that this host and a machine with so many vCPUs and RAM at `ram` can take it up, and describes its memory.
+    /// Checks that this host and a machine with so many vCPUs and memory at `regions` can take it up, and describes its memory.
     ///
     /// # Errors
     /// [`LaunchError::Snapshot`].
@@ -35,11 +35,11 @@ impl Restoration {
         &self,
         host: &Hypervisor,
         vcpus: u32,
-        ram: &[GpaRange],
+        regions: &[GpaRange],
     ) -> Result<Restored, LaunchError> {
         let refuse = |why: String| Err(LaunchError::Snapshot(why));
         let State { memory, .. } = &self.state;
-        let due = ram.iter().map(|it| it.len()).sum::<u64>() + PAGE_SIZE;
+        let due = regions.iter().map(|it| it.len()).sum::<u64>() + PAGE_SIZE;
         if memory.len != due || self.state.vcpus.len() != vcpus as usize {
             return refuse(
                 "the snapshot is of a machine with other memory or vCPUs than its options say"
@@ -55,7 +55,7 @@ impl Restoration {
         let file = self.memory.try_clone();
         Ok(Restored {
             file: Arc::new(file.map_err(LaunchError::system("dup"))?),
-            runs: memory.runs(ram),
+            runs: memory.runs(regions),
             lazily_free: self.state.lazily_free(),
             kernel: self.state.kernel.clone(),
         })

@@ -146,6 +146,7 @@ impl Saver {
             let lazily_free = self.memory.lazily_free();
             let mut dead = self.memory.free_in_lists();
             dead.extend(&lazily_free);
+            dead.extend(self.memory.free_in_arenas());
             merge(&mut dead);
             let is_ending = || self.instance.exit.reason().is_some();
             let map = snapshot::write(file, self.memory.ram(), &dead, id, is_ending)?;
@@ -215,7 +216,6 @@ impl Saver {
 /// What cannot be saved, or not be restored.
 fn refuse(config: &MachineConfig) -> Result<(), String> {
     let is = [
-        (!config.arenas.is_empty(), "arenas (--arena)"),
         (config.lazy.strict, "strict mode (--lazy strict=on)"),
         (
             config.memory.hugepages,
