@@ -177,6 +177,9 @@ pub trait Controller: Send + Sync {
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum InstanceState {
+    /// Nobody has asked for its start (Firecracker mode).
+    #[serde(rename = "Not started")]
+    NotStarted,
     /// Its memory is being populated, its kernel loaded.
     #[default]
     Building,
@@ -216,6 +219,19 @@ pub struct InstanceInfo {
     /// Output that was lost.
     #[serde(default)]
     pub output: OutputStats,
+}
+
+impl InstanceInfo {
+    /// What is known without a machine.
+    #[must_use]
+    pub fn of_this_process() -> Self {
+        Self {
+            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            app_name: "Ebb".to_owned(),
+            pid: std::process::id(),
+            ..Self::default()
+        }
+    }
 }
 
 /// The balloon, in the names and units of Firecracker's API.

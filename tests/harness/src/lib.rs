@@ -7,6 +7,7 @@ pub mod console;
 pub mod container;
 pub mod debian;
 pub mod error;
+pub mod firecracker;
 pub mod free_pages;
 pub mod guest;
 pub mod host;

@@ -1,6 +1,6 @@
 //! Requests about disks, in the names and units of Firecracker's API.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -17,15 +17,27 @@ struct Update {
     rate_limiter: Option<Value>,
 }
 
-#[derive(Default, Deserialize)]
+/// A limiter. An empty object is no limit.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
-struct Limiter {
+pub(super) struct Limiter {
     bandwidth: Option<Bucket>,
     ops: Option<Bucket>,
 }
 
+impl Limiter {
+    /// What it sets; `None` if that is nothing.
+    pub fn limits(&self) -> Result<Option<DriveLimits>, Fault> {
+        let limits = DriveLimits {
+            bandwidth: self.bandwidth.as_ref().map(Bucket::rate).transpose()?,
+            operations: self.ops.as_ref().map(Bucket::rate).transpose()?,
+        };
+        Ok((limits != DriveLimits::default()).then_some(limits))
+    }
+}
+
 /// A token bucket. An empty object is no limit.
-#[derive(Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Bucket {
     #[serde(default)]
@@ -37,7 +49,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn rate(self) -> Result<Rate, Fault> {
+    fn rate(&self) -> Result<Rate, Fault> {
         let burst = self.one_time_burst.unwrap_or(0);
         Rate::new(self.size, self.refill_time, burst)
             .map_err(|error| Fault::bad_request(error.to_string()))
@@ -70,9 +82,5 @@ fn limits(limiter: serde_json::Result<Limiter>) -> Result<Option<DriveLimits>, F
     let limiter = limiter.map_err(|error| {
         Fault::bad_request(format!("rate_limiter is not what is due here: {error}"))
     })?;
-    let limits = DriveLimits {
-        bandwidth: limiter.bandwidth.map(Bucket::rate).transpose()?,
-        operations: limiter.ops.map(Bucket::rate).transpose()?,
-    };
-    Ok((limits != DriveLimits::default()).then_some(limits))
+    limiter.limits()
 }

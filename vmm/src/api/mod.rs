@@ -1,17 +1,22 @@
 //! The REST API on a unix socket, in the style of Firecracker's: JSON bodies, status 204 for success without an answer,
 //! 400 with a `fault_message` for failure. `routes` lists the endpoints, `server` serves them, `client` sends requests;
-//! `view` gives the configuration Firecracker's names; `prometheus` writes the metrics for it.
+//! `view` gives the configuration Firecracker's names; `prometheus` writes the metrics for it. Requests to a machine that is not
+//! started go by `waiting` to the first thread, and are those of `before`.
 //! `docs/api.md` describes the API for users.
 
+pub mod before;
 mod client;
 mod drives;
 mod prometheus;
 mod routes;
 mod server;
 mod view;
+mod waiting;
 
 #[cfg(test)]
 mod tests;
 
 pub use client::{ClientError, request};
-pub use server::{ApiError, Server, serve};
+pub use routes::{FIRECRACKER_VERSION, Fault, Reply};
+pub use server::{ApiError, Front, Server, serve};
+pub use waiting::{Ask, Asker, Asks, waiting};

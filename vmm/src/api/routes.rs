@@ -8,12 +8,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{drives, view};
+use super::{before, drives, view};
 use crate::control::{CommandError, Controller, Instance};
 
 /// The answer to a request that was carried out.
 #[derive(Debug, PartialEq)]
-pub(super) enum Reply {
+pub enum Reply {
     /// Status 204, no body.
     Done,
     /// Status 200, and this body.
@@ -23,7 +23,7 @@ pub(super) enum Reply {
 }
 
 impl Reply {
-    fn json(value: &impl Serialize) -> Result<Self, Fault> {
+    pub(super) fn json(value: &impl Serialize) -> Result<Self, Fault> {
         serde_json::to_value(value)
             .map(Self::Json)
             .map_err(|error| Fault::internal(format!("the answer cannot be written: {error}")))
@@ -32,15 +32,15 @@ impl Reply {
 
 /// The answer to a request that was not carried out: a status, and a body with a `fault_message`.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Fault {
-    pub status: StatusCode,
-    pub message: String,
+pub struct Fault {
+    pub(super) status: StatusCode,
+    pub(super) message: String,
     /// The methods that the path knows, for the header `Allow` of a status 405.
-    pub allow: Option<String>,
+    pub(super) allow: Option<String>,
 }
 
 impl Fault {
-    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Self {
         Self {
             status,
             message: message.into(),
@@ -48,12 +48,19 @@ impl Fault {
         }
     }
 
+    /// Status 400: the request is wrong, or the machine cannot do it.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message)
     }
 
-    pub fn internal(message: impl Into<String>) -> Self {
+    pub(super) fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
+    }
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.message)
     }
 }
 
@@ -91,7 +98,12 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
     (
         Method::GET,
         "/version",
-        Always(|_, _| Reply::json(&json!({ "vmm_version": env!("CARGO_PKG_VERSION") }))),
+        Always(|_, _| Reply::json(&version())),
+    ),
+    (
+        Method::GET,
+        "/machine-config",
+        Always(|machine, _| Reply::json(&view::machine(machine.config()))),
     ),
     (
         Method::GET,
@@ -149,20 +161,80 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
     (Method::PATCH, "/teardown", Running(patch_teardown)),
 ];
 
-/// Returns the handler of a request.
+/// What Ebb does not have, and why.
+pub(super) const REFUSED: &[(Method, &str, &str)] = &[
+    (Method::GET, "/mmds", NO_MMDS),
+    (Method::PUT, "/mmds", NO_MMDS),
+    (Method::PATCH, "/mmds", NO_MMDS),
+    (Method::PUT, "/mmds/config", NO_MMDS),
+    (
+        Method::PUT,
+        "/cpu-config",
+        "guests see the host's processor, there are no templates",
+    ),
+    (Method::PATCH, "/balloon/hinting/start", before::HINTING),
+    (Method::GET, "/balloon/hinting/status", before::HINTING),
+    (Method::PATCH, "/balloon/hinting/stop", before::HINTING),
+    (
+        Method::PUT,
+        "/pmem/{id}",
+        "there are no persistent memory devices; use a drive",
+    ),
+    (Method::GET, "/hotplug/memory", NO_HOTPLUG),
+    (Method::PUT, "/hotplug/memory", NO_HOTPLUG),
+    (Method::PATCH, "/hotplug/memory", NO_HOTPLUG),
+];
+
+const NO_MMDS: &str = "there is no metadata service; give the guest its data by the kernel's command line, a drive or the vsock";
+const NO_HOTPLUG: &str = "memory is not plugged: give the guest what it may need at most, the host gets back what it frees";
+
+/// The version of Firecracker's API that this one follows.
+pub const FIRECRACKER_VERSION: &str = "1.13.1";
+
+/// What `GET /version` answers.
+pub(super) fn version() -> Value {
+    json!({
+        "vmm_version": env!("CARGO_PKG_VERSION"),
+        "firecracker_version": FIRECRACKER_VERSION,
+    })
+}
+
+/// What carries out a request: before the machine is started, and afterwards.
+#[derive(Default)]
+pub(super) struct Found {
+    pub before: Option<before::Handler>,
+    pub after: Option<Handler>,
+}
+
+/// Finds what carries out a request.
 ///
 /// # Errors
-/// 404 for an unknown path, 405 for a method that the path does not know.
-pub(super) fn find(method: &Method, path: &str) -> Result<Handler, Fault> {
+/// 404 for an unknown path, 405 for a method that the path does not know, 400 for what Ebb does not have.
+pub(super) fn find(method: &Method, path: &str) -> Result<Found, Fault> {
     let mut methods = Vec::new();
-    for (known, _, handler) in ROUTES.iter().filter(|route| is_at(route.1, path)) {
-        if known == method {
-            return Ok(*handler);
+    let mut is_it = |known: &'static Method, route| {
+        let is_here = is_at(route, path);
+        if is_here && !methods.contains(&known.as_str()) {
+            methods.push(known.as_str());
         }
-        methods.push(known.as_str());
+        is_here && known == method
+    };
+    let after = ROUTES.iter().filter(|it| is_it(&it.0, it.1)).last();
+    let early = before::ROUTES.iter().filter(|it| is_it(&it.0, it.1)).last();
+    let refused = REFUSED.iter().filter(|it| is_it(&it.0, it.1)).last();
+    if let Some((_, _, why)) = refused {
+        return Err(Fault::bad_request(*why));
+    }
+    if after.is_some() || early.is_some() {
+        return Ok(Found {
+            before: early.map(|it| it.2),
+            after: after.map(|it| it.2),
+        });
     }
     if methods.is_empty() {
         let mut paths: Vec<_> = ROUTES.iter().map(|route| route.1).collect();
+        paths.extend(before::ROUTES.iter().map(|route| route.1));
+        paths.sort_unstable();
         paths.dedup();
         let message = format!("there is no {path}; there are {}", paths.join(", "));
         return Err(Fault::new(StatusCode::NOT_FOUND, message));

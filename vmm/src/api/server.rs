@@ -17,7 +17,7 @@ use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -25,6 +25,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
 use super::routes::{Fault, Handler, Reply};
+use super::waiting::Asker;
 use super::{prometheus, routes};
 use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::{Controller, Instance};
@@ -73,10 +74,23 @@ pub enum ApiError {
 /// The machine, once it runs.
 type Running = Option<Arc<dyn Controller>>;
 
+/// The machine, once it is being built.
+type Started = Option<Arc<dyn Instance>>;
+
+/// What is served.
+pub enum Front {
+    /// A machine that is being built.
+    Machine(Arc<dyn Instance>),
+    /// One that is not started: who is asked until [`Server::set_instance`].
+    Waiting(Asker),
+}
+
 /// What requests are made to.
 #[derive(Clone)]
 struct Served {
-    instance: Arc<dyn Instance>,
+    /// Who is asked as long as there is no instance.
+    asker: Option<Asker>,
+    instance: watch::Receiver<Started>,
     machine: watch::Receiver<Running>,
     /// A command whose client has gone holds its permit until it is done.
     commands: Arc<Semaphore>,
@@ -85,6 +99,7 @@ struct Served {
 /// A running API server. Dropping it stops the server, joins its thread and removes the socket.
 pub struct Server {
     stop: watch::Sender<bool>,
+    instance: watch::Sender<Started>,
     machine: watch::Sender<Running>,
     thread: Option<JoinHandle<()>>,
     socket: BoundPath,
@@ -101,6 +116,11 @@ impl Server {
     #[must_use]
     pub const fn identity(&self) -> FileIdentity {
         self.socket.identity()
+    }
+
+    /// There is a machine now.
+    pub fn set_instance(&self, instance: Arc<dyn Instance>) {
+        self.instance.send_replace(Some(instance));
     }
 
     /// The machine runs: requests to it, some of which may be waiting, are carried out from now on.
@@ -132,7 +152,7 @@ impl Drop for Server {
     }
 }
 
-/// Starts a thread that serves the API of `instance` on a unix socket at `path`, which only this user may open
+/// Starts a thread that serves the API of `front` on a unix socket at `path`, which only this user may open
 /// (mode 0600). A socket that a dead server left there is replaced.
 ///
 /// Requests to a running machine wait until there is one, see [`Server::set_machine`].
@@ -142,7 +162,7 @@ impl Drop for Server {
 ///
 /// # Errors
 /// [`ApiError`] when the path cannot be used, another server listens there, or the thread cannot be started.
-pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiError> {
+pub fn serve(path: &Path, front: Front) -> Result<Server, ApiError> {
     if check_socket(OPTION, path)? == SocketPath::Stale {
         std::fs::remove_file(path).map_err(|source| bind_error(path, source))?;
     }
@@ -156,9 +176,14 @@ pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiErro
         tokio::net::UnixListener::from_std(listener)?
     };
     let (stop, stopped) = watch::channel(false);
-    let machine = watch::Sender::new(None);
+    let (started, asker) = match front {
+        Front::Machine(instance) => (Some(instance), None),
+        Front::Waiting(asker) => (None, Some(asker)),
+    };
+    let (instance, machine) = (watch::Sender::new(started), watch::Sender::new(None));
     let served = Served {
-        instance,
+        asker,
+        instance: instance.subscribe(),
         machine: machine.subscribe(),
         commands: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
     };
@@ -171,6 +196,7 @@ pub fn serve(path: &Path, instance: Arc<dyn Instance>) -> Result<Server, ApiErro
         })?;
     Ok(Server {
         stop,
+        instance,
         machine,
         thread: Some(thread),
         socket,
@@ -280,8 +306,8 @@ async fn answer(
     is_busy: &AtomicBool,
 ) -> Result<Reply, Fault> {
     panic_point();
-    let path = request.uri().path().to_owned();
-    let handler = routes::find(request.method(), &path)?;
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let found = routes::find(&method, &path)?;
     let too_long = || {
         let message = format!("the body is longer than {MAX_BODY} bytes");
         Fault::new(StatusCode::PAYLOAD_TOO_LARGE, message)
@@ -302,35 +328,51 @@ async fn answer(
             return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };
-    let machine = match handler {
-        Handler::Always(_) => None,
-        Handler::Metrics => served.machine.borrow().clone(),
-        Handler::Running(_) | Handler::Named(_) => {
-            let machine = served.machine.wait_for(Option::is_some).await.ok();
-            machine.and_then(|machine| machine.clone())
-        }
-    };
+    let is_started = served.instance.borrow().is_some();
+    if is_started && matches!(found.after, Some(Handler::Running(_) | Handler::Named(_))) {
+        let _ = served.machine.wait_for(Option::is_some).await;
+    }
     is_busy.store(true, Ordering::Relaxed);
     let commands = Arc::clone(&served.commands);
     let command = move || {
         panic_point();
-        match (handler, machine) {
-            (Handler::Always(handler), _) => handler(served.instance.as_ref(), &body),
-            (Handler::Metrics, machine) => Ok(Reply::Text(prometheus::text(
-                served.instance.as_ref(),
-                machine.as_deref(),
-            ))),
-            (Handler::Running(handler), Some(machine)) => handler(machine.as_ref(), &body),
-            (Handler::Named(handler), Some(machine)) => {
-                handler(machine.as_ref(), routes::name_in(&path), &body)
-            }
-            // The server outlives its connections.
-            (Handler::Running(_) | Handler::Named(_), None) => {
-                Err(Fault::internal("the machine has ended"))
-            }
-        }
+        let asker = served.asker.as_ref().filter(|_| !is_started);
+        let asked = asker.and_then(|asker| asker.ask(method.clone(), path.clone(), body.clone()));
+        asked.unwrap_or_else(|| served.carry_out(&method, &path, found.after, &body))
     };
     carry_out(&commands, command).await
+}
+
+impl Served {
+    /// Carries out a request to a machine that is started.
+    fn carry_out(
+        &self,
+        method: &Method,
+        path: &str,
+        handler: Option<Handler>,
+        body: &[u8],
+    ) -> Result<Reply, Fault> {
+        let (instance, machine) = (
+            self.instance.borrow().clone(),
+            self.machine.borrow().clone(),
+        );
+        match (handler, instance, machine) {
+            (None, ..) => Err(Fault::bad_request(format!(
+                "{method} {path} is possible only before the machine is started"
+            ))),
+            (Some(Handler::Always(handler)), Some(instance), _) => handler(instance.as_ref(), body),
+            (Some(Handler::Metrics), Some(instance), machine) => Ok(Reply::Text(prometheus::text(
+                instance.as_ref(),
+                machine.as_deref(),
+            ))),
+            (Some(Handler::Running(handler)), _, Some(machine)) => handler(machine.as_ref(), body),
+            (Some(Handler::Named(handler)), _, Some(machine)) => {
+                handler(machine.as_ref(), routes::name_in(path), body)
+            }
+            // The server outlives its connections.
+            (Some(_), ..) => Err(Fault::internal("the machine has ended")),
+        }
+    }
 }
 
 /// Runs `command` on a thread of its own, at most as many at a time as `commands` has permits. Not on tokio's threads:

@@ -12,7 +12,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
         .enumerate()
         .map(|(index, disk)| {
             json!({
-                "drive_id": format!("disk{index}"),
+                "drive_id": disk.name(index),
                 "path_on_host": disk.path,
                 "is_root_device": false,
                 "is_read_only": disk.readonly,
@@ -33,24 +33,13 @@ pub(super) fn config(config: &MachineConfig) -> Value {
     });
     // Only a balloon that runs itself has one.
     let reserve = config.balloon.as_ref().and_then(|it| it.auto_reserve);
-    let huge_pages = if config.memory.hugepages {
-        "2M"
-    } else {
-        "None"
-    };
     json!({
         "boot-source": {
             "kernel_image_path": config.kernel.path,
             "initrd_path": config.initramfs,
             "boot_args": config.cmdline,
         },
-        "machine-config": {
-            "vcpu_count": config.vcpus,
-            "mem_size_mib": config.memory.size >> 20,
-            "smt": false,
-            "track_dirty_pages": false,
-            "huge_pages": huge_pages,
-        },
+        "machine-config": machine(config),
         "drives": drives,
         "network-interfaces": interfaces(config),
         "balloon": balloon,
@@ -77,10 +66,26 @@ pub(super) fn config(config: &MachineConfig) -> Value {
     })
 }
 
+/// vCPUs and memory.
+pub(super) fn machine(config: &MachineConfig) -> Value {
+    let huge_pages = if config.memory.hugepages {
+        "2M"
+    } else {
+        "None"
+    };
+    json!({
+        "vcpu_count": config.vcpus,
+        "mem_size_mib": config.memory.size >> 20,
+        "smt": false,
+        "track_dirty_pages": false,
+        "huge_pages": huge_pages,
+    })
+}
+
 fn interfaces(config: &MachineConfig) -> Vec<Value> {
     let describe = |(index, net): (usize, &NetConfig)| {
         json!({
-            "iface_id": format!("net{index}"),
+            "iface_id": net.name(index),
             "host_dev_name": net.tap,
             "guest_mac": net.mac.map(|mac| mac.to_string()),
             "mtu": net.mtu,

@@ -153,7 +153,10 @@ pub fn main(args: Args) -> u8 {
 fn status(socket: &Path, json: bool) -> Result<String, ClientError> {
     let info = get(socket, "/")?;
     let machine: InstanceInfo = parse(info.clone())?;
-    if machine.state == InstanceState::Building {
+    if matches!(
+        machine.state,
+        InstanceState::NotStarted | InstanceState::Building
+    ) {
         // It has nothing else to tell yet.
         return Ok(match json {
             true => format!("{:#}", json!({ "info": info })),
@@ -395,6 +398,7 @@ fn describe_machine(info: &InstanceInfo) -> String {
         (hours, minutes) => format!("{hours} h {minutes} min"),
     };
     let doing = match (info.state, info.prefault) {
+        (InstanceState::NotStarted, _) => "not started".to_owned(),
         (InstanceState::Running, _) => "running".to_owned(),
         (InstanceState::Paused, _) => "paused".to_owned(),
         (InstanceState::Building, None) => "being built".to_owned(),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Args, Command};
-use ebb_vmm::config::explain;
+use ebb_vmm::config::{explain, quote};
 use serde_json::{Map, Value};
 
 use super::run;
@@ -101,13 +101,6 @@ fn text(name: &str, value: Value) -> Result<String, String> {
             "{name}: {value} is no value; write text, a number, true or false"
         )),
     }
-}
-
-/// Escapes commas, quotes and backslashes.
-fn quote(text: &str) -> String {
-    text.replace('\\', r"\\")
-        .replace(',', r"\,")
-        .replace('"', r#"\""#)
 }
 
 #[cfg(test)]

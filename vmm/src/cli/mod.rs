@@ -5,6 +5,7 @@ mod ctl;
 mod docs;
 mod doctor;
 mod file;
+mod firecracker;
 mod jail;
 mod restore;
 mod run;
@@ -13,6 +14,7 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::path::Path;
 
 use clap::error::{ContextKind, ErrorKind};
 use clap::{Parser, Subcommand};
@@ -32,6 +34,7 @@ enum Command {
     Run(Box<run::Args>),
     Jail(Box<jail::Args>),
     Restore(restore::Args),
+    Firecracker(firecracker::Args),
     Ctl(ctl::Args),
     Doctor(doctor::Args),
 }
@@ -42,6 +45,7 @@ pub fn main() -> u8 {
         Ok((cli, words)) => match cli.command {
             Command::Run(args) => run::main(*args, words.get(2..).unwrap_or_default()),
             Command::Restore(args) => restore::main(args),
+            Command::Firecracker(args) => firecracker::main(&args),
             Command::Jail(args) => jail::main(*args),
             Command::Ctl(args) => ctl::main(args),
             Command::Doctor(args) => doctor::main(&args),
@@ -53,6 +57,9 @@ pub fn main() -> u8 {
 /// Parses the arguments, together with those that a configuration file stands for, and returns all of them, too. On an error
 /// it prints the message and returns the exit status.
 fn parse(mut words: Vec<OsString>) -> Result<(Cli, Vec<OsString>), u8> {
+    if is_firecracker(words.first()) {
+        words.insert(1, "firecracker".into());
+    }
     if words.get(1).is_some_and(|word| word == "run") {
         let more = file::arguments(&words[2..]).map_err(|complaint| {
             complain(&complaint);
@@ -62,8 +69,19 @@ fn parse(mut words: Vec<OsString>) -> Result<(Cli, Vec<OsString>), u8> {
     }
     match Cli::try_parse_from(&words) {
         Ok(cli) => Ok((cli, words)),
-        Err(error) => Err(refuse(&error)),
+        Err(error) => match (refuse(&error), words.get(1)) {
+            (exit::BAD_ARGUMENTS, Some(word)) if word == "firecracker" => {
+                Err(firecracker::ARGUMENTS)
+            }
+            (status, _) => Err(status),
+        },
     }
+}
+
+/// A program of this name is `ebb firecracker`.
+fn is_firecracker(program: Option<&OsString>) -> bool {
+    let name = program.and_then(|program| Path::new(program).file_name());
+    name.is_some_and(|name| name == "firecracker")
 }
 
 /// Prints `message` to standard error in one line.

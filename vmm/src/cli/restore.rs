@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Parser;
+use ebb_vmm::api::before::LoadSpec;
 use ebb_vmm::config::{MachineConfig, MachineSpec, SerialConfig, SocketSpec};
 use ebb_vmm::exit;
 use ebb_vmm::snapshot::{self, DiskFile, FileError, State};
@@ -44,6 +45,9 @@ pub struct Args {
     /// Another path for the vsock's socket
     #[arg(long, value_name = "PATH")]
     vsock: Option<PathBuf>,
+    /// The same, for interfaces by name.
+    #[arg(skip)]
+    named_taps: Vec<(String, String)>,
     /// Where the first serial port goes, if elsewhere
     #[arg(long, value_name = "tty|null|file=PATH")]
     serial: Option<SerialConfig>,
@@ -88,6 +92,28 @@ pub fn main(args: Args) -> u8 {
             exit::BAD_ARGUMENTS
         }
     }
+}
+
+/// What a client of Firecracker's API asks for.
+///
+/// # Errors
+/// What is wrong with the snapshot, or on this host.
+pub fn load(load: LoadSpec) -> Result<(MachineConfig, Restoration), String> {
+    prepare(Args {
+        state: load.state,
+        memory: load.memory,
+        resume: load.resume,
+        verify: false,
+        api_socket: None,
+        disks: Vec::new(),
+        taps: Vec::new(),
+        vsock: load.vsock,
+        named_taps: load.taps,
+        serial: None,
+        id: None,
+        log_file: None,
+        verbose: 0,
+    })
 }
 
 /// Checks everything that can be checked before a machine is built.
@@ -144,6 +170,14 @@ fn config(args: &Args, state: &State) -> Result<MachineConfig, String> {
     if let Some(path) = &args.vsock {
         let missing = "--vsock: the saved machine has none";
         spec.vsock.as_mut().ok_or(missing)?.path.clone_from(path);
+    }
+    for (name, tap) in &args.named_taps {
+        let mut nets = spec.nets.iter_mut().enumerate();
+        let missing = || format!("the saved machine has no interface {name}");
+        let (_, net) = nets
+            .find(|(index, net)| net.name(*index) == *name)
+            .ok_or_else(missing)?;
+        (net.tap, net.fd) = (Some(tap.clone()), None);
     }
     spec.api_socket.clone_from(&args.api_socket);
     if let Some(serial) = &args.serial {

@@ -6,7 +6,7 @@ use clap::ArgAction::Set;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use super::keys::{Keys, on_off};
+use super::keys::{Keys, device_id, on_off};
 use super::number::number;
 use super::rate::Rate;
 
@@ -34,9 +34,20 @@ pub struct DiskConfig {
     /// Limit of the requests, in the same form
     #[arg(long, value_name = "N/MS+BURST")]
     pub ops: Option<Rate>,
+    /// Name in the API; disk0, disk1 and so on by default
+    #[arg(long, value_name = "NAME", value_parser = device_id)]
+    pub id: Option<String>,
 }
 
 impl Keys for DiskConfig {}
+
+impl DiskConfig {
+    /// The name of the disk with this number; the first is 0.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("disk{index}"))
+    }
+}
 
 /// How a disk's requests are carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -63,6 +74,7 @@ impl Default for DiskConfig {
             direct: false,
             bw: None,
             ops: None,
+            id: None,
         }
     }
 }
@@ -103,6 +115,8 @@ mod tests {
                 "path=/d,queues=17",
                 "queues=17: write a whole number of at most 16",
             ),
+            ("path=/d,id=a/b", "id=a/b: use 1 to 64 letters, digits"),
+            ("path=/d,id=ä", "id=ä: use 1 to 64 letters, digits"),
         ]);
     }
 }

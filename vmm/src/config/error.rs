@@ -102,6 +102,10 @@ pub enum ConfigError {
         "mac={0}: this address is no interface's; choose another, for instance 02:00:00:00:00:01"
     )]
     ZeroMac(String),
+    #[error("id={0}: use 1 to 64 letters, digits, hyphens or underscores")]
+    DeviceId(String),
+    #[error("two of the machine's {devices} have the name {id}; give each its own")]
+    DeviceIdTwice { devices: &'static str, id: String },
     #[error("--balloon free_page_reporting=off,reporting: remove one of them")]
     ReportingOff,
     #[error(

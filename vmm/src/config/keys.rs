@@ -190,6 +190,23 @@ pub(super) fn on_off() -> impl TypedValueParser<Value = bool> {
     PossibleValuesParser::new(values).map(|text| text == "on" || text == "true")
 }
 
+/// The name of a disk or an interface, as a client of the API writes it in a path.
+pub(super) fn device_id(id: &str) -> Result<String, ConfigError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    if (1..=64).contains(&id.len()) && id.bytes().all(plain) {
+        return Ok(id.to_owned());
+    }
+    Err(ConfigError::DeviceId(id.escape_debug().to_string()))
+}
+
+/// Writes a value so that it can stand in a list of pairs: commas, quotes and backslashes are escaped.
+#[must_use]
+pub fn quote(text: &str) -> String {
+    text.replace('\\', r"\\")
+        .replace(',', r"\,")
+        .replace('"', r#"\""#)
+}
+
 /// Splits at the commas outside quotes, and takes quotes and backslashes away.
 fn split(text: &str) -> Result<Vec<String>, ConfigError> {
     let mut parts = vec![String::new()];

@@ -57,6 +57,8 @@ pub struct MachineConfig {
     pub guardian: bool,
     /// The words of the command line that it was made from, for a snapshot.
     pub words: Vec<String>,
+    /// SIGHUP ends the machine. Otherwise it has the log reopened.
+    pub hang_up_ends: bool,
     /// What happens when a thread makes a system call that it has no use for.
     pub seccomp: seccomp::Mode,
 }

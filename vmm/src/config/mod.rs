@@ -24,7 +24,7 @@ pub use disk::{DiskConfig, DiskEngine};
 pub use error::ConfigError;
 pub use files::{SocketPath, check_socket, check_vsock_path};
 pub use jail::{JailCgroup, JailSpec};
-pub use keys::{choices, explain, parse_keys};
+pub use keys::{choices, explain, parse_keys, quote};
 pub use lazy::{LazyConfig, LazyMode};
 pub use mac::MacAddress;
 pub use machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, MemoryConfig};

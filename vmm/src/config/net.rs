@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::ConfigError;
-use super::keys::Keys;
+use super::keys::{Keys, device_id};
 use super::mac::MacAddress;
 use super::number::number;
 use super::rate::Rate;
@@ -36,6 +36,17 @@ pub struct NetConfig {
     /// Limit of the frames that it sends
     #[arg(long, value_name = "N/MS+BURST")]
     pub tx_ops: Option<Rate>,
+    /// Name in the API; net0, net1 and so on by default
+    #[arg(long, value_name = "NAME", value_parser = device_id)]
+    pub id: Option<String>,
+}
+
+impl NetConfig {
+    /// The name of the interface with this number; the first is 0.
+    #[must_use]
+    pub fn name(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("net{index}"))
+    }
 }
 
 impl Keys for NetConfig {

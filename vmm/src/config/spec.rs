@@ -58,8 +58,8 @@ pub struct MachineSpec {
     /// A disk. Repeat the option for more disks: the first is /dev/vda
     #[arg(long = "disk", value_name = PAIRS, value_parser = keys::<DiskConfig>())]
     pub disks: Vec<DiskConfig>,
-    /// A folder whose files a client of the API may name as disks while the machine runs, and in which it may write snapshots.
-    /// Repeat the option for more
+    /// A folder whose files a client of the API may name as disks while the machine runs, and in which it may write snapshots;
+    /// / allows all files. Repeat the option for more
     #[arg(long = "allow-paths", value_name = "DIR")]
     pub allow_paths: Vec<PathBuf>,
     /// A network interface on a tap of the host. Repeat the option for more

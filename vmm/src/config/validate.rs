@@ -1,5 +1,6 @@
 //! The checks that turn a spec into a machine: of values against each other, and of files.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use ebb_hypercall_abi::arena::{Layout, MAX_ID};
@@ -25,6 +26,18 @@ impl MachineSpec {
     /// # Errors
     /// The first mistake found.
     pub fn validate(self) -> Result<MachineConfig, ConfigError> {
+        check_image("--kernel", &self.kernel)?;
+        if let Some(path) = &self.initramfs {
+            check_image("--initramfs", path)?;
+        }
+        self.validate_without_images()
+    }
+
+    /// As [`MachineSpec::validate`], but for the kernel and the initial RAM disk: these may not be known yet.
+    ///
+    /// # Errors
+    /// The first mistake found.
+    pub fn validate_without_images(self) -> Result<MachineConfig, ConfigError> {
         check_id(&self.id)?;
         check_cmdline(&self.cmdline)?;
         let lazy = self.lazy.map_or_else(defaults, Ok)?;
@@ -35,13 +48,17 @@ impl MachineSpec {
         let balloon = self
             .balloon
             .map(|spec| check_balloon(&spec, memory.size, &lazy));
-        check_image("--kernel", &self.kernel)?;
-        if let Some(path) = &self.initramfs {
-            check_image("--initramfs", path)?;
-        }
         check_disks(&self.disks)?;
+        check_names(
+            "disks",
+            self.disks.iter().enumerate().map(|(at, it)| it.name(at)),
+        )?;
         let allow_paths = check_folders("--allow-paths", self.allow_paths)?;
         check_nets(&self.nets)?;
+        check_names(
+            "interfaces",
+            self.nets.iter().enumerate().map(|(at, it)| it.name(at)),
+        )?;
         if let SerialConfig::File(path) = &self.serial {
             check_output("--serial", path)?;
         }
@@ -81,6 +98,7 @@ impl MachineSpec {
             metrics_path: self.metrics_path,
             guardian: self.guardian,
             words: Vec::new(),
+            hang_up_ends: false,
             seccomp: self.seccomp.into(),
         })
     }
@@ -187,6 +205,20 @@ fn check_arenas(specs: Vec<ArenaSpec>) -> Result<Vec<ArenaConfig>, ConfigError> 
         arenas.push(ArenaConfig { size, granule, id });
     }
     Ok(arenas)
+}
+
+/// A client of the API tells devices of one kind by their names.
+fn check_names(
+    devices: &'static str,
+    names: impl Iterator<Item = String>,
+) -> Result<(), ConfigError> {
+    let mut seen = BTreeSet::new();
+    for id in names {
+        if !seen.insert(id.clone()) {
+            return Err(ConfigError::DeviceIdTwice { devices, id });
+        }
+    }
+    Ok(())
 }
 
 /// Each interface has its own tap and its own address.

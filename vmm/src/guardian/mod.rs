@@ -29,8 +29,6 @@ pub struct Watched<'a> {
     pub id: &'a str,
     /// Path of its API's socket.
     pub socket: Option<&'a Path>,
-    /// Path of its vsock's socket.
-    pub vsock: Option<&'a Path>,
     /// It will put the terminal at standard input into raw mode.
     pub has_console: bool,
     /// Where its log goes.
@@ -114,7 +112,6 @@ fn start(status: &'static StatusPage, machine: &Watched<'_>) -> io::Result<Reape
         reaper: reaper.as_fd(),
         id: machine.id,
         socket: machine.socket.map(absolute),
-        vsock: machine.vsock.map(absolute),
         terminal: Terminal::at_stdin().filter(|_| machine.has_console),
         log: machine.log,
     };
@@ -138,7 +135,6 @@ mod tests {
         let machine = Watched {
             id: "test",
             socket: Some(&socket),
-            vsock: None,
             has_console: false,
             log: &Log::to_stderr(),
         };

@@ -36,8 +36,6 @@ pub(super) struct Watch<'a> {
     pub id: &'a str,
     /// Path of the API's socket.
     pub socket: Option<PathBuf>,
-    /// Path of the vsock's socket.
-    pub vsock: Option<PathBuf>,
     /// The operator's terminal as it was before the monitor used it.
     pub terminal: Option<Terminal>,
     pub log: &'a Log,
@@ -72,7 +70,7 @@ impl Watch<'_> {
         let cause = (!self.status.is_finished()).then(|| cause_of_end(self.pid));
         if cause.is_some() {
             self.remove_socket(Socket::Api, self.socket.as_deref());
-            self.remove_socket(Socket::Vsock, self.vsock.as_deref());
+            self.remove_socket(Socket::Vsock, self.status.vsock_path().as_deref());
         }
         let is_awaited = is_pipe_or_socket(io::stderr().as_fd());
         thread::scope(|scope| {
@@ -236,7 +234,6 @@ mod tests {
             reaper: process,
             id: "test",
             socket: None,
-            vsock: None,
             terminal: None,
             log,
         }

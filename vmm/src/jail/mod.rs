@@ -24,7 +24,7 @@ use crate::config::MachineSpec;
 use crate::exit;
 use crate::sys::mounts::Access;
 use crate::sys::tap::Tap;
-use crate::sys::{self, Signals, Terminal, privileges};
+use crate::sys::{self, Request, Signals, Terminal, privileges};
 use cgroup::Group;
 pub use error::JailError;
 use folder::Folder;
@@ -50,7 +50,7 @@ pub fn run(
     if !rustix::process::geteuid().is_root() {
         return Err(JailError::NotRoot);
     }
-    let signals = Signals::block().map_err(JailError::step("signalfd(2)"))?;
+    let signals = Signals::block(Request::HangUp).map_err(JailError::step("signalfd(2)"))?;
     let terminal = Terminal::at_stdin();
     let folder = Folder::take(&plan)?;
     let taps = open_taps(&mut plan, &mut machine).inspect_err(|_| folder.remove())?;

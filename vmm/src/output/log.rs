@@ -3,9 +3,9 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -28,13 +28,13 @@ pub struct Log(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    file: Option<LogFile>,
+    file: OnceLock<LogFile>,
     outlet: Mutex<Option<Arc<Outlet>>>,
 }
 
 #[derive(Debug)]
 struct LogFile {
-    path: PathBuf,
+    path: Mutex<PathBuf>,
     file: File,
     /// It was not there before.
     is_new: bool,
@@ -44,7 +44,7 @@ impl Log {
     /// To standard error.
     #[must_use]
     pub fn to_stderr() -> Self {
-        Self::new(None)
+        Self::new(OnceLock::new())
     }
 
     /// To the end of the file at `path`, which is made if there is none.
@@ -53,14 +53,36 @@ impl Log {
     /// open(2)'s.
     pub fn to_file(path: &Path) -> io::Result<Self> {
         let is_new = path.symlink_metadata().is_err();
-        Ok(Self::new(Some(LogFile {
+        Ok(Self::new(OnceLock::from(LogFile {
             file: open(path)?,
-            path: std::path::absolute(path)?,
+            path: Mutex::new(std::path::absolute(path)?),
             is_new,
         })))
     }
 
-    fn new(file: Option<LogFile>) -> Self {
+    /// From now on it goes to the end of the file at `path`, wherever it went before. A FIFO needs no reader.
+    ///
+    /// # Errors
+    /// open(2)'s; then it goes where it went.
+    pub fn move_to(&self, path: &Path) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        options.read(true).append(true).create(true);
+        let file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
+        let path = std::path::absolute(path)?;
+        let Some(log) = self.0.file.get() else {
+            // Only the first thread moves the log.
+            let _ = self.0.file.set(LogFile {
+                file,
+                path: Mutex::new(path),
+                is_new: false,
+            });
+            return Ok(());
+        };
+        *log.path.lock().unwrap_or_else(PoisonError::into_inner) = path;
+        sys::replace_file(&log.file, file)
+    }
+
+    fn new(file: OnceLock<LogFile>) -> Self {
         Self(Arc::new(Inner {
             file,
             outlet: Mutex::default(),
@@ -99,7 +121,7 @@ impl Log {
     /// The file, if there is one. It keeps its descriptor when it is opened again.
     #[must_use]
     pub fn file(&self) -> Option<BorrowedFd<'_>> {
-        self.0.file.as_ref().map(|it| it.file.as_fd())
+        self.0.file.get().map(|it| it.file.as_fd())
     }
 
     /// Opens the file again by its path: another program may have moved it away. Does nothing without a file.
@@ -107,17 +129,19 @@ impl Log {
     /// # Errors
     /// open(2)'s; then the log goes on in the file that it had.
     pub fn reopen(&self) -> io::Result<()> {
-        match &self.0.file {
-            Some(log) => sys::replace_file(&log.file, open(&log.path)?),
-            None => Ok(()),
-        }
+        let Some(log) = self.0.file.get() else {
+            return Ok(());
+        };
+        let path = log.path.lock().unwrap_or_else(PoisonError::into_inner);
+        sys::replace_file(&log.file, open(&path)?)
     }
 
     /// Removes the file if it was made for this log and nothing stands in it.
     pub fn remove_if_unused(&self) {
-        let Some(LogFile { path, file, is_new }) = &self.0.file else {
+        let Some(LogFile { path, file, is_new }) = self.0.file.get() else {
             return;
         };
+        let path = &*path.lock().unwrap_or_else(PoisonError::into_inner);
         let identity = |it: fs::Metadata| (it.dev(), it.ino(), it.len());
         let (there, ours) = (path.symlink_metadata(), file.metadata());
         if let (true, Ok(there), Ok(ours)) = (is_new, there.map(identity), ours.map(identity))
@@ -154,7 +178,7 @@ impl Inner {
     /// Writes `bytes` unless nobody takes them within a second.
     fn write_soon(&self, bytes: &[u8]) {
         let stderr = rustix::stdio::stderr();
-        let output = self.file.as_ref().map_or(stderr, |it| it.file.as_fd());
+        let output = self.file.get().map_or(stderr, |it| it.file.as_fd());
         let mut fds = [PollFd::from_borrowed_fd(output, PollFlags::OUT)];
         if matches!(poll(&mut fds, Some(&PATIENCE)), Ok(1..)) {
             let _ = rustix::io::write(output, bytes);
@@ -167,7 +191,7 @@ struct Target(Arc<Inner>);
 
 impl Write for Target {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = match &self.0.file {
+        let count = match self.0.file.get() {
             Some(it) => rustix::io::write(&it.file, bytes)?,
             None => rustix::io::write(rustix::stdio::stderr(), bytes)?,
         };
@@ -209,6 +233,26 @@ mod tests {
             "before\ndirect\nthread\n"
         );
         assert_eq!(fs::read_to_string(&path).unwrap(), "new\n");
+    }
+
+    #[test]
+    fn a_log_moves_to_files_and_fifos() {
+        let folder = tempfile::tempdir().unwrap();
+        let [first, second, fifo] = ["1", "2", "fifo"].map(|name| folder.path().join(name));
+        let log = Log::to_stderr();
+        log.start().unwrap();
+        log.move_to(&first).unwrap();
+        say(&log, "one\n");
+        log.finish();
+        log.move_to(&second).unwrap();
+        say(&log, "two\n");
+        assert_eq!(fs::read_to_string(&first).unwrap(), "one\n");
+        assert_eq!(fs::read_to_string(&second).unwrap(), "two\n");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, mode).unwrap();
+        log.move_to(&fifo).unwrap();
+        say(&log, "nobody reads it\n");
+        log.move_to(&folder.path().join("none/log")).unwrap_err();
     }
 
     #[test]

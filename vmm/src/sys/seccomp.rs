@@ -157,6 +157,11 @@ pub fn start(mode: Mode, log: Option<BorrowedFd<'_>>) -> io::Result<()> {
     Ok(())
 }
 
+/// From now on a forbidden call is reported to `log`, too, a descriptor that stays open.
+pub fn report_to(log: BorrowedFd<'_>) {
+    LOG.store(log.as_raw_fd(), Ordering::Relaxed);
+}
+
 /// Has the allocator do now what it does once and no filter allows: glibc reads /proc/sys/vm/overcommit_memory when it first
 /// shrinks the heap of a thread. Call this once there may be threads, before any thread has a filter.
 ///

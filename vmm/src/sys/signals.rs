@@ -16,22 +16,25 @@ const JOB_CONTROL: [libc::c_int; 2] = [libc::SIGTTOU, libc::SIGTTIN];
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// SIGTERM, SIGINT or SIGQUIT: the end.
+    /// SIGTERM, SIGINT or SIGQUIT, and SIGHUP where it ends the machine: the end.
     End,
     /// SIGHUP: the log begins a new file, or the terminal is gone.
     HangUp,
 }
 
 /// The signals of this process that ask for something, blocked and turned into readable events.
-pub struct Signals(File);
+pub struct Signals {
+    file: File,
+    hang_up: Request,
+}
 
 impl Signals {
     /// Blocks SIGTERM, SIGINT, SIGHUP and SIGQUIT, unless they are ignored, in the calling thread, and so in the threads that
-    /// it starts from now on; and those of job control.
+    /// it starts from now on; and those of job control. SIGHUP asks for `hang_up`.
     ///
     /// # Errors
     /// The error of the system call.
-    pub fn block() -> io::Result<Self> {
+    pub fn block(hang_up: Request) -> io::Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: sigemptyset initializes the set before anything reads it; the other calls get that
         // set, valid signal numbers, and a null pointer where the old mask is not wanted.
@@ -56,7 +59,8 @@ impl Signals {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the descriptor was just created and nobody else has it.
-        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+        let file = unsafe { File::from_raw_fd(fd) };
+        Ok(Self { file, hang_up })
     }
 
     /// What the next signal that has arrived asks for, if there is one.
@@ -65,12 +69,12 @@ impl Signals {
     /// The error of the system call.
     pub fn take(&self) -> io::Result<Option<Request>> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
-        match (&self.0).read(&mut info) {
+        match (&self.file).read(&mut info) {
             // The signal's number is the first field.
             Ok(n) if n >= 4 => {
                 let number = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
                 Ok(Some(match number {
-                    libc::SIGHUP => Request::HangUp,
+                    libc::SIGHUP => self.hang_up,
                     _ => Request::End,
                 }))
             }
@@ -93,12 +97,12 @@ fn is_ignored(signal: libc::c_int) -> bool {
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.file.as_raw_fd()
     }
 }

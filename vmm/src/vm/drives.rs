@@ -22,16 +22,16 @@ struct Allowed {
 /// The machine's disks.
 #[derive(Debug, Default)]
 pub struct Drives {
-    disks: Vec<DiskHandle>,
+    disks: Vec<(String, DiskHandle)>,
     allowed: Vec<Allowed>,
 }
 
 impl Drives {
-    /// `disks` in the order of the command line, and the folders whose files they may become.
+    /// `disks`, by name, in the order of the command line, and the folders whose files they may become.
     ///
     /// # Errors
     /// A folder cannot be opened.
-    pub fn new(disks: Vec<DiskHandle>, folders: &[PathBuf]) -> io::Result<Self> {
+    pub fn new(disks: Vec<(String, DiskHandle)>, folders: &[PathBuf]) -> io::Result<Self> {
         let open = |path: &PathBuf| {
             let (path, folder) = (path.clone(), File::open(path)?);
             Ok(Allowed { path, folder })
@@ -42,14 +42,14 @@ impl Drives {
 
     /// Their handles.
     pub fn handles(&self) -> Vec<DiskHandle> {
-        self.disks.clone()
+        self.disks.iter().map(|(_, disk)| disk.clone()).collect()
     }
 
     /// All of them.
     pub fn states(&self) -> Vec<DriveState> {
-        let all = self.disks.iter().enumerate();
-        all.map(|(index, disk)| DriveState {
-            drive_id: name(index),
+        let all = self.disks.iter();
+        all.map(|(name, disk)| DriveState {
+            drive_id: name.clone(),
             path_on_host: disk.path(),
             is_read_only: disk.is_readonly(),
             size_bytes: disk.bytes(),
@@ -66,9 +66,8 @@ impl Drives {
     /// # Errors
     /// [`CommandError`]; the disk is as it was.
     pub fn update(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError> {
-        let index = (0..self.disks.len()).find(|index| name(*index) == id);
-        let Some(disk) = index.and_then(|index| self.disks.get(index)) else {
-            let known: Vec<_> = (0..self.disks.len()).map(name).collect();
+        let Some((_, disk)) = self.disks.iter().find(|(name, _)| name == id) else {
+            let known: Vec<_> = self.disks.iter().map(|(name, _)| name.as_str()).collect();
             let known = match known.as_slice() {
                 [] => "the machine has no disks".to_owned(),
                 known => format!("there are {}", known.join(", ")),
@@ -103,7 +102,12 @@ impl Drives {
             OFlags::RDWR
         };
         let flags = access | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        // No link leads out of the root, and absolute ones begin there.
+        let inside = match allowed.path.parent() {
+            Some(_) => ResolveFlags::BENEATH,
+            None => ResolveFlags::IN_ROOT,
+        };
+        let resolve = inside | ResolveFlags::NO_MAGICLINKS;
         match openat2(&allowed.folder, rest, flags, Mode::empty(), resolve) {
             Ok(file) => Ok(file.into()),
             Err(Errno::XDEV | Errno::LOOP) => failed(format!(
@@ -114,11 +118,6 @@ impl Drives {
             Err(error) => failed(format!("{}: {error}; check the path", path.display())),
         }
     }
-}
-
-/// The name of a disk, by its place on the command line.
-fn name(index: usize) -> String {
-    format!("disk{index}")
 }
 
 fn failed<T>(error: impl ToString) -> Result<T, CommandError> {
@@ -152,7 +151,8 @@ mod tests {
         };
         fs::write(&config.path, []).unwrap();
         let block = Block::new(0, Disk::open(&config).unwrap(), &config).unwrap();
-        let drives = Drives::new(vec![block.handle()], std::slice::from_ref(&inside)).unwrap();
+        let disks = || vec![("disk0".to_owned(), block.handle())];
+        let drives = Drives::new(disks(), std::slice::from_ref(&inside)).unwrap();
         let exchange = |path: PathBuf| {
             let update = DriveUpdate {
                 path: Some(path),
@@ -189,5 +189,11 @@ mod tests {
             unknown.to_string(),
             "there is no disk disk1; there are disk0"
         );
+        let everywhere = Drives::new(disks(), &["/".into()]).unwrap();
+        let update = DriveUpdate {
+            path: Some(inside.join("away")),
+            limits: None,
+        };
+        everywhere.update("disk0", &update).unwrap();
     }
 }

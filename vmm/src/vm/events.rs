@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::panic;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use vmm_sys_util::eventfd::EventFd;
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::metrics_file::{INTERVAL, MetricsFile};
 use crate::bus::ExitReason;
@@ -20,7 +20,7 @@ use crate::sys::{Request, Signals, Terminal, panic_point};
 /// The reason why the machine ends. Any thread may give one; the first counts.
 pub struct ExitSlot {
     reason: OnceLock<ExitReason>,
-    event: EventFd,
+    event: OwnedFd,
 }
 
 impl ExitSlot {
@@ -29,7 +29,7 @@ impl ExitSlot {
     /// # Errors
     /// The error of the system call.
     pub fn new() -> io::Result<Arc<Self>> {
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         Ok(Arc::new(Self {
             reason: OnceLock::new(),
             event,
@@ -40,13 +40,20 @@ impl ExitSlot {
     pub fn request(&self, reason: ExitReason) {
         if self.reason.set(reason).is_ok() {
             // The event's counter is written once, so it cannot overflow.
-            let _ = self.event.write(1);
+            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         }
     }
 
     /// Returns the reason; `None` while the machine runs.
     pub fn reason(&self) -> Option<ExitReason> {
         self.reason.get().copied()
+    }
+}
+
+impl AsFd for ExitSlot {
+    /// Readable when there is a reason.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
 }
 
@@ -65,7 +72,7 @@ impl MutEventSubscriber for Wake {
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let _ = self.exit.event.read();
+        let _ = rustix::io::read(&self.exit.event, &mut [0; 8]);
     }
 }
 

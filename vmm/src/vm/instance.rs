@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
+use super::LaunchError;
 use super::events::ExitSlot;
 use super::metrics_file::MetricsFile;
-use crate::api::{self, ApiError};
+use crate::api::{self, ApiError, Front};
 use crate::bus::ExitReason;
 use crate::config::MachineConfig;
 use crate::control::{CommandError, Controller, InstanceInfo, InstanceState, Prefault};
@@ -24,7 +25,8 @@ pub struct Instance {
     pub exit: Arc<ExitSlot>,
     started: Instant,
     log: Log,
-    metrics: Option<Arc<MetricsFile>>,
+    /// What FlushMetrics flushes.
+    pub metrics: Option<Arc<MetricsFile>>,
     console: OnceLock<Arc<Outlet>>,
     keyboard: OnceLock<Arc<Mutex<I8042>>>,
     populated: AtomicU64,
@@ -33,25 +35,29 @@ pub struct Instance {
 }
 
 impl Instance {
-    /// A machine that will be built from `config`. `log` is where the log goes, `metrics` what FlushMetrics flushes.
+    /// A machine that will be built from `config`. `log` is where the log goes.
+    ///
+    /// # Errors
+    /// [`LaunchError::MetricsFile`].
     pub fn new(
         config: MachineConfig,
         exit: Arc<ExitSlot>,
         log: &Log,
-        metrics: Option<Arc<MetricsFile>>,
-    ) -> Self {
-        Self {
+    ) -> Result<Arc<Self>, LaunchError> {
+        let path = config.metrics_path.as_deref();
+        let metrics = path.map(MetricsFile::start).transpose()?;
+        Ok(Arc::new(Self {
             config,
             exit,
             started: Instant::now(),
             log: log.clone(),
-            metrics,
+            metrics: metrics.map(Arc::new),
             console: OnceLock::new(),
             keyboard: OnceLock::new(),
             populated: AtomicU64::new(0),
             runs: AtomicBool::new(false),
             paused: AtomicBool::new(false),
-        }
+        }))
     }
 
     /// The guest's output goes there, if anywhere.
@@ -112,15 +118,13 @@ impl crate::control::Instance for Instance {
                 populated_bytes: self.populated.load(Ordering::Relaxed),
                 total_bytes: memory.size,
             }),
-            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
-            app_name: "Ebb".to_owned(),
-            pid: std::process::id(),
             uptime_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             output: OutputStats {
                 console_dropped_bytes_total: self.console.get().map_or(0, |it| it.dropped()),
                 log_dropped_bytes_total: self.log.dropped(),
                 json_dropped_bytes_total: self.metrics.as_ref().map_or(0, |it| it.dropped()),
             },
+            ..InstanceInfo::of_this_process()
         }
     }
 
@@ -160,21 +164,27 @@ pub struct Service {
 }
 
 impl Service {
-    /// Serves the API of `instance` at `socket`.
+    /// Serves the API of `front` at `socket`.
     ///
     /// # Errors
     /// [`ApiError`].
     pub fn start(
         socket: Option<&Path>,
-        instance: &Arc<Instance>,
+        front: Front,
         status: &'static StatusPage,
     ) -> Result<Self, ApiError> {
-        let serve = |path| api::serve(path, Arc::clone(instance) as _);
-        let server = socket.map(serve).transpose()?;
+        let server = socket.map(|path| api::serve(path, front)).transpose()?;
         if let Some(server) = &server {
             status.set_socket(Socket::Api, server.identity());
         }
         Ok(Self { server, status })
+    }
+
+    /// There is a machine now.
+    pub fn set_instance(&self, instance: &Arc<Instance>) {
+        if let Some(server) = &self.server {
+            server.set_instance(Arc::clone(instance) as _);
+        }
     }
 
     /// The machine runs, and can be asked for everything.

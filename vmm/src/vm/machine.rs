@@ -312,7 +312,9 @@ fn attach_virtio(
 ) -> Result<(Option<BalloonHandle>, Drives), LaunchError> {
     let ram = memory.ram().memory();
     let disks = devices.attach_disks(machine, &ram, config, backends.disks)?;
-    let drives = Drives::new(disks, &config.allow_paths)
+    let disks = disks.into_iter().zip(&config.disks).enumerate();
+    let disks = disks.map(|(index, (disk, config))| (config.name(index), disk));
+    let drives = Drives::new(disks.collect(), &config.allow_paths)
         .map_err(LaunchError::system("open of a folder of --allow-paths"))?;
     let sink = || Arc::clone(memory) as _;
     let balloon = config.balloon.as_ref();

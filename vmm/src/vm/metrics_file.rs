@@ -1,13 +1,13 @@
 //! `--metrics-path`: those of the counters that Firecracker has, too, in its JSON: one line for each flush, in which stands
 //! what was counted since the last one.
 
-use std::io;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value, json};
 
+use super::LaunchError;
 use super::counters::DeviceCounters;
 use crate::control::{DeviceState, DevicesState};
 use crate::output::{Lines, Outlet};
@@ -65,9 +65,14 @@ impl MetricsFile {
     /// Opens the file or FIFO, and starts the thread that writes to it, `ebb-metrics`.
     ///
     /// # Errors
-    /// open(2)'s, or the thread could not be started.
-    pub fn start(path: &Path) -> io::Result<Self> {
-        let outlet = Outlet::of_json("ebb-metrics", CAPACITY, Lines::open(path)?)?;
+    /// [`LaunchError::MetricsFile`]: open(2)'s, or the thread could not be started.
+    pub fn start(path: &Path) -> Result<Self, LaunchError> {
+        let outlet = Lines::open(path)
+            .and_then(|lines| Outlet::of_json("ebb-metrics", CAPACITY, lines))
+            .map_err(|source| LaunchError::MetricsFile {
+                path: path.to_owned(),
+                source,
+            })?;
         Ok(Self {
             outlet,
             counters: OnceLock::new(),

@@ -14,13 +14,14 @@ mod pause;
 mod restore;
 mod snapshot;
 mod vsock;
+mod waiting;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::api::ApiError;
+use crate::api::{ApiError, Front};
 use crate::arch::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::{ExitReason, Overlap};
@@ -36,14 +37,15 @@ use crate::output::Log;
 use crate::reclaim;
 use crate::strict;
 use crate::sys::tap::TapError;
-use crate::sys::{self, Signals, seccomp};
+use crate::sys::{self, Request, Signals, seccomp};
 use crate::teardown::Reaper;
+use control::Control;
 use events::{ExitSlot, end_on_panic};
 use instance::{Instance, Service};
 use machine::Vm;
-use metrics_file::MetricsFile;
 
 pub use restore::Restoration;
+pub use waiting::{Outside, run_when_asked};
 
 /// The machine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +139,69 @@ impl LaunchError {
     }
 }
 
+/// What a process is before it knows its machine.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// Name of the machine.
+    pub id: String,
+    /// Socket on which the API is served.
+    pub api_socket: Option<PathBuf>,
+    /// The guest's console may be this terminal.
+    pub has_console: bool,
+    /// Start the helper processes.
+    pub guardian: bool,
+    /// SIGHUP ends it.
+    pub hang_up_ends: bool,
+    /// Its filters of system calls.
+    pub seccomp: seccomp::Mode,
+}
+
+impl Process {
+    fn of(config: &MachineConfig) -> Self {
+        Self {
+            id: config.id.clone(),
+            api_socket: config.api_socket.clone(),
+            has_console: config.serial == SerialConfig::Tty,
+            guardian: config.guardian,
+            hang_up_ends: config.hang_up_ends,
+            seccomp: config.seccomp,
+        }
+    }
+
+    /// Prepares this process, which must have one thread, and runs `machine`.
+    fn run(
+        &self,
+        log: &Log,
+        machine: impl FnOnce(&'static Guardian, Signals) -> Result<ExitReason, LaunchError>,
+    ) -> Result<ExitReason, LaunchError> {
+        // The parser of the command line is not needed any more.
+        sys::process::shrink();
+        seccomp::start(self.seccomp, log.file()).map_err(LaunchError::Seccomp)?;
+        let hang_up = if self.hang_up_ends {
+            Request::End
+        } else {
+            Request::HangUp
+        };
+        let signals = Signals::block(hang_up).map_err(LaunchError::system("signalfd"))?;
+        kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
+        let watched = Watched {
+            id: &self.id,
+            socket: self.api_socket.as_deref(),
+            has_console: self.has_console,
+            log,
+        };
+        let guardian = Guardian::start(self.guardian, &watched);
+        let guardian = guardian.map_err(LaunchError::system("mmap"))?;
+        // The guardian could be made only while there was one thread.
+        let prepared = seccomp::prepare_allocator().map_err(LaunchError::system("thread"));
+        let started =
+            prepared.and_then(|()| log.start().map_err(LaunchError::system("log thread")));
+        let reason = started.and_then(|()| machine(guardian, signals));
+        guardian.finish();
+        reason
+    }
+}
+
 /// Builds the machine, from `snapshot` if there is one, runs it until it ends, and frees everything that it used, or leaves its memory to the reaper, which
 /// frees it when this process has ended. `log` is where the log goes. The process must have one thread.
 ///
@@ -147,79 +212,86 @@ pub fn run(
     snapshot: Option<Restoration>,
     log: &Log,
 ) -> Result<ExitReason, LaunchError> {
-    // The parser of the command line is not needed any more.
-    sys::process::shrink();
-    seccomp::start(config.seccomp, log.file()).map_err(LaunchError::Seccomp)?;
-    let signals = Signals::block().map_err(LaunchError::system("signalfd"))?;
-    kvm::prepare_kicks().map_err(LaunchError::system("sigaction"))?;
-    let socket = config.api_socket.as_deref();
-    let machine = Watched {
-        id: &config.id,
-        socket,
-        vsock: config.vsock.as_ref().map(|vsock| vsock.path.as_path()),
-        has_console: config.serial == SerialConfig::Tty,
-        log,
-    };
-    let guardian = Guardian::start(config.guardian, &machine);
-    let guardian = guardian.map_err(LaunchError::system("mmap"))?;
-    // The guardian could be made only while there was one thread.
-    let prepared = seccomp::prepare_allocator().map_err(LaunchError::system("thread"));
-    let started = prepared.and_then(|()| log.start().map_err(LaunchError::system("log thread")));
-    let reason = started.and_then(|()| build_and_run(config, snapshot, guardian, signals, log));
-    guardian.finish();
-    reason
-}
-
-fn build_and_run(
-    config: MachineConfig,
-    snapshot: Option<Restoration>,
-    guardian: &'static Guardian,
-    signals: Signals,
-    log: &Log,
-) -> Result<ExitReason, LaunchError> {
-    let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
-    end_on_panic(&exit);
-    let metrics = config.metrics_path.as_deref().map(start_metrics);
-    let metrics = metrics.transpose()?;
-    let instance = Instance::new(config, Arc::clone(&exit), log, metrics.clone());
-    let instance = Arc::new(instance);
-    // Before anything that takes long, so that the operator can look and stop it.
-    let socket = instance.config.api_socket.as_deref();
-    let service = Service::start(socket, &instance, guardian.status())?;
-    let (mut vm, control) = match Vm::build(&instance, snapshot.as_ref(), guardian, &signals) {
-        Ok(built) => built,
-        Err(LaunchError::Stopped) => return Ok(exit.reason().unwrap_or(ExitReason::Stop)),
-        Err(error) => {
-            guardian.reaper().into_iter().for_each(Reaper::clear_job);
-            return Err(error);
+    Process::of(&config).run(log, |guardian, signals| {
+        let exit = ExitSlot::new().map_err(LaunchError::system("eventfd"))?;
+        end_on_panic(&exit);
+        let instance = Instance::new(config, exit, log)?;
+        // Before anything that takes long, so that the operator can look and stop it.
+        let front = Front::Machine(Arc::clone(&instance) as _);
+        let socket = instance.config.api_socket.as_deref();
+        let service = Service::start(socket, front, guardian.status())?;
+        match Machine::build(&instance, snapshot, guardian, &signals)? {
+            Some(machine) => {
+                machine.announce(&service);
+                machine.run(service, signals, log)
+            }
+            None => Ok(instance.exit.reason().unwrap_or(ExitReason::Stop)),
         }
-    };
-    let control = Arc::new(control);
-    service.set_machine(Arc::clone(&control) as _);
-    instance.set_running();
-    if let Some(metrics) = &metrics {
-        metrics.set_counters(control.counters.clone());
-    }
-    if snapshot.is_some_and(|snapshot| snapshot.resume) {
-        // It fails only when the machine ends already.
-        let _ = control.pausing.resume();
-    }
-    drop(control);
-    // The hook has reported a panic, and has the machine end for it.
-    let reason = catch_unwind(AssertUnwindSafe(|| vm.run(signals, log, metrics.clone())));
-    let reason = reason.unwrap_or(Ok(ExitReason::Crash));
-    vm.shut_down(service);
-    if let Some(metrics) = metrics {
-        metrics.flush();
-        metrics.finish();
-    }
-    reason
+    })
 }
 
-fn start_metrics(path: &Path) -> Result<Arc<MetricsFile>, LaunchError> {
-    let path_of = |source| LaunchError::MetricsFile {
-        path: path.to_owned(),
-        source,
-    };
-    MetricsFile::start(path).map(Arc::new).map_err(path_of)
+/// A machine that is built, and waits for its first instruction to be executed or runs already.
+struct Machine {
+    vm: Vm,
+    control: Arc<Control>,
+    instance: Arc<Instance>,
+    resume: bool,
+}
+
+impl Machine {
+    /// Builds it; `None` if somebody asks for its end meanwhile.
+    fn build(
+        instance: &Arc<Instance>,
+        snapshot: Option<Restoration>,
+        guardian: &'static Guardian,
+        signals: &Signals,
+    ) -> Result<Option<Self>, LaunchError> {
+        let (vm, control) = match Vm::build(instance, snapshot.as_ref(), guardian, signals) {
+            Ok(built) => built,
+            Err(LaunchError::Stopped) => return Ok(None),
+            Err(error) => {
+                guardian.reaper().into_iter().for_each(Reaper::clear_job);
+                return Err(error);
+            }
+        };
+        Ok(Some(Self {
+            vm,
+            control: Arc::new(control),
+            instance: Arc::clone(instance),
+            resume: snapshot.is_some_and(|snapshot| snapshot.resume),
+        }))
+    }
+
+    /// From now on it can be asked for everything.
+    fn announce(&self, service: &Service) {
+        service.set_machine(Arc::clone(&self.control) as _);
+        self.instance.set_running();
+        if let Some(metrics) = &self.instance.metrics {
+            metrics.set_counters(self.control.counters.clone());
+        }
+        if self.resume {
+            // It fails only when the machine ends already.
+            let _ = self.control.pausing.resume();
+        }
+    }
+
+    /// Runs it to its end.
+    fn run(
+        mut self,
+        service: Service,
+        signals: Signals,
+        log: &Log,
+    ) -> Result<ExitReason, LaunchError> {
+        drop(self.control);
+        // The hook has reported a panic, and has the machine end for it.
+        let metrics = self.instance.metrics.clone();
+        let reason = catch_unwind(AssertUnwindSafe(|| self.vm.run(signals, log, metrics)));
+        let reason = reason.unwrap_or(Ok(ExitReason::Crash));
+        self.vm.shut_down(service);
+        if let Some(metrics) = &self.instance.metrics {
+            metrics.flush();
+            metrics.finish();
+        }
+        reason
+    }
 }

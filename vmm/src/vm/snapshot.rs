@@ -240,7 +240,11 @@ fn refuse(config: &MachineConfig) -> Result<(), String> {
 /// replaced, not followed.
 fn refuse_outside(path: &Path, folders: &[PathBuf]) -> Result<(), String> {
     let folder = path.file_name().and(path.parent());
-    if folder.is_some_and(|it| folders.iter().any(|allowed| allowed == it)) {
+    let is_allowed = |it: &Path| {
+        let mut allowed = folders.iter().map(PathBuf::as_path);
+        allowed.any(|allowed| allowed == it || allowed == Path::new("/"))
+    };
+    if folder.is_some_and(is_allowed) {
         return Ok(());
     }
     Err(format!(
@@ -278,6 +282,9 @@ mod tests {
             let refused = refuse_outside(Path::new(path), &folders);
             assert_eq!(refused.is_ok(), is_allowed, "{path}: {refused:?}");
         }
+        let everywhere = ["/".into()];
+        refuse_outside(Path::new("/srv/a/state"), &everywhere).unwrap();
+        refuse_outside(Path::new("/srv/a/.."), &everywhere).unwrap_err();
         let refused = refuse_outside(Path::new("/srv/a/state"), &[]).unwrap_err();
         assert!(refused.starts_with("/srv/a/state: ") && refused.contains("--allow-paths"));
     }

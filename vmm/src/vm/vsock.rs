@@ -16,6 +16,8 @@ impl ServedVsock {
     /// # Errors
     /// [`VsockError`].
     pub fn open(config: &VsockConfig, status: &'static StatusPage) -> Result<Self, VsockError> {
+        let path = std::path::absolute(&config.path);
+        status.set_vsock_path(path.as_deref().unwrap_or(&config.path));
         let socket = VsockSocket::open(&config.path)?;
         status.set_socket(Socket::Vsock, socket.identity());
         Ok(Self { socket, status })

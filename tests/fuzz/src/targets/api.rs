@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use clap::Parser;
-use ebb_vmm::api::{Server, serve};
+use ebb_vmm::api::{Front, Server, serve};
 use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DevicesState,
@@ -131,7 +131,7 @@ fn server() -> &'static Running {
         let config = spec.validate().expect("a good one");
         let socket = folder.path().join("api");
         let machine = Arc::new(Machine(config));
-        let server = serve(&socket, machine.clone()).expect("a server");
+        let server = serve(&socket, Front::Machine(machine.clone())).expect("a server");
         server.set_machine(machine);
         Running {
             socket,

@@ -4,6 +4,7 @@ mod document;
 mod drives;
 mod names;
 mod prometheus;
+mod waiting;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -19,7 +20,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{ClientError, Server, request, serve};
+use super::{ClientError, Front, Server, request, serve};
 use crate::config::{DiskEngine, MachineConfig, MachineSpec, parse_keys};
 use crate::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DeviceState,
@@ -219,7 +220,7 @@ impl Bench {
             reclaim: Mutex::new(reclaim),
             config,
         });
-        let server = serve(&folder.path().join("api"), machine.clone()).unwrap();
+        let server = serve(&folder.path().join("api"), Front::Machine(machine.clone())).unwrap();
         Self {
             folder,
             machine,
@@ -272,8 +273,10 @@ fn what_can_be_read() {
     assert_eq!(info["id"], "test");
     assert_eq!(info["state"], "Building");
     assert_eq!(info["output"]["console_dropped_bytes_total"], 0);
-    let version = json!({ "vmm_version": env!("CARGO_PKG_VERSION") });
-    assert_eq!(bench.get("/version"), version);
+    let version = bench.get("/version");
+    assert_eq!(version["vmm_version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(version["firecracker_version"], "1.13.1");
+    assert_eq!(bench.get("/machine-config")["mem_size_mib"], 512);
     let balloon = json!({
         "amount_mib": 64,
         "actual_mib": 32,
@@ -448,15 +451,21 @@ const REFUSED: &[(&str, u16, &str)] = &[
         "one of",
     ),
     (
-        r#"PUT /balloon {}"#,
+        r#"DELETE /balloon {}"#,
         405,
-        "/balloon does not know PUT; it knows GET, PATCH",
+        "/balloon does not know DELETE; it knows GET, PATCH, PUT",
     ),
+    (
+        r#"PUT /balloon {}"#,
+        400,
+        "only before the machine is started",
+    ),
+    (r#"PUT /mmds {}"#, 400, "there is no metadata service"),
     (r#"PATCH / {}"#, 405, "/ does not know PATCH; it knows GET"),
     (
         r#"PUT /snapshot/other {}"#,
         404,
-        "there is no /snapshot/other; there are /, /version",
+        "there is no /snapshot/other; there are /, /actions, /arenas",
     ),
 ];
 
@@ -648,7 +657,7 @@ fn the_socket_is_private_and_goes_with_the_server() {
     } = Bench::new();
     let path = server.path().to_owned();
     assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-    let taken = serve(&path, machine.clone()).unwrap_err();
+    let taken = serve(&path, Front::Machine(machine.clone())).unwrap_err();
     assert!(taken.to_string().contains("a running server"), "{taken}");
     let idle = UnixStream::connect(&path).unwrap();
     drop(server);
@@ -657,7 +666,7 @@ fn the_socket_is_private_and_goes_with_the_server() {
 
     // A socket left behind by a monitor that was killed is replaced.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    let server = serve(&path, machine.clone()).unwrap();
+    let server = serve(&path, Front::Machine(machine.clone())).unwrap();
     let version = request(&path, Method::GET, "/version", None, TIMEOUT).unwrap();
     assert!(version["vmm_version"].is_string());
 
@@ -666,7 +675,7 @@ fn the_socket_is_private_and_goes_with_the_server() {
     fs::write(&path, "mine").unwrap();
     drop(server);
     assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
-    let no_socket = serve(&path, machine).unwrap_err();
+    let no_socket = serve(&path, Front::Machine(machine)).unwrap_err();
     assert!(no_socket.to_string().contains("no socket"), "{no_socket}");
     drop(folder);
 }

@@ -1,6 +1,9 @@
 //! The page that monitor, reaper and guardian share.
 
+use std::ffi::OsString;
 use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -19,6 +22,8 @@ pub struct StatusPage {
     finished: AtomicBool,
     /// Device and inode of each [`Socket`]; the inode is 0 if there is none.
     sockets: [[AtomicU64; 2]; 2],
+    /// Path of the vsock's socket, in bytes, the rest zero.
+    vsock_path: [AtomicU64; PATH_WORDS],
     /// How many threads shall free memory at the same time.
     workers: AtomicUsize,
     /// Bytes that the reaper has to free; 0 if it has no job.
@@ -32,6 +37,9 @@ pub struct StatusPage {
     begin: Moment,
     end: Moment,
 }
+
+/// The longest path of a unix socket, 107 bytes, fits into so many words.
+const PATH_WORDS: usize = 14;
 
 /// A socket of the monitor's in the file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +94,24 @@ impl StatusPage {
         let [device, inode] = &self.sockets[socket as usize];
         device.store(identity.0, Ordering::Relaxed);
         inode.store(identity.1, Ordering::Release);
+    }
+
+    /// The monitor will make the vsock's socket at this absolute path.
+    pub fn set_vsock_path(&self, path: &Path) {
+        let mut bytes = path.as_os_str().as_bytes().iter().copied();
+        for word in &self.vsock_path {
+            let chunk = std::array::from_fn(|_| bytes.next().unwrap_or(0));
+            word.store(u64::from_ne_bytes(chunk), Ordering::Release);
+        }
+    }
+
+    /// That path, if there is one.
+    #[must_use]
+    pub fn vsock_path(&self) -> Option<PathBuf> {
+        let words = self.vsock_path.iter();
+        let bytes = words.flat_map(|word| word.load(Ordering::Acquire).to_ne_bytes());
+        let path: Vec<u8> = bytes.take_while(|byte| *byte != 0).collect();
+        (!path.is_empty()).then(|| OsString::from_vec(path).into())
     }
 
     /// The monitor has removed this socket: from now on another file may have its identity.
@@ -194,6 +220,7 @@ mod tests {
             (status.socket(Socket::Api), status.is_finished()),
             (None, false)
         );
+        assert_eq!(status.vsock_path(), None);
         status.set_begin();
         status.note_workers(3);
         status.note_workers(2);
@@ -208,6 +235,10 @@ mod tests {
         assert_eq!((report.workers, report.failures), (3, 1));
         let expected = Duration::from_millis(2)..Duration::from_secs(60);
         assert!(expected.contains(&report.duration), "{report:?}");
+        for path in ["/run/a-path-that-is-longer", "/run/short"] {
+            status.set_vsock_path(Path::new(path));
+            assert_eq!(status.vsock_path(), Some(path.into()));
+        }
         status.set_socket(Socket::Api, (0, 7));
         status.set_finished();
         assert_eq!(

@@ -1,0 +1,219 @@
+//! Firecracker mode with stock guests, as clients of Firecracker use it.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Command;
+
+use ebb_harness::Images;
+use ebb_harness::error::{Context, Result};
+use ebb_harness::firecracker::Firecracker;
+use ebb_harness::wait::{LONG, until};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+fn signal(process: &Firecracker, signal: Signal) -> Result<()> {
+    let pid = i32::try_from(process.child.id())
+        .ok()
+        .and_then(Pid::from_raw);
+    kill_process(pid.context("no pid")?, signal).context("signal")
+}
+
+/// Everything that the process and its helpers say until all of them have closed standard error.
+fn last_words(process: &mut Firecracker) -> Result<String> {
+    let mut said = String::new();
+    let stderr = process.child.stderr.as_mut().context("stderr")?;
+    stderr.read_to_string(&mut said).context("read stderr")?;
+    Ok(said)
+}
+
+/// A request that must fail with status 400; its message.
+fn refused(process: &Firecracker, method: &str, path: &str, body: &Value) -> Result<String> {
+    let answer = process.api().request(method, path, body)?;
+    assert_eq!(answer.status, 400, "{method} {path}: {}", answer.body);
+    Ok(answer.body["fault_message"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned())
+}
+
+/// Says what the machine is made of, the root device last.
+fn describe(vm: &Firecracker) -> Result<()> {
+    let (disk, later, log) = (vm.path("disk"), vm.path("later"), vm.path("log"));
+    fs::write(&disk, vec![b'd'; 1 << 20]).context("a disk")?;
+    fs::write(&later, []).context("an empty disk")?;
+    let boot = Firecracker::boot_source(vm.images(), "");
+    for (path, body) in [
+        ("/metrics", json!({ "metrics_path": vm.path("metrics") })),
+        ("/logger", json!({ "log_path": log, "level": "Info" })),
+        (
+            "/machine-config",
+            json!({ "vcpu_count": 1, "mem_size_mib": 255 }),
+        ),
+        ("/boot-source", boot),
+        (
+            "/drives/later",
+            json!({ "drive_id": "later", "path_on_host": later, "is_root_device": false, "rate_limiter": null }),
+        ),
+        (
+            "/drives/root",
+            json!({ "drive_id": "root", "path_on_host": disk, "is_root_device": true, "is_read_only": true }),
+        ),
+        ("/entropy", json!({})),
+        (
+            "/balloon",
+            json!({ "amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 1 }),
+        ),
+    ] {
+        vm.put(path, &body)?;
+    }
+    Ok(())
+}
+
+/// From the first request to a reset, which is the end by status 0.
+#[test]
+fn a_whole_life() -> Result<()> {
+    let mut vm = Firecracker::serve()?;
+    let api = vm.api();
+    assert_eq!(api.get("/")?["state"], "Not started");
+    assert_eq!(api.get("/")?["id"], "vm-1");
+    let early = refused(&vm, "PATCH", "/vm", &json!({ "state": "Paused" }))?;
+    assert!(early.contains("InstanceStart"), "{early}");
+    let missing = json!({ "kernel_image_path": "/none" });
+    let missing = refused(&vm, "PUT", "/boot-source", &missing)?;
+    assert!(missing.contains("/none"), "{missing}");
+
+    describe(&vm)?;
+    vm.start_instance()?;
+    let mut guest = vm.guest()?;
+    assert_eq!(api.get("/")?["state"], "Running");
+    let cmdline = guest.must("cat /proc/cmdline")?;
+    assert!(cmdline.ends_with("root=/dev/vda ro"), "{cmdline}");
+    assert_eq!(
+        guest.must("cat /sys/block/vda/size /sys/block/vdb/size")?,
+        "2048\\n0"
+    );
+    let again = refused(&vm, "PUT", "/drives/x", &json!({ "path_on_host": "/d" }))?;
+    assert!(again.contains("only before"), "{again}");
+
+    // A drive whose content comes later, as Kata Containers does it: the limiter is JSON in a string.
+    let content = vm.path("content");
+    fs::write(&content, vec![b'c'; 512 << 10]).context("content")?;
+    let patch = json!({ "drive_id": "later", "path_on_host": content, "rate_limiter": "{}" });
+    api.must("PATCH", "/drives/later", &patch)?;
+    guest.must(
+        "until [ $(cat /sys/block/vdb/size) = 1024 ]; do :; done; head -c 1 /dev/vdb | grep -q c",
+    )?;
+
+    api.set_balloon(64 << 20)?;
+    until("the balloon grows", LONG, || {
+        Ok((api.balloon()?.actual_mib == 64).then_some(()))
+    })?;
+    let balloon = api.balloon()?;
+    assert!(balloon.lazy && balloon.free_page_reporting, "{balloon:?}");
+    until("statistics", LONG, || {
+        Ok(api.get("/balloon/statistics")?["total_memory"].as_u64())
+    })?;
+    api.must("PATCH", "/vm", &json!({ "state": "Paused" }))?;
+    assert_eq!(api.get("/")?["state"], "Paused");
+    api.must("PATCH", "/vm", &json!({ "state": "Resumed" }))?;
+    vm.put("/actions", &json!({ "action_type": "FlushMetrics" }))?;
+    until("a line of metrics", LONG, || {
+        let metrics = fs::read_to_string(vm.path("metrics")).context("the metrics")?;
+        Ok(metrics.contains("utc_timestamp_ms").then_some(()))
+    })?;
+    guest.send("reboot")?;
+    assert_eq!(vm.wait()?.code(), Some(0), "{}", vm.console.tail());
+    assert_eq!(last_words(&mut vm)?, "");
+    assert!(!vm.path("api").exists(), "the socket is left behind");
+    let log = fs::read_to_string(vm.path("log")).context("the log")?;
+    assert!(log.contains("machine ends: Reset"), "{log}");
+    Ok(())
+}
+
+/// The machine of a file has a vsock and starts at once; it is killed, and its helpers close standard error.
+#[test]
+fn a_file_describes_a_machine_that_is_killed() -> Result<()> {
+    let images = Images::from_environment()?;
+    let flags = |folder: &Path| {
+        let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
+        let file = json!({
+            "boot-source": Firecracker::boot_source(&images, ""),
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": 192, "smt": false },
+            "drives": [],
+            "vsock": { "guest_cid": 3, "uds_path": path("vsock") },
+            "logger": null,
+        });
+        // The file is read before the test can look.
+        let _ = fs::write(folder.join("config"), file.to_string());
+        [
+            "--config-file",
+            &path("config"),
+            "--api-sock",
+            &path("api"),
+            "--no-seccomp",
+        ]
+        .map(str::to_owned)
+        .to_vec()
+    };
+    let mut vm = Firecracker::start(flags)?;
+    vm.answers()?;
+    let mut guest = vm.guest()?;
+    assert!(guest.number("meminfo", "MemTotal")? < 192 << 20);
+    assert!(vm.api().balloon()?.free_page_reporting, "unasked");
+    assert!(vm.path("vsock").exists());
+    signal(&vm, Signal::KILL)?;
+    let said = last_words(&mut vm)?;
+    assert!(said.contains("killed by signal 9"), "{said}");
+    assert!(!vm.path("api").exists() && !vm.path("vsock").exists());
+    Ok(())
+}
+
+/// A process without a machine: signals end it, and mistakes have Firecracker's exit codes.
+#[test]
+fn a_process_without_a_machine_ends() -> Result<()> {
+    for sent in [Signal::TERM, Signal::HUP, Signal::INT] {
+        let mut vm = Firecracker::serve()?;
+        signal(&vm, sent)?;
+        assert_eq!(vm.wait()?.code(), Some(0), "{sent:?}");
+        assert_eq!(last_words(&mut vm)?, "");
+        assert!(!vm.path("api").exists());
+    }
+    let mut vm = Firecracker::serve()?;
+    // A machine that cannot be built: the client hears of it, and may try again.
+    let images = vm.images().clone();
+    let vsock = vm.path("vsock");
+    vm.put("/boot-source", &Firecracker::boot_source(&images, ""))?;
+    vm.put("/vsock", &json!({ "guest_cid": 3, "uds_path": vsock }))?;
+    let other = UnixListener::bind(&vsock).context("bind")?;
+    let failed = refused(
+        &vm,
+        "PUT",
+        "/actions",
+        &json!({ "action_type": "InstanceStart" }),
+    )?;
+    assert!(failed.contains("vsock"), "{failed}");
+    drop(other);
+    vm.start_instance()?;
+    assert!(vsock.exists());
+    signal(&vm, Signal::HUP)?;
+    assert_eq!(vm.wait()?.code(), Some(0));
+    for (flags, code) in [
+        (&["--colour"][..], 153),
+        (&["--no-api"], 153),
+        (&["--metadata", "/m"], 153),
+        (&["--config-file", "/none"], 152),
+        (&["--api-sock", "/none/api"], 1),
+        (&["--version"], 0),
+    ] {
+        let output = Command::new(&images.ebb)
+            .arg("firecracker")
+            .args(flags)
+            .output();
+        let output = output.context("ebb firecracker")?;
+        assert_eq!(output.status.code(), Some(code), "{flags:?}: {output:?}");
+        assert_eq!(output.stdout.starts_with(b"Firecracker v1."), code == 0);
+    }
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! A server without a machine, which gets one.
+
+use std::sync::Arc;
+use std::thread;
+
+use hyper::Method;
+use serde_json::{Value, json};
+
+use super::{Bench, TIMEOUT};
+use crate::api::before::{self, Draft, Process, Step};
+use crate::api::{Asks, ClientError, Fault, Front, Reply, request, serve, waiting};
+
+/// Answers until the start is asked for, and goes then.
+fn answer(asks: Asks, draft: &mut Draft, start: impl Fn() -> Result<Reply, Fault>) {
+    loop {
+        let Some(ask) = asks.take() else {
+            thread::yield_now();
+            continue;
+        };
+        match before::step(draft, &ask) {
+            Ok(Step::Start(_)) => {
+                let started = start();
+                let is_over = started.is_ok();
+                ask.answer(started);
+                if is_over {
+                    return;
+                }
+            }
+            Ok(Step::Reply(reply)) => ask.answer(Ok(reply)),
+            Ok(_) => ask.answer(Err(Fault::bad_request("another step"))),
+            Err(fault) => ask.answer(Err(fault)),
+        }
+    }
+}
+
+#[test]
+fn requests_go_to_the_draft_until_there_is_a_machine() {
+    let bench = Bench::being_built();
+    let kernel = bench.folder.path().join("kernel");
+    let socket = bench.folder.path().join("waiting");
+    let (asker, asks) = waiting().unwrap();
+    let server = serve(&socket, Front::Waiting(asker)).unwrap();
+    let ask = |method: Method, path: &str, body: Value| {
+        request(&socket, method, path, Some(&body), TIMEOUT)
+    };
+    let status = |asked: Result<Value, ClientError>| match asked {
+        Err(ClientError::Refused { status, message }) => (status, message),
+        other => panic!("{other:?}"),
+    };
+    let start = || {
+        server.set_instance(Arc::clone(&bench.machine) as _);
+        server.set_machine(Arc::clone(&bench.machine) as _);
+        Ok(Reply::Done)
+    };
+    let mut draft = Draft::new(Process {
+        id: "vm".to_owned(),
+        api_socket: None,
+        words: Vec::new(),
+    });
+    thread::scope(|scope| {
+        scope.spawn(|| answer(asks, &mut draft, start));
+        let state = |info: Value| info["state"].as_str().map(str::to_owned);
+        let info = ask(Method::GET, "/", Value::Null).unwrap();
+        assert_eq!(state(info).as_deref(), Some("Not started"));
+        assert_eq!(status(ask(Method::GET, "/lazy-memory", Value::Null)).0, 400);
+        assert_eq!(status(ask(Method::GET, "/nowhere", Value::Null)).0, 404);
+        assert_eq!(status(ask(Method::PUT, "/version", Value::Null)).0, 405);
+        let start = json!({ "action_type": "InstanceStart" });
+        let (refused, message) = status(ask(Method::PUT, "/actions", start.clone()));
+        assert!(
+            refused == 400 && message.contains("boot-source"),
+            "{message}"
+        );
+        let source = json!({ "kernel_image_path": kernel });
+        ask(Method::PUT, "/boot-source", source.clone()).unwrap();
+        ask(Method::PUT, "/actions", start).unwrap();
+        let info = ask(Method::GET, "/", Value::Null).unwrap();
+        assert_eq!(state(info).as_deref(), Some("Building"));
+        let (late, message) = status(ask(Method::PUT, "/boot-source", source));
+        assert!(late == 400 && message.contains("only before"), "{message}");
+        let lazy = ask(Method::GET, "/lazy-memory", Value::Null).unwrap();
+        assert_eq!(lazy["lazy_bytes"], 4096);
+    });
+}
