@@ -2,6 +2,7 @@
 
 pub mod arena;
 mod bare;
+pub mod blk;
 pub mod boot;
 mod counters;
 pub mod filters;

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::Result;
 use ebb_nested_machine::platform::Platform;
 use ebb_nested_machine::runner::run_here;
@@ -29,14 +30,7 @@ pub struct Arguments {
 /// Runs the subcommand.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
-    build(&["ebb-vmm", "ebb-harness", "ebb-benches"])?;
-    if ["free-pages", "malloc"].contains(&arguments.name.as_str()) {
-        build_library("ebb-malloc")?;
-    }
-    let programs = arguments.more.iter().any(|word| word == "--programs");
-    if arguments.name == "footprint" || programs {
-        setup::programs(&assets)?;
-    }
+    prepare(arguments, &assets)?;
     let out = output_folder("bench")?;
     let command = |platform: Platform, name: &str, more: &[String]| {
         let program = binary("ebb-bench").to_string_lossy().into_owned();
@@ -101,4 +95,21 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         _ => on_kvm(name, more)?,
     };
     Ok(exit.code() as u8)
+}
+
+/// Builds and fetches what the benchmark needs beside what all do.
+fn prepare(arguments: &Arguments, assets: &Assets) -> Result<()> {
+    build(&["ebb-vmm", "ebb-harness", "ebb-benches"])?;
+    let name = arguments.name.as_str();
+    if ["free-pages", "malloc"].contains(&name) {
+        build_library("ebb-malloc")?;
+    }
+    if name == "blk" {
+        setup::debian_packages(&["fio"])?;
+    }
+    let programs = arguments.more.iter().any(|word| word == "--programs");
+    if name == "footprint" || programs {
+        setup::programs(assets)?;
+    }
+    Ok(())
 }

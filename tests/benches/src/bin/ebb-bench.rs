@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ebb_benches::{
-    arena, boot, filters, footprint, free_pages, inflate, integrity, lazy, malloc, net, reclaim,
-    reporting, scale, snapshot, stream, teardown, vsock,
+    arena, blk, boot, filters, footprint, free_pages, inflate, integrity, lazy, malloc, net,
+    reclaim, reporting, scale, snapshot, stream, teardown, vsock,
 };
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
@@ -20,6 +20,8 @@ struct Arguments {
 enum Bench {
     /// What an arena costs the monitor: memory when nobody touches it, and looks through its table
     Arena(arena::Arguments),
+    /// fio on a guest's disk, beside QEMU's virtio-blk
+    Blk(blk::Arguments),
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
     /// What the filter of system calls costs a vCPU at each exit
@@ -55,6 +57,7 @@ enum Bench {
 fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
         Bench::Arena(arguments) => arena::run(&arguments),
+        Bench::Blk(arguments) => blk::run(&arguments),
         Bench::Boot(arguments) => boot::run(&arguments),
         Bench::Filters(arguments) => filters::run(&arguments),
         Bench::Footprint(arguments) => footprint::run(&arguments),
