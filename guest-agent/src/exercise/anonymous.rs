@@ -15,8 +15,8 @@ const LARGEST: usize = 64 << 20;
 const LARGEST_OF_POOL: usize = 4 * HUGE_PAGE_SIZE;
 const WORD: usize = size_of::<u64>();
 
-/// A mapping, all of whose words are written.
-struct Anonymous {
+/// A mapping, all of whose words are written, or are about to be.
+pub struct Anonymous {
     start: *mut u64,
     bytes: usize,
     owner: Owner,
@@ -59,6 +59,18 @@ pub fn take(
     mapping.write_first("fresh anonymous memory").map(Some)
 }
 
+/// Memory that nobody has touched. `None`: the kernel has refused it.
+pub fn untouched(bytes: usize) -> Option<Anonymous> {
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let start = map_anonymous(bytes, PAGE_SIZE, prot, MapFlags::PRIVATE).ok()?;
+    Some(Anonymous {
+        start: start.cast(),
+        bytes,
+        owner: Owner::new(),
+        plain: true,
+    })
+}
+
 /// Takes a few pages of the pool of huge pages (`/proc/sys/vm/nr_hugepages`).
 pub fn take_from_pool(
     random: &mut Random,
@@ -89,12 +101,14 @@ impl Anonymous {
         Ok(Box::new(self))
     }
 
-    fn words(&self) -> &[u64] {
+    /// Its words.
+    pub fn words(&self) -> &[u64] {
         // SAFETY: our own mapping, as long; the only other reference would be a mutable one of ours.
         unsafe { slice::from_raw_parts(self.start, self.bytes / WORD) }
     }
 
-    fn words_mut(&mut self) -> &mut [u64] {
+    /// Its words.
+    pub fn words_mut(&mut self) -> &mut [u64] {
         // SAFETY: our own mapping, as long, and nobody else has a reference to it.
         unsafe { slice::from_raw_parts_mut(self.start, self.bytes / WORD) }
     }

@@ -2,15 +2,16 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt, symlink};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebb_guest_agent::memory::PAGE_SIZE;
 use rustix::fs::{Advice, fadvise};
 
 use super::words::{Owner, bytes, bytes_mut};
-use super::{Holding, Options, Random, Stop};
+use super::{Holding, Options, Random, Stop, anonymous};
 
 /// The largest file.
 const LARGEST: usize = 16 << 20;
@@ -21,12 +22,16 @@ const LINKS: usize = 64;
 /// Words of a link's target: short enough for the kernel to keep it in a slab.
 const LINK_WORDS: usize = 6;
 
-/// A name that nothing else has.
+/// A name that nothing else has, in one of the folders.
 fn new_path(random: &mut Random, options: &Options) -> Option<PathBuf> {
-    static LAST: AtomicU64 = AtomicU64::new(0);
     let folder = options.folders.get(random.below(options.folders.len()))?;
+    Some(new_path_in(folder))
+}
+
+fn new_path_in(folder: &Path) -> PathBuf {
+    static LAST: AtomicU64 = AtomicU64::new(0);
     let number = LAST.fetch_add(1, Ordering::Relaxed);
-    Some(folder.join(format!("exercise-{}-{number}", std::process::id())))
+    folder.join(format!("exercise-{}-{number}", std::process::id()))
 }
 
 /// A file. It has no name any more.
@@ -37,19 +42,12 @@ struct Unnamed {
 }
 
 /// Writes a file of 4 KiB to 16 MiB.
-pub fn take(
-    random: &mut Random,
-    most: usize,
-    options: &Options,
-) -> Result<Option<Box<dyn Holding>>, Stop> {
-    let Some(path) = new_path(random, options) else {
-        return Ok(None);
-    };
+fn write(random: &mut Random, most: usize, path: &Path) -> Result<Option<Unnamed>, Stop> {
     let words = random.size(PAGE_SIZE, most.min(LARGEST)) / size_of::<u64>();
     let mut open = OpenOptions::new();
-    let file = open.read(true).write(true).create_new(true).open(&path);
+    let file = open.read(true).write(true).create_new(true).open(path);
     let mut file = file.map_err(Stop::failed("create a file"))?;
-    fs::remove_file(&path).map_err(Stop::failed("remove a file"))?;
+    fs::remove_file(path).map_err(Stop::failed("remove a file"))?;
     let (owner, mut piece) = (Owner::new(), vec![0; PIECE]);
     for first in (0..words).step_by(PIECE) {
         let piece = &mut piece[..PIECE.min(words - first)];
@@ -58,7 +56,40 @@ pub fn take(
             return Ok(None); // No room for it.
         }
     }
-    Ok(Some(Box::new(Unnamed { file, words, owner })))
+    Ok(Some(Unnamed { file, words, owner }))
+}
+
+/// Writes a file, and reads it through the page cache.
+pub fn take(
+    random: &mut Random,
+    most: usize,
+    options: &Options,
+) -> Result<Option<Box<dyn Holding>>, Stop> {
+    let Some(path) = new_path(random, options) else {
+        return Ok(None);
+    };
+    let file = write(random, most, &path)?;
+    Ok(file.map(|file| Box::new(file) as Box<dyn Holding>))
+}
+
+/// Writes a file into the last folder, and has the disk read it into pages that the kernel takes at that moment.
+pub fn take_direct(
+    random: &mut Random,
+    most: usize,
+    options: &Options,
+) -> Result<Option<Box<dyn Holding>>, Stop> {
+    let Some(folder) = options.folders.last() else {
+        return Ok(None);
+    };
+    let Some(written) = write(random, most, &new_path_in(folder))? else {
+        return Ok(None);
+    };
+    let mut open = OpenOptions::new();
+    open.read(true).custom_flags(libc::O_DIRECT);
+    // A file system may know no direct I/O.
+    let reader = open.open(format!("/proc/self/fd/{}", written.file.as_raw_fd()));
+    let direct = reader.map(|reader| Direct { written, reader });
+    Ok(direct.ok().map(|file| Box::new(file) as Box<dyn Holding>))
 }
 
 impl Holding for Unnamed {
@@ -82,6 +113,28 @@ impl Holding for Unnamed {
             self.owner.check("a file", piece, first)?;
         }
         Ok(())
+    }
+}
+
+/// A file that is read past the page cache.
+struct Direct {
+    written: Unnamed,
+    reader: File,
+}
+
+impl Holding for Direct {
+    fn bytes(&self) -> usize {
+        self.written.bytes()
+    }
+
+    fn check(&mut self, _: &mut Random) -> Result<(), Stop> {
+        let Some(mut target) = anonymous::untouched(self.bytes()) else {
+            return Ok(()); // No room for it.
+        };
+        let read = self.reader.read_exact_at(bytes_mut(target.words_mut()), 0);
+        read.map_err(Stop::failed("read a file past the cache"))?;
+        let owner = self.written.owner;
+        Ok(owner.check("a file read past the cache", target.words(), 0)?)
     }
 }
 

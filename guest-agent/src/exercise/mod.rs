@@ -58,14 +58,18 @@ trait Holding {
 type Take = fn(&mut Random, usize, &Options) -> Result<Option<Box<dyn Holding>>, Stop>;
 
 /// Kinds of holdings, with their names in the report.
-const KINDS: [(&str, Take); 6] = [
+const KINDS: [(&str, Take); 7] = [
     ("anonymous", anonymous::take),
     ("huge_pool", anonymous::take_from_pool),
     ("files", files::take),
     ("links", files::take_links),
     ("pipes", streams::take_pipe),
     ("sockets", streams::take_socket),
+    ("direct", files::take_direct),
 ];
+
+/// The kind that is taken only if it is asked for.
+const DIRECT: usize = KINDS.len() - 1;
 
 /// The command's arguments.
 #[derive(Debug)]
@@ -79,10 +83,12 @@ pub struct Options {
     folders: Vec<PathBuf>,
     /// Ask the kernel to compact and drop memory, and to take blocks of it off line.
     kernel: bool,
+    /// Half of all that is taken are files that are read past the page cache.
+    direct: bool,
 }
 
 const USAGE: &str = "usage: ebb-guest exercise [--threads N] [--operations N] [--seconds N] [--mib N] [--seed N] \
-                     [--folder DIR]... [--kernel]";
+                     [--folder DIR]... [--kernel] [--direct]";
 
 impl Options {
     fn parse(words: &[&str]) -> Option<Self> {
@@ -94,11 +100,16 @@ impl Options {
             seed: 1,
             folders: Vec::new(),
             kernel: false,
+            direct: false,
         };
         let mut words = words.iter();
         while let Some(name) = words.next() {
             if *name == "--kernel" {
                 options.kernel = true;
+                continue;
+            }
+            if *name == "--direct" {
+                options.direct = true;
                 continue;
             }
             let value = words.next()?;
@@ -164,6 +175,7 @@ impl Shared<'_> {
     /// Takes something new, unless all that may be taken is.
     fn take(&self, random: &mut Random) -> Result<Option<Box<dyn Holding>>, Stop> {
         let kind = match random.below(9) {
+            _ if self.options.direct && random.below(2) == 0 => DIRECT,
             // Most of all, anonymous memory.
             0..=3 => 0,
             other => other - 3,

@@ -25,6 +25,8 @@ pub struct Case {
     pub thp: bool,
     /// More words for the guest's kernel.
     pub cmdline: &'static str,
+    /// The disk reads past the caches of host and guest, straight into memory that the guest has just taken.
+    pub direct: bool,
     /// `--balloon`.
     pub balloon: Option<&'static str>,
     /// The balloon is filled and emptied all the time.
@@ -54,6 +56,7 @@ pub fn cases(operations: u64, seed: u64) -> Vec<Case> {
         vcpus,
         thp: true,
         cmdline: "",
+        direct: false,
         balloon: None,
         balloon_moves: false,
         rounds: 2,
@@ -63,6 +66,7 @@ pub fn cases(operations: u64, seed: u64) -> Vec<Case> {
     vec![
         Case {
             cmdline: "init_on_free=1 init_on_alloc=0",
+            direct: true,
             ..plain("cleared when freed", 1, 30)
         },
         Case {
@@ -91,6 +95,8 @@ pub struct Outcome {
     pub operations: u64,
     /// What it has read and compared.
     pub checked_mib: u64,
+    /// Files that the disk has read straight into memory that the guest had just taken.
+    pub direct: u64,
     /// Words that were wrong.
     pub lost: u64,
     /// Blocks of memory that were off line for a moment.
@@ -125,6 +131,10 @@ impl Outcome {
                 "operations are missing",
             ),
             (self.checked_mib == 0, "nothing was checked"),
+            (
+                case.direct && self.direct == 0,
+                "no file was read past the caches",
+            ),
             (self.taken.is_empty(), "there were no rounds"),
             (
                 self.taken.contains(&0),
@@ -147,12 +157,13 @@ impl fmt::Display for Outcome {
         let taken: Vec<u64> = self.taken.iter().map(|bytes| bytes / MIB).collect();
         write!(
             f,
-            "{} vCPUs, {}: {} operations, {} MiB checked, lost {}; {} orders took {taken:?} MiB in {} pauses, {} candidates \
+            "{} vCPUs, {}: {} operations, {} MiB checked, {} files read past the caches, lost {}; {} orders took {taken:?} MiB in {} pauses, {} candidates \
              were in use again; off line {}, balloon full {}; RSS {} to {} MiB; {:.1} s",
             self.case.vcpus,
             self.case.name,
             self.operations,
             self.checked_mib,
+            self.direct,
             self.lost,
             self.orders,
             self.pauses,
@@ -201,7 +212,8 @@ pub fn await_free_lists(monitor: &Monitor) -> Result<String> {
 /// A disk that the guest may write to.
 fn scratch_disk(path: &Path) -> Result<()> {
     let made = Command::new("/sbin/mke2fs")
-        .args(["-q", "-F", "-t", "ext4"])
+        // Past the host's cache, its pages may be the unit.
+        .args(["-q", "-F", "-t", "ext4", "-b", "4096"])
         .arg(path)
         .arg("128M")
         .stdout(Stdio::null())
@@ -221,12 +233,17 @@ pub fn run(case: Case, limit: Duration) -> Result<Outcome> {
     let launch = Launch::new()?;
     let disk = launch.folder().join("scratch");
     scratch_disk(&disk)?;
+    let keys = if case.direct {
+        "engine=io_uring,direct=on"
+    } else {
+        "readonly=off"
+    };
     let thp = if case.thp { "on" } else { "off" };
     let mut launch = launch
         .memory(&format!("size={RAM_MIB}M,thp={thp}"))
         .cpus(case.vcpus)
         .cmdline(case.cmdline)
-        .disk(&disk, false)
+        .option("--disk", &format!("path={},{keys}", disk.display()))
         .option("--lazy", "mode=pressure,pause=20000,share=50");
     if let Some(balloon) = case.balloon {
         launch = launch.option("--balloon", balloon);
@@ -241,6 +258,7 @@ pub fn run(case: Case, limit: Duration) -> Result<Outcome> {
         case,
         operations: 0,
         checked_mib: 0,
+        direct: 0,
         lost: 0,
         offline: 0,
         balloons: 0,
@@ -303,11 +321,12 @@ impl Outcome {
             }
             let command = format!(
                 "ebb-guest exercise --threads {} --operations {} --seconds {} --mib {HELD_MIB} --seed {} --folder /shm \
-                 --folder /disk --kernel",
+                 --folder /disk --kernel{}",
                 case.vcpus.max(2),
                 case.operations,
                 limit.as_secs(),
                 case.seed + 1000 * round,
+                if case.direct { " --direct" } else { "" },
             );
             let said = guest.must_within(&command, limit + LONG);
             done.store(true, Ordering::Relaxed);
@@ -315,6 +334,7 @@ impl Outcome {
         })?;
         self.operations += number(&said, "operations")?;
         self.checked_mib += number(&said, "checked_mib")?;
+        self.direct += number(&said, "direct")?;
         self.lost += number(&said, "lost")?;
         self.offline += number(&said, "offline")?;
         self.orders += orders.into_inner();
@@ -365,6 +385,7 @@ mod tests {
             case: cases(1000, 1)[0],
             operations: 1000,
             checked_mib: 1,
+            direct: 1,
             lost: 0,
             offline: 0,
             balloons: 0,
@@ -376,7 +397,8 @@ mod tests {
             time: Duration::ZERO,
         };
         assert!(good.check().is_ok());
-        let bad: [fn(&mut Outcome); 5] = [
+        let bad: [fn(&mut Outcome); 6] = [
+            |outcome| outcome.direct = 0,
             |outcome| outcome.lost = 1,
             |outcome| outcome.taken[1] = 0,
             |outcome| outcome.taken.clear(),
