@@ -21,7 +21,7 @@ use rules::Lists;
 
 /// Tests that go through all roles, each in less than ten minutes. Under strace some are too slow for their limits and fail:
 /// that does not matter here.
-const TESTS: [&str; 10] = [
+const TESTS: [&str; 14] = [
     "kvm_seccomp",
     "kvm_lifecycle",
     "kvm_teardown",
@@ -32,6 +32,10 @@ const TESTS: [&str; 10] = [
     "kvm_reporting",
     "kvm_pressure",
     "kvm_free_pages",
+    "kvm_blk",
+    "kvm_vsock",
+    "kvm_pci",
+    "kvm_snapshot",
 ];
 
 /// Tests that write megabytes, a system call for each few bytes.
@@ -84,10 +88,10 @@ fn record(arguments: &Arguments, out: &Path) -> Result<()> {
     };
     let monitor = out.join("ebb");
     let script = format!(
-        "#!/bin/sh\n[ \"$1\" = run ] || exec {ebb} \"$@\"\nshift\n\
-         case \" $* \" in *' --seccomp '*) ;; *) set -- --seccomp log \"$@\" ;; esac\n\
+        "#!/bin/sh\nword=$1\ncase $word in run | restore) shift ;; *) exec {ebb} \"$@\" ;; esac\n\
+         case \" $word $* \" in *' --seccomp '* | ' restore '*) ;; *) set -- --seccomp log \"$@\" ;; esac\n\
          exec strace -D -f -qq -X raw -e 'raw=!prctl' -e signal=none -o {traces}/$$-$(date +%s%N) \
-         {ebb} run \"$@\"\n",
+         {ebb} $word \"$@\"\n",
         ebb = binary("ebb").display(),
         traces = out.join("traces").display(),
     );

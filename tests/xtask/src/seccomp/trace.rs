@@ -18,7 +18,7 @@ pub struct Call {
 }
 
 /// Beginnings of threads' names, and their roles.
-const ROLES: [(&str, &str); 14] = [
+const ROLES: [(&str, &str); 15] = [
     ("ebb-vcpu", "vcpu"),
     ("ebb-blk", "block"),
     ("ebb-net", "net"),
@@ -28,6 +28,7 @@ const ROLES: [(&str, &str); 14] = [
     ("ebb-report", "balloon"),
     ("ebb-api", "api"),
     ("ebb-reclaim", "reclaim"),
+    ("ebb-snapshot", "snapshot"),
     ("ebb-strict", "strict"),
     ("ebb-console", "output"),
     ("ebb-log", "output"),
