@@ -217,3 +217,35 @@ fn a_process_without_a_machine_ends() -> Result<()> {
     }
     Ok(())
 }
+
+/// A machine is saved by one process and taken up by another, which is given nothing else.
+#[test]
+fn a_snapshot_is_loaded() -> Result<()> {
+    let mut saved = Firecracker::serve()?;
+    let boot = Firecracker::boot_source(saved.images(), "");
+    saved.put("/boot-source", &boot)?;
+    saved.start_instance()?;
+    saved.guest()?.must("echo kept > /dev/shm/word")?;
+    let (state, memory) = (saved.path("state"), saved.path("memory"));
+    let files = json!({ "snapshot_type": "Full", "snapshot_path": state, "mem_file_path": memory });
+    let running = refused(&saved, "PUT", "/snapshot/create", &files)?;
+    assert!(running.contains("pause it first"), "{running}");
+    let pause = json!({ "state": "Paused" });
+    saved.api().must("PATCH", "/vm", &pause)?;
+    saved.put("/snapshot/create", &files)?;
+    signal(&saved, Signal::KILL)?;
+
+    let mut vm = Firecracker::serve()?;
+    let missing = json!({ "snapshot_path": "/none", "mem_file_path": memory });
+    let missing = refused(&vm, "PUT", "/snapshot/load", &missing)?;
+    assert!(missing.contains("/none"), "{missing}");
+    let backend = json!({ "backend_path": memory, "backend_type": "File" });
+    let load = json!({ "snapshot_path": state, "mem_backend": backend, "resume_vm": true });
+    vm.put("/snapshot/load", &load)?;
+    assert_eq!(vm.api().get("/")?["state"], "Running");
+    let mut guest = vm.restored_guest()?;
+    assert_eq!(guest.must("cat /dev/shm/word")?, "kept");
+    guest.send("exit")?;
+    assert_eq!(vm.wait()?.code(), Some(0), "{}", vm.console.tail());
+    Ok(())
+}
