@@ -269,7 +269,7 @@ pub struct AutoBalloonState {
 }
 
 /// The balloon's size, and memory statistics of the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonStatistics {
     /// Target in pages of 4 KiB.
     pub target_pages: u32,

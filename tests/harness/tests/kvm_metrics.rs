@@ -1,9 +1,12 @@
 //! What a running machine tells those who watch it.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use ebb_harness::error::{Context, Result};
-use ebb_harness::{Launch, promtool};
+use ebb_harness::wait::{LONG, until};
+use ebb_harness::{Launch, Monitor, promtool};
 use serde_json::{Value, json};
 
 /// The value of the first sample whose line begins with `name`.
@@ -14,9 +17,38 @@ fn value(text: &str, name: &str) -> Result<u64> {
     value.context(format_args!("{name} in {text}"))
 }
 
+/// `ebb ps` and `ebb top` show the machine.
+fn listed(monitor: &Monitor, ebb: &Path) -> Result<()> {
+    let run = |program: &Path, words: &[&str]| -> Result<String> {
+        let output = Command::new(program).args(words).output();
+        let output = output.context(program.display())?;
+        assert!(output.status.success(), "{output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let listed = run(ebb, &["ps", "--json"])?;
+    let listed: Value = serde_json::from_str(&listed).context(&listed)?;
+    let is_it = |machine: &&Value| machine["pid"] == monitor.pid();
+    let machine = listed.as_array().and_then(|all| all.iter().find(is_it));
+    let machine = machine.context(&listed)?;
+    assert_eq!(machine["info"]["state"], "Running");
+    assert_eq!(machine["memory_bytes"], 256 << 20);
+    assert_eq!(machine["balloon"]["actual_mib"], 64);
+    let shown = run(ebb, &["ps"])?;
+    let row = format!("{}  Running", monitor.pid());
+    assert!(shown.contains(&row), "{shown}");
+    // It becomes ebb-top.
+    let shown = run(ebb, &["top", "--once", &monitor.pid().to_string()])?;
+    assert!(
+        shown.contains("1 machine") && shown.contains("lazily free"),
+        "{shown}"
+    );
+    Ok(())
+}
+
 #[test]
 fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     let launch = Launch::new()?;
+    let ebb = launch.images().ebb.clone();
     let socket = launch.folder().join("v");
     let disk = launch.images().root_disk.clone();
     let launch = launch
@@ -27,15 +59,23 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
         .option("--rng", "on");
     let metrics = launch.folder().join("metrics");
     let launch = launch.option("--metrics-path", &metrics.to_string_lossy());
+
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
     guest.must("dd if=/dev/vda of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null")?;
-    let text = monitor.api().metrics_text()?;
+    let api = monitor.api();
+    api.set_balloon(64 << 20)?;
+    until("the balloon", LONG, || {
+        Ok((api.balloon()?.actual_mib == 64).then_some(()))
+    })?;
+    assert!(api.reclaim(32 << 20)?.reclaimed_bytes > 0);
+    let text = api.metrics_text()?;
     promtool::check(&["metrics"], &text)?;
     assert!(value(&text, "ebb_disk_read_bytes_total{")? >= 4 << 20);
     assert!(value(&text, "ebb_resident_bytes{")? > 16 << 20, "{text}");
     assert_eq!(value(&text, "ebb_running{")?, 1);
     assert_eq!(value(&text, "ebb_memory_bytes{")?, 256 << 20);
+    listed(&monitor, &ebb)?;
     // The line of the start, one on request, and one of the end; each tells what was counted since the last.
     let action = json!({ "action_type": "FlushMetrics" });
     monitor.api().must("PUT", "/actions", &action)?;

@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 use crate::config::{DiskEngine, MachineConfig, NetConfig};
 
 /// The configuration. What Firecracker has no name for is under `ebb`.
-pub(super) fn config(config: &MachineConfig) -> Value {
+#[must_use]
+pub fn config(config: &MachineConfig) -> Value {
     let drives: Vec<Value> = config
         .disks
         .iter()
@@ -62,6 +63,7 @@ pub(super) fn config(config: &MachineConfig) -> Value {
             "balloon_reserve_mib": reserve.map(|bytes| bytes >> 20),
             "serial": config.serial,
             "api_socket": config.api_socket,
+            "metrics_path": config.metrics_path,
         },
     })
 }

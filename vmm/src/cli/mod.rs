@@ -7,8 +7,12 @@ mod doctor;
 mod file;
 mod firecracker;
 mod jail;
+#[cfg(test)]
+mod manual;
+mod ps;
 mod restore;
 mod run;
+mod top;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -36,6 +40,8 @@ enum Command {
     Restore(restore::Args),
     Firecracker(firecracker::Args),
     Ctl(ctl::Args),
+    Ps(ps::Args),
+    Top(top::Args),
     Doctor(doctor::Args),
 }
 
@@ -48,6 +54,8 @@ pub fn main() -> u8 {
             Command::Firecracker(args) => firecracker::main(&args),
             Command::Jail(args) => jail::main(*args),
             Command::Ctl(args) => ctl::main(args),
+            Command::Ps(args) => ps::main(&args),
+            Command::Top(args) => top::main(&args, words.get(2..).unwrap_or_default()),
             Command::Doctor(args) => doctor::main(&args),
         },
         Err(status) => status,

@@ -22,6 +22,9 @@ pub struct Args {
     /// the command line takes precedence over the file
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Check the options and their files, print the machine that they describe as JSON, and end: nothing is made or started
+    #[arg(long)]
+    dry_run: bool,
     /// Write the log to this file instead of standard error
     #[arg(long, value_name = "PATH")]
     pub log_file: Option<PathBuf>,
@@ -33,6 +36,10 @@ pub struct Args {
 /// Runs the subcommand and returns the exit status. `words` are its arguments, for snapshots.
 pub fn main(args: Args, words: &[OsString]) -> u8 {
     match args.machine.validate() {
+        Ok(config) if args.dry_run => {
+            super::say(&format!("{:#}", ebb_vmm::api::describe(&config)));
+            exit::STOP
+        }
         Ok(config) => {
             let config = MachineConfig {
                 words: saved(words),
@@ -55,7 +62,7 @@ fn saved(words: &[OsString]) -> Vec<String> {
         let name = word.split('=').next().unwrap_or_default();
         match name {
             "--config" | "--log-file" if name == word => drop(words.next()),
-            "--config" | "--log-file" => {}
+            "--config" | "--log-file" | "--dry-run" => {}
             _ if word.len() > 1
                 && word.starts_with('-')
                 && word[1..].bytes().all(|it| it == b'v') => {}

@@ -31,7 +31,7 @@ pub use machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, Memor
 pub use net::NetConfig;
 pub use number::parse_size;
 pub use rate::Rate;
-pub use size::format_size;
+pub use size::{format_size, human};
 pub use spec::{
     KernelCache, KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec, Transport,
 };

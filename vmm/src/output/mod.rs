@@ -25,7 +25,7 @@ ebb_core::metrics! {
         console_dropped_bytes_total: Counter of Bytes,
         /// Bytes of the log that were lost in the same ways.
         log_dropped_bytes_total: Counter of Bytes,
-        /// Bytes of the files of `--metrics-path` and `--event-monitor` that were lost in the same ways.
+        /// Bytes of the file of `--metrics-path` that were lost in the same ways.
         json_dropped_bytes_total: Counter of Bytes,
     }
 }

@@ -64,7 +64,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         unit_tests(&arguments.filters, printed)
     });
     report.tests("models", models);
-    build(&["ebb-vmm", "ebb-harness"])?;
+    build(&["ebb-vmm", "ebb-top", "ebb-harness"])?;
     build_debug_monitor()?;
     build_library("ebb-malloc")?;
     let binaries = test_binaries()?;

@@ -1,7 +1,7 @@
 //! Layouts of virtio 1.3, 5.5: features, configuration, arrays of page numbers, statistics.
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Device type (virtio 1.3, 5.5.1).
 pub const DEVICE_TYPE: u32 = 5;
@@ -195,7 +195,8 @@ fn split(
 
 /// Memory statistics of the guest (virtio 1.3, 5.5.6.3; those from `oom_kill` on are Linux's, in virtio_balloon.h since
 /// 6.10), in bytes unless they are numbers. `None`: not reported.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Statistics {
     /// Memory that was swapped in.
     #[serde(skip_serializing_if = "Option::is_none")]
