@@ -12,7 +12,7 @@ use std::time::Duration;
 use ebb_nested_machine::error::{Context, Result};
 use ebb_nested_machine::session::Command;
 
-use crate::cargo::build;
+use crate::cargo::{build, build_library};
 use crate::project::{binary, environment, output_folder, start_runner};
 use crate::shell::{progress, show};
 use crate::test::{Binary, test_binaries};
@@ -40,6 +40,9 @@ const TESTS: [&str; 14] = [
 
 /// Tests that write megabytes, a system call for each few bytes.
 const FLOODS: [&str; 2] = ["output_that", "random"];
+
+/// What tests look for beside the monitor, for their guests: `BINARIES` of tests/harness/src/debian.rs.
+const BESIDE: [&str; 4] = ["libebb_malloc.so", "ebb-blocks", "ebb-cases", "ebb-churn"];
 
 /// One test binary may take this long.
 const TIME_LIMIT: Duration = Duration::from_secs(570);
@@ -82,6 +85,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 fn record(arguments: &Arguments, out: &Path) -> Result<()> {
     let assets = setup::ensure()?;
     build(&["ebb-vmm", "ebb-harness"])?;
+    build_library("ebb-malloc")?;
     let wanted = |test: &Binary| match arguments.binaries.as_slice() {
         [] => TESTS.contains(&test.name.as_str()),
         names => names.contains(&test.name),
@@ -100,6 +104,10 @@ fn record(arguments: &Arguments, out: &Path) -> Result<()> {
         fs::set_permissions(&monitor, fs::Permissions::from_mode(0o755))
     };
     write().context(|| format!("write {}", monitor.display()))?;
+    for name in BESIDE {
+        let (from, to) = (binary(name), out.join(name));
+        fs::copy(&from, &to).context(|| format!("copy {}", from.display()))?;
+    }
     let tests = test_binaries()?;
     let mut runner = Some(start_runner(&assets)?);
     for test in tests.iter().filter(|test| wanted(test)) {
