@@ -29,6 +29,8 @@ const ASKED_AT_ONCE: usize = 16;
 const MAX_READ: u64 = 16 << 20;
 /// Descriptors of a process that are looked at.
 const MAX_DESCRIPTORS: usize = 4096;
+/// Sockets of a process that are asked. A monitor listens on two, the API's and the vsock's.
+const MAX_SOCKETS: usize = 4;
 /// In the flags of a socket in `/proc/net/unix`: it listens (`__SO_ACCEPTCON`, include/linux/net.h).
 const LISTENS: u32 = 0x10000;
 
@@ -162,7 +164,8 @@ fn sockets(folder: &Path) -> Vec<PathBuf> {
     let inodes: BTreeSet<u64> = inodes.collect();
     let table = read(&folder.join("net/unix")).unwrap_or_default();
     let listening = table.lines().filter_map(|line| listening(line, &inodes));
-    listening.map(|path| seen_from_here(folder, path)).collect()
+    let some = listening.take(MAX_SOCKETS);
+    some.map(|path| seen_from_here(folder, path)).collect()
 }
 
 /// The path in a line of `/proc/net/unix` (proc(5)), if that is a socket which listens and is one of `inodes`.
@@ -332,6 +335,22 @@ mod tests {
         symlink("/jail", folder.join("root")).unwrap();
         let expected = [folder.join("root/run/a b"), folder.join("cwd/relative")];
         assert_eq!(sockets(&folder), expected);
+    }
+
+    /// Each socket may take a second, so one process must not have many.
+    #[test]
+    fn few_sockets_of_a_process_are_asked() {
+        let proc = TempDir::new().unwrap();
+        let folder = fake(proc.path(), "4", "ebb", "run");
+        let mut table = String::new();
+        for inode in 100..200 {
+            table += &format!("0000: 00000002 00000000 00010000 0001 01 {inode} /run/{inode}\n");
+            let target = format!("socket:[{inode}]");
+            symlink(target, folder.join("fd").join(inode.to_string())).unwrap();
+        }
+        fs::write(folder.join("net/unix"), table).unwrap();
+        symlink("/", folder.join("root")).unwrap();
+        assert_eq!(sockets(&folder).len(), MAX_SOCKETS);
     }
 
     /// Listens at `path` and writes `answer` to the first who comes, then nothing more.
