@@ -1,6 +1,7 @@
 //! A server without a machine, which gets one.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use hyper::Method;
@@ -10,9 +11,23 @@ use super::{Bench, TIMEOUT};
 use crate::api::before::{self, Draft, Process, Step};
 use crate::api::{Asks, ClientError, Fault, Front, Reply, request, serve, waiting};
 
-/// Answers until the start is asked for, and goes then.
-fn answer(asks: Asks, draft: &mut Draft, start: impl Fn() -> Result<Reply, Fault>) {
-    loop {
+/// Tells the thread that answers to end, also when an assertion has failed: the test waits for it.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Answers until the start is asked for, or the test is `over`.
+fn answer(
+    asks: Asks,
+    draft: &mut Draft,
+    start: impl Fn() -> Result<Reply, Fault>,
+    over: &AtomicBool,
+) {
+    while !over.load(Ordering::Relaxed) {
         let Some(ask) = asks.take() else {
             thread::yield_now();
             continue;
@@ -57,8 +72,10 @@ fn requests_go_to_the_draft_until_there_is_a_machine() {
         api_socket: None,
         words: Vec::new(),
     });
+    let over = AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| answer(asks, &mut draft, start));
+        scope.spawn(|| answer(asks, &mut draft, start, &over));
+        let _at_end = AtEnd(&over);
         let state = |info: Value| info["state"].as_str().map(str::to_owned);
         let info = ask(Method::GET, "/", Value::Null).unwrap();
         assert_eq!(state(info).as_deref(), Some("Not started"));
