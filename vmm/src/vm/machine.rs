@@ -219,6 +219,7 @@ impl Vm {
             metrics,
         };
         let reason = events::run(&self.exit, operator)?;
+        event!("ending", ?reason);
         tracing::info!("machine ends: {reason:?}");
         Ok(reason)
     }
@@ -227,6 +228,7 @@ impl Vm {
     pub fn shut_down(mut self, mut service: Service) {
         self.reclaimer.stop();
         self.vcpus.stop();
+        event!("teardown", step = "vcpus_stopped");
         service.stop();
         drop(self.vsock.take());
         self.snapshots.stop();
@@ -234,6 +236,7 @@ impl Vm {
             output.finish();
         }
         self.devices.stop();
+        event!("teardown", step = "devices_stopped");
         let pressure = self.reclaim.take().and_then(ReclaimThread::stop);
         drop(self.strict.take());
         let Self {
@@ -246,7 +249,11 @@ impl Vm {
             ..
         } = self;
         drop((reclaimer, vcpus, devices, snapshots));
-        teardown.free((kvm, pressure));
+        let step = match teardown.free((kvm, pressure)) {
+            true => "memory_freed",
+            false => "memory_left_to_reaper",
+        };
+        event!("teardown", step);
     }
 }
 
