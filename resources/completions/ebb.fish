@@ -100,7 +100,6 @@ off\t'no filter, for debugging'"
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l id -d 'Name of the machine: letters, digits and hyphens' -r
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l config -d 'Read options from this file, TOML or (with the ending .json) JSON: keys are the names of options. An option on the command line takes precedence over the file' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l log-file -d 'Write the log to this file instead of standard error' -r -F
-complete -c ebb -n "__fish_ebb_using_subcommand run" -l event-monitor -d 'Append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines' -r
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l dry-run -d 'Check the options and their files, print the machine that they describe as JSON, and end: nothing is made or started'
 complete -c ebb -n "__fish_ebb_using_subcommand run" -s v -d 'Log more: -v for information, -vv for debugging'
 complete -c ebb -n "__fish_ebb_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -115,7 +114,7 @@ pids_max=N\t'Number of threads, those of the helper processes among them (1 to 4
 complete -c ebb -n "__fish_ebb_using_subcommand jail" -l netns -d 'Look for taps in this network namespace, for instance /run/netns/NAME, instead of the caller\'s. The machine itself has an empty one in either case' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand jail" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l state -d 'The snapshot\'s state file' -r -F
-complete -c ebb -n "__fish_ebb_using_subcommand restore" -l memory -d 'The snapshot\'s memory file. It must stay as it is while the machine runs' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand restore" -l memory -d 'The snapshot\'s memory file. It must stay as it is while the machine runs. For a difference repeat the option: the full one first, then each difference, this one\'s own last' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l api-socket -d 'Serve the REST API on this unix socket' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l disk -d 'Another file for disk number N, the first is 0: a copy that was made at the time of the snapshot' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l tap -d 'Another tap for network interface number N, the first is 0' -r
@@ -123,9 +122,8 @@ complete -c ebb -n "__fish_ebb_using_subcommand restore" -l vsock -d 'Another pa
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l serial -d 'Where the first serial port goes, if elsewhere' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l id -d 'Another name of the machine' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l log-file -d 'Write the log to this file instead of standard error' -r -F
-complete -c ebb -n "__fish_ebb_using_subcommand restore" -l event-monitor -d 'Append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l resume -d 'Let the guest run at once'
-complete -c ebb -n "__fish_ebb_using_subcommand restore" -l verify -d 'First read all of the memory file and compare its checksums'
+complete -c ebb -n "__fish_ebb_using_subcommand restore" -l verify -d 'First read all of the memory files and compare their checksums'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -s v -d 'Log more: -v for information, -vv for debugging'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l api-sock -d 'Serve the API on this unix socket' -r -F
@@ -135,7 +133,6 @@ complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l log-path -d 'Wri
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l level -d 'What the log holds: Off, Error, Warn, Info, Debug or Trace' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l module -d 'Accepted, without effect' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l metrics-path -d 'Append the counters to this file or FIFO' -r -F
-complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l event-monitor -d 'Ebb\'s: append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l seccomp-filter -d 'Accepted, without effect: the filters are Ebb\'s own, for its own threads' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l metadata -d 'Refused: there is no metadata service' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l mmds-size-limit -d 'Accepted, without effect' -r
@@ -176,6 +173,7 @@ complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_
 complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_from disk" -s h -l help -d 'Print help'
 complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_from snapshot" -l state -d 'The file for the state' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_from snapshot" -l memory -d 'The file for the memory' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_from snapshot" -l diff -d 'Save only what is new since the machine was restored; to restore it takes the memory files of then, too'
 complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_from snapshot" -s h -l help -d 'Print help'
 complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_from stop" -s h -l help -d 'Print help'
 complete -c ebb -n "__fish_ebb_using_subcommand ctl; and __fish_seen_subcommand_from shutdown" -l timeout -d 'How long the guest may take, in seconds' -r

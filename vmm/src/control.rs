@@ -161,7 +161,12 @@ pub trait Controller: Send + Sync {
     ///
     /// # Errors
     /// [`CommandError::Failed`] if the machine is not paused, or a file cannot be written; nothing is left then.
-    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError>;
+    fn snapshot(
+        &self,
+        kind: SnapshotKind,
+        memory: PathBuf,
+        state: PathBuf,
+    ) -> Result<(), CommandError>;
 
     /// How the guest's memory will be freed when the machine ends.
     fn teardown(&self) -> TeardownState;
@@ -172,6 +177,15 @@ pub trait Controller: Send + Sync {
     /// # Errors
     /// [`CommandError::OutOfBounds`].
     fn set_teardown(&self, workers: Option<usize>, batch: Option<u64>) -> Result<(), CommandError>;
+}
+
+/// How much of a machine a snapshot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotKind {
+    /// All of it.
+    Full,
+    /// Of its memory what is new since it was restored.
+    Difference,
 }
 
 /// What a machine is doing.

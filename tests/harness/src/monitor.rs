@@ -73,15 +73,27 @@ impl Monitor {
     /// # Errors
     /// When it cannot be started.
     pub fn kill_and_restore(&mut self, more: &[&str]) -> Result<()> {
+        self.kill_and_restore_from("state", &["memory"], more)
+    }
+
+    /// The same with these files of its folder: the state, and each memory file.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn kill_and_restore_from(
+        &mut self,
+        state: &str,
+        memory: &[&str],
+        more: &[&str],
+    ) -> Result<()> {
         self.child.kill().context("kill the monitor")?;
         self.child.wait().context("wait for the monitor")?;
         let path = |name: &str| self.folder.path().join(name);
         let mut command = Command::new(&self.images.ebb);
         command
             .args(["restore", "-v", "--state"])
-            .arg(path("state"))
-            .arg("--memory")
-            .arg(path("memory"))
+            .arg(path(state))
+            .args(memory.iter().flat_map(|it| ["--memory".into(), path(it)]))
             .arg("--api-socket")
             .arg(path("api"))
             .arg("--log-file")

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use ebb_harness::error::{Context, Result};
@@ -79,9 +79,21 @@ fn ctl(monitor: &Monitor, word: &str) -> Result<()> {
 
 /// Saves a machine to the files `state` and `memory` of its folder.
 fn snapshot(monitor: &Monitor) -> Result<()> {
-    let [state, memory] = ["state", "memory"].map(|it| monitor.folder().join(it));
-    let [state, memory] = [&state, &memory].map(|it| it.to_string_lossy().into_owned());
-    let output = monitor.ctl(&["snapshot", "--state", &state, "--memory", &memory])?;
+    let output = save(monitor, ["state", "memory"], &[])?;
+    assert!(output.status.success(), "{output:?}\n{}", monitor.stderr());
+    Ok(())
+}
+
+/// Has a machine saved to two files of its folder.
+fn save(monitor: &Monitor, files: [&str; 2], more: &[&str]) -> Result<Output> {
+    let files = files.map(|it| monitor.folder().join(it).to_string_lossy().into_owned());
+    let [state, memory] = &files;
+    monitor.ctl(&[&["snapshot", "--state", state, "--memory", memory], more].concat())
+}
+
+/// Saves a machine that was restored to the files `state2` and `memory2` of its folder, which hold a difference.
+fn difference(monitor: &Monitor) -> Result<()> {
+    let output = save(monitor, ["state2", "memory2"], &["--diff"])?;
     assert!(output.status.success(), "{output:?}\n{}", monitor.stderr());
     Ok(())
 }
@@ -227,6 +239,97 @@ fn dead_memory_is_left_out_and_the_rest_comes_back() -> Result<()> {
     Ok(())
 }
 
+/// A program that fills three parts of the memory, talks, fills a half of the first anew, frees the last, talks, and looks at all.
+fn changing(pages: u64) -> Program {
+    const TALK: u64 = 60_000;
+    let [first, second, freed] = [0, pages, 2 * pages].map(page);
+    let mut guest = Program::kernel();
+    guest.fill(first, pages, 7);
+    guest.fill(second, pages, 8);
+    guest.fill(freed, pages, 9);
+    guest.output_byte(SERIAL, b'x', TALK);
+    guest.fill(first, pages / 2, 5);
+    guest.call(Transport::Port, Operation::LazyFree, freed, pages);
+    guest.output_byte(SERIAL, b'z', TALK);
+    guest.count_filled(first, pages / 2, 5);
+    guest.count_filled(page(pages / 2), pages / 2, 7);
+    guest.count_filled(second, pages, 8);
+    guest.call(Transport::Port, Operation::Reuse, freed, pages);
+    guest.count_equal(freed, pages, 0);
+    guest.output_byte(SERIAL, b'y', u64::MAX);
+    guest
+}
+
+#[test]
+fn a_difference_holds_what_is_new_and_fits_one_snapshot_only() -> Result<()> {
+    const PAGES: u64 = 512;
+    let mut talking = Talking::start(&changing(PAGES), savable()?)?;
+    let monitor = &mut talking.monitor;
+    let folder = monitor.folder().to_owned();
+    until_often("the guest talks", LONG, || {
+        Ok(fs::read(folder.join("serial"))
+            .is_ok_and(|it| it.contains(&b'x'))
+            .then_some(()))
+    })?;
+    ctl(monitor, "pause")?;
+    let output = save(monitor, ["s", "m"], &["--diff"])?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("was not restored"), "{text}");
+    // Two of the same content, and of two snapshots all the same.
+    let output = save(monitor, ["other", "foreign"], &[])?;
+    assert!(output.status.success(), "{output:?}");
+    snapshot(monitor)?;
+
+    let text = folder.join("restored");
+    let serial = format!("file={}", text.display());
+    monitor.kill_and_restore(&["--resume", "--serial", &serial])?;
+    until_often("the guest has changed its memory", LONG, || {
+        Ok(fs::read(&text)
+            .is_ok_and(|it| it.contains(&b'z'))
+            .then_some(()))
+    })?;
+    ctl(monitor, "pause")?;
+    let output = save(monitor, ["state2", "memory"], &["--diff"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("memory: this machine was restored from it"),
+        "{said}"
+    );
+    difference(monitor)?;
+    let size = allocated(&folder.join("memory2"))?;
+    let half = PAGES / 2 * 4096;
+    assert!((half..half + (256 << 10)).contains(&size), "{size}");
+    // Its file may be replaced; nothing comes after that.
+    fs::rename(folder.join("memory"), folder.join("base")).context("rename")?;
+    fs::copy(folder.join("base"), folder.join("memory")).context("copy")?;
+    fs::remove_file(folder.join("base")).context("remove")?;
+    let output = save(monitor, ["state3", "memory3"], &["--diff"])?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("is deleted or replaced"), "{said}");
+
+    for (files, part) in [
+        (&["memory"][..], "state2: is of 2 memory files, but 1 given"),
+        (&["foreign", "memory2"], "foreign: does not belong"),
+        (&["memory2", "memory"], "memory2: does not belong"),
+    ] {
+        let said = refused_files(&folder, "state2", files, &[])?;
+        assert!(said.contains(part), "{said}");
+    }
+    let more = ["--verify", "--resume", "--serial", &serial];
+    monitor.kill_and_restore_from("state2", &["memory", "memory2"], &more)?;
+    let text = until("the guest comes to its end", LONG, || {
+        let text = fs::read(&text).unwrap_or_default();
+        Ok(text.contains(&b'y').then_some(text))
+    })?;
+    let end = text.iter().position(|byte| *byte == b'y').unwrap_or(0);
+    let found = ebb_payload::results(&text[end - 5 * ebb_payload::RESULT_SIZE..end]);
+    let last = LAST_RANGE.cast_unsigned();
+    assert_eq!(found, [PAGES / 2, PAGES / 2, PAGES, last, PAGES]);
+    ctl(monitor, "stop")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
 /// Restores a machine to another serial file, and returns what its guest has written there once that has a `y`. Until then
 /// `meanwhile` is called again and again.
 fn restored_text(monitor: &mut Monitor, meanwhile: impl Fn()) -> Result<Vec<u8>> {
@@ -301,9 +404,14 @@ fn an_arena_goes_on_where_it_was_saved() -> Result<()> {
 
 /// The one line that `ebb restore` says.
 fn refused(folder: &Path, more: &[&str]) -> Result<String> {
+    refused_files(folder, "state", &["memory"], more)
+}
+
+fn refused_files(folder: &Path, state: &str, memory: &[&str], more: &[&str]) -> Result<String> {
     let mut command = Command::new(Images::from_environment()?.ebb);
     command
-        .args(["restore", "--state", "state", "--memory", "memory"])
+        .args(["restore", "--state", state])
+        .args(memory.iter().flat_map(|it| ["--memory", it]))
         .args(more)
         .current_dir(folder);
     let output = command.output().context("ebb restore")?;
@@ -336,7 +444,7 @@ fn altered_files(folder: &Path) -> Result<()> {
     assert!(refused(folder, &[])?.contains("state: was altered"));
     fs::copy(path("good"), path("state")).context("copy")?;
     alter(&path("state"), 8)?;
-    assert!(refused(folder, &[])?.contains("state: has version 0"));
+    assert!(refused(folder, &[])?.contains("state: has version 3"));
     let half = fs::read(path("good")).context("read")?;
     fs::write(path("state"), &half[..half.len() / 2]).context("write")?;
     assert!(refused(folder, &[])?.contains("state: is truncated"));
@@ -531,15 +639,30 @@ fn threads(guest: &mut Guest) -> Result<u64> {
 
 #[test]
 fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
-    goes_on("mmio", Network::create("ebbsave1", 6)?)
+    goes_on("mmio", Network::create("ebbsave1", 6)?, |monitor| {
+        // Over the files that it runs from.
+        snapshot(monitor)?;
+        monitor.kill_and_restore(&["--resume"])
+    })
 }
 
 #[test]
 fn a_stock_guest_on_pci_goes_on_where_it_was_saved() -> Result<()> {
-    goes_on("pci", Network::create("ebbsave2", 7)?)
+    goes_on("pci", Network::create("ebbsave2", 7)?, |monitor| {
+        difference(monitor)?;
+        let [full, new] = ["memory", "memory2"].map(|it| allocated(&monitor.folder().join(it)));
+        let (full, new) = (full?, new?);
+        assert!(new < full / 2, "{new} of {full}");
+        monitor.kill_and_restore_from("state2", &["memory", "memory2"], &["--resume"])
+    })
 }
 
-fn goes_on(transport: &str, network: Network) -> Result<()> {
+/// `again` saves the machine another time, kills it, and has it go on.
+fn goes_on(
+    transport: &str,
+    network: Network,
+    again: impl FnOnce(&mut Monitor) -> Result<()>,
+) -> Result<()> {
     let launch = savable()?.cpus(2).option("--rng", "on");
     let launch = launch.option("--balloon", "size=64M,statistics=1");
     let launch = launch.option("--transport", transport);
@@ -599,9 +722,7 @@ fn goes_on(transport: &str, network: Network) -> Result<()> {
         })?;
     }
     assert!(api.reclaim(96 << 20)?.reclaimed_bytes >= 90 << 20);
-    // It is saved over the files that it runs from, killed, and goes on once more.
-    snapshot(&monitor)?;
-    monitor.kill_and_restore(&["--resume"])?;
+    again(&mut monitor)?;
     let mut guest = monitor.restored_guest()?;
     assert_eq!(guest.must("sha256sum </tmp/data")?, kept);
     assert_eq!(guest.must(read)?, sum);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{before, drives, view};
-use crate::control::{CommandError, Controller, Instance};
+use crate::control::{CommandError, Controller, Instance, SnapshotKind};
 
 /// The answer to a request that was carried out.
 #[derive(Debug, PartialEq)]
@@ -291,11 +291,16 @@ struct Snapshot {
 
 fn put_snapshot(machine: &dyn Controller, body: &[u8]) -> Result<Reply, Fault> {
     let it: Snapshot = parse(body)?;
-    if let Some(other) = it.snapshot_type.filter(|it| it != "Full") {
-        let message = format!("snapshot_type '{other}' is not possible; there is Full");
-        return Err(Fault::bad_request(message));
-    }
-    machine.snapshot(it.mem_file_path, it.snapshot_path)?;
+    let kind = match it.snapshot_type.as_deref() {
+        None | Some("Full") => SnapshotKind::Full,
+        Some("Diff") => SnapshotKind::Difference,
+        Some(other) => {
+            let message =
+                format!("snapshot_type '{other}' is not possible; there are Full and Diff");
+            return Err(Fault::bad_request(message));
+        }
+    };
+    machine.snapshot(kind, it.mem_file_path, it.snapshot_path)?;
     Ok(Reply::Done)
 }
 

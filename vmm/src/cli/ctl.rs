@@ -85,6 +85,9 @@ enum Command {
         /// The file for the memory
         #[arg(long, value_name = "FILE")]
         memory: PathBuf,
+        /// Save only what is new since the machine was restored; to restore it takes the memory files of then, too
+        #[arg(long)]
+        diff: bool,
     },
     /// End the machine
     Stop,
@@ -133,7 +136,11 @@ pub fn main(args: Args) -> u8 {
             disk: Some(disk),
             path,
         } => update_disk(&socket, &disk, path.as_deref()),
-        Command::Snapshot { state, memory } => snapshot(&socket, &state, &memory),
+        Command::Snapshot {
+            state,
+            memory,
+            diff,
+        } => snapshot(&socket, &state, &memory, diff),
         Command::Stop => stop(&socket),
         Command::Shutdown { timeout } => shutdown(&socket, Duration::from_secs(timeout)),
         Command::Wait { memory_free: _ } => return wait(&socket),
@@ -234,11 +241,12 @@ fn whole(path: &Path) -> PathBuf {
     }
 }
 
-fn snapshot(socket: &Path, state: &Path, memory: &Path) -> Result<String, ClientError> {
+fn snapshot(socket: &Path, state: &Path, memory: &Path, diff: bool) -> Result<String, ClientError> {
     let machine: InstanceInfo = parse(get(socket, "/")?)?;
     set_state(socket, "Paused")?;
+    let kind = if diff { "Diff" } else { "Full" };
     let body = json!({
-        "snapshot_type": "Full", "snapshot_path": whole(state), "mem_file_path": whole(memory),
+        "snapshot_type": kind, "snapshot_path": whole(state), "mem_file_path": whole(memory),
     });
     let path = "/snapshot/create";
     let saved = api::request(socket, Method::PUT, path, Some(&body), SNAPSHOT_TIMEOUT);

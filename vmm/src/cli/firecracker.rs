@@ -7,17 +7,16 @@ use ebb_vmm::api::FIRECRACKER_VERSION;
 use ebb_vmm::api::before::{self, Draft, LoadSpec, LoggerSpec, Step};
 use ebb_vmm::bus::ExitReason;
 use ebb_vmm::config::{MachineConfig, check_id};
-use ebb_vmm::output::{EventFile, EventTarget, Log, for_log};
+use ebb_vmm::output::Log;
 use ebb_vmm::sys::seccomp::{self, Mode};
 use ebb_vmm::vm::{self, LaunchError, Outside, Process, Restoration};
 use serde_json::Value;
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::Layer;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::{outputs, restore};
+use super::restore;
 
 /// The machine could not be built or served.
 const GENERIC_ERROR: u8 = 1;
@@ -63,9 +62,6 @@ pub struct Args {
     /// Append the counters to this file or FIFO
     #[arg(long, value_name = "PATH")]
     metrics_path: Option<PathBuf>,
-    /// Ebb's: append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines
-    #[arg(long, value_name = "FILE|fd=N")]
-    event_monitor: Option<EventTarget>,
     /// Threads may make all system calls
     #[arg(long)]
     no_seccomp: bool,
@@ -218,10 +214,9 @@ impl ProcessLog {
         let log = Log::to_stderr();
         let (filter, level) = reload::Layer::new(LevelFilter::from_level(args.level));
         let lines = tracing_subscriber::fmt::layer().with_writer(Arc::new(log.clone()));
-        let events = outputs::open_events(args.event_monitor.as_ref(), &args.id, &log)?;
         tracing_subscriber::registry()
-            .with(lines.with_filter(for_log(filter)))
-            .with(events.map(EventFile::layer))
+            .with(filter)
+            .with(lines)
             .init();
         let log = Self { log, level };
         log.set_logger(&LoggerSpec {

@@ -9,7 +9,6 @@ mod firecracker;
 mod jail;
 #[cfg(test)]
 mod manual;
-mod outputs;
 mod ps;
 mod restore;
 mod run;

@@ -1,17 +1,18 @@
 //! `ebb restore`: starts a machine from a snapshot.
 
+use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clap::Parser;
 use ebb_vmm::api::before::LoadSpec;
 use ebb_vmm::config::{MachineConfig, MachineSpec, SerialConfig, SocketSpec};
 use ebb_vmm::exit;
-use ebb_vmm::snapshot::{self, DiskFile, FileError, State};
+use ebb_vmm::snapshot::{self, DiskFile, FileError, MemoryMap, State};
 use ebb_vmm::vm::Restoration;
 
-use super::outputs::Outputs;
 use super::run;
 
 /// No state file is longer: a machine of 254 vCPUs has 20 MiB.
@@ -25,13 +26,14 @@ pub struct Args {
     /// The snapshot's state file
     #[arg(long, value_name = "FILE")]
     state: PathBuf,
-    /// The snapshot's memory file. It must stay as it is while the machine runs
-    #[arg(long, value_name = "FILE")]
-    memory: PathBuf,
+    /// The snapshot's memory file. It must stay as it is while the machine runs. For a difference repeat the option: the full
+    /// one first, then each difference, this one's own last
+    #[arg(long, value_name = "FILE", required = true)]
+    memory: Vec<PathBuf>,
     /// Let the guest run at once
     #[arg(long)]
     resume: bool,
-    /// First read all of the memory file and compare its checksums
+    /// First read all of the memory files and compare their checksums
     #[arg(long)]
     verify: bool,
     /// Serve the REST API on this unix socket
@@ -55,8 +57,12 @@ pub struct Args {
     /// Another name of the machine
     #[arg(long, value_name = "NAME")]
     id: Option<String>,
-    #[command(flatten)]
-    outputs: Outputs,
+    /// Write the log to this file instead of standard error
+    #[arg(long, value_name = "PATH")]
+    log_file: Option<PathBuf>,
+    /// Log more: -v for information, -vv for debugging
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
 }
 
 /// Something else for the device of this number.
@@ -81,9 +87,9 @@ impl<T: FromStr> FromStr for Override<T> {
 
 /// Runs the subcommand and returns the exit status.
 pub fn main(args: Args) -> u8 {
-    let outputs = args.outputs.clone();
+    let (log_file, verbose) = (args.log_file.clone(), args.verbose);
     match prepare(args) {
-        Ok((config, snapshot)) => run::start(config, Some(snapshot), outputs),
+        Ok((config, snapshot)) => run::start(config, Some(snapshot), log_file, verbose),
         Err(message) => {
             super::complain(&message);
             exit::BAD_ARGUMENTS
@@ -98,7 +104,7 @@ pub fn main(args: Args) -> u8 {
 pub fn load(load: LoadSpec) -> Result<(MachineConfig, Restoration), String> {
     prepare(Args {
         state: load.state,
-        memory: load.memory,
+        memory: vec![load.memory],
         resume: load.resume,
         verify: false,
         api_socket: None,
@@ -108,7 +114,8 @@ pub fn load(load: LoadSpec) -> Result<(MachineConfig, Restoration), String> {
         named_taps: load.taps,
         serial: None,
         id: None,
-        outputs: Outputs::default(),
+        log_file: None,
+        verbose: 0,
     })
 }
 
@@ -125,10 +132,7 @@ fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
         Ok(state) => state,
         Err(error) => return refuse(&args.state, error.to_string()),
     };
-    let memory = snapshot::open(&args.memory).map_err(text)?;
-    if let Err(error) = state.memory.check(&memory, args.verify) {
-        return refuse(&args.memory, error.to_string());
-    }
+    let memory = memory(&args, &state.memory)?;
     let config = config(&args, &state)?;
     check_disks(&args, &state, &config)?;
     let resume = args.resume;
@@ -140,6 +144,26 @@ fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
             resume,
         },
     ))
+}
+
+/// The memory files, which fit to the state.
+fn memory(args: &Args, map: &MemoryMap) -> Result<Vec<Arc<File>>, String> {
+    let (due, given) = (map.files(), args.memory.len());
+    if due != given {
+        let what = format!(
+            "is of {due} memory files, but {given} given; name each by --memory, the full one first, and its own last"
+        );
+        return Err(FileError::new(&args.state, what).to_string());
+    }
+    let open = |(index, path): (usize, &PathBuf)| {
+        let file = snapshot::open(path)?;
+        let checked = map.check(index, &file, args.verify);
+        checked.map_err(|error| FileError::new(path, error))?;
+        Ok(Arc::new(file))
+    };
+    let files = args.memory.iter().enumerate().map(open);
+    let files: Result<Vec<_>, FileError> = files.collect();
+    files.map_err(|error| error.to_string())
 }
 
 /// The saved machine's options, and those that are given now.

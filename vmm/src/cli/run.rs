@@ -2,12 +2,13 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::exit;
+use ebb_vmm::output::Log;
 use ebb_vmm::vm::Restoration;
-
-use super::outputs::Outputs;
+use tracing::Level;
 
 /// Start a guest and stay with it until it ends
 ///
@@ -24,8 +25,12 @@ pub struct Args {
     /// Check the options and their files, print the machine that they describe as JSON, and end: nothing is made or started
     #[arg(long)]
     dry_run: bool,
-    #[command(flatten)]
-    pub outputs: Outputs,
+    /// Write the log to this file instead of standard error
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
+    /// Log more: -v for information, -vv for debugging
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
 }
 
 /// Runs the subcommand and returns the exit status. `words` are its arguments, for snapshots.
@@ -40,7 +45,7 @@ pub fn main(args: Args, words: &[OsString]) -> u8 {
                 words: saved(words),
                 ..config
             };
-            start(config, None, args.outputs)
+            start(config, None, args.log_file, args.verbose)
         }
         Err(error) => {
             super::complain(&error);
@@ -49,15 +54,15 @@ pub fn main(args: Args, words: &[OsString]) -> u8 {
     }
 }
 
-/// The words that describe the machine: a snapshot keeps no configuration file, as its options are among them, and nothing of where log and events go.
+/// The words that describe the machine: a snapshot keeps no configuration file, as its options are among them, and no log.
 fn saved(words: &[OsString]) -> Vec<String> {
     let (mut saved, mut words) = (Vec::new(), words.iter());
     while let Some(word) = words.next() {
         let word = word.to_string_lossy().into_owned();
         let name = word.split('=').next().unwrap_or_default();
         match name {
-            "--config" | "--log-file" | "--event-monitor" if name == word => drop(words.next()),
-            "--config" | "--log-file" | "--event-monitor" | "--dry-run" => {}
+            "--config" | "--log-file" if name == word => drop(words.next()),
+            "--config" | "--log-file" | "--dry-run" => {}
             _ if word.len() > 1
                 && word.starts_with('-')
                 && word[1..].bytes().all(|it| it == b'v') => {}
@@ -68,9 +73,14 @@ fn saved(words: &[OsString]) -> Vec<String> {
 }
 
 /// Runs a machine to its end, and returns the exit status.
-pub fn start(config: MachineConfig, snapshot: Option<Restoration>, outputs: Outputs) -> u8 {
+pub fn start(
+    config: MachineConfig,
+    snapshot: Option<Restoration>,
+    log_file: Option<PathBuf>,
+    verbose: u8,
+) -> u8 {
     // The log file is made only now, so that a wrong command line leaves no file behind.
-    let log = match outputs.start(&config.id) {
+    let log = match start_log(log_file, verbose) {
         Ok(log) => log,
         Err(error) => {
             super::complain(&error);
@@ -87,4 +97,28 @@ pub fn start(config: MachineConfig, snapshot: Option<Restoration>, outputs: Outp
             exit::BAD_ARGUMENTS
         }
     }
+}
+
+/// Sends the log where the operator wants it.
+fn start_log(path: Option<PathBuf>, verbose: u8) -> Result<Log, String> {
+    let level = match verbose {
+        0 => Level::WARN,
+        1 => Level::INFO,
+        2 => Level::DEBUG,
+        _ => Level::TRACE,
+    };
+    let log = match path {
+        None => Log::to_stderr(),
+        Some(path) => Log::to_file(&path).map_err(|error| {
+            format!(
+                "--log-file {}: {error}; name a file that you may write",
+                path.display()
+            )
+        })?,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(Arc::new(log.clone()))
+        .init();
+    Ok(log)
 }

@@ -60,10 +60,10 @@ pub struct ArenaSetup {
 /// What a snapshot knows of the memory.
 #[derive(Clone, Debug)]
 pub struct Restored {
-    /// Holds RAM and arenas, one region after the other.
-    pub file: Arc<File>,
-    /// The parts of them whose content is there; the rest is zero.
-    pub runs: Vec<GpaRange>,
+    /// Each holds RAM and arenas, one region after the other, or a part of that.
+    pub files: Vec<Arc<File>>,
+    /// The file that a part of them is in, by its number; a later part covers an earlier one, and the rest is zero.
+    pub parts: Vec<(usize, GpaRange)>,
     /// What was lazily free.
     pub lazily_free: Vec<GpaRange>,
     /// The guest's kernel.
@@ -130,7 +130,9 @@ impl GuestMemory {
         let places: Vec<GpaRange> = setup.arenas.iter().map(|arena| arena.gpa).collect();
         let mut ram = GuestRam::with_arenas(setup.backing, &setup.ram, &places)?;
         if let Some(restored) = &setup.restored {
-            ram.map_file(restored.file.as_fd(), &restored.runs)?;
+            for (file, range) in &restored.parts {
+                ram.map_file(restored.files[*file].as_fd(), &[*range])?;
+            }
         }
         let ram = Arc::new(ram);
         let arenas = arenas(&setup.arenas, &ram)?;

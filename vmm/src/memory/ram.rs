@@ -1,10 +1,10 @@
 //! The guest's RAM: owns the mappings, lends them to their users, and releases pages to the host.
 
 mod missing;
+mod of_file;
 
 use std::io;
 use std::num::NonZero;
-use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::available_parallelism;
@@ -112,40 +112,6 @@ impl GuestRam {
             can_mark_free: !backing.hugepages && !backing.shared,
             process: OwnProcess::default(),
         })
-    }
-
-    /// Puts the content of `file` behind the RAM: `runs` of it have their content there, at [`GuestRam::file_offset`], and are
-    /// read when they are touched. The rest stays as it is. From now on pages can be discarded but not marked free, and
-    /// several ranges are not released in one call.
-    ///
-    /// # Errors
-    /// [`MemoryError::NotRam`]; [`MemoryError::File`] if the kernel refuses.
-    pub fn map_file(&mut self, file: BorrowedFd<'_>, runs: &[GpaRange]) -> Result<(), MemoryError> {
-        self.can_mark_free = false;
-        let huge_pages = self.huge_pages;
-        for &run in runs {
-            self.check(run)?;
-            let parts: Vec<_> = self.parts(run).collect();
-            for (mapping, part) in parts {
-                let Extent { offset, len, .. } = self.extent(0, (mapping, part));
-                let at = self.file_offset(part.start());
-                let mapped =
-                    self.mappings[mapping].map_private((offset, len), file, at, huge_pages);
-                mapped.map_err(|source| MemoryError::File {
-                    bytes: part.len(),
-                    source,
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Where the byte at `gpa`, in RAM, is in a file that holds all regions one after the other.
-    #[must_use]
-    pub fn file_offset(&self, gpa: u64) -> u64 {
-        let below =
-            |region: &RamRegion| gpa.min(region.gpa.end()).saturating_sub(region.gpa.start());
-        self.regions.iter().map(below).sum()
     }
 
     /// A handle for devices and loaders. Clones may outlive this value: they keep the addresses reserved, not the content.

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 const MAGIC: &[u8; 8] = b"EBBSTATE";
 /// Version of the format. A file of another one is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a section's name.
 const NAME: usize = 16;
 /// No file has more: it would be of no machine.
@@ -202,10 +202,10 @@ mod tests {
     #[test]
     fn another_version_is_named() {
         let mut file = file();
-        file[8] = 2;
+        file[8] = 1;
         let error = Reader::new(&file).unwrap_err();
-        assert_eq!(error, FormatError::Version(2));
-        assert!(error.to_string().contains("has version 2"));
+        assert_eq!(error, FormatError::Version(1));
+        assert!(error.to_string().contains("has version 1"));
     }
 
     proptest! {

@@ -15,6 +15,7 @@ use ebb_core::release::ReleasePages;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::difference::{Kept, Layer};
 use crate::memory::GuestRam;
 use crate::workers;
 
@@ -35,17 +36,24 @@ pub struct MemoryMap {
     pub len: u64,
     /// Bytes that were written.
     pub written: u64,
-    /// Each block of 2 MiB that has content, by its number in the file, and the CRC-32 of its pages that are not zero.
-    pub blocks: Vec<(u64, u32)>,
+    /// What it holds.
+    pub blocks: Blocks,
+    /// The memory files that this one is a difference from, the full one first; none: it is full itself.
+    pub below: Vec<Layer>,
+    /// What comes from these, ascending. All else is here, or zero.
+    pub kept: Vec<Kept>,
 }
+
+/// Each block of 2 MiB that has content, by its number in the file, and the CRC-32 of its pages that are not zero.
+pub type Blocks = Vec<(u64, u32)>;
 
 /// A block, and where it is in the file.
-struct Place {
-    range: GpaRange,
-    at: u64,
+pub(super) struct Place {
+    pub range: GpaRange,
+    pub at: u64,
 }
 
-fn places(ram: &GuestRam) -> Vec<Place> {
+pub(super) fn places(ram: &GuestRam) -> Vec<Place> {
     let regions = ram.regions().iter().map(|region| region.gpa);
     let blocks = regions.flat_map(|gpa| {
         let starts = (gpa.start()..gpa.end()).step_by(BLOCK_SIZE as usize);
@@ -58,7 +66,7 @@ fn places(ram: &GuestRam) -> Vec<Place> {
     blocks.map(place).collect()
 }
 
-/// Writes the RAM to `file`, which is empty. What lies in `dead`, ascending ranges that do not touch, what the host has no
+/// Writes the RAM to `file`, which is empty. What lies in `left_out`, ascending ranges that do not touch, what the host has no
 /// page for, and pages of zeros become holes. All vCPUs and devices must rest; reclaim may go on. Several threads write, each
 /// up to 2 MiB at a time. They end early once `is_cancelled` is true.
 ///
@@ -67,7 +75,7 @@ fn places(ram: &GuestRam) -> Vec<Place> {
 pub fn write(
     file: &File,
     ram: &GuestRam,
-    dead: &[GpaRange],
+    left_out: &[GpaRange],
     id: SnapshotId,
     is_cancelled: impl Fn() -> bool + Sync,
 ) -> io::Result<MemoryMap> {
@@ -81,7 +89,7 @@ pub fn write(
             let done = if is_cancelled() {
                 Err(io::ErrorKind::Interrupted.into())
             } else {
-                write_block(file, ram, dead, place, &mut buffer)
+                write_block(file, ram, left_out, place, &mut buffer)
             };
             match done {
                 Ok(None) => {}
@@ -115,6 +123,7 @@ pub fn write(
         len: end + PAGE_SIZE,
         written: written.into_inner(),
         blocks,
+        ..MemoryMap::default()
     })
 }
 
@@ -122,14 +131,14 @@ pub fn write(
 fn write_block(
     file: &File,
     ram: &GuestRam,
-    dead: &[GpaRange],
+    left_out: &[GpaRange],
     Place { range, at }: &Place,
     buffer: &mut [u8],
 ) -> io::Result<Option<(u64, u32)>> {
     if ram.held(*range) == Some(0) {
         return Ok(None);
     }
-    let alive = alive(*range, dead);
+    let alive = alive(*range, left_out);
     if alive.is_empty() {
         return Ok(None);
     }
@@ -152,11 +161,11 @@ fn write_block(
     Ok((bytes > 0).then(|| (bytes, crc.finalize())))
 }
 
-/// The parts of `range` that are not `dead`.
-fn alive(range: GpaRange, dead: &[GpaRange]) -> Vec<GpaRange> {
-    let first = dead.partition_point(|it| it.end() <= range.start());
+/// The parts of `range` that are not in `left_out`.
+pub(super) fn alive(range: GpaRange, left_out: &[GpaRange]) -> Vec<GpaRange> {
+    let first = left_out.partition_point(|it| it.end() <= range.start());
     let (mut at, mut alive) = (range.start(), Vec::new());
-    for hole in dead
+    for hole in left_out
         .iter()
         .skip(first)
         .take_while(|it| it.start() < range.end())
@@ -203,7 +212,9 @@ pub enum MemoryFileError {
         due: u64,
     },
     /// Another snapshot's.
-    #[error("does not belong to this state file; name the two files of one snapshot")]
+    #[error(
+        "does not belong to this state file; name the files of one snapshot, of a difference the full one first"
+    )]
     Other,
     /// A checksum is wrong.
     #[error("was altered: the checksum of its 2 MiB at {0:#x} is wrong; use an unaltered copy")]
@@ -214,22 +225,27 @@ pub enum MemoryFileError {
 }
 
 impl MemoryMap {
-    /// Checks length and last page of `file`; with `all`, every checksum, which reads all of it.
+    /// Checks length and last page of the memory file number `index`; with `all`, every checksum, which reads all of it.
     ///
     /// # Errors
     /// [`MemoryFileError`].
-    pub fn check(&self, file: &File, all: bool) -> Result<(), MemoryFileError> {
+    pub fn check(&self, index: usize, file: &File, all: bool) -> Result<(), MemoryFileError> {
+        let (id, blocks) = match self.below.get(index) {
+            Some(layer) => (&layer.id, &layer.blocks),
+            None if index == self.below.len() => (&self.id, &self.blocks),
+            None => return Err(MemoryFileError::Other),
+        };
         let is = file.metadata()?.len();
         if is != self.len || is < PAGE_SIZE {
             return Err(MemoryFileError::Length { is, due: self.len });
         }
         let mut last = [0; MAGIC.len() + 16];
         file.read_exact_at(&mut last, self.len - PAGE_SIZE)?;
-        if last[..] != [&MAGIC[..], &self.id].concat() {
+        if last[..] != [&MAGIC[..], id].concat() {
             return Err(MemoryFileError::Other);
         }
         let mut buffer = vec![0; BLOCK_SIZE as usize];
-        for &(block, crc) in self.blocks.iter().filter(|_| all) {
+        for &(block, crc) in blocks.iter().filter(|_| all) {
             let at = block.saturating_mul(BLOCK_SIZE);
             let end = (self.len - PAGE_SIZE).saturating_sub(at).min(BLOCK_SIZE);
             let part = &mut buffer[..end as usize];
@@ -244,8 +260,7 @@ impl MemoryMap {
     }
 
     /// The runs of RAM, at `ram`, that have content in the file: whole blocks, neighbours together, and not too many.
-    #[must_use]
-    pub fn runs(&self, ram: &[GpaRange]) -> Vec<GpaRange> {
+    pub(super) fn runs(&self, ram: &[GpaRange]) -> Vec<GpaRange> {
         let mut gap = 0;
         loop {
             let runs = self.runs_over(ram, gap);
@@ -336,7 +351,7 @@ mod tests {
         );
         let blocks: Vec<u64> = map.blocks.iter().map(|it| it.0).collect();
         assert_eq!(blocks, [0, 5], "of 2 MiB, by their place in the file");
-        map.check(&file, true).unwrap();
+        map.check(0, &file, true).unwrap();
         let regions: Vec<GpaRange> = saved.regions().iter().map(|it| it.gpa).collect();
         let runs = map.runs(&regions);
         assert_eq!(runs, [range(0, 2 * MIB), range(20 * MIB, 21 * MIB)]);
@@ -358,7 +373,7 @@ mod tests {
             .release_range(range(0x3000, 0x4000), discard)
             .unwrap();
         assert_eq!([0, 0x3000].map(|gpa| read(&restored, gpa)), [9, 0]);
-        map.check(&file, true).unwrap();
+        map.check(0, &file, true).unwrap();
     }
 
     #[test]
@@ -371,14 +386,14 @@ mod tests {
             id: [8; 16],
             ..map.clone()
         };
-        let error = other.check(&file, false).unwrap_err();
+        let error = other.check(0, &file, false).unwrap_err();
         assert!(matches!(error, MemoryFileError::Other));
         file.write_all_at(&[2], 5).unwrap();
-        map.check(&file, false).unwrap();
-        let error = map.check(&file, true).unwrap_err();
+        map.check(0, &file, false).unwrap();
+        let error = map.check(0, &file, true).unwrap_err();
         assert!(matches!(error, MemoryFileError::Altered(0)));
         file.set_len(5 * MIB).unwrap();
-        let error = map.check(&file, false).unwrap_err();
+        let error = map.check(0, &file, false).unwrap_err();
         assert!(matches!(error, MemoryFileError::Length { .. }));
     }
 

@@ -1,13 +1,16 @@
 //! Snapshots: what a paused machine is, in two files. `docs/snapshot.md` describes them.
 //!
-//! `format` is the state file's container, `memory` the memory file, `state` what the sections hold, `files` how both appear
+//! `format` is the state file's container, `memory` the memory file, `difference` what
+//! that of a restored machine may leave to the files below it, `state` what the sections hold, `files` how both appear
 //! under their names or not at all.
 
+mod difference;
 mod files;
 mod format;
 mod memory;
 mod state;
 
+pub use difference::{Difference, Kept, Layer, MAX_LAYERS};
 pub use files::{FileError, create, open};
 pub use format::{FormatError, Reader, VERSION, Writer};
 pub use memory::{MemoryFileError, MemoryMap, SnapshotId, write};

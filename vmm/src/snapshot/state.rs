@@ -118,6 +118,11 @@ impl State {
     /// [`FormatError`].
     pub fn decode(file: &[u8]) -> Result<Self, FormatError> {
         let reader = Reader::new(file)?;
+        let memory: MemoryMap = reader.section("memory")?;
+        if !memory.is_sound() {
+            let why = "what it says of files below cannot be".into();
+            return Err(FormatError::Section("memory", why));
+        }
         Ok(Self {
             host: reader.section("host")?,
             words: reader.section("words")?,
@@ -125,7 +130,7 @@ impl State {
             vcpus: reader.section("vcpus")?,
             chips: reader.section("chips")?,
             devices: reader.section("devices")?,
-            memory: reader.section("memory")?,
+            memory,
             lazily_free: reader.section("lazily_free")?,
             kernel: reader.section("kernel")?,
         })

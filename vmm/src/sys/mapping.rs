@@ -2,15 +2,19 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use ebb_core::release::Release;
+
+use super::overlay::Overlay;
+use super::pagemap::PageMap;
 
 /// Size in bytes of the kernel's smallest page.
 const SMALL_PAGE: usize = 4096;
@@ -42,19 +46,6 @@ pub struct Mapping {
     /// Parts are private mappings of a file, see [`Mapping::map_private`].
     overlay: Option<Overlay>,
 }
-
-/// Which blocks of [`HUGE_PAGE`] bytes of a mapping have their content from a file.
-#[derive(Debug)]
-struct Overlay {
-    blocks: Box<[AtomicBool]>,
-    /// Transparent huge pages are asked for where there is no file.
-    huge_pages: bool,
-    /// How often a part was cut out of it.
-    cuts: AtomicUsize,
-}
-
-/// Each cut takes two more of the 65530 mappings that a process may have, and whoever frees memory decides about them.
-const MAX_CUTS: usize = 20_000;
 
 impl Mapping {
     /// Maps `len` bytes of private anonymous memory at an address that is congruent to `congruent_to` modulo 2 MiB:
@@ -176,7 +167,7 @@ impl Mapping {
         self.overlay.is_some()
     }
 
-    /// Returns true if a block of 2 MiB that this part meets is, at least in part, a private mapping of a file.
+    /// Returns true if a page that this part meets is a private mapping of a file.
     #[must_use]
     pub fn is_of_file(&self, offset: usize, len: usize) -> bool {
         let overlay = self.overlay.as_ref();
@@ -193,7 +184,7 @@ impl Mapping {
     }
 
     /// Puts the content of `file` from `at` on behind `len` bytes from `offset` on: pages are read when they are touched, and
-    /// what is written stays here. Offset and length are multiples of [`HUGE_PAGE`], but for the mapping's end. The
+    /// what is written stays here. All three are multiples of the page size. The
     /// file must keep its content and its length as long as the mapping exists: where it is shorter, an access ends the
     /// process. `huge_pages` says what holds for parts that are released later. The mapping must be private and of small pages.
     ///
@@ -212,14 +203,34 @@ impl Mapping {
         // SAFETY: the part lies in this mapping, to whose bytes nobody holds references.
         unsafe { rustix::mm::mmap(pointer(self.address + offset), len, prot, flags, file, at)? };
         self.advise(offset, len, Advice::LinuxDontDump)?;
-        let count = self.len.div_ceil(HUGE_PAGE);
-        let overlay = self.overlay.get_or_insert_with(|| Overlay {
-            blocks: (0..count).map(|_| AtomicBool::new(false)).collect(),
-            huge_pages,
-            cuts: AtomicUsize::new(0),
-        });
+        let whole = self.len;
+        let overlay = self
+            .overlay
+            .get_or_insert_with(|| Overlay::new(whole, huge_pages));
         overlay.set(offset, len, true);
         Ok(())
+    }
+
+    /// The runs of a part whose content still is the file's, as offsets: private mappings of a file that nobody has written to,
+    /// by `pages`. Offset and length are multiples of the page size.
+    ///
+    /// # Errors
+    /// As for [`PageMap::is_private`].
+    pub fn unwritten(
+        &self,
+        pages: &PageMap,
+        offset: usize,
+        len: usize,
+    ) -> io::Result<Vec<Range<usize>>> {
+        self.check(offset, len)?;
+        match &self.overlay {
+            Some(overlay) if overlay.meets(offset, len) => {
+                let is_private = pages.is_private(self.address + offset, len)?;
+                let is_written = |page| is_private.get(page).copied().unwrap_or(true);
+                Ok(overlay.runs(offset, len, is_written))
+            }
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// Releases a part that meets the file: `MADV_DONTNEED` would bring back the file's content. New anonymous memory takes
@@ -229,10 +240,7 @@ impl Mapping {
         overlay.cut(offset, len)?;
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::NORESERVE);
         map(self.address + offset, len, prot, flags | MapFlags::FIXED)?;
-        let first = offset.next_multiple_of(HUGE_PAGE);
-        if let Some(whole) = (offset + len).checked_sub(first) {
-            overlay.set(first, whole / HUGE_PAGE * HUGE_PAGE, false);
-        }
+        overlay.set(offset, len, false);
         let advice = if overlay.huge_pages {
             Advice::LinuxHugepage
         } else {
@@ -427,40 +435,6 @@ impl Mapping {
     }
 }
 
-impl Overlay {
-    /// The blocks that a part meets.
-    fn blocks(&self, offset: usize, len: usize) -> impl Iterator<Item = &AtomicBool> {
-        let (first, end) = (offset / HUGE_PAGE, (offset + len).div_ceil(HUGE_PAGE));
-        let blocks = self.blocks.get(first..end.min(self.blocks.len()));
-        blocks.unwrap_or_default().iter()
-    }
-
-    fn meets(&self, offset: usize, len: usize) -> bool {
-        let mut blocks = self.blocks(offset, len);
-        blocks.any(|block| block.load(Ordering::Relaxed))
-    }
-
-    /// Counts a part that is about to be cut out. One that continues what is cut out already costs nothing.
-    fn cut(&self, offset: usize, len: usize) -> io::Result<()> {
-        let end = offset + len;
-        let continues =
-            (offset > 0 && offset.is_multiple_of(HUGE_PAGE) && !self.meets(offset - 1, 1))
-                || (end.is_multiple_of(HUGE_PAGE) && !self.meets(end, 1));
-        if !continues && self.cuts.fetch_add(1, Ordering::Relaxed) >= MAX_CUTS {
-            self.cuts.fetch_sub(1, Ordering::Relaxed);
-            return Err(Errno::NOMEM.into());
-        }
-        Ok(())
-    }
-
-    fn set(&self, offset: usize, len: usize, of_file: bool) {
-        if len > 0 {
-            let blocks = self.blocks(offset, len);
-            blocks.for_each(|block| block.store(of_file, Ordering::Relaxed));
-        }
-    }
-}
-
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: this value owns the mapping. Everyone who was given the address has promised not to use it any more.
@@ -531,6 +505,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+    use crate::sys::overlay::MAX_CUTS;
 
     #[test]
     fn the_address_is_congruent_and_the_length_exact() {
@@ -583,7 +558,10 @@ mod tests {
         overlay.cuts.store(MAX_CUTS, Ordering::Relaxed);
         let error = cut(BLOCK + 4 * SMALL_PAGE).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
-        cut(2 * BLOCK - SMALL_PAGE).unwrap_err();
+        // What is cut out already is released as any other memory.
+        byte(2 * BLOCK - 1).store(5, Ordering::Relaxed);
+        cut(2 * BLOCK - SMALL_PAGE).unwrap();
+        assert_eq!(read(2 * BLOCK - 1), 0);
         mapping.free(0, 4 * BLOCK).unwrap();
         assert_eq!(read(BLOCK), 7, "the file's");
         byte(BLOCK).store(9, Ordering::Relaxed);

@@ -1,8 +1,9 @@
-//! Which pages this process has (`PAGEMAP_SCAN` of /proc/self/pagemap, Linux 6.7).
+//! Which pages this process has: /proc/self/pagemap, and its `PAGEMAP_SCAN` (Linux 6.7).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 /// `PAGEMAP_SCAN`: `_IOWR('f', 16, struct pm_scan_arg)`, see linux/fs.h.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -16,6 +17,12 @@ const ZERO: u64 = 1 << 5;
 
 /// The page is a part of a huge page that is mapped as one.
 const HUGE: u64 = 1 << 6;
+
+/// Bits of an entry of the file itself (Linux, Documentation/admin-guide/mm/pagemap.rst): the page is in memory, is swapped out, is
+/// a file's or shared.
+const ENTRY_PRESENT: u64 = 1 << 63;
+const ENTRY_SWAPPED: u64 = 1 << 62;
+const ENTRY_FILE: u64 = 1 << 61;
 
 /// Runs of pages in one answer.
 const RUNS: usize = 64;
@@ -79,6 +86,24 @@ impl PageMap {
         self.count(address, len, ZERO | HUGE, PRESENT)
     }
 
+    /// For each page of private memory from `address` on, `len` bytes in all, whether this process has its own content there: in
+    /// memory or swapped out, and not the page of a file. The zero page counts. Both are multiples of the page size.
+    ///
+    /// # Errors
+    /// Those of pread(2).
+    pub fn is_private(&self, address: usize, len: usize) -> io::Result<Vec<bool>> {
+        const ENTRY: usize = 8;
+        let mut entries = vec![0; len / 4096 * ENTRY];
+        self.0
+            .read_exact_at(&mut entries, (address / 4096 * ENTRY) as u64)?;
+        let (entries, _) = entries.as_chunks::<ENTRY>();
+        let is_private = |entry: &[u8; ENTRY]| {
+            let entry = u64::from_ne_bytes(*entry);
+            entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE == 0
+        };
+        Ok(entries.iter().map(is_private).collect())
+    }
+
     /// How many bytes have one of the categories `any` and all of `mask`: `ZERO` in it means "not the zero page".
     fn count(&self, address: usize, len: usize, mask: u64, any: u64) -> io::Result<usize> {
         let (mut at, end) = (address as u64, (address + len) as u64);
@@ -113,6 +138,8 @@ impl PageMap {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU8, Ordering};
+
     use ebb_core::release::Release;
 
     use super::*;
@@ -141,5 +168,38 @@ mod tests {
         assert_eq!(held(0, 512).unwrap(), 150 * PAGE);
         assert_eq!(held(401, 111).unwrap(), 0);
         assert_eq!(map.huge(mapping.address(), 512 * PAGE).unwrap(), 0);
+    }
+
+    #[test]
+    fn pages_of_a_file_are_private_once_they_are_written() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 * PAGE as u64).unwrap();
+        let mut mapping = Mapping::new(10 * PAGE, 0, MappingKind::Small).unwrap();
+        let fd = std::os::fd::AsFd::as_fd(&file);
+        mapping.map_private((0, 8 * PAGE), fd, 0, false).unwrap();
+        let map = PageMap::open().unwrap();
+        let private = || {
+            let is_private = map.is_private(mapping.address(), 10 * PAGE).unwrap();
+            let pages = (0..).zip(is_private);
+            pages
+                .filter_map(|(page, it)| it.then_some(page))
+                .collect::<Vec<usize>>()
+        };
+        let unwritten = || mapping.unwritten(&map, 0, 10 * PAGE).unwrap();
+        assert!(private().is_empty());
+        let first = std::ptr::with_exposed_provenance_mut::<u8>(mapping.address());
+        // SAFETY: it lies in the mapping. What is read only is in memory, and still the file's.
+        let first = unsafe { AtomicU8::from_ptr(first) };
+        assert_eq!(first.load(Ordering::Relaxed), 0);
+        assert!(mapping.is_present(0).unwrap());
+        mapping.populate_part(3 * PAGE, 2 * PAGE).unwrap();
+        mapping.populate_part(9 * PAGE, PAGE).unwrap();
+        assert_eq!(private(), [3, 4, 9]);
+        assert_eq!(unwritten(), [0..3 * PAGE, 5 * PAGE..8 * PAGE]);
+        mapping
+            .release(4 * PAGE, 2 * PAGE, Release::Discard)
+            .unwrap();
+        assert_eq!(private(), [3, 9]);
+        assert_eq!(unwritten(), [0..3 * PAGE, 6 * PAGE..8 * PAGE]);
     }
 }

@@ -16,7 +16,7 @@ use crate::arena::Arena;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
     DevicesState, DriveState, DriveUpdate, FreePages, LazyMemoryState, ReclaimOutcome,
-    ReportingMode, ReportingState, TeardownState,
+    ReportingMode, ReportingState, SnapshotKind, TeardownState,
 };
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::guest_memory::GuestMemory;
@@ -180,8 +180,13 @@ impl Controller for Control {
         self.drives.update(id, update)
     }
 
-    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError> {
-        let created = self.snapshots.create(memory, state);
+    fn snapshot(
+        &self,
+        kind: SnapshotKind,
+        memory: PathBuf,
+        state: PathBuf,
+    ) -> Result<(), CommandError> {
+        let created = self.snapshots.create(kind, memory, state);
         created.map_err(CommandError::Failed)
     }
 

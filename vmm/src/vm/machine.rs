@@ -129,6 +129,7 @@ impl Vm {
             memory: Arc::clone(&memory),
             msrs: host.saved_msrs()?,
             instance: Arc::clone(instance),
+            base: snapshot.map(Restoration::base),
         })?;
         let control = Control {
             instance: Arc::clone(instance),
@@ -219,7 +220,6 @@ impl Vm {
             metrics,
         };
         let reason = events::run(&self.exit, operator)?;
-        event!("ending", ?reason);
         tracing::info!("machine ends: {reason:?}");
         Ok(reason)
     }
@@ -228,7 +228,6 @@ impl Vm {
     pub fn shut_down(mut self, mut service: Service) {
         self.reclaimer.stop();
         self.vcpus.stop();
-        event!("teardown", step = "vcpus_stopped");
         service.stop();
         drop(self.vsock.take());
         self.snapshots.stop();
@@ -236,7 +235,6 @@ impl Vm {
             output.finish();
         }
         self.devices.stop();
-        event!("teardown", step = "devices_stopped");
         let pressure = self.reclaim.take().and_then(ReclaimThread::stop);
         drop(self.strict.take());
         let Self {
@@ -249,11 +247,7 @@ impl Vm {
             ..
         } = self;
         drop((reclaimer, vcpus, devices, snapshots));
-        let step = match teardown.free((kvm, pressure)) {
-            true => "memory_freed",
-            false => "memory_left_to_reaper",
-        };
-        event!("teardown", step);
+        teardown.free((kvm, pressure));
     }
 }
 

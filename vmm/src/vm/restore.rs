@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::LaunchError;
 use super::attach::SavedDevice;
+use super::snapshot::Base;
 use crate::arch::layout;
 use crate::guest_memory::{GuestMemory, Restored};
 use crate::irq::Interrupt;
@@ -20,8 +21,8 @@ use crate::sys::random::random_block;
 pub struct Restoration {
     /// Its state.
     pub state: State,
-    /// Its memory file, which belongs to the state.
-    pub memory: File,
+    /// Its memory files, which belong to the state: those below, the full one first, and its own.
+    pub memory: Vec<Arc<File>>,
     /// Run the guest at once.
     pub resume: bool,
 }
@@ -52,13 +53,20 @@ impl Restoration {
                 return refuse(format!("the snapshot {error}"));
             }
         }
-        let file = self.memory.try_clone();
         Ok(Restored {
-            file: Arc::new(file.map_err(LaunchError::system("dup"))?),
-            runs: memory.runs(regions),
+            files: self.memory.clone(),
+            parts: memory.parts(regions),
             lazily_free: self.state.lazily_free(),
             kernel: self.state.kernel.clone(),
         })
+    }
+
+    /// What later differences are told from.
+    pub(super) fn base(&self) -> Base {
+        Base {
+            memory: self.state.memory.clone(),
+            files: self.memory.clone(),
+        }
     }
 
     /// Gives chips, vCPUs and devices of a new machine the saved state, and tells the guest. Their clocks go on as if they had

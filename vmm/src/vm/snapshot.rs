@@ -1,5 +1,7 @@
 //! Makes snapshots of a paused machine, on a thread of their own.
 
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,15 +14,17 @@ use super::attach::SavedDevice;
 use super::instance::Instance;
 use super::pause::Pausing;
 use crate::config::MachineConfig;
+use crate::control::SnapshotKind;
 use crate::devices::virtio::blk::DiskHandle;
 use crate::guest_memory::{GuestMemory, merge};
 use crate::kvm::Chips;
-use crate::snapshot::{self, DiskFile, Host, MemoryMap, SnapshotId, State};
+use crate::snapshot::{self, Difference, DiskFile, Host, MAX_LAYERS, MemoryMap, SnapshotId, State};
 use crate::sys::random::random_block;
 use crate::sys::seccomp::Role;
 
 /// A snapshot that somebody asks for, and who wants to know what came of it.
 struct Request {
+    kind: SnapshotKind,
     memory: PathBuf,
     state: PathBuf,
     answer: Sender<Result<(), String>>,
@@ -42,6 +46,16 @@ pub struct Saver {
     pub msrs: Vec<u32>,
     /// What it was built from, and whether it ends.
     pub instance: Arc<Instance>,
+    /// What it was restored from.
+    pub base: Option<Base>,
+}
+
+/// The snapshot that a machine was restored from.
+pub struct Base {
+    /// What is in its memory files.
+    pub memory: MemoryMap,
+    /// These files, which are mapped.
+    pub files: Vec<Arc<File>>,
 }
 
 /// The thread that makes snapshots, one after the other.
@@ -60,7 +74,7 @@ impl Snapshots {
         let run = move || {
             Role::Snapshot.enter();
             for request in todo {
-                let done = saver.create(&request.memory, &request.state);
+                let done = saver.create(request.kind, &request.memory, &request.state);
                 // Nobody may be there any more who wants to know.
                 let _ = request.answer.send(done);
             }
@@ -79,9 +93,15 @@ impl Snapshots {
     ///
     /// # Errors
     /// Why there is none. Nothing of it is left then.
-    pub fn create(&self, memory: PathBuf, state: PathBuf) -> Result<(), String> {
+    pub fn create(
+        &self,
+        kind: SnapshotKind,
+        memory: PathBuf,
+        state: PathBuf,
+    ) -> Result<(), String> {
         let (answer, answered) = mpsc::channel();
         let request = Request {
+            kind,
             memory,
             state,
             answer,
@@ -128,12 +148,12 @@ fn text(error: impl error::Error) -> String {
 }
 
 impl Saver {
-    fn create(&self, memory: &Path, state: &Path) -> Result<(), String> {
-        let paused = self.pausing.while_paused(|| self.save(memory, state));
+    fn create(&self, kind: SnapshotKind, memory: &Path, state: &Path) -> Result<(), String> {
+        let paused = self.pausing.while_paused(|| self.save(kind, memory, state));
         paused.unwrap_or_else(|| Err("the machine runs; pause it first".to_owned()))
     }
 
-    fn save(&self, memory: &Path, state: &Path) -> Result<(), String> {
+    fn save(&self, kind: SnapshotKind, memory: &Path, state: &Path) -> Result<(), String> {
         let start = Instant::now();
         let config = &self.instance.config;
         refuse(config)?;
@@ -141,6 +161,10 @@ impl Saver {
             refuse_outside(path, &config.allow_paths)?;
         }
         self.refuse_exchanged()?;
+        let base = match kind {
+            SnapshotKind::Full => None,
+            SnapshotKind::Difference => Some(self.base(&[memory, state])?),
+        };
         let id = snapshot_id().map_err(text)?;
         let written = snapshot::create(memory, state, |file| {
             let lazily_free = self.memory.lazily_free();
@@ -149,7 +173,14 @@ impl Saver {
             dead.extend(self.memory.free_in_arenas());
             merge(&mut dead);
             let is_ending = || self.instance.exit.reason().is_some();
-            let map = snapshot::write(file, self.memory.ram(), &dead, id, is_ending)?;
+            let ram = self.memory.ram();
+            let map = match base {
+                None => snapshot::write(file, ram, &dead, id, is_ending),
+                Some(base) => {
+                    let difference = Difference::new(&base.memory, &base.files);
+                    difference.write(file, ram, &dead, id, is_ending)
+                }
+            }?;
             let written = map.written;
             let lazily_free = lazily_free
                 .iter()
@@ -161,6 +192,41 @@ impl Saver {
             Ok(state)
         });
         written.map_err(text)
+    }
+
+    /// What a difference that is written to `paths` is one from.
+    fn base(&self, paths: &[&Path]) -> Result<&Base, String> {
+        let Some(base) = &self.base else {
+            return Err(
+                "this machine was not restored, so there is nothing to tell a difference from; save all of it, or restore it first"
+                    .to_owned(),
+            );
+        };
+        if base.files.len() > MAX_LAYERS {
+            return Err(format!(
+                "this machine was restored from {} memory files, and a difference may have no more below it; save all of it",
+                base.files.len()
+            ));
+        }
+        for file in &base.files {
+            let file = file.metadata().map_err(text)?;
+            if file.nlink() == 0 {
+                return Err(
+                    "a memory file that this machine was restored from is deleted or replaced, and a difference needs it; save all of it"
+                        .to_owned(),
+                );
+            }
+            for path in paths {
+                let is_it = |it: fs::Metadata| (it.dev(), it.ino()) == (file.dev(), file.ino());
+                if path.symlink_metadata().is_ok_and(is_it) {
+                    return Err(format!(
+                        "{}: this machine was restored from it, and a difference needs it; name another file",
+                        path.display()
+                    ));
+                }
+            }
+        }
+        Ok(base)
     }
 
     /// The options say where the disks are, and those would name another file.

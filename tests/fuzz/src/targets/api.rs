@@ -12,7 +12,7 @@ use ebb_vmm::api::{Front, Server, serve};
 use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DevicesState,
-    DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome,
+    DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome, SnapshotKind,
     TeardownState,
 };
 use tempfile::TempDir;
@@ -95,8 +95,13 @@ impl Controller for Machine {
         Ok(())
     }
 
-    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError> {
-        let _ = (memory, state);
+    fn snapshot(
+        &self,
+        kind: SnapshotKind,
+        memory: PathBuf,
+        state: PathBuf,
+    ) -> Result<(), CommandError> {
+        let _ = (kind, memory, state);
         Ok(())
     }
 

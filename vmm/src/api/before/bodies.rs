@@ -27,7 +27,7 @@ pub struct Machine {
     /// Threads of a core are not told apart from cores.
     pub smt: Option<bool>,
     pub cpu_template: Option<String>,
-    /// Accepted: a snapshot is always a full one.
+    /// Accepted: what a restored machine writes is known without.
     pub track_dirty_pages: Option<bool>,
     pub huge_pages: Option<String>,
 }

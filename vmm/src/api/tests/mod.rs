@@ -25,7 +25,7 @@ use crate::config::{DiskEngine, MachineConfig, MachineSpec, parse_keys};
 use crate::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DeviceState,
     DevicesState, DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome,
-    TeardownState,
+    SnapshotKind, TeardownState,
 };
 
 /// How long a test waits for an answer.
@@ -170,8 +170,14 @@ impl Controller for Machine {
         Ok(())
     }
 
-    fn snapshot(&self, memory: PathBuf, state: PathBuf) -> Result<(), CommandError> {
-        self.note(format!("snapshot {} {}", memory.display(), state.display()));
+    fn snapshot(
+        &self,
+        kind: SnapshotKind,
+        memory: PathBuf,
+        state: PathBuf,
+    ) -> Result<(), CommandError> {
+        let (memory, state) = (memory.display(), state.display());
+        self.note(format!("{kind:?} {memory} {state}"));
         Ok(())
     }
 
@@ -342,12 +348,6 @@ fn what_can_be_changed() {
         (Method::PATCH, "/vm", json!({ "state": "Paused" }), "pause"),
         (
             Method::PUT,
-            "/snapshot/create",
-            json!({ "snapshot_type": "Full", "snapshot_path": "/s", "mem_file_path": "/m" }),
-            "snapshot /m /s",
-        ),
-        (
-            Method::PUT,
             "/actions",
             json!({ "action_type": "SendCtrlAltDel" }),
             "ctrl-alt-del",
@@ -384,6 +384,22 @@ fn what_can_be_changed() {
     assert_eq!(bench.last().unwrap(), "reclaim 3 within 1.5s");
 }
 
+#[test]
+fn a_snapshot_is_full_unless_a_difference_is_asked_for() {
+    let bench = Bench::new();
+    for (kind, told) in [
+        (json!("Full"), "Full /m /s"),
+        (Value::Null, "Full /m /s"),
+        (json!("Diff"), "Difference /m /s"),
+    ] {
+        let body = json!({ "snapshot_type": kind, "snapshot_path": "/s", "mem_file_path": "/m" });
+        bench
+            .ask(Method::PUT, "/snapshot/create", Some(body))
+            .unwrap();
+        assert_eq!(bench.last().unwrap(), told);
+    }
+}
+
 /// Method, path and body; status; and a part of the message.
 const REFUSED: &[(&str, u16, &str)] = &[
     (
@@ -414,9 +430,9 @@ const REFUSED: &[(&str, u16, &str)] = &[
         "failed",
     ),
     (
-        r#"PUT /snapshot/create {"snapshot_type": "Diff", "snapshot_path": "/s", "mem_file_path": "/m"}"#,
+        r#"PUT /snapshot/create {"snapshot_type": "Half", "snapshot_path": "/s", "mem_file_path": "/m"}"#,
         400,
-        "there is Full",
+        "there are Full and Diff",
     ),
     (r#"PUT /snapshot/load {}"#, 400, "ebb restore"),
     (r#"PATCH /vm {"state": "Resumed"}"#, 400, "is ending"),
