@@ -580,7 +580,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__firecracker)
-            opts="-V -h --api-sock --id --config-file --no-api --log-path --level --show-level --show-log-origin --module --metrics-path --no-seccomp --seccomp-filter --enable-pci --boot-timer --metadata --mmds-size-limit --http-api-max-payload-size --start-time-us --start-time-cpu-us --parent-cpu-time-us --version --help"
+            opts="-V -h --api-sock --id --config-file --no-api --log-path --level --show-level --show-log-origin --module --metrics-path --event-monitor --no-seccomp --seccomp-filter --enable-pci --boot-timer --metadata --mmds-size-limit --http-api-max-payload-size --start-time-us --start-time-cpu-us --parent-cpu-time-us --version --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -611,6 +611,10 @@ _ebb() {
                     return 0
                     ;;
                 --metrics-path)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --event-monitor)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -992,7 +996,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__restore)
-            opts="-v -h --state --memory --resume --verify --api-socket --disk --tap --vsock --serial --id --log-file --help"
+            opts="-v -h --state --memory --resume --verify --api-socket --disk --tap --vsock --serial --id --log-file --event-monitor --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1034,6 +1038,10 @@ _ebb() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --event-monitor)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -1042,7 +1050,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__run)
-            opts="-v -h --kernel --kernel-entry --kernel-cache --initramfs --cmdline --cpus --memory --arena --transport --disk --allow-paths --net --vsock --serial --balloon --rng --lazy --api-socket --metrics-path --guardian --seccomp --id --config --dry-run --log-file --help"
+            opts="-v -h --kernel --kernel-entry --kernel-cache --initramfs --cmdline --cpus --memory --arena --transport --disk --allow-paths --net --vsock --serial --balloon --rng --lazy --api-socket --metrics-path --guardian --seccomp --id --config --dry-run --log-file --event-monitor --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1141,6 +1149,10 @@ _ebb() {
                     return 0
                     ;;
                 --log-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --event-monitor)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

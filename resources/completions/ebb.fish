@@ -100,6 +100,7 @@ off\t'no filter, for debugging'"
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l id -d 'Name of the machine: letters, digits and hyphens' -r
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l config -d 'Read options from this file, TOML or (with the ending .json) JSON: keys are the names of options. An option on the command line takes precedence over the file' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l log-file -d 'Write the log to this file instead of standard error' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand run" -l event-monitor -d 'Append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines' -r
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l dry-run -d 'Check the options and their files, print the machine that they describe as JSON, and end: nothing is made or started'
 complete -c ebb -n "__fish_ebb_using_subcommand run" -s v -d 'Log more: -v for information, -vv for debugging'
 complete -c ebb -n "__fish_ebb_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -122,6 +123,7 @@ complete -c ebb -n "__fish_ebb_using_subcommand restore" -l vsock -d 'Another pa
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l serial -d 'Where the first serial port goes, if elsewhere' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l id -d 'Another name of the machine' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l log-file -d 'Write the log to this file instead of standard error' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand restore" -l event-monitor -d 'Append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l resume -d 'Let the guest run at once'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l verify -d 'First read all of the memory files and compare their checksums'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -s v -d 'Log more: -v for information, -vv for debugging'
@@ -133,6 +135,7 @@ complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l log-path -d 'Wri
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l level -d 'What the log holds: Off, Error, Warn, Info, Debug or Trace' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l module -d 'Accepted, without effect' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l metrics-path -d 'Append the counters to this file or FIFO' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l event-monitor -d 'Ebb\'s: append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l seccomp-filter -d 'Accepted, without effect: the filters are Ebb\'s own, for its own threads' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l metadata -d 'Refused: there is no metadata service' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l mmds-size-limit -d 'Accepted, without effect' -r

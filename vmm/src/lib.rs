@@ -2,6 +2,14 @@
 //!
 //! What its threads share is in `ebb-core`. Each module may use only what ARCHITECTURE.md allows it.
 
+/// Tells whoever listens at `--event-monitor` that something has happened, with fields as those of tracing's macros. It allocates, so it
+/// is not for what vCPUs do often.
+macro_rules! event {
+    ($name:literal $(, $($fields:tt)*)?) => {
+        tracing::info!(target: "ebb::event", event = $name $(, $($fields)*)?)
+    };
+}
+
 pub mod api;
 pub mod arch;
 pub mod arena;

@@ -152,6 +152,8 @@ fn a_file_describes_a_machine_that_is_killed() -> Result<()> {
             &path("config"),
             "--api-sock",
             &path("api"),
+            "--event-monitor",
+            &path("events"),
             "--no-seccomp",
         ]
         .map(str::to_owned)
@@ -163,6 +165,8 @@ fn a_file_describes_a_machine_that_is_killed() -> Result<()> {
     assert!(guest.number("meminfo", "MemTotal")? < 192 << 20);
     assert!(vm.api().balloon()?.free_page_reporting, "unasked");
     assert!(vm.path("vsock").exists());
+    let events = fs::read_to_string(vm.path("events")).context("the events")?;
+    assert!(events.contains("\"event\":\"running\""), "{events}");
     signal(&vm, Signal::KILL)?;
     let said = last_words(&mut vm)?;
     assert!(said.contains("killed by signal 9"), "{said}");

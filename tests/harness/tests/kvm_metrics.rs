@@ -45,6 +45,21 @@ fn listed(monitor: &Monitor, ebb: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What the machine has told of itself, by the kinds of events.
+fn told(events: &Path) -> Result<Vec<(String, Value)>> {
+    let text = fs::read_to_string(events).context(events.display())?;
+    let parse = |line: &str| {
+        let event: Value = serde_json::from_str(line).context(line)?;
+        assert!(
+            event["timestamp_ms"].is_u64() && event["machine"] == "ebb",
+            "{line}"
+        );
+        let kind = event["event"].as_str().context(line)?;
+        Ok((kind.to_owned(), event))
+    };
+    text.lines().map(parse).collect()
+}
+
 #[test]
 fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     let launch = Launch::new()?;
@@ -58,8 +73,10 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
         .option("--vsock", &format!("cid=3,path={}", socket.display()))
         .option("--rng", "on");
     let metrics = launch.folder().join("metrics");
-    let launch = launch.option("--metrics-path", &metrics.to_string_lossy());
-
+    let events = launch.folder().join("events");
+    let launch = launch
+        .option("--metrics-path", &metrics.to_string_lossy())
+        .option("--event-monitor", &events.to_string_lossy());
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
     guest.must("dd if=/dev/vda of=/dev/null bs=1M count=4 iflag=direct 2>/dev/null")?;
@@ -68,7 +85,7 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     until("the balloon", LONG, || {
         Ok((api.balloon()?.actual_mib == 64).then_some(()))
     })?;
-    assert!(api.reclaim(32 << 20)?.reclaimed_bytes > 0);
+    let taken = api.reclaim(32 << 20)?.reclaimed_bytes;
     let text = api.metrics_text()?;
     promtool::check(&["metrics"], &text)?;
     assert!(value(&text, "ebb_disk_read_bytes_total{")? >= 4 << 20);
@@ -92,5 +109,15 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
         matches!(*read, [_, a, b] if a >= 4 << 20 && (1 << 20..4 << 20).contains(&b)),
         "{text}"
     );
+    let told = told(&events)?;
+    let kinds: Vec<&str> = told.iter().map(|(kind, _)| kind.as_str()).collect();
+    assert_eq!((kinds[0], kinds[1]), ("building", "running"), "{kinds:?}");
+    let of = |kind: &str| told.iter().find(|it| it.0 == kind).map(|it| &it.1);
+    assert_eq!(of("reclaim").context("a reclaim")?["bytes"], taken);
+    assert_eq!(of("ending").context("the end")?["reason"], "Stop");
+    let (kind, last) = &told[told.len() - 1];
+    // A small machine frees its memory itself.
+    let step = last["step"].as_str().context(last)?;
+    assert!(kind == "teardown" && step.starts_with("memory_"), "{last}");
     Ok(())
 }

@@ -7,16 +7,17 @@ use ebb_vmm::api::FIRECRACKER_VERSION;
 use ebb_vmm::api::before::{self, Draft, LoadSpec, LoggerSpec, Step};
 use ebb_vmm::bus::ExitReason;
 use ebb_vmm::config::{MachineConfig, check_id};
-use ebb_vmm::output::Log;
+use ebb_vmm::output::{EventFile, EventTarget, Log, for_log};
 use ebb_vmm::sys::seccomp::{self, Mode};
 use ebb_vmm::vm::{self, LaunchError, Outside, Process, Restoration};
 use serde_json::Value;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::Layer;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::restore;
+use super::{outputs, restore};
 
 /// The machine could not be built or served.
 const GENERIC_ERROR: u8 = 1;
@@ -62,6 +63,9 @@ pub struct Args {
     /// Append the counters to this file or FIFO
     #[arg(long, value_name = "PATH")]
     metrics_path: Option<PathBuf>,
+    /// Ebb's: append what happens to the machine to this file, FIFO or open descriptor, as JSON in lines
+    #[arg(long, value_name = "FILE|fd=N")]
+    event_monitor: Option<EventTarget>,
     /// Threads may make all system calls
     #[arg(long)]
     no_seccomp: bool,
@@ -214,9 +218,10 @@ impl ProcessLog {
         let log = Log::to_stderr();
         let (filter, level) = reload::Layer::new(LevelFilter::from_level(args.level));
         let lines = tracing_subscriber::fmt::layer().with_writer(Arc::new(log.clone()));
+        let events = outputs::open_events(args.event_monitor.as_ref(), &args.id, &log)?;
         tracing_subscriber::registry()
-            .with(filter)
-            .with(lines)
+            .with(lines.with_filter(for_log(filter)))
+            .with(events.map(EventFile::layer))
             .init();
         let log = Self { log, level };
         log.set_logger(&LoggerSpec {

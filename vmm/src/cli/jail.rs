@@ -42,7 +42,8 @@ pub fn main(args: Args) -> u8 {
 }
 
 fn lock_in(jail: JailSpec, mut args: run::Args) -> Result<u8, JailError> {
-    let plan = Plan::new(jail, &mut args.machine, args.log_file.as_mut())?;
+    let mut plan = Plan::new(jail, &mut args.machine, args.outputs.files())?;
+    plan.inherit(args.outputs.descriptor());
     let machine = args.machine.clone();
     let complain = |text: &dyn std::fmt::Display| complain(text);
     jail::run(plan, machine, &complain, |machine| {

@@ -9,6 +9,7 @@ mod firecracker;
 mod jail;
 #[cfg(test)]
 mod manual;
+mod outputs;
 mod ps;
 mod restore;
 mod run;

@@ -13,6 +13,7 @@ use ebb_vmm::exit;
 use ebb_vmm::snapshot::{self, DiskFile, FileError, MemoryMap, State};
 use ebb_vmm::vm::Restoration;
 
+use super::outputs::Outputs;
 use super::run;
 
 /// No state file is longer: a machine of 254 vCPUs has 20 MiB.
@@ -57,12 +58,8 @@ pub struct Args {
     /// Another name of the machine
     #[arg(long, value_name = "NAME")]
     id: Option<String>,
-    /// Write the log to this file instead of standard error
-    #[arg(long, value_name = "PATH")]
-    log_file: Option<PathBuf>,
-    /// Log more: -v for information, -vv for debugging
-    #[arg(short, action = clap::ArgAction::Count)]
-    verbose: u8,
+    #[command(flatten)]
+    outputs: Outputs,
 }
 
 /// Something else for the device of this number.
@@ -87,9 +84,9 @@ impl<T: FromStr> FromStr for Override<T> {
 
 /// Runs the subcommand and returns the exit status.
 pub fn main(args: Args) -> u8 {
-    let (log_file, verbose) = (args.log_file.clone(), args.verbose);
+    let outputs = args.outputs.clone();
     match prepare(args) {
-        Ok((config, snapshot)) => run::start(config, Some(snapshot), log_file, verbose),
+        Ok((config, snapshot)) => run::start(config, Some(snapshot), outputs),
         Err(message) => {
             super::complain(&message);
             exit::BAD_ARGUMENTS
@@ -114,8 +111,7 @@ pub fn load(load: LoadSpec) -> Result<(MachineConfig, Restoration), String> {
         named_taps: load.taps,
         serial: None,
         id: None,
-        log_file: None,
-        verbose: 0,
+        outputs: Outputs::default(),
     })
 }
 

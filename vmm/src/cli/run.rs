@@ -2,13 +2,12 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::exit;
-use ebb_vmm::output::Log;
 use ebb_vmm::vm::Restoration;
-use tracing::Level;
+
+use super::outputs::Outputs;
 
 /// Start a guest and stay with it until it ends
 ///
@@ -25,12 +24,8 @@ pub struct Args {
     /// Check the options and their files, print the machine that they describe as JSON, and end: nothing is made or started
     #[arg(long)]
     dry_run: bool,
-    /// Write the log to this file instead of standard error
-    #[arg(long, value_name = "PATH")]
-    pub log_file: Option<PathBuf>,
-    /// Log more: -v for information, -vv for debugging
-    #[arg(short, action = clap::ArgAction::Count)]
-    verbose: u8,
+    #[command(flatten)]
+    pub outputs: Outputs,
 }
 
 /// Runs the subcommand and returns the exit status. `words` are its arguments, for snapshots.
@@ -45,7 +40,7 @@ pub fn main(args: Args, words: &[OsString]) -> u8 {
                 words: saved(words),
                 ..config
             };
-            start(config, None, args.log_file, args.verbose)
+            start(config, None, args.outputs)
         }
         Err(error) => {
             super::complain(&error);
@@ -54,15 +49,15 @@ pub fn main(args: Args, words: &[OsString]) -> u8 {
     }
 }
 
-/// The words that describe the machine: a snapshot keeps no configuration file, as its options are among them, and no log.
+/// The words that describe the machine: a snapshot keeps no configuration file, as its options are among them, and nothing of where log and events go.
 fn saved(words: &[OsString]) -> Vec<String> {
     let (mut saved, mut words) = (Vec::new(), words.iter());
     while let Some(word) = words.next() {
         let word = word.to_string_lossy().into_owned();
         let name = word.split('=').next().unwrap_or_default();
         match name {
-            "--config" | "--log-file" if name == word => drop(words.next()),
-            "--config" | "--log-file" | "--dry-run" => {}
+            "--config" | "--log-file" | "--event-monitor" if name == word => drop(words.next()),
+            "--config" | "--log-file" | "--event-monitor" | "--dry-run" => {}
             _ if word.len() > 1
                 && word.starts_with('-')
                 && word[1..].bytes().all(|it| it == b'v') => {}
@@ -73,14 +68,9 @@ fn saved(words: &[OsString]) -> Vec<String> {
 }
 
 /// Runs a machine to its end, and returns the exit status.
-pub fn start(
-    config: MachineConfig,
-    snapshot: Option<Restoration>,
-    log_file: Option<PathBuf>,
-    verbose: u8,
-) -> u8 {
+pub fn start(config: MachineConfig, snapshot: Option<Restoration>, outputs: Outputs) -> u8 {
     // The log file is made only now, so that a wrong command line leaves no file behind.
-    let log = match start_log(log_file, verbose) {
+    let log = match outputs.start(&config.id) {
         Ok(log) => log,
         Err(error) => {
             super::complain(&error);
@@ -97,28 +87,4 @@ pub fn start(
             exit::BAD_ARGUMENTS
         }
     }
-}
-
-/// Sends the log where the operator wants it.
-fn start_log(path: Option<PathBuf>, verbose: u8) -> Result<Log, String> {
-    let level = match verbose {
-        0 => Level::WARN,
-        1 => Level::INFO,
-        2 => Level::DEBUG,
-        _ => Level::TRACE,
-    };
-    let log = match path {
-        None => Log::to_stderr(),
-        Some(path) => Log::to_file(&path).map_err(|error| {
-            format!(
-                "--log-file {}: {error}; name a file that you may write",
-                path.display()
-            )
-        })?,
-    };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(Arc::new(log.clone()))
-        .init();
-    Ok(log)
 }

@@ -161,6 +161,7 @@ impl KnownKernel {
         match accepted {
             Ok(kernel) => {
                 if state.may_log() {
+                    event!("free_lists", read = true, release = kernel.release());
                     tracing::info!(release = kernel.release(), ?source, "free lists are read");
                 }
                 state.kernel = Some((Arc::new(kernel), source));
@@ -193,6 +194,7 @@ impl KnownKernel {
         state.ends += 1;
         if state.kernel.take().is_some() {
             if state.may_log() {
+                event!("free_lists", read = false, %why);
                 tracing::info!(%why, "free lists are not read any more");
             }
             state.why_not = why.to_string();

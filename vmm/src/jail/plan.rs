@@ -36,7 +36,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans the jail of `machine`, whose log goes to `log`. Makes their paths absolute: a relative one of a file that the
+    /// Plans the jail of `machine`, which also writes `outputs`, by option. Makes their paths absolute: a relative one of a file that the
     /// machine makes is one in its folder. The API gets a socket there, `api`, if it has none.
     ///
     /// # Errors
@@ -44,7 +44,7 @@ impl Plan {
     pub fn new(
         jail: JailSpec,
         machine: &mut MachineSpec,
-        log: Option<&mut PathBuf>,
+        outputs: Vec<(&'static str, &mut PathBuf)>,
     ) -> Result<Self, JailError> {
         check_id(&machine.id)?;
         for (option, number) in [("uid", jail.uid), ("gid", jail.gid)] {
@@ -59,7 +59,7 @@ impl Plan {
             || Path::new(FOLDERS).join(&id),
             |folder| std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned()),
         );
-        let made = made(machine, log);
+        let made = made(machine, outputs);
         let mut sockets = Vec::new();
         for (option, path) in made {
             *path = folder.join(&*path);
@@ -88,12 +88,17 @@ impl Plan {
             jail,
         })
     }
+
+    /// The machine inherits this descriptor, too.
+    pub fn inherit(&mut self, number: Option<i32>) {
+        self.inherited.extend(number);
+    }
 }
 
 /// The files that the machine makes, by option; the API's socket comes first.
 fn made<'a>(
     machine: &'a mut MachineSpec,
-    log: Option<&'a mut PathBuf>,
+    outputs: Vec<(&'static str, &'a mut PathBuf)>,
 ) -> Vec<(&'static str, &'a mut PathBuf)> {
     // Whoever adds an option with a file adds it here or to `items`.
     let MachineSpec {
@@ -131,7 +136,7 @@ fn made<'a>(
     let cache = kernel_cache.get_or_insert(KernelCache(None));
     made.extend(cache.0.as_mut().map(|path| ("--kernel-cache", path)));
     made.extend(metrics_path.as_mut().map(|path| ("--metrics-path", path)));
-    made.extend(log.map(|path| ("--log-file", path)));
+    made.extend(outputs);
     made
 }
 
@@ -189,7 +194,7 @@ mod tests {
     }
 
     fn refused(words: &[&str]) -> String {
-        let planned = Plan::new(jail(9), &mut machine(words), None);
+        let planned = Plan::new(jail(9), &mut machine(words), Vec::new());
         planned.unwrap_err().to_string()
     }
 
@@ -204,7 +209,7 @@ mod tests {
             "cid=3,path=v",
         ]);
         let mut log = PathBuf::from("/run/ebb/jail/one/log");
-        let plan = Plan::new(jail(9), &mut machine, Some(&mut log)).unwrap();
+        let plan = Plan::new(jail(9), &mut machine, vec![("--log-file", &mut log)]).unwrap();
         let folder = Path::new("/run/ebb/jail/one");
         let sockets = ["api", "v"].map(PathBuf::from).into();
         assert_eq!((plan.folder.as_path(), plan.sockets), (folder, sockets));
@@ -229,7 +234,7 @@ mod tests {
             "fd=7",
         ];
         let mut machine = machine(&[&words[..], &more].concat());
-        let plan = Plan::new(spec, &mut machine, None).unwrap();
+        let plan = Plan::new(spec, &mut machine, Vec::new()).unwrap();
         let here = std::env::current_dir().unwrap();
         let item = |option, path: &str, access| Item {
             option,
@@ -286,7 +291,7 @@ mod tests {
             (0, "--uid 0 is root's"),
             (u32::MAX, "--uid 4294967295 means"),
         ] {
-            let planned = Plan::new(jail(uid), &mut machine(&[]), None);
+            let planned = Plan::new(jail(uid), &mut machine(&[]), Vec::new());
             let message = planned.unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::Outlet;
+use super::{EventFile, Outlet};
 use crate::sys;
 
 /// Bytes of the log that may wait to be written.
@@ -29,6 +29,7 @@ pub struct Log(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     file: OnceLock<LogFile>,
+    events: OnceLock<EventFile>,
     outlet: Mutex<Option<Arc<Outlet>>>,
 }
 
@@ -85,8 +86,15 @@ impl Log {
     fn new(file: OnceLock<LogFile>) -> Self {
         Self(Arc::new(Inner {
             file,
+            events: OnceLock::new(),
             outlet: Mutex::default(),
         }))
+    }
+
+    /// Events go to `events`, which starts and ends with the log.
+    pub fn set_events(&self, events: EventFile) {
+        // A process has one file of events.
+        let _ = self.0.events.set(events);
     }
 
     /// From now on a thread, `ebb-log`, writes the lines, and nobody else waits for that.
@@ -94,6 +102,9 @@ impl Log {
     /// # Errors
     /// The thread could not be started.
     pub fn start(&self) -> io::Result<()> {
+        if let Some(events) = self.0.events.get() {
+            events.start()?;
+        }
         let outlet = Outlet::start(
             "ebb-log",
             CAPACITY,
@@ -110,12 +121,21 @@ impl Log {
         if let Some(outlet) = outlet {
             outlet.finish();
         }
+        if let Some(events) = self.0.events.get() {
+            events.finish();
+        }
     }
 
     /// Bytes that were dropped so far.
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.outlet().as_ref().map_or(0, |outlet| outlet.dropped())
+    }
+
+    /// Bytes of events that were dropped so far.
+    #[must_use]
+    pub fn dropped_events(&self) -> u64 {
+        self.0.events.get().map_or(0, EventFile::dropped)
     }
 
     /// The file, if there is one. It keeps its descriptor when it is opened again.

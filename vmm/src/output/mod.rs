@@ -3,6 +3,7 @@
 //! Whoever writes puts bytes into a bounded buffer and goes on. A thread of the [`Outlet`] writes them to a terminal, a pipe
 //! or a file, however long that takes. What does not fit is dropped and counted, and a line among the output says so.
 
+mod event_file;
 mod lines;
 mod log;
 
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
 
+pub use event_file::{EventFile, EventTarget, for_log};
 pub use lines::Lines;
 pub use log::Log;
 
@@ -25,7 +27,7 @@ ebb_core::metrics! {
         console_dropped_bytes_total: Counter of Bytes,
         /// Bytes of the log that were lost in the same ways.
         log_dropped_bytes_total: Counter of Bytes,
-        /// Bytes of the file of `--metrics-path` that were lost in the same ways.
+        /// Bytes of the files of `--metrics-path` and `--event-monitor` that were lost in the same ways.
         json_dropped_bytes_total: Counter of Bytes,
     }
 }

@@ -1,6 +1,6 @@
 //! Releases lazily freed memory: the requests to reclaim, and what one reclaim leaves to the next.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -72,6 +72,8 @@ pub struct Reclaimer {
     pub(super) free: Option<Box<dyn FreeLists>>,
     pub(super) tuning: ReclaimTuning,
     round: Mutex<Round>,
+    /// Reuses that have waited, as far as events tell.
+    told_waits: AtomicU64,
     /// Cost of a range in a slice, see [`Slicer::cost`].
     cost: AtomicU64,
     pub(super) offer: OfferSlot<SliceRequest, SliceOutcome>,
@@ -107,6 +109,7 @@ impl Reclaimer {
                 holds: Backoff::tolerant(MAX_MISSES - 1),
                 free: free::Progress::new(),
             }),
+            told_waits: AtomicU64::new(0),
             cost: AtomicU64::new(0),
             offer: OfferSlot::default(),
             free_offer: OfferSlot::default(),
@@ -209,7 +212,30 @@ impl Reclaimer {
         outcome
     }
 
+    /// Tells what a reclaim has done, and that reuses had to wait for it.
+    fn tell(&self, outcome: &Outcome) {
+        let Outcome {
+            bytes, failures, ..
+        } = *outcome;
+        if bytes > 0 || failures > 0 {
+            let micros = u64::try_from(outcome.duration.as_micros()).unwrap_or(u64::MAX);
+            event!(
+                "reclaim",
+                bytes,
+                failures,
+                micros,
+                cut_short = outcome.cut_short
+            );
+        }
+        let waits = self.lazy.snapshot().reuse_waits_total;
+        let new = waits.saturating_sub(self.told_waits.swap(waits, Ordering::Relaxed));
+        if new > 0 {
+            event!("reuse_stall", waits = new);
+        }
+    }
+
     fn count_discard(&self, outcome: &Outcome) {
+        self.tell(outcome);
         self.counters.discard_calls_total.add(outcome.calls);
         self.counters.discard_failures_total.add(outcome.failures);
     }

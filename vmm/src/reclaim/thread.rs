@@ -162,6 +162,7 @@ impl Answers {
         if let Some(order) = order(&decision, decision.bytes) {
             if decision.pressed {
                 reclaimer.count_pressure_event();
+                event!("pressure", wanted_bytes = decision.bytes);
             }
             let outcome = reclaimer.discard_until(order, until);
             self.given = self.given.saturating_add(outcome.bytes);

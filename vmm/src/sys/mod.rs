@@ -25,7 +25,7 @@ mod userfault;
 pub mod vectors;
 
 pub use cgroup::{Cgroup, MemoryLimit};
-pub use files::replace_file;
+pub use files::{inherited_file, replace_file};
 pub use kept::KeptFile;
 pub use mapping::{Mapping, MappingKind};
 pub use panic_point::panic_point;

@@ -123,13 +123,13 @@ impl Teardown {
     /// memory pressure. The guardian, which shares these descriptors, closes them when the monitor is dead. Without helpers they
     /// are closed while memory is being freed.
     ///
-    /// No thread may need the memory or KVM any more.
-    pub fn free<T>(&self, others: T) {
+    /// No thread may need the memory or KVM any more. Returns true if the memory is free now.
+    pub fn free<T>(&self, others: T) -> bool {
         let plan = self.plan(*self.batch());
         let workers = self.status.workers().min(plan.max_workers());
         if workers > 1 && self.reaper.is_some_and(Reaper::is_alive) {
             mem::forget(others);
-            return;
+            return false;
         }
         let mut others = Some(others);
         if let Some(reaper) = self.reaper {
@@ -141,6 +141,7 @@ impl Teardown {
         let freed = before.zip(sys::resident_bytes());
         report.bytes = freed.map_or(report.bytes, |(a, b)| a.saturating_sub(b));
         report.log();
+        true
     }
 
     fn batch(&self) -> MutexGuard<'_, Option<u64>> {

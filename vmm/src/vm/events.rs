@@ -127,6 +127,7 @@ pub fn end_on_panic(exit: &Arc<ExitSlot>) {
         if !REPLACED.iter().any(|replaced| name.starts_with(replaced)) {
             exit.request(ExitReason::Crash);
         }
+        event!("thread_panic", thread = name);
         tracing::error!("the thread {name} has panicked: {panic}");
     }));
 }

@@ -44,6 +44,7 @@ impl Instance {
         exit: Arc<ExitSlot>,
         log: &Log,
     ) -> Result<Arc<Self>, LaunchError> {
+        event!("building", pid = std::process::id());
         let path = config.metrics_path.as_deref();
         let metrics = path.map(MetricsFile::start).transpose()?;
         Ok(Arc::new(Self {
@@ -88,11 +89,14 @@ impl Instance {
 
     /// It is built, and runs unless it is paused.
     pub fn set_running(&self) {
+        let ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        event!("running", ms);
         self.runs.store(true, Ordering::Relaxed);
     }
 
     /// Its vCPUs and devices rest, or do not any more.
     pub fn set_paused(&self, paused: bool) {
+        event!("paused", paused);
         self.paused.store(paused, Ordering::Relaxed);
     }
 
@@ -122,7 +126,8 @@ impl crate::control::Instance for Instance {
             output: OutputStats {
                 console_dropped_bytes_total: self.console.get().map_or(0, |it| it.dropped()),
                 log_dropped_bytes_total: self.log.dropped(),
-                json_dropped_bytes_total: self.metrics.as_ref().map_or(0, |it| it.dropped()),
+                json_dropped_bytes_total: self.metrics.as_ref().map_or(0, |it| it.dropped())
+                    + self.log.dropped_events(),
             },
             ..InstanceInfo::of_this_process()
         }

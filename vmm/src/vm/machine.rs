@@ -220,6 +220,7 @@ impl Vm {
             metrics,
         };
         let reason = events::run(&self.exit, operator)?;
+        event!("ending", ?reason);
         tracing::info!("machine ends: {reason:?}");
         Ok(reason)
     }
@@ -228,6 +229,7 @@ impl Vm {
     pub fn shut_down(mut self, mut service: Service) {
         self.reclaimer.stop();
         self.vcpus.stop();
+        event!("teardown", step = "vcpus_stopped");
         service.stop();
         drop(self.vsock.take());
         self.snapshots.stop();
@@ -235,6 +237,7 @@ impl Vm {
             output.finish();
         }
         self.devices.stop();
+        event!("teardown", step = "devices_stopped");
         let pressure = self.reclaim.take().and_then(ReclaimThread::stop);
         drop(self.strict.take());
         let Self {
@@ -247,7 +250,11 @@ impl Vm {
             ..
         } = self;
         drop((reclaimer, vcpus, devices, snapshots));
-        teardown.free((kvm, pressure));
+        let step = match teardown.free((kvm, pressure)) {
+            true => "memory_freed",
+            false => "memory_left_to_reaper",
+        };
+        event!("teardown", step);
     }
 }
 

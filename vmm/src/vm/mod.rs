@@ -248,8 +248,12 @@ impl Machine {
     ) -> Result<Option<Self>, LaunchError> {
         let (vm, control) = match Vm::build(instance, snapshot.as_ref(), guardian, signals) {
             Ok(built) => built,
-            Err(LaunchError::Stopped) => return Ok(None),
+            Err(LaunchError::Stopped) => {
+                event!("ending", reason = ?instance.exit.reason().unwrap_or(ExitReason::Stop));
+                return Ok(None);
+            }
             Err(error) => {
+                event!("failed", %error);
                 guardian.reaper().into_iter().for_each(Reaper::clear_job);
                 return Err(error);
             }

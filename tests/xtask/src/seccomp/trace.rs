@@ -18,7 +18,7 @@ pub struct Call {
 }
 
 /// Beginnings of threads' names, and their roles.
-const ROLES: [(&str, &str); 15] = [
+const ROLES: [(&str, &str); 17] = [
     ("ebb-vcpu", "vcpu"),
     ("ebb-blk", "block"),
     ("ebb-net", "net"),
@@ -32,6 +32,8 @@ const ROLES: [(&str, &str); 15] = [
     ("ebb-strict", "strict"),
     ("ebb-console", "output"),
     ("ebb-log", "output"),
+    ("ebb-metrics", "output"),
+    ("ebb-events", "output"),
     ("ebb-reaper", "reaper"),
     ("ebb-guardian", "guardian"),
 ];
