@@ -126,7 +126,8 @@ fn a_whole_life() -> Result<()> {
     guest.send("reboot")?;
     assert_eq!(vm.wait()?.code(), Some(0), "{}", vm.console.tail());
     assert_eq!(last_words(&mut vm)?, "");
-    assert!(!vm.path("api").exists(), "the socket is left behind");
+    // As Firecracker's: clients remove it, and some fail if they cannot.
+    assert!(vm.path("api").exists(), "the socket is gone");
     let log = fs::read_to_string(vm.path("log")).context("the log")?;
     assert!(log.contains("machine ends: Reset"), "{log}");
     Ok(())
@@ -170,7 +171,7 @@ fn a_file_describes_a_machine_that_is_killed() -> Result<()> {
     signal(&vm, Signal::KILL)?;
     let said = last_words(&mut vm)?;
     assert!(said.contains("killed by signal 9"), "{said}");
-    assert!(!vm.path("api").exists() && !vm.path("vsock").exists());
+    assert!(vm.path("api").exists() && vm.path("vsock").exists());
     Ok(())
 }
 
@@ -182,7 +183,7 @@ fn a_process_without_a_machine_ends() -> Result<()> {
         signal(&vm, sent)?;
         assert_eq!(vm.wait()?.code(), Some(0), "{sent:?}");
         assert_eq!(last_words(&mut vm)?, "");
-        assert!(!vm.path("api").exists());
+        assert!(vm.path("api").exists());
     }
     let mut vm = Firecracker::serve()?;
     // A machine that cannot be built: the client hears of it, and may try again.

@@ -36,6 +36,17 @@ pub fn build_debug_monitor() -> Result<()> {
     must(cargo(["build", "--quiet", "-p", "ebb-vmm"]))
 }
 
+/// Builds the programs of `tests/clients`, which is no part of the workspace, into `target/clients`.
+pub fn build_clients() -> Result<()> {
+    progress("building clients of Firecracker that others wrote (a minute the first time)");
+    let manifest = ["--manifest-path", "tests/clients/Cargo.toml"];
+    let mut build = cargo(["build", "--quiet", "--locked", "--bins"]);
+    build
+        .args(manifest)
+        .env("CARGO_TARGET_DIR", root().join("target/clients"));
+    must(build)
+}
+
 /// Builds a package's release library.
 pub fn build_library(package: &str) -> Result<()> {
     progress(format_args!("building {package} (release)"));

@@ -39,6 +39,7 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
     let mut variables = vec![
         ("EBB_BIN", path(&binary("ebb"))),
         ("EBB_DEBUG_BIN", path(&root().join("target/debug/ebb"))),
+        ("EBB_CLIENTS", path(&root().join("target/clients/debug"))),
         ("EBB_GUEST_VMLINUZ", path(&assets.vmlinuz)),
         ("EBB_GUEST_VMLINUX", path(&assets.vmlinux)),
         ("EBB_GUEST_INITRAMFS", path(&assets.guest_initramfs)),

@@ -11,6 +11,7 @@ pub mod machines;
 mod prometheus;
 mod routes;
 mod server;
+mod stream;
 mod view;
 mod waiting;
 

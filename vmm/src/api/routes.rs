@@ -363,7 +363,7 @@ fn put_action(machine: &dyn Instance, body: &[u8]) -> Result<Reply, Fault> {
             Ok(Reply::Done)
         }
         "InstanceStart" => Err(Fault::bad_request(
-            "InstanceStart is not possible: the machine is already running",
+            "InstanceStart is not supported after starting the microVM: the machine is there already",
         )),
         other => Err(Fault::bad_request(format!(
             "unknown action_type '{other}'; there are FlushMetrics, InstanceStart, InstanceStop, SendCtrlAltDel"

@@ -6,8 +6,8 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,13 +18,14 @@ use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::net::UnixStream;
-use tokio::sync::{Semaphore, oneshot, watch};
-use tokio::time::{sleep, timeout};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::routes::{Fault, Handler, Reply};
+use super::stream::Stream;
 use super::waiting::Asker;
 use super::{prometheus, routes};
 use crate::config::{ConfigError, SocketPath, check_socket};
@@ -41,9 +42,9 @@ pub(super) const MAX_CONNECTIONS: usize = 16;
 const MAX_BODY: usize = 64 << 10;
 /// Maximum length of a request's line and headers in bytes.
 const MAX_HEAD: usize = 16 << 10;
-/// Time that a client has for a request's headers, then for its body, and between two requests.
-const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 5 });
-/// After this time a connection accepts no further request. The one in progress is still answered.
+/// Time that a client has for a request's body; and for its headers, and between two requests, while others wait for its place.
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 5 });
+/// After this time a connection accepts no further request if others wait. The one in progress is still answered.
 const LIFETIME: Duration = Duration::from_secs(60);
 /// Time that the last answer of a connection past its lifetime may take.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
@@ -88,6 +89,8 @@ pub enum Front {
 /// What requests are made to.
 #[derive(Clone)]
 struct Served {
+    /// The clients are Firecracker's.
+    as_firecracker: bool,
     /// Who is asked as long as there is no instance.
     asker: Option<Asker>,
     instance: watch::Receiver<Started>,
@@ -118,14 +121,19 @@ impl Server {
         self.socket.identity()
     }
 
-    /// There is a machine now.
-    pub fn set_instance(&self, instance: Arc<dyn Instance>) {
-        self.instance.send_replace(Some(instance));
+    /// A machine is being built now; `None`: it could not be built.
+    pub fn set_instance(&self, instance: Option<Arc<dyn Instance>>) {
+        self.instance.send_replace(instance);
     }
 
     /// The machine runs: requests to it, some of which may be waiting, are carried out from now on.
     pub fn set_machine(&self, machine: Arc<dyn Controller>) {
         self.machine.send_replace(Some(machine));
+    }
+
+    /// The socket will stay in the file system.
+    pub fn leave_socket(&mut self) {
+        self.socket.leave();
     }
 
     /// Removes the socket, while it is still open. Those who are connected stay so.
@@ -176,12 +184,13 @@ pub fn serve(path: &Path, front: Front) -> Result<Server, ApiError> {
         tokio::net::UnixListener::from_std(listener)?
     };
     let (stop, stopped) = watch::channel(false);
-    let (started, asker) = match front {
-        Front::Machine(instance) => (Some(instance), None),
-        Front::Waiting(asker) => (None, Some(asker)),
+    let (as_firecracker, started, asker) = match front {
+        Front::Machine(instance) => (instance.config().as_firecracker, Some(instance), None),
+        Front::Waiting(asker) => (true, None, Some(asker)),
     };
     let (instance, machine) = (watch::Sender::new(started), watch::Sender::new(None));
     let served = Served {
+        as_firecracker,
         asker,
         instance: instance.subscribe(),
         machine: machine.subscribe(),
@@ -217,15 +226,15 @@ async fn accept(
     mut stopped: watch::Receiver<bool>,
 ) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let crowded = watch::Sender::new(false);
     let connection_stop = stopped.clone();
     let mut stop = pin!(stopped.wait_for(|stop| *stop));
     loop {
         let next = async {
-            // The semaphore is never closed.
-            let permit = Arc::clone(&permits).acquire_owned().await.ok();
-            (permit, listener.accept().await)
+            let accepted = listener.accept().await;
+            (place(&permits, &crowded).await, accepted)
         };
-        let Some((permit, accepted)) = first(pin!(next), stop.as_mut()).await else {
+        let Ok((permit, accepted)) = first(pin!(next), stop.as_mut()).await else {
             break;
         };
         let stream = match accepted {
@@ -237,8 +246,9 @@ async fn accept(
             }
         };
         let (served, stop) = (served.clone(), connection_stop.clone());
+        let crowded = crowded.subscribe();
         tokio::spawn(async move {
-            serve_connection(stream, served, stop).await;
+            serve_connection(stream, served, crowded, stop).await;
             drop(permit);
         });
     }
@@ -247,44 +257,123 @@ async fn accept(
     let _ = timeout(2 * FINISH_TIMEOUT, permits.acquire_many(all)).await;
 }
 
-/// Returns the output of `wanted`, or `None` if `stop` is ready first.
+/// A place for another connection. While it waits for one, `crowded` is set.
+async fn place(
+    permits: &Arc<Semaphore>,
+    crowded: &watch::Sender<bool>,
+) -> Option<OwnedSemaphorePermit> {
+    if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
+        return Some(permit);
+    }
+    crowded.send_replace(true);
+    // The semaphore is never closed.
+    let permit = Arc::clone(permits).acquire_owned().await.ok();
+    crowded.send_replace(false);
+    permit
+}
+
+/// Returns the output of `wanted`, or as an error that of `stop` if that is ready first.
 async fn first<W: Future, S: Future>(
     mut wanted: Pin<&mut W>,
     mut stop: Pin<&mut S>,
-) -> Option<W::Output> {
+) -> Result<W::Output, S::Output> {
     poll_fn(|context| {
         if let Poll::Ready(output) = wanted.as_mut().poll(context) {
-            return Poll::Ready(Some(output));
+            return Poll::Ready(Ok(output));
         }
-        stop.as_mut().poll(context).map(|_| None)
+        stop.as_mut().poll(context).map(Err)
     })
     .await
 }
 
-/// Serves one connection.
-async fn serve_connection(stream: UnixStream, served: Served, mut stopped: watch::Receiver<bool>) {
-    let is_busy = AtomicBool::new(false);
+/// What a connection is doing.
+struct Activity {
+    opened: Instant,
+    /// Since when it has waited for a request, or for the rest of its headers; `None` while there is one.
+    idle_since: Mutex<Option<Instant>>,
+    /// A request is being carried out.
+    is_busy: AtomicBool,
+}
+
+impl Activity {
+    fn new() -> Self {
+        let opened = Instant::now();
+        Self {
+            opened,
+            idle_since: Mutex::new(Some(opened)),
+            is_busy: AtomicBool::new(false),
+        }
+    }
+
+    fn idle_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        // A time is always whole.
+        self.idle_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begins(&self) {
+        *self.idle_since() = None;
+    }
+
+    fn ends(&self) {
+        self.is_busy.store(false, Ordering::Relaxed);
+        *self.idle_since() = Some(Instant::now());
+    }
+
+    /// Waits until others wait for a place, and this connection has had its time.
+    async fn is_overdue(&self, mut crowded: watch::Receiver<bool>) {
+        let last = self.opened + LIFETIME;
+        loop {
+            if crowded.wait_for(|crowded| *crowded).await.is_err() {
+                // The server ends, and says so in another way.
+                return std::future::pending().await;
+            }
+            let now = Instant::now();
+            let idle = *self.idle_since();
+            let end = idle.map_or(last, |since| last.min(since + READ_TIMEOUT));
+            if now >= end {
+                return;
+            }
+            sleep_until(end.min(now + READ_TIMEOUT)).await;
+        }
+    }
+}
+
+/// Serves one connection. It may last: it is cut off when others want its place.
+async fn serve_connection(
+    stream: UnixStream,
+    served: Served,
+    crowded: watch::Receiver<bool>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let activity = Activity::new();
     let service = service_fn(|request| {
-        let (served, is_busy) = (served.clone(), &is_busy);
+        let (served, activity) = (served.clone(), &activity);
         async move {
-            let reply = answer(request, served, is_busy).await;
-            is_busy.store(false, Ordering::Relaxed);
+            activity.begins();
+            let reply = answer(request, served, &activity.is_busy).await;
+            activity.ends();
             Ok::<_, Infallible>(respond(reply))
         }
     });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(READ_TIMEOUT)
-        .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut connection = pin!(connection);
+    let mut http = http1::Builder::new();
+    http.header_read_timeout(None)
+        .auto_date_header(false)
+        .max_buf_size(MAX_HEAD);
+    let stream = Stream::new(stream, served.as_firecracker);
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service));
     let stop = pin!(stopped.wait_for(|stop| *stop));
-    let alive = first(connection.as_mut(), stop);
-    let grace = match timeout(LIFETIME, alive).await {
-        Ok(Some(result)) => return log_end(result),
-        Ok(None) if is_busy.load(Ordering::Relaxed) => FINISH_TIMEOUT,
-        Ok(None) => FLUSH_TIMEOUT,
-        Err(_) => LAST_ANSWER_TIMEOUT,
+    let overdue = pin!(activity.is_overdue(crowded));
+    let end = pin!(first(overdue, stop));
+    let is_stopped = match first(connection.as_mut(), end).await {
+        Ok(result) => return log_end(result),
+        Err(why) => why.is_err(),
+    };
+    let grace = match is_stopped {
+        true if activity.is_busy.load(Ordering::Relaxed) => FINISH_TIMEOUT,
+        false if activity.idle_since().is_none() => LAST_ANSWER_TIMEOUT,
+        _ => FLUSH_TIMEOUT,
     };
     connection.as_mut().graceful_shutdown();
     if let Ok(result) = timeout(grace, connection).await {
@@ -328,10 +417,10 @@ async fn answer(
             return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };
-    let is_started = served.instance.borrow().is_some();
-    if is_started && matches!(found.after, Some(Handler::Running(_) | Handler::Named(_))) {
-        let _ = served.machine.wait_for(Option::is_some).await;
+    if matches!(found.after, Some(Handler::Running(_) | Handler::Named(_))) {
+        served.built().await;
     }
+    let is_started = served.instance.borrow().is_some();
     is_busy.store(true, Ordering::Relaxed);
     let commands = Arc::clone(&served.commands);
     let command = move || {
@@ -344,6 +433,12 @@ async fn answer(
 }
 
 impl Served {
+    /// Waits as long as a machine is being built.
+    async fn built(&mut self) {
+        let gone = pin!(self.instance.wait_for(Option::is_none));
+        let _ = first(pin!(self.machine.wait_for(Option::is_some)), gone).await;
+    }
+
     /// Carries out a request to a machine that is started.
     fn carry_out(
         &self,
@@ -453,7 +548,7 @@ mod tests {
                 // Polled once, then dropped, as when its client goes.
                 let mut asked = pin!(carry_out(&commands, command(number)));
                 let gone = first(asked.as_mut(), pin!(std::future::ready(()))).await;
-                assert!(gone.is_none());
+                assert!(gone.is_err());
             }
             end.send(()).unwrap();
             end.send(()).unwrap();

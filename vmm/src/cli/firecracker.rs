@@ -180,7 +180,7 @@ fn run_when_asked(args: &Args, log: &ProcessLog) -> Result<ExitReason, LaunchErr
         api_socket: Some(args.api_sock.clone()),
         has_console: true,
         guardian: true,
-        hang_up_ends: true,
+        as_firecracker: true,
         seccomp: if args.no_seccomp { Mode::Off } else { Mode::On },
     };
     vm::run_when_asked(&process, draft(args), log, &log.log)

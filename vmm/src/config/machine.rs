@@ -57,8 +57,9 @@ pub struct MachineConfig {
     pub guardian: bool,
     /// The words of the command line that it was made from, for a snapshot.
     pub words: Vec<String>,
-    /// SIGHUP ends the machine. Otherwise it has the log reopened.
-    pub hang_up_ends: bool,
+    /// The process behaves as Firecracker: SIGHUP ends the machine instead of having the log reopened, and sockets stay in the
+    /// file system when it has ended.
+    pub as_firecracker: bool,
     /// What happens when a thread makes a system call that it has no use for.
     pub seccomp: seccomp::Mode,
 }

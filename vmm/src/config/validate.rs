@@ -98,7 +98,7 @@ impl MachineSpec {
             metrics_path: self.metrics_path,
             guardian: self.guardian,
             words: Vec::new(),
-            hang_up_ends: false,
+            as_firecracker: false,
             seccomp: self.seccomp.into(),
         })
     }

@@ -68,7 +68,7 @@ impl Watch<'_> {
         // Whoever starts the machine again needs its disks, now.
         files.unlock_all_but(&lock.iter().map(AsFd::as_fd).collect::<Vec<_>>());
         let cause = (!self.status.is_finished()).then(|| cause_of_end(self.pid));
-        if cause.is_some() {
+        if cause.is_some() && !self.status.leaves_sockets() {
             self.remove_socket(Socket::Api, self.socket.as_deref());
             self.remove_socket(Socket::Vsock, self.status.vsock_path().as_deref());
         }

@@ -117,6 +117,11 @@ impl BoundPath {
         self.identity
     }
 
+    /// Leaves the socket where it is, for ever.
+    pub fn leave(&mut self) {
+        self.is_removed = true;
+    }
+
     /// Removes the socket, once, unless another file has taken its place. The socket must be open: later, another file may
     /// have its identity.
     pub fn remove(&mut self) {

@@ -102,7 +102,11 @@ impl Instance {
 
     fn state(&self) -> InstanceState {
         if !self.runs.load(Ordering::Relaxed) {
-            InstanceState::Building
+            // Firecracker's clients know no other word.
+            match self.config.as_firecracker {
+                true => InstanceState::NotStarted,
+                false => InstanceState::Building,
+            }
         } else if self.paused.load(Ordering::Relaxed) {
             InstanceState::Paused
         } else {
@@ -118,7 +122,7 @@ impl crate::control::Instance for Instance {
         InstanceInfo {
             id: self.config.id.clone(),
             state,
-            prefault: (memory.prefault && state == InstanceState::Building).then(|| Prefault {
+            prefault: (memory.prefault && !self.runs.load(Ordering::Relaxed)).then(|| Prefault {
                 populated_bytes: self.populated.load(Ordering::Relaxed),
                 total_bytes: memory.size,
             }),
@@ -178,17 +182,20 @@ impl Service {
         front: Front,
         status: &'static StatusPage,
     ) -> Result<Self, ApiError> {
-        let server = socket.map(|path| api::serve(path, front)).transpose()?;
-        if let Some(server) = &server {
+        let mut server = socket.map(|path| api::serve(path, front)).transpose()?;
+        if let Some(server) = &mut server {
+            if status.leaves_sockets() {
+                server.leave_socket();
+            }
             status.set_socket(Socket::Api, server.identity());
         }
         Ok(Self { server, status })
     }
 
-    /// There is a machine now.
-    pub fn set_instance(&self, instance: &Arc<Instance>) {
+    /// A machine is being built now; `None`: it could not be built.
+    pub fn set_instance(&self, instance: Option<&Arc<Instance>>) {
         if let Some(server) = &self.server {
-            server.set_instance(Arc::clone(instance) as _);
+            server.set_instance(instance.map(|it| Arc::clone(it) as _));
         }
     }
 

@@ -150,8 +150,8 @@ pub struct Process {
     pub has_console: bool,
     /// Start the helper processes.
     pub guardian: bool,
-    /// SIGHUP ends it.
-    pub hang_up_ends: bool,
+    /// As [`MachineConfig::as_firecracker`].
+    pub as_firecracker: bool,
     /// Its filters of system calls.
     pub seccomp: seccomp::Mode,
 }
@@ -163,7 +163,7 @@ impl Process {
             api_socket: config.api_socket.clone(),
             has_console: config.serial == SerialConfig::Tty,
             guardian: config.guardian,
-            hang_up_ends: config.hang_up_ends,
+            as_firecracker: config.as_firecracker,
             seccomp: config.seccomp,
         }
     }
@@ -177,7 +177,7 @@ impl Process {
         // The parser of the command line is not needed any more.
         sys::process::shrink();
         seccomp::start(self.seccomp, log.file()).map_err(LaunchError::Seccomp)?;
-        let hang_up = if self.hang_up_ends {
+        let hang_up = if self.as_firecracker {
             Request::End
         } else {
             Request::HangUp
@@ -192,6 +192,9 @@ impl Process {
         };
         let guardian = Guardian::start(self.guardian, &watched);
         let guardian = guardian.map_err(LaunchError::system("mmap"))?;
+        if self.as_firecracker {
+            guardian.status().leave_sockets();
+        }
         // The guardian could be made only while there was one thread.
         let prepared = seccomp::prepare_allocator().map_err(LaunchError::system("thread"));
         let started =

@@ -4,7 +4,7 @@ use crate::config::VsockConfig;
 use crate::devices::virtio::vsock::{VsockError, VsockSocket};
 use crate::teardown::{Socket, StatusPage};
 
-/// The socket. Dropping this removes its path; the guardian does if the monitor cannot.
+/// The socket. Dropping this removes its path, unless sockets are left behind; the guardian does if the monitor cannot.
 pub struct ServedVsock {
     socket: VsockSocket,
     status: &'static StatusPage,
@@ -18,7 +18,10 @@ impl ServedVsock {
     pub fn open(config: &VsockConfig, status: &'static StatusPage) -> Result<Self, VsockError> {
         let path = std::path::absolute(&config.path);
         status.set_vsock_path(path.as_deref().unwrap_or(&config.path));
-        let socket = VsockSocket::open(&config.path)?;
+        let mut socket = VsockSocket::open(&config.path)?;
+        if status.leaves_sockets() {
+            socket.leave();
+        }
         status.set_socket(Socket::Vsock, socket.identity());
         Ok(Self { socket, status })
     }

@@ -106,8 +106,8 @@ impl Waiting<'_> {
         service: &Service,
     ) -> Option<Option<Machine>> {
         let started = match before::step(&mut self.draft, &ask) {
-            Ok(Step::Start(config)) => self.build(*config, None, signals),
-            Ok(Step::Load(load)) => self.load(load, signals),
+            Ok(Step::Start(config)) => self.build(*config, None, signals, service),
+            Ok(Step::Load(load)) => self.load(load, signals, service),
             Ok(Step::Logger(logger)) => {
                 let set = self.outside.set_logger(&logger);
                 ask.answer(set.map(|()| Reply::Done).map_err(Fault::bad_request));
@@ -124,7 +124,6 @@ impl Waiting<'_> {
         };
         match started {
             Ok(Some(machine)) => {
-                service.set_instance(&machine.instance);
                 machine.announce(service);
                 ask.answer(Ok(Reply::Done));
                 Some(Some(machine))
@@ -137,15 +136,20 @@ impl Waiting<'_> {
         }
     }
 
-    fn load(&self, load: LoadSpec, signals: &Signals) -> Result<Option<Machine>, String> {
+    fn load(
+        &self,
+        load: LoadSpec,
+        signals: &Signals,
+        service: &Service,
+    ) -> Result<Option<Machine>, String> {
         let (config, snapshot) = self.outside.load(load)?;
         let process = self.draft.process();
         let config = MachineConfig {
             api_socket: process.api_socket.clone(),
-            hang_up_ends: true,
+            as_firecracker: true,
             ..config
         };
-        self.build(config, Some(snapshot), signals)
+        self.build(config, Some(snapshot), signals, service)
     }
 
     fn build(
@@ -153,11 +157,18 @@ impl Waiting<'_> {
         config: MachineConfig,
         snapshot: Option<Restoration>,
         signals: &Signals,
+        service: &Service,
     ) -> Result<Option<Machine>, String> {
         let instance = Instance::new(config, Arc::clone(&self.exit), self.log);
-        let built = instance
-            .and_then(|instance| Machine::build(&instance, snapshot, self.guardian, signals));
-        built.map_err(|error| with_causes(&error))
+        let built = instance.and_then(|instance| {
+            // From now on it answers for itself.
+            service.set_instance(Some(&instance));
+            Machine::build(&instance, snapshot, self.guardian, signals)
+        });
+        built.map_err(|error| {
+            service.set_instance(None);
+            with_causes(&error)
+        })
     }
 }
 

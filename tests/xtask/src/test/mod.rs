@@ -16,7 +16,7 @@ use ebb_nested_machine::session;
 use serde_json::Value;
 
 use self::report::Report;
-use crate::cargo::{build, build_debug_monitor, build_library, cargo};
+use crate::cargo::{build, build_clients, build_debug_monitor, build_library, cargo};
 use crate::project::{environment, output_folder, root, start_runner};
 use crate::shell::{progress, recorded, show, visibly};
 use crate::{selftest, setup};
@@ -66,6 +66,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     report.tests("models", models);
     build(&["ebb-vmm", "ebb-top", "ebb-harness"])?;
     build_debug_monitor()?;
+    build_clients()?;
     build_library("ebb-malloc")?;
     let binaries = test_binaries()?;
     let (kvm, host): (Vec<_>, Vec<_>) = binaries

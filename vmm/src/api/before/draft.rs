@@ -205,7 +205,7 @@ impl Draft {
         Ok(MachineConfig {
             words,
             api_socket: self.process.api_socket.clone(),
-            hang_up_ends: true,
+            as_firecracker: true,
             ..config
         })
     }

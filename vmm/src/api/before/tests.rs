@@ -109,7 +109,7 @@ fn a_kernel_alone_is_a_machine_with_a_lazy_balloon() {
         (config.id.as_str(), config.serial),
         ("vm", SerialConfig::Tty)
     );
-    assert!(config.hang_up_ends && !config.rng && config.disks.is_empty());
+    assert!(config.as_firecracker && !config.rng && config.disks.is_empty());
 }
 
 /// As clients send it: with nulls and empty limiters, sizes that are no multiple of 2 MiB, the root device last, and everything

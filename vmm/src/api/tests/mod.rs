@@ -2,6 +2,7 @@
 
 mod document;
 mod drives;
+mod lasting;
 mod names;
 mod prometheus;
 mod waiting;
@@ -211,12 +212,17 @@ impl Bench {
     }
 
     fn being_built() -> Self {
+        Self::of(false)
+    }
+
+    fn of(as_firecracker: bool) -> Self {
         let folder = TempDir::new().unwrap();
         let kernel = folder.path().join("kernel");
         fs::write(&kernel, "MZ").unwrap();
         let kernel = kernel.to_str().unwrap();
         let spec = MachineSpec::try_parse_from(["--kernel", kernel, "--balloon=size=64M"]).unwrap();
         let mut config = spec.validate().unwrap();
+        config.as_firecracker = as_firecracker;
         config.nets = vec![parse_keys("tap=tap0,mac=02:00:00:00:00:01").unwrap()];
         config.vsock = Some(parse_keys("cid=3,path=/tmp/v").unwrap());
         config.disks = vec![parse_keys("path=/d,readonly=on").unwrap()];
@@ -444,7 +450,7 @@ const REFUSED: &[(&str, u16, &str)] = &[
     (
         r#"PUT /actions {"action_type": "InstanceStart"}"#,
         400,
-        "already running",
+        "not supported after starting the microVM",
     ),
     (
         r#"PUT /actions {"action_type": "Dance"}"#,

@@ -62,8 +62,16 @@ fn requests_go_to_the_draft_until_there_is_a_machine() {
         Err(ClientError::Refused { status, message }) => (status, message),
         other => panic!("{other:?}"),
     };
+    let fails = AtomicBool::new(true);
     let start = || {
-        server.set_instance(Arc::clone(&bench.machine) as _);
+        server.set_instance(Some(Arc::clone(&bench.machine) as _));
+        // Nobody but the machine itself can answer now.
+        let info = ask(Method::GET, "/", Value::Null).unwrap();
+        assert_eq!(info["id"], "test");
+        if fails.swap(false, Ordering::Relaxed) {
+            server.set_instance(None);
+            return Err(Fault::bad_request("cannot be built"));
+        }
         server.set_machine(Arc::clone(&bench.machine) as _);
         Ok(Reply::Done)
     };
@@ -90,6 +98,13 @@ fn requests_go_to_the_draft_until_there_is_a_machine() {
         );
         let source = json!({ "kernel_image_path": kernel });
         ask(Method::PUT, "/boot-source", source.clone()).unwrap();
+        // One that waits for the machine while that is being built in vain.
+        let early = scope.spawn(|| status(ask(Method::GET, "/lazy-memory", Value::Null)));
+        let (failed, message) = status(ask(Method::PUT, "/actions", start.clone()));
+        assert_eq!((failed, message.as_str()), (400, "cannot be built"));
+        assert_eq!(early.join().unwrap().0, 400);
+        let info = ask(Method::GET, "/", Value::Null).unwrap();
+        assert_eq!(state(info).as_deref(), Some("Not started"));
         ask(Method::PUT, "/actions", start).unwrap();
         let info = ask(Method::GET, "/", Value::Null).unwrap();
         assert_eq!(state(info).as_deref(), Some("Building"));

@@ -20,6 +20,8 @@ use crate::teardown::{MAX_WORKERS, Report};
 pub struct StatusPage {
     /// The monitor has stopped everything by itself.
     finished: AtomicBool,
+    /// They stay in the file system.
+    leaves_sockets: AtomicBool,
     /// Device and inode of each [`Socket`]; the inode is 0 if there is none.
     sockets: [[AtomicU64; 2]; 2],
     /// Path of the vsock's socket, in bytes, the rest zero.
@@ -87,6 +89,17 @@ impl StatusPage {
     #[must_use]
     pub fn workers(&self) -> usize {
         self.workers.load(Ordering::Relaxed).clamp(1, MAX_WORKERS)
+    }
+
+    /// From now on the monitor's sockets stay in the file system when it has ended: clients of Firecracker remove them.
+    pub fn leave_sockets(&self) {
+        self.leaves_sockets.store(true, Ordering::Release);
+    }
+
+    /// Returns true if nobody shall remove the monitor's sockets.
+    #[must_use]
+    pub fn leaves_sockets(&self) -> bool {
+        self.leaves_sockets.load(Ordering::Acquire)
     }
 
     /// The monitor has made this socket, a file with this device and inode.

@@ -63,6 +63,11 @@ impl VsockSocket {
         Arc::clone(&self.listener)
     }
 
+    /// Leaves its path behind.
+    pub fn leave(&mut self) {
+        self.path.leave();
+    }
+
     /// Removes its path, while it is still open. Those who are connected stay so.
     pub fn remove(&mut self) {
         self.path.remove();
