@@ -580,7 +580,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__firecracker)
-            opts="-V -h --api-sock --id --config-file --no-api --log-path --level --show-level --show-log-origin --module --metrics-path --event-monitor --no-seccomp --seccomp-filter --enable-pci --boot-timer --metadata --mmds-size-limit --http-api-max-payload-size --start-time-us --start-time-cpu-us --parent-cpu-time-us --version --help"
+            opts="-V -h --api-sock --id --config-file --no-api --log-path --level --show-level --show-log-origin --module --metrics-path --event-monitor --no-seccomp --seccomp-filter --enable-pci --boot-timer --metadata --mmds-size-limit --http-api-max-payload-size --start-time-us --start-time-cpu-us --parent-cpu-time-us --snapshot-version --describe-snapshot --version --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -643,6 +643,10 @@ _ebb() {
                     return 0
                     ;;
                 --parent-cpu-time-us)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --describe-snapshot)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1050,7 +1054,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__run)
-            opts="-v -h --kernel --kernel-entry --kernel-cache --initramfs --cmdline --cpus --memory --arena --transport --disk --allow-paths --net --vsock --serial --balloon --rng --lazy --api-socket --metrics-path --guardian --seccomp --id --config --dry-run --log-file --event-monitor --help"
+            opts="-v -h --kernel --kernel-entry --kernel-cache --initramfs --cmdline --cpus --memory --arena --transport --disk --allow-paths --net --vsock --serial --balloon --rng --rng-limits --lazy --api-socket --metrics-path --guardian --seccomp --id --config --dry-run --log-file --event-monitor --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1118,6 +1122,10 @@ _ebb() {
                     ;;
                 --rng)
                     COMPREPLY=($(compgen -W "on off" -- "${cur}"))
+                    return 0
+                    ;;
+                --rng-limits)
+                    COMPREPLY=($(compgen -W "bw=SIZE/MS+BURST ops=N/MS+BURST" -- "${cur}"))
                     return 0
                     ;;
                 --lazy)

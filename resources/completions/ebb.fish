@@ -83,6 +83,8 @@ free_page_reporting=on|off\t'Let the guest report free pages by itself; on if re
 reporting=eager|lazy\t'When the host gets reported pages; lazy by default (eager: at once, before the report is acknowledged; lazy: when it is short of memory, unless the guest writes to them first)'"
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l rng -d 'A source of random bytes, /dev/hwrng in a Linux guest' -r -f -a "on\t''
 off\t''"
+complete -c ebb -n "__fish_ebb_using_subcommand run" -l rng-limits -d 'How many random bytes the guest gets; as many as it wants by default' -r -f -a "bw=SIZE/MS+BURST\t'Limit of the bytes: SIZE in MS milliseconds (1000), and once BURST more'
+ops=N/MS+BURST\t'Limit of the requests, in the same form'"
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l lazy -d 'When the host takes what the guest has freed lazily, and at which cost for the guest' -r -f -a "mode=pressure|eager|age|off\t'When it is taken; age= without mode= means mode=age (pressure: when the host is short of memory; eager: as soon as possible; age: when it has been free for some time; off: on request only) [default: pressure]'
 age=N\t'With mode=age: seconds after which it is taken (1 to 1048576) [default: 60]'
 pause=N\t'Microseconds for which the vCPUs are kept out of the guest at a time; to come out they have as long before that (1 to 1000000) [default: 100]'
@@ -143,12 +145,14 @@ complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l http-api-max-pay
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l start-time-us -d 'Accepted, without effect' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l start-time-cpu-us -d 'Accepted, without effect' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l parent-cpu-time-us -d 'Accepted, without effect' -r
+complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l describe-snapshot -d 'Print the version of this snapshot\'s state file' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l no-api -d 'Serve no API; only with --config-file'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l show-level -d 'Accepted: lines always have their level'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l show-log-origin -d 'Accepted: lines always say where they come from'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l no-seccomp -d 'Threads may make all system calls'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l enable-pci -d 'Devices are on a PCI bus, with MSI-X'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l boot-timer -d 'Accepted, without effect: there is no timer device'
+complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l snapshot-version -d 'Print the version of the snapshots that are made and loaded; they are Ebb\'s own'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -s V -l version -d 'Print the version of Firecracker whose API this is, and Ebb\'s'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c ebb -n "__fish_ebb_using_subcommand ctl; and not __fish_seen_subcommand_from status balloon reclaim teardown pause resume disk snapshot stop shutdown wait help" -l api-socket -d 'Path of the socket, as given to `ebb run --api-socket`' -r

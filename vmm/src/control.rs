@@ -157,6 +157,12 @@ pub trait Controller: Send + Sync {
     /// [`CommandError::Failed`]: there is no such disk, or the file cannot be one.
     fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError>;
 
+    /// Changes the limits of the network interface `id`.
+    ///
+    /// # Errors
+    /// [`CommandError::Failed`]: there is no such interface.
+    fn update_net(&self, id: &str, update: &NetUpdate) -> Result<(), CommandError>;
+
     /// Saves the paused machine to two new files. Blocks until they have their names.
     ///
     /// # Errors
@@ -417,16 +423,25 @@ pub struct DriveUpdate {
     /// The file that it shall be on. The one that it is on: look at its size.
     pub path: Option<PathBuf>,
     /// New limits.
-    pub limits: Option<DriveLimits>,
+    pub limits: Option<RateLimits>,
 }
 
-/// New limits of a disk; `None` leaves one as it is.
+/// New limits of a device; `None` leaves one as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct DriveLimits {
+pub struct RateLimits {
     /// Of the bytes that are read and written.
     pub bandwidth: Option<Rate>,
     /// Of the requests.
     pub operations: Option<Rate>,
+}
+
+/// What is to change of a network interface: new limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetUpdate {
+    /// Of what the guest receives.
+    pub receive: Option<RateLimits>,
+    /// Of what it sends.
+    pub transmit: Option<RateLimits>,
 }
 
 /// What one reclaim did.

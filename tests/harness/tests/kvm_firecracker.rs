@@ -210,6 +210,7 @@ fn a_process_without_a_machine_ends() -> Result<()> {
         (&["--metadata", "/m"], 153),
         (&["--config-file", "/none"], 152),
         (&["--api-sock", "/none/api"], 1),
+        (&["--describe-snapshot", "/none"], 1),
         (&["--version"], 0),
     ] {
         let output = Command::new(&images.ebb)
@@ -220,6 +221,10 @@ fn a_process_without_a_machine_ends() -> Result<()> {
         assert_eq!(output.status.code(), Some(code), "{flags:?}: {output:?}");
         assert_eq!(output.stdout.starts_with(b"Firecracker v1."), code == 0);
     }
+    let version = Command::new(&images.ebb)
+        .args(["firecracker", "--snapshot-version"])
+        .output();
+    assert_eq!(version.context("--snapshot-version")?.stdout, b"v1.0.0\n");
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Requests about disks, in the names and units of Firecracker's API.
+//! Requests about disks and network interfaces, in the names and units of Firecracker's API.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::routes::{Fault, Reply, parse};
 use crate::config::Rate;
-use crate::control::{Controller, DriveLimits, DriveUpdate};
+use crate::control::{Controller, DriveUpdate, NetUpdate, RateLimits};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -15,6 +15,14 @@ struct Update {
     path_on_host: Option<PathBuf>,
     /// Kata sends it as JSON in a string.
     rate_limiter: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Interface {
+    iface_id: Option<String>,
+    rx_rate_limiter: Option<Limiter>,
+    tx_rate_limiter: Option<Limiter>,
 }
 
 /// A limiter. An empty object is no limit.
@@ -27,12 +35,12 @@ pub(super) struct Limiter {
 
 impl Limiter {
     /// What it sets; `None` if that is nothing.
-    pub fn limits(&self) -> Result<Option<DriveLimits>, Fault> {
-        let limits = DriveLimits {
+    pub fn limits(&self) -> Result<Option<RateLimits>, Fault> {
+        let limits = RateLimits {
             bandwidth: self.bandwidth.as_ref().map(Bucket::rate).transpose()?,
             operations: self.ops.as_ref().map(Bucket::rate).transpose()?,
         };
-        Ok((limits != DriveLimits::default()).then_some(limits))
+        Ok((limits != RateLimits::default()).then_some(limits))
     }
 }
 
@@ -59,11 +67,7 @@ impl Bucket {
 /// `PATCH /drives/ID`.
 pub(super) fn patch(machine: &dyn Controller, id: &str, body: &[u8]) -> Result<Reply, Fault> {
     let update: Update = parse(body)?;
-    if let Some(other) = update.drive_id.filter(|other| other != id) {
-        return Err(Fault::bad_request(format!(
-            "drive_id is {other}, but the path names {id}"
-        )));
-    }
+    same_id("drive_id", update.drive_id.as_deref(), id)?;
     let limits = match update.rate_limiter {
         None | Some(Value::Null) => None,
         Some(Value::String(text)) => limits(serde_json::from_str(&text))?,
@@ -77,8 +81,34 @@ pub(super) fn patch(machine: &dyn Controller, id: &str, body: &[u8]) -> Result<R
     Ok(Reply::Done)
 }
 
+/// `PATCH /network-interfaces/ID`.
+pub(super) fn patch_net(machine: &dyn Controller, id: &str, body: &[u8]) -> Result<Reply, Fault> {
+    let update: Interface = parse(body)?;
+    same_id("iface_id", update.iface_id.as_deref(), id)?;
+    let limits = |limiter: Option<Limiter>| {
+        let limits = limiter.as_ref().map(Limiter::limits).transpose()?;
+        Ok::<_, Fault>(limits.flatten())
+    };
+    let update = NetUpdate {
+        receive: limits(update.rx_rate_limiter)?,
+        transmit: limits(update.tx_rate_limiter)?,
+    };
+    machine.update_net(id, &update)?;
+    Ok(Reply::Done)
+}
+
+/// Fails if a body names another device than the path.
+pub(super) fn same_id(field: &str, given: Option<&str>, id: &str) -> Result<(), Fault> {
+    match given.filter(|given| *given != id) {
+        Some(other) => Err(Fault::bad_request(format!(
+            "{field} is {other}, but the path names {id}"
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// The limits that a limiter sets; `None` for one without any.
-fn limits(limiter: serde_json::Result<Limiter>) -> Result<Option<DriveLimits>, Fault> {
+fn limits(limiter: serde_json::Result<Limiter>) -> Result<Option<RateLimits>, Fault> {
     let limiter = limiter.map_err(|error| {
         Fault::bad_request(format!("rate_limiter is not what is due here: {error}"))
     })?;

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use ebb_core::metrics::{Kind, Metric, Unit};
 use serde_json::{Map, Value, json};
 
-use crate::control::{Controller, Instance, InstanceState, METRICS};
+use crate::control::{Controller, Instance, InstanceInfo, InstanceState, METRICS};
 
 /// The type of the text.
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -73,20 +73,25 @@ struct Group {
 
 /// The metrics of a machine, and of `machine` only if it runs.
 pub(super) fn text(instance: &dyn Instance, machine: Option<&dyn Controller>) -> String {
-    let mut text = String::with_capacity(32 << 10);
     let info = instance.info();
-    let (id, version) = (quoted(&info.id), quoted(&info.vmm_version));
-    let _ = write!(
-        text,
-        "# HELP ebb_info The machine and the version of its monitor.\n# TYPE ebb_info gauge\n\
-         ebb_info{{machine={id},version={version}}} 1\n"
-    );
+    let id = quoted(&info.id);
+    let mut text = head(&info);
+    text.reserve(32 << 10);
     for group in groups(instance, machine) {
         for metric in group.metrics {
             write_metric(&mut text, &id, &group, metric);
         }
     }
     text
+}
+
+/// The one metric that there is without a machine, too.
+pub(super) fn head(info: &InstanceInfo) -> String {
+    let (id, version) = (quoted(&info.id), quoted(&info.vmm_version));
+    format!(
+        "# HELP ebb_info The machine and the version of its monitor.\n# TYPE ebb_info gauge\n\
+         ebb_info{{machine={id},version={version}}} 1\n"
+    )
 }
 
 fn groups(instance: &dyn Instance, machine: Option<&dyn Controller>) -> Vec<Group> {

@@ -154,6 +154,11 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
     ),
     (Method::PATCH, "/drives/{id}", Named(drives::patch)),
     (
+        Method::PATCH,
+        "/network-interfaces/{id}",
+        Named(drives::patch_net),
+    ),
+    (
         Method::GET,
         "/teardown",
         Running(|machine, _| Reply::json(&machine.teardown())),

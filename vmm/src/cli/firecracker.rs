@@ -8,6 +8,7 @@ use ebb_vmm::api::before::{self, Draft, LoadSpec, LoggerSpec, Step};
 use ebb_vmm::bus::ExitReason;
 use ebb_vmm::config::{MachineConfig, check_id};
 use ebb_vmm::output::{EventFile, EventTarget, Log, for_log};
+use ebb_vmm::snapshot::VERSION;
 use ebb_vmm::sys::seccomp::{self, Mode};
 use ebb_vmm::vm::{self, LaunchError, Outside, Process, Restoration};
 use serde_json::Value;
@@ -96,6 +97,12 @@ pub struct Args {
     /// Accepted, without effect
     #[arg(long, value_name = "US")]
     parent_cpu_time_us: Option<u64>,
+    /// Print the version of the snapshots that are made and loaded; they are Ebb's own
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Print the version of this snapshot's state file
+    #[arg(long, value_name = "FILE")]
+    describe_snapshot: Option<PathBuf>,
     /// Print the version of Firecracker whose API this is, and Ebb's
     #[arg(short = 'V', long)]
     version: bool,
@@ -107,6 +114,13 @@ pub fn main(args: &Args) -> u8 {
         let ebb = env!("CARGO_PKG_VERSION");
         super::say(&format!("Firecracker v{FIRECRACKER_VERSION}\n\nEbb {ebb}"));
         return 0;
+    }
+    if args.snapshot_version {
+        super::say(&snapshot_version());
+        return 0;
+    }
+    if let Some(path) = &args.describe_snapshot {
+        return describe_snapshot(path);
     }
     let checked = check_id(&args.id).map_err(|error| error.to_string());
     if let Err(message) = checked.and_then(|()| refuse(args)) {
@@ -141,6 +155,25 @@ pub fn main(args: &Args) -> u8 {
                 Some(_) if !matches!(error, LaunchError::Api(_)) => BAD_CONFIGURATION,
                 _ => GENERIC_ERROR,
             }
+        }
+    }
+}
+
+/// In three numbers, as clients read it.
+fn snapshot_version() -> String {
+    format!("v{VERSION}.0.0")
+}
+
+/// A file that can be read has the one version that there is.
+fn describe_snapshot(path: &Path) -> u8 {
+    match restore::read_state(path) {
+        Ok(_) => {
+            super::say(&snapshot_version());
+            0
+        }
+        Err(message) => {
+            super::complain(&message);
+            GENERIC_ERROR
         }
     }
 }

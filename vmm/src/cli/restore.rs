@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -115,19 +115,22 @@ pub fn load(load: LoadSpec) -> Result<(MachineConfig, Restoration), String> {
     })
 }
 
+/// Reads a state file.
+///
+/// # Errors
+/// It cannot be read, or is none of this version.
+pub fn read_state(path: &Path) -> Result<State, String> {
+    let refuse = |what: String| FileError::new(path, what).to_string();
+    let mut content = Vec::new();
+    let file = snapshot::open(path).map_err(|error| error.to_string())?;
+    let read = file.take(MAX_STATE).read_to_end(&mut content);
+    read.map_err(|error| refuse(error.to_string()))?;
+    State::decode(&content).map_err(|error| refuse(error.to_string()))
+}
+
 /// Checks everything that can be checked before a machine is built.
 fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
-    let text = |error: FileError| error.to_string();
-    let refuse = |path: &PathBuf, what: String| Err(FileError::new(path, what).to_string());
-    let mut content = Vec::new();
-    let file = snapshot::open(&args.state).map_err(text)?;
-    if let Err(error) = file.take(MAX_STATE).read_to_end(&mut content) {
-        return refuse(&args.state, error.to_string());
-    }
-    let state = match State::decode(&content) {
-        Ok(state) => state,
-        Err(error) => return refuse(&args.state, error.to_string()),
-    };
+    let state = read_state(&args.state)?;
     let memory = memory(&args, &state.memory)?;
     let config = config(&args, &state)?;
     check_disks(&args, &state, &config)?;

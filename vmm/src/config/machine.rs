@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::disk::DiskConfig;
 use super::lazy::LazyConfig;
 use super::net::NetConfig;
+use super::rng::RngLimits;
 use super::spec::{KernelEntry, SerialConfig, Transport};
 use super::vsock::VsockConfig;
 use crate::sys::seccomp;
@@ -47,6 +48,8 @@ pub struct MachineConfig {
     pub balloon: Option<BalloonConfig>,
     /// There is a source of random bytes.
     pub rng: bool,
+    /// How many random bytes the guest gets.
+    pub rng_limits: RngLimits,
     /// When and how lazily freed memory is taken.
     pub lazy: LazyConfig,
     /// Socket on which the API is served.

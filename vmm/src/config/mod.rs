@@ -13,6 +13,7 @@ mod machine;
 mod net;
 mod number;
 mod rate;
+mod rng;
 mod size;
 mod spec;
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub use machine::{ArenaConfig, BalloonConfig, KernelConfig, MachineConfig, Memor
 pub use net::NetConfig;
 pub use number::parse_size;
 pub use rate::Rate;
+pub use rng::RngLimits;
 pub use size::{format_size, human};
 pub use spec::{
     KernelCache, KernelEntry, MachineSpec, SerialConfig, SocketSpec, TeardownSpec, Transport,

@@ -1,5 +1,5 @@
 //! What the operator can ask for: each option of `ebb run` that describes the machine, declared once. The keys of `--disk`,
-//! `--net`, `--vsock`, `--balloon` and `--lazy` are declared in files of their names, the others here. Parsing, `--help`, configuration
+//! `--net`, `--vsock`, `--balloon`, `--rng-limits` and `--lazy` are declared in files of their names, the others here. Parsing, `--help`, configuration
 //! files and `docs/options.md` follow from these structures.
 
 use std::path::PathBuf;
@@ -18,6 +18,7 @@ use super::lazy::LazyConfig;
 use super::limits::{MAX_MEMORY, MAX_VCPUS};
 use super::net::NetConfig;
 use super::number::{number, parse_size, power_of_two, size};
+use super::rng::RngLimits;
 use super::vsock::VsockConfig;
 use crate::sys::seccomp;
 
@@ -78,6 +79,9 @@ pub struct MachineSpec {
     /// A source of random bytes, /dev/hwrng in a Linux guest
     #[arg(long, action = Set, value_parser = on_off(), value_name = "on|off", hide_possible_values = true, default_value = "off")]
     pub rng: bool,
+    /// How many random bytes the guest gets; as many as it wants by default
+    #[arg(long, value_name = PAIRS, value_parser = keys::<RngLimits>())]
+    pub rng_limits: Option<RngLimits>,
     /// When the host takes what the guest has freed lazily, and at which cost for the guest
     #[arg(long, value_name = PAIRS, value_parser = keys::<LazyConfig>())]
     pub lazy: Option<LazyConfig>,

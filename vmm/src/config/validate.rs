@@ -93,6 +93,7 @@ impl MachineSpec {
             serial: self.serial,
             balloon: balloon.transpose()?,
             rng: self.rng,
+            rng_limits: self.rng_limits.unwrap_or_default(),
             lazy,
             api_socket,
             metrics_path: self.metrics_path,

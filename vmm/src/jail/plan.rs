@@ -120,6 +120,7 @@ fn made<'a>(
         nets: _,
         balloon: _,
         rng: _,
+        rng_limits: _,
         lazy: _,
         metrics_path,
         guardian: _,

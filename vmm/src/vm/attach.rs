@@ -11,11 +11,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::LaunchError;
 use super::counters::DeviceCounters;
 use super::events::ExitSlot;
+use super::nets::Nets;
 use super::vsock::ServedVsock;
 use crate::arch::acpi::{self, VirtioWindow};
 use crate::arch::layout;
 use crate::bus::{Bus, ExitReason};
-use crate::config::{BalloonConfig, MachineConfig, SerialConfig, Transport, VsockConfig};
+use crate::config::{
+    BalloonConfig, MachineConfig, RngLimits, SerialConfig, Transport, VsockConfig,
+};
 use crate::devices::fw_cfg::FwCfg;
 use crate::devices::pci::PciRoot;
 use crate::devices::platform::{I8042, Power, PvPanic};
@@ -58,6 +61,8 @@ pub struct Devices {
     pub virtio: Vec<Arc<Mutex<MmioTransport>>>,
     /// Their counters.
     pub counters: DeviceCounters,
+    /// What may change of the network interfaces.
+    pub nets: Nets,
     /// The vsock's socket, if there is one.
     pub vsock: Option<ServedVsock>,
     /// Those that have a state, in the order in which they were attached.
@@ -94,6 +99,7 @@ impl Devices {
             windows: Vec::new(),
             virtio: Vec::new(),
             counters: DeviceCounters::default(),
+            nets: Nets::default(),
             vsock: None,
             saved: Vec::new(),
         }
@@ -226,9 +232,11 @@ impl Devices {
         taps: Vec<Tap>,
     ) -> Result<(), LaunchError> {
         for (index, (net, tap)) in config.nets.iter().zip(taps).enumerate() {
+            let name = net.name(index);
             let net = Net::new(index, &config.id, net, tap)
                 .map_err(LaunchError::system("network thread"))?;
             self.counters.nets.push(Arc::clone(net.counters()));
+            self.nets.push(name, net.limits());
             self.attach_virtio(machine, memory, Box::new(net))?;
         }
         Ok(())
@@ -239,8 +247,10 @@ impl Devices {
         &mut self,
         machine: &kvm::Machine,
         memory: &Arc<GuestMemoryMmap>,
+        limits: RngLimits,
     ) -> Result<(), LaunchError> {
-        let entropy = Entropy::new().map_err(LaunchError::system("thread for random bytes"))?;
+        let entropy =
+            Entropy::new(limits).map_err(LaunchError::system("thread for random bytes"))?;
         self.counters.rng = Some(Arc::clone(entropy.counters()));
         self.attach_virtio(machine, memory, Box::new(entropy))
     }

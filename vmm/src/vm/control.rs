@@ -10,12 +10,13 @@ use ebb_core::release::Release;
 use super::counters::DeviceCounters;
 use super::drives::Drives;
 use super::instance::Instance;
+use super::nets::Nets;
 use super::pause::Pausing;
 use super::snapshot::Snapshots;
 use crate::arena::Arena;
 use crate::control::{
     ArenaState, AutoBalloonState, BalloonState, BalloonStatistics, CommandError, Controller,
-    DevicesState, DriveState, DriveUpdate, FreePages, LazyMemoryState, ReclaimOutcome,
+    DevicesState, DriveState, DriveUpdate, FreePages, LazyMemoryState, NetUpdate, ReclaimOutcome,
     ReportingMode, ReportingState, SnapshotKind, TeardownState,
 };
 use crate::devices::virtio::balloon::BalloonHandle;
@@ -34,6 +35,8 @@ pub struct Control {
     pub balloon: Option<BalloonHandle>,
     /// The machine's disks.
     pub drives: Drives,
+    /// Its network interfaces.
+    pub nets: Nets,
     /// What the balloon is doing, if it runs itself.
     pub auto: Option<Arc<BalloonReport>>,
     /// What counts what the devices do.
@@ -178,6 +181,10 @@ impl Controller for Control {
 
     fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError> {
         self.drives.update(id, update)
+    }
+
+    fn update_net(&self, id: &str, update: &NetUpdate) -> Result<(), CommandError> {
+        self.nets.update(id, update)
     }
 
     fn snapshot(

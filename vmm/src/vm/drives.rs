@@ -24,6 +24,8 @@ struct Allowed {
 pub struct Drives {
     disks: Vec<(String, DiskHandle)>,
     allowed: Vec<Allowed>,
+    /// Where relative paths begin: the monitor's working folder at the start.
+    base: PathBuf,
 }
 
 impl Drives {
@@ -32,12 +34,18 @@ impl Drives {
     /// # Errors
     /// A folder cannot be opened.
     pub fn new(disks: Vec<(String, DiskHandle)>, folders: &[PathBuf]) -> io::Result<Self> {
+        // It has none if that was removed; then relative paths lead nowhere.
+        let base = std::env::current_dir().unwrap_or_default();
         let open = |path: &PathBuf| {
-            let (path, folder) = (path.clone(), File::open(path)?);
+            let (path, folder) = (base.join(path), File::open(path)?);
             Ok(Allowed { path, folder })
         };
         let allowed = folders.iter().map(open).collect::<io::Result<_>>()?;
-        Ok(Self { disks, allowed })
+        Ok(Self {
+            disks,
+            allowed,
+            base,
+        })
     }
 
     /// Their handles.
@@ -75,8 +83,9 @@ impl Drives {
             return failed(format!("there is no disk {id}; {known}"));
         };
         if let Some(path) = update.path.as_ref().filter(|path| **path != disk.path()) {
-            let file = self.open(path, disk.is_readonly())?;
-            disk.exchange(file, path).or_else(failed)?;
+            let path = self.base.join(path);
+            let file = self.open(&path, disk.is_readonly())?;
+            disk.exchange(file, &path).or_else(failed)?;
         } else if update.path.is_some() || update.limits.is_none() {
             disk.measure().or_else(failed)?;
         }
@@ -176,6 +185,17 @@ mod tests {
             assert!(refused.contains(message), "{refused}");
             assert_eq!(drives.states()[0].path_on_host, config.path);
         }
+        let relative = Drives {
+            base: inside.clone(),
+            ..Drives::new(disks(), std::slice::from_ref(&inside)).unwrap()
+        };
+        let update = DriveUpdate {
+            path: Some("link".into()),
+            limits: None,
+        };
+        relative.update("disk0", &update).unwrap();
+        assert_eq!(relative.states()[0].path_on_host, inside.join("link"));
+        drop(relative);
         exchange(inside.join("link")).unwrap();
         let state = &drives.states()[0];
         assert_eq!((state.drive_id.as_str(), state.size_bytes), ("disk0", 1024));

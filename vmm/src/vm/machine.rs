@@ -137,6 +137,7 @@ impl Vm {
             snapshots: Arc::new(snapshots),
             balloon,
             drives,
+            nets: std::mem::take(&mut devices.nets),
             auto: None,
             counters: std::mem::take(&mut devices.counters),
             hypercalls: Arc::new(Hypercalls::new(interface, ram, Arc::clone(&memory) as _)),
@@ -330,7 +331,7 @@ fn attach_virtio(
     let balloon = balloon.transpose()?;
     devices.attach_nets(machine, &ram, config, backends.taps)?;
     if config.rng {
-        devices.attach_rng(machine, &ram)?;
+        devices.attach_rng(machine, &ram, config.rng_limits)?;
     }
     if let (Some(vsock), Some(served)) = (&config.vsock, backends.vsock) {
         devices.attach_vsock(machine, &ram, vsock, served)?;

@@ -52,6 +52,7 @@ const ENTROPY: Names = &[
     ("entropy_event_count", "requests_total"),
     ("entropy_event_fails", "errors_total"),
     ("entropy_bytes", "random_bytes_total"),
+    ("entropy_rate_limiter_throttled", "throttled_total"),
 ];
 
 /// The file, and what stands in it already.

@@ -10,6 +10,7 @@ mod instance;
 mod machine;
 mod memory;
 mod metrics_file;
+mod nets;
 mod pause;
 mod restore;
 mod snapshot;

@@ -145,6 +145,7 @@ impl Waiting<'_> {
         let (config, snapshot) = self.outside.load(load)?;
         let process = self.draft.process();
         let config = MachineConfig {
+            id: process.id.clone(),
             api_socket: process.api_socket.clone(),
             as_firecracker: true,
             ..config

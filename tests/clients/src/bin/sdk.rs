@@ -129,9 +129,10 @@ async fn main() -> Result<()> {
         snapshot_path: setup.path("state"),
     };
     restored.load_snapshot(&load).await?;
+    let found = restored.describe_instance().await?;
     check(
-        restored.describe_instance().await?.state == InstanceState::Running,
-        "restored",
+        found.id == "two" && found.state == InstanceState::Running,
+        &found,
     )?;
     // It ends the process by SIGTERM, and removes the socket.
     drop(restored);

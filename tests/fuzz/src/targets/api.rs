@@ -12,8 +12,8 @@ use ebb_vmm::api::{Front, Server, serve};
 use ebb_vmm::config::{MachineConfig, MachineSpec};
 use ebb_vmm::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DevicesState,
-    DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome, SnapshotKind,
-    TeardownState,
+    DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, NetUpdate, ReclaimOutcome,
+    SnapshotKind, TeardownState,
 };
 use tempfile::TempDir;
 
@@ -92,6 +92,10 @@ impl Controller for Machine {
     }
 
     fn resume(&self) -> Result<(), CommandError> {
+        Ok(())
+    }
+
+    fn update_net(&self, _: &str, _: &NetUpdate) -> Result<(), CommandError> {
         Ok(())
     }
 

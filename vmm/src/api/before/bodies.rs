@@ -189,16 +189,15 @@ pub struct Entropy {
 }
 
 impl Entropy {
-    pub fn word(&self) -> Result<String, Fault> {
-        let limits = self
-            .rate_limiter
-            .as_ref()
-            .map(Limiter::limits)
-            .transpose()?;
-        if limits.flatten().is_some() {
-            return refuse("rate_limiter: random bytes have no limit; leave it out");
-        }
-        Ok("--rng=on".to_owned())
+    pub fn words(&self) -> Result<Vec<String>, Fault> {
+        let mut keys = String::new();
+        push_limits(&mut keys, self.rate_limiter.as_ref(), "")?;
+        let keys = keys.strip_prefix(',');
+        let limits = keys.map(|keys| format!("--rng-limits={keys}"));
+        Ok([Some("--rng=on".to_owned()), limits]
+            .into_iter()
+            .flatten()
+            .collect())
     }
 }
 

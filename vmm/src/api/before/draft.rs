@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::bodies::{
     Balloon, BootSource, Drive, Entropy, Machine, MachineUpdate, Metrics, Net, Serial, Vsock,
 };
+use crate::api::drives::same_id;
 use crate::api::routes::Fault;
 use crate::config::{ConfigError, MachineConfig, MachineSpec, explain};
 use crate::control::{InstanceInfo, InstanceState};
@@ -168,6 +169,12 @@ impl Draft {
     }
 
     pub(super) fn set_metrics(&mut self, metrics: Metrics) -> Result<(), Fault> {
+        let mut words = self.process.words.iter();
+        if let Some(path) = words.find_map(|word| word.strip_prefix("--metrics-path=")) {
+            return Err(Fault::bad_request(format!(
+                "the counters go to {path} already, by --metrics-path; give one of both"
+            )));
+        }
         self.change(|draft| draft.metrics = Some(metrics))
     }
 
@@ -236,7 +243,7 @@ impl Draft {
         }
         words.extend(self.vsock.as_ref().map(Vsock::word));
         if let Some(entropy) = &self.entropy {
-            words.push(entropy.word()?);
+            words.extend(entropy.words()?);
         }
         words.push(self.balloon.clone().unwrap_or_default().word()?);
         if let Some(serial) = &self.serial {
@@ -266,14 +273,5 @@ fn set<T>(devices: &mut Vec<(String, T)>, id: &str, device: T) {
     match devices.iter_mut().find(|(name, _)| name == id) {
         Some((_, place)) => *place = device,
         None => devices.push((id.to_owned(), device)),
-    }
-}
-
-fn same_id(field: &str, given: Option<&str>, id: &str) -> Result<(), Fault> {
-    match given.filter(|given| *given != id) {
-        Some(other) => Err(Fault::bad_request(format!(
-            "{field} is {other}, but the path names {id}"
-        ))),
-        None => Ok(()),
     }
 }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use hyper::Method;
 use serde_json::Value;
 
+use super::prometheus;
 use super::routes::{self, Fault, Reply, parse};
 use super::waiting::Ask;
 use crate::config::MachineConfig;
@@ -103,6 +104,9 @@ pub(super) const ROUTES: &[(Method, &str, Handler)] = &[
         done(draft.set_serial(parse(body)?))
     }),
     (Method::PUT, "/logger", put_logger),
+    (Method::GET, "/metrics", |draft, _, _| {
+        Ok(Step::Reply(Reply::Text(prometheus::head(&draft.info()))))
+    }),
     (Method::PUT, "/metrics", |draft, _, body| {
         done(draft.set_metrics(parse(body)?))
     }),

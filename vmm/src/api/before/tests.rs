@@ -146,7 +146,10 @@ const WHOLE: &[(&str, &str)] = &[
         "/vsock",
         r#"{"vsock_id": "root", "guest_cid": 3, "uds_path": "@/vsock"}"#,
     ),
-    ("/entropy", r#"{"rate_limiter": {"bandwidth": null}}"#),
+    (
+        "/entropy",
+        r#"{"rate_limiter": {"bandwidth": {"size": 64, "refill_time": 10}, "ops": null}}"#,
+    ),
     (
         "/balloon",
         r#"{"amount_mib": 64, "deflate_on_oom": false, "stats_polling_interval_s": 1}"#,
@@ -194,9 +197,37 @@ fn what_clients_ask_for_becomes_a_machine() {
     assert_eq!(config.serial, SerialConfig::File(bench.path("serial")));
     assert_eq!(config.metrics_path, Some(bench.path("metrics")));
     assert!(config.rng && config.transport == Transport::Pci);
+    let limits = config.rng_limits;
+    assert_eq!((limits.bw, limits.ops), ("64/10".parse().ok(), None));
     // A snapshot is restored by these words.
     let spec = crate::config::MachineSpec::try_parse_from(&config.words).unwrap();
     assert_eq!(spec.disks, config.disks);
+}
+
+#[test]
+fn the_counters_go_to_one_place() {
+    let mut bench = Bench::new(&["--metrics-path=/run/m"]);
+    let other = json!({ "metrics_path": bench.path("metrics") });
+    let refused = bench.refused(Method::PUT, "/metrics", other);
+    assert!(
+        refused.contains("go to /run/m already, by --metrics-path"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn before_the_start_prometheus_is_told_of_no_machine() {
+    let mut bench = Bench::new(&[]);
+    match bench.request(Method::GET, "/metrics", Value::Null) {
+        Ok(Step::Reply(Reply::Text(text))) => {
+            assert!(
+                text.contains("\nebb_info{machine=\"vm\",version="),
+                "{text}"
+            );
+            assert_eq!(text.lines().count(), 3, "{text}");
+        }
+        _ => panic!("no text"),
+    }
 }
 
 #[test]
@@ -307,8 +338,8 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("/vsock", r#"{"guest_cid": 2, "uds_path": "/v"}"#, "cid=2"),
     (
         "/entropy",
-        r#"{"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}"#,
-        "no limit",
+        r#"{"rate_limiter": {"ops": {"size": 18446744073709551615, "refill_time": 1}}}"#,
+        "not a limit",
     ),
     (
         "/balloon",

@@ -4,7 +4,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 use super::Bench;
-use crate::control::DriveLimits;
+use crate::control::RateLimits;
 
 #[test]
 fn drives_are_shown_and_changed_in_firecrackers_names() {
@@ -39,7 +39,7 @@ fn drives_are_shown_and_changed_in_firecrackers_names() {
         let told = match told.strip_prefix("rate ") {
             Some(rate) => format!(
                 "disk7 None {:?}",
-                Some(DriveLimits {
+                Some(RateLimits {
                     bandwidth: rate.parse().ok(),
                     operations: None,
                 })

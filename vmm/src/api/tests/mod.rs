@@ -25,8 +25,8 @@ use super::{ClientError, Front, Server, request, serve};
 use crate::config::{DiskEngine, MachineConfig, MachineSpec, parse_keys};
 use crate::control::{
     ArenaState, BalloonState, BalloonStatistics, CommandError, Controller, DeviceState,
-    DevicesState, DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, ReclaimOutcome,
-    SnapshotKind, TeardownState,
+    DevicesState, DriveState, DriveUpdate, Instance, InstanceInfo, LazyMemoryState, NetUpdate,
+    ReclaimOutcome, SnapshotKind, TeardownState,
 };
 
 /// How long a test waits for an answer.
@@ -168,6 +168,11 @@ impl Controller for Machine {
 
     fn update_drive(&self, id: &str, update: &DriveUpdate) -> Result<(), CommandError> {
         self.note(format!("{id} {:?} {:?}", update.path, update.limits));
+        Ok(())
+    }
+
+    fn update_net(&self, id: &str, update: &NetUpdate) -> Result<(), CommandError> {
+        self.note(format!("net {id} {update:?}"));
         Ok(())
     }
 

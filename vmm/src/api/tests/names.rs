@@ -55,7 +55,7 @@ const VSOCK: &str = "
     closed_total errors_total guest_connections_total host_connections_total refused_total
     rx_bytes_total rx_packets_total tx_bytes_total tx_packets_total";
 
-const RNG: &str = "errors_total random_bytes_total requests_total";
+const RNG: &str = "errors_total random_bytes_total requests_total throttled_total";
 
 const BALLOON: &str = "
     actual_mib amount_mib deflate_on_oom free_page_reporting lazy stats_polling_interval_s";

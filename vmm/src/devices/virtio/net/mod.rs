@@ -11,7 +11,7 @@ mod wire;
 mod worker;
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,16 +22,16 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::queue::{DeviceThread, GuestFaults, Limiter, ServedQueue, Worker};
+use super::queue::{DeviceThread, GuestFaults, ServedQueue, SharedLimiter, Worker};
 use super::{Activation, ActivationError, QueueHandle, VirtioDevice};
 use crate::config::{ConfigError, MacAddress, NetConfig};
 use crate::devices::state::from_value;
 use crate::sys::seccomp::Role;
 use crate::sys::tap::{Tap, TapError};
 use wire::{DEVICE_TYPE, HEADER_BYTES};
-use worker::{Context, Limits, NetWorker};
+use worker::{Context, NetWorker};
 
-pub use worker::{NetCounters, NetStats};
+pub use worker::{NetCounters, NetLimits, NetStats};
 
 /// Entries of each queue.
 const QUEUE_SIZE: u16 = 256;
@@ -45,7 +45,7 @@ pub struct Net {
     faults: Arc<GuestFaults>,
     worker: Option<Worker>,
     thread: DeviceThread,
-    limits: Arc<Mutex<Limits>>,
+    limits: NetLimits,
 }
 
 /// How long a tap is waited for that another process has: that of a machine which was killed at this moment is free soon.
@@ -89,10 +89,10 @@ impl Net {
             tap: Arc::new(tap),
             counters: Arc::default(),
             worker: None,
-            limits: Arc::new(Mutex::new(Limits {
-                receive: Limiter::new(config.rx_bw, config.rx_ops),
-                transmit: Limiter::new(config.tx_bw, config.tx_ops),
-            })),
+            limits: NetLimits {
+                receive: SharedLimiter::new(config.rx_bw, config.rx_ops),
+                transmit: SharedLimiter::new(config.tx_bw, config.tx_ops),
+            },
         })
     }
 
@@ -100,6 +100,12 @@ impl Net {
     #[must_use]
     pub fn counters(&self) -> &Arc<NetCounters> {
         &self.counters
+    }
+
+    /// The interface's limits, which may change at any time.
+    #[must_use]
+    pub const fn limits(&self) -> &NetLimits {
+        &self.limits
     }
 }
 
@@ -153,7 +159,7 @@ impl VirtioDevice for Net {
             faults: Arc::clone(&self.faults),
             interrupt: activation.interrupt,
         };
-        let worker = NetWorker::new(context, receive, transmit, Arc::clone(&self.limits));
+        let worker = NetWorker::new(context, receive, transmit, self.limits.clone());
         let worker = self.thread.start(worker);
         self.worker = Some(worker.map_err(ActivationError::Worker)?);
         Ok(())

@@ -15,7 +15,7 @@ use vm_memory::VolatileSlice;
 use super::QUEUE_SIZE;
 use super::wire::{self, FRAME_BYTES, HEADER_BYTES, NUM_BUFFERS};
 use super::worker::{Context, Next};
-use crate::devices::virtio::queue::{Chain, Limiter, QueueFailure, ServedQueue, StopSignal};
+use crate::devices::virtio::queue::{Chain, QueueFailure, ServedQueue, SharedLimiter, StopSignal};
 use crate::sys::vectors::{self, Vectors};
 
 /// Header and frame at their largest.
@@ -47,7 +47,7 @@ pub(super) struct Receiver<'m> {
     wanted: usize,
     /// The tap may have frames.
     readable: bool,
-    limiter: &'m mut Limiter,
+    limiter: &'m SharedLimiter,
 }
 
 /// A frame that has been read.
@@ -71,7 +71,7 @@ enum Step {
 }
 
 impl<'m> Receiver<'m> {
-    pub fn new(context: &'m Context, queue: ServedQueue, limiter: &'m mut Limiter) -> Self {
+    pub fn new(context: &'m Context, queue: ServedQueue, limiter: &'m SharedLimiter) -> Self {
         let mergeable = context.has(VIRTIO_NET_F_MRG_RXBUF);
         let large = wire::is_large(wire::offloads_of(context.features));
         // Without mergeable buffers, or with frames of common size, the first chain should do.

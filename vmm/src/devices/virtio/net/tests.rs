@@ -350,6 +350,26 @@ fn limits_hold_frames_back_in_each_direction() {
 }
 
 #[test]
+fn another_limit_lets_go_what_was_held_back() {
+    let rig = Rig::limited(",tx_ops=1/86400000,rx_ops=1/86400000", 0);
+    rig.offer(0, &[512; 8]);
+    rig.host.send(&frame(100)).unwrap();
+    rig.received(1);
+    rig.host.send(&frame(100)).unwrap();
+    rig.transmit.offer_chain(0, &[(DATA, 64, 0)]);
+    rig.transmit.notify();
+    let throttled = || rig.net.counters().snapshot().throttled_total;
+    wait_for(|| throttled() >= 2, "limits");
+    let sent = rig.transmit.used_index();
+    let none = Some("0".parse().unwrap());
+    rig.net.limits().transmit.set(None, none);
+    wait_for(|| rig.transmit.used_index() == sent + 1, "frame");
+    assert_eq!(rig.receive.used_index(), 1, "the other limit stays");
+    rig.net.limits().receive.set(None, none);
+    rig.received(2);
+}
+
+#[test]
 fn what_was_held_back_goes_on_by_itself() {
     let rig = Rig::limited(",tx_ops=5/20,rx_bw=300/20", 0);
     rig.offer(0, &[512; SIZE as usize]);

@@ -9,7 +9,7 @@ use super::QUEUE_SIZE;
 use super::wire::{ETHERNET_BYTES, FRAME_BYTES, HEADER_BYTES};
 use super::worker::{Context, Next};
 use crate::devices::virtio::queue::{
-    Chain, Limiter, QueueFailure, ReadError, ServedQueue, StopSignal,
+    Chain, QueueFailure, ReadError, ServedQueue, SharedLimiter, StopSignal,
 };
 use crate::sys::vectors::{self, Vectors};
 
@@ -33,11 +33,11 @@ pub(super) struct Transmitter<'m> {
     chain: Chain,
     slices: Vec<VolatileSlice<'m>>,
     vectors: Vectors,
-    limiter: &'m mut Limiter,
+    limiter: &'m SharedLimiter,
 }
 
 impl<'m> Transmitter<'m> {
-    pub fn new(context: &'m Context, queue: ServedQueue, limiter: &'m mut Limiter) -> Self {
+    pub fn new(context: &'m Context, queue: ServedQueue, limiter: &'m SharedLimiter) -> Self {
         Self {
             context,
             queue,

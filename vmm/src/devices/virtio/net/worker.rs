@@ -1,7 +1,7 @@
 //! The interface's thread: serves both queues and the tap.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
@@ -11,7 +11,7 @@ use super::transmit::Transmitter;
 use super::wire;
 use crate::devices::virtio::VirtioInterrupt;
 use crate::devices::virtio::queue::{
-    GuestFaults, Limiter, Poller, QueueFailure, ReadError, ServedQueue, Work,
+    GuestFaults, Poller, QueueFailure, ReadError, ServedQueue, SharedLimiter, Work,
 };
 use crate::sys::tap::Tap;
 
@@ -75,14 +75,16 @@ pub(super) struct NetWorker {
     context: Context,
     receive: ServedQueue,
     transmit: ServedQueue,
-    /// Locked for as long as the thread works: a reset does not fill them up.
-    limits: Arc<Mutex<Limits>>,
+    limits: NetLimits,
 }
 
-/// The limits of both directions.
-pub(super) struct Limits {
-    pub receive: Limiter,
-    pub transmit: Limiter,
+/// The limits of both directions. Clones are the same ones, and a reset does not fill them up.
+#[derive(Clone, Debug)]
+pub struct NetLimits {
+    /// Of what the guest receives.
+    pub receive: SharedLimiter,
+    /// Of what it sends.
+    pub transmit: SharedLimiter,
 }
 
 impl NetWorker {
@@ -90,7 +92,7 @@ impl NetWorker {
         context: Context,
         receive: ServedQueue,
         transmit: ServedQueue,
-        limits: Arc<Mutex<Limits>>,
+        limits: NetLimits,
     ) -> Self {
         Self {
             context,
@@ -134,8 +136,7 @@ impl Work for NetWorker {
         let offloads = wire::offloads_of(self.context.features);
         let set = self.context.tap.set_offload(offloads);
         set.unwrap_or_else(|error| tracing::error!("{}: {error}", self.context.tap.name()));
-        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        let Limits { receive, transmit } = &mut *limits;
+        let NetLimits { receive, transmit } = &self.limits;
         let mut receiver = Receiver::new(&self.context, self.receive, receive);
         let transmitter = Transmitter::new(&self.context, self.transmit, transmit);
         receiver.forget_old_frames(poller.stop());

@@ -1,5 +1,6 @@
-//! Limits of what a device moves: token buckets. Pure: who asks says what time it is.
+//! Limits of what a device moves: token buckets. Pure but for [`SharedLimiter`]: who asks says what time it is.
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::Rate;
@@ -121,6 +122,42 @@ impl Limiter {
         if let Some(operations) = &mut self.operations {
             operations.take(1);
         }
+    }
+}
+
+/// A limiter that an operator changes while a device uses it, by a clone of it.
+#[derive(Clone, Debug)]
+pub struct SharedLimiter(Arc<Mutex<Limiter>>);
+
+impl SharedLimiter {
+    /// How long a device waits for it at most: others may have been set meanwhile.
+    const LOOK: Duration = Duration::from_millis(500);
+
+    /// As [`Limiter::new`].
+    #[must_use]
+    pub fn new(bandwidth: Option<Rate>, operations: Option<Rate>) -> Self {
+        Self(Arc::new(Mutex::new(Limiter::new(bandwidth, operations))))
+    }
+
+    /// As [`Limiter::set`].
+    pub fn set(&self, bandwidth: Option<Rate>, operations: Option<Rate>) {
+        self.lock().set(bandwidth, operations);
+    }
+
+    /// As [`Limiter::delay`], but never long: ask again after it.
+    #[must_use]
+    pub fn delay(&self) -> Option<Duration> {
+        self.lock().delay().map(|delay| delay.min(Self::LOOK))
+    }
+
+    /// As [`Limiter::take`].
+    pub fn take(&self, bytes: u64) {
+        self.lock().take(bytes);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Limiter> {
+        // Whole after each of its methods.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -12,6 +12,6 @@ mod worker;
 
 pub use crate::faults::GuestFaults;
 pub use chain::{Chain, ChainFault, Cursor, ReadError};
-pub use limit::Limiter;
+pub use limit::{Limiter, SharedLimiter};
 pub use service::{QueueFailure, ServedQueue};
 pub use worker::{DeviceThread, Poller, StopSignal, Work, Worker};

@@ -11,8 +11,9 @@ use serde_json::Value;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::queue::{DeviceThread, GuestFaults, ServedQueue, Worker};
+use super::queue::{DeviceThread, GuestFaults, ServedQueue, SharedLimiter, Worker};
 use super::{Activation, ActivationError, VirtioDevice};
+use crate::config::RngLimits;
 use crate::sys::seccomp::Role;
 use worker::{Context, RngWorker};
 
@@ -28,17 +29,19 @@ const QUEUE_SIZE: u16 = 16;
 pub struct Entropy {
     counters: Arc<RngCounters>,
     faults: Arc<GuestFaults>,
+    limiter: SharedLimiter,
     worker: Option<Worker>,
     thread: DeviceThread,
 }
 
 impl Entropy {
-    /// A source of random bytes.
+    /// A source of so many random bytes.
     ///
     /// # Errors
     /// Its thread could not be started.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(limits: RngLimits) -> io::Result<Self> {
         Ok(Self {
+            limiter: SharedLimiter::new(limits.bw, limits.ops),
             thread: DeviceThread::spawn("ebb-rng", Role::Rng)?,
             counters: Arc::default(),
             faults: Arc::new(GuestFaults::new("rng")),
@@ -81,6 +84,7 @@ impl VirtioDevice for Entropy {
             memory: activation.memory,
             counters: Arc::clone(&self.counters),
             faults: Arc::clone(&self.faults),
+            limiter: self.limiter.clone(),
             interrupt: activation.interrupt,
         };
         let worker = RngWorker::new(context, ServedQueue::new(0, handle), QUEUE_SIZE);

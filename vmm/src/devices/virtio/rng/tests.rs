@@ -25,11 +25,15 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
+        Self::limited(RngLimits::default())
+    }
+
+    fn limited(limits: RngLimits) -> Self {
         let memory = memory(8);
         let mut rig = Self {
             queue: MockQueue::new(&memory, QUEUE, 16),
             memory,
-            rng: Entropy::new().unwrap(),
+            rng: Entropy::new(limits).unwrap(),
             interrupt: Arc::default(),
         };
         rig.activate();
@@ -82,11 +86,28 @@ fn bytes_are_random_and_no_more_than_asked_for() {
         requests_total: 2,
         errors_total: 0,
         random_bytes_total: 1200,
+        throttled_total: 0,
     };
     assert_eq!(rig.rng.counters().snapshot(), expected);
     // Joins the thread, which ends its pass first.
     rig.rng.reset();
     assert_eq!(rig.interrupt.used.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn limits_hold_requests_back() {
+    let rig = Rig::limited(RngLimits {
+        bw: "2/86400000".parse().ok(),
+        ops: None,
+    });
+    assert_eq!(rig.run(&[(DATA, 64, WRITE)]), 64);
+    rig.queue.offer_chain(0, &[(DATA, 64, WRITE)]);
+    rig.queue.notify();
+    let throttled = || rig.rng.counters().snapshot().throttled_total;
+    wait_for(|| throttled() > 0, "limit");
+    assert_eq!(rig.queue.used_index(), 1);
+    rig.rng.limiter.set("0".parse().ok(), None);
+    wait_for(|| rig.queue.used_index() == 2, "request");
 }
 
 #[test]
@@ -146,7 +167,7 @@ fn a_reset_stops_it_and_broken_rings_ask_for_one() {
 /// Numbers of the specification: an entropy device is 4; the bits are those of virtio 1.3, 6.
 #[test]
 fn the_device_says_what_it_is() {
-    let rng = Entropy::new().unwrap();
+    let rng = Entropy::new(RngLimits::default()).unwrap();
     let features = [32, 29, 28].iter().fold(0, |all, bit| all | 1 << bit);
     assert_eq!((rng.device_type(), rng.features()), (4, features));
     let mut config = [0xff; 8];

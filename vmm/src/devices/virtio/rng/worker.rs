@@ -2,12 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::GuestMemoryMmap;
 
 use crate::devices::virtio::VirtioInterrupt;
 use crate::devices::virtio::queue::{
-    Chain, GuestFaults, Poller, QueueFailure, ReadError, ServedQueue, StopSignal, Work,
+    Chain, GuestFaults, Poller, QueueFailure, ReadError, ServedQueue, SharedLimiter, StopSignal,
+    Work,
 };
 use crate::sys::random::random_block;
 
@@ -23,6 +25,8 @@ ebb_core::metrics! {
         errors_total: Counter,
         /// Random bytes that the guest got.
         random_bytes_total: Counter of Bytes,
+        /// Times that requests had to wait for the limits.
+        throttled_total: Counter,
     }
 }
 
@@ -42,6 +46,7 @@ pub(super) struct Context {
     pub memory: Arc<GuestMemoryMmap>,
     pub counters: Arc<RngCounters>,
     pub faults: Arc<GuestFaults>,
+    pub limiter: SharedLimiter,
     pub interrupt: Arc<dyn VirtioInterrupt>,
 }
 
@@ -61,7 +66,8 @@ impl RngWorker {
         }
     }
 
-    fn serve(&mut self, stop: &StopSignal) -> Result<(), QueueFailure> {
+    /// Answers what is there. Returns how long the next request has to wait for the limits, if there may be one that has to.
+    fn serve(&mut self, stop: &StopSignal) -> Result<Option<Duration>, QueueFailure> {
         let Self {
             context,
             queue,
@@ -70,7 +76,12 @@ impl RngWorker {
         queue.begin(&context.memory);
         for _ in 0..queue.size() {
             if stop.is_stopped() {
-                return Ok(());
+                return Ok(None);
+            }
+            if let Some(delay) = context.limiter.delay() {
+                context.counters.throttled_total.increment();
+                queue.end(&context.memory, &*context.interrupt, &context.faults)?;
+                return Ok(Some(delay));
             }
             let Some(loaded) = queue.next(&context.memory, chain)? else {
                 break;
@@ -83,9 +94,11 @@ impl RngWorker {
                     0
                 }
             };
+            context.limiter.take(written.into());
             queue.give_back(&context.memory, chain.head(), written)?;
         }
-        queue.end(&context.memory, &*context.interrupt, &context.faults)
+        queue.end(&context.memory, &*context.interrupt, &context.faults)?;
+        Ok(None)
     }
 }
 
@@ -97,13 +110,14 @@ impl Work for RngWorker {
     fn run(mut self, poller: &Poller) {
         // What the driver made available before it was ready is not notified again.
         loop {
-            if let Err(failure) = self.serve(poller.stop()) {
+            let delay = self.serve(poller.stop()).unwrap_or_else(|failure| {
                 let faults = &self.context.faults;
                 faults.report(failure);
                 let told = self.context.interrupt.needs_reset();
                 told.unwrap_or_else(|error| faults.report(format_args!("interrupt: {error}")));
-            }
-            if !poller.wait(None, |_| {}) {
+                None
+            });
+            if !poller.wait(delay, |_| {}) {
                 return;
             }
         }
