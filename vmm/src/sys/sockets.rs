@@ -84,16 +84,21 @@ pub fn remove_file_if(path: &Path, identity: FileIdentity) -> io::Result<bool> {
 
 /// Another process may put its own file at `path` at any time. So it is moved away first, and looked at there.
 fn remove_aside(path: &Path, identity: FileIdentity) -> io::Result<bool> {
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".{}", std::process::id()));
-    let aside = Path::new(&aside);
-    fs::rename(path, aside)?;
-    if file_identity(aside)? == identity {
-        fs::remove_file(aside)?;
+    let aside = beside(path);
+    fs::rename(path, &aside)?;
+    if file_identity(&aside)? == identity {
+        fs::remove_file(&aside)?;
         return Ok(true);
     }
-    renameat_with(CWD, aside, CWD, path, RenameFlags::NOREPLACE)?;
+    renameat_with(CWD, &aside, CWD, path, RenameFlags::NOREPLACE)?;
     Ok(false)
+}
+
+/// A name beside that of `path` that no other process uses.
+fn beside(path: &Path) -> PathBuf {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(format!(".{}", std::process::id()));
+    aside.into()
 }
 
 /// A socket in the file system that this process created. Dropping it removes it, unless [`BoundPath::remove`] has done so.
@@ -140,8 +145,13 @@ impl Drop for BoundPath {
     }
 }
 
+/// Clients that wait to be accepted.
+const BACKLOG: i32 = 128;
+
 /// Creates a listening socket with mode 0600. Linux takes a socket file's mode from the descriptor's, so the file never exists
 /// with wider permissions, and the process's umask, which other threads share, stays as it is.
+///
+/// Clients connect as soon as they see the file: it gets its name when it listens, unless the path is too long for that.
 ///
 /// # Errors
 /// The error of the system call.
@@ -149,13 +159,23 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let aside = beside(path);
+    if let Ok(address) = SocketAddrUnix::new(&aside) {
+        // A process of this number may have left one.
+        let _ = fs::remove_file(&aside);
+        rustix::net::bind(&socket, &address)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        let named = renameat_with(CWD, &aside, CWD, path, RenameFlags::NOREPLACE);
+        named.inspect_err(|_| drop(fs::remove_file(&aside)))?;
+    } else {
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        rustix::net::listen(&socket, BACKLOG)?;
+    }
     let bound = BoundPath {
         path: path.to_owned(),
         identity: identity_of_bound(path)?,
         is_removed: false,
     };
-    rustix::net::listen(&socket, 128)?;
     Ok((UnixListener::from(socket), bound))
 }
 
@@ -177,6 +197,8 @@ fn identity_of_bound(path: &Path) -> io::Result<FileIdentity> {
 mod tests {
     use rustix::process::{WaitOptions, waitpid};
 
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
     use super::*;
     use crate::sys::process::fork_for_test;
 
@@ -194,6 +216,38 @@ mod tests {
         assert!(remove_file_if(&path, identity).unwrap());
         assert!(!remove_file_if(&path, identity).unwrap(), "it is gone");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn whoever_sees_a_socket_can_connect_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        // The second one leaves no room for a name beside it.
+        let long = "x".repeat(105 - folder.path().as_os_str().len());
+        let path = folder.path().join("socket");
+        let (over, refused) = (AtomicBool::new(false), AtomicUsize::new(0));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    match UnixStream::connect(&path) {
+                        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                            refused.fetch_add(1, Ordering::Relaxed);
+                        }
+                        _ => {}
+                    }
+                }
+            });
+            for _ in 0..200 {
+                let (listener, mut bound) = bind(&path).unwrap();
+                let taken = bind(&path).unwrap_err();
+                assert_eq!(taken.kind(), io::ErrorKind::AlreadyExists);
+                bound.remove();
+                drop(listener);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(refused.into_inner(), 0);
+        drop(bind(&folder.path().join(long)).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     /// A socket that a dead process has made can still be connected to while another has the descriptor.
