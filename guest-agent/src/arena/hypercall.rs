@@ -118,3 +118,85 @@ fn without_signals(action: impl FnOnce() -> bool) -> bool {
         done
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    /// What `action` returns in a thread of its own, which may lose privileges.
+    fn apart<T: Send + 'static>(action: impl FnOnce() -> T + Send + 'static) -> T {
+        thread::spawn(action).join().unwrap()
+    }
+
+    fn with_port(port: u32) -> ReuseHypercall {
+        ReuseHypercall {
+            port: AtomicU32::new(port),
+            filtered: AtomicBool::new(false),
+        }
+    }
+
+    fn blocked_signals() -> libc::sigset_t {
+        let mut blocked = MaybeUninit::uninit();
+        // SAFETY: the set is written; without a new one the mask stays.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), blocked.as_mut_ptr());
+            blocked.assume_init()
+        }
+    }
+
+    /// Whether a signal is in a set.
+    fn has(set: &libc::sigset_t, signal: i32) -> bool {
+        // SAFETY: the set is initialized.
+        unsafe { libc::sigismember(set, signal) == 1 }
+    }
+
+    #[test]
+    fn a_call_that_may_not_be_made_is_not_tried_again() {
+        let (answers, port) = apart(|| {
+            // SAFETY: takes no pointers. The call itself changes this thread only; libc's would change all.
+            unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+            let call = with_port(u32::from(ebb_hypercall_abi::discovery::PORT));
+            let answers = [call.call(4 << 30, 2 << 20), call.call(4 << 30, 2 << 20)];
+            (answers, call.port.into_inner())
+        });
+        assert_eq!((answers, port), ([Answer::NotAllowed; 2], 0));
+    }
+
+    #[test]
+    fn a_thread_with_a_filter_makes_no_rare_calls() {
+        let answers = apart(|| {
+            let (before, call) = (ReuseHypercall::probe(), with_port(1));
+            let allow = libc::sock_filter {
+                code: (libc::BPF_RET | libc::BPF_K) as u16,
+                jt: 0,
+                jf: 0,
+                k: libc::SECCOMP_RET_ALLOW,
+            };
+            let mut program = [allow];
+            let filter = libc::sock_fprog {
+                len: 1,
+                filter: program.as_mut_ptr(),
+            };
+            // SAFETY: the program is there during the call, and is for this thread only.
+            unsafe {
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+                libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &filter);
+            }
+            let after = ReuseHypercall::probe();
+            [before, call, after].map(|it| it.call(4 << 30, 2 << 20))
+        });
+        assert_eq!(answers, [Answer::Filtered; 3]);
+    }
+
+    #[test]
+    fn signals_are_blocked_during_a_call_and_as_before_after_it() {
+        apart(|| {
+            assert!(!has(&blocked_signals(), libc::SIGUSR1));
+            assert!(without_signals(|| has(&blocked_signals(), libc::SIGUSR1)));
+            assert!(!without_signals(|| false));
+            assert!(!has(&blocked_signals(), libc::SIGUSR1));
+        });
+    }
+}

@@ -34,6 +34,14 @@ pub fn anonymous(pid: u32) -> Result<u64> {
     in_all_mappings(pid, "Anonymous")
 }
 
+/// Bytes that a process has changed and shares with no other: what it costs.
+///
+/// # Errors
+/// When the process is gone.
+pub fn own(pid: u32) -> Result<u64> {
+    in_all_mappings(pid, "Private_Dirty")
+}
+
 fn in_all_mappings(pid: u32, name: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     field(&read(&path)?, name).context(format_args!("{path} has no {name}"))

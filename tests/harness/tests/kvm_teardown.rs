@@ -46,11 +46,11 @@ fn a_stop_is_visible_before_memory_is_free() -> Result<()> {
     );
     let guardian = find(&place, "ebb-guardian")?;
     let (own, all) = (
-        ebb_harness::host::anonymous(guardian)?,
+        ebb_harness::host::own(guardian)?,
         ebb_harness::host::rss(guardian)?,
     );
-    println!("the guardian: {own} bytes of its own, {all} with pages of files");
-    // The pages of its files are the monitor's, too, and how many of them are mapped is up to the page cache.
+    println!("the guardian: {own} bytes of its own, {all} with those that it shares");
+    // What it has in common with the monitor costs nothing, and how much that is is up to the page cache.
     assert!(own <= 512 << 10, "the guardian takes {own} bytes");
     assert!(place.ctl(&["stop"])?.status.success());
     assert_eq!(idle.wait()?, Some(0));

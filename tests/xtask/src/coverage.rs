@@ -1,7 +1,6 @@
 //! `cargo xtask coverage`: which lines of the source run in unit tests and in a few tests with guests.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -45,6 +44,9 @@ const PARTS: [(&str, &[&str]); 7] = [
 
 /// How long one binary with guests may take: the monitor is not optimized.
 const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
+
+/// The second flag is what [`profile_pattern`] needs.
+const INSTRUMENTED: &str = "-C instrument-coverage -C llvm-args=-runtime-counter-relocation";
 
 /// Arguments of `coverage`.
 #[derive(clap::Args)]
@@ -102,19 +104,18 @@ fn instrumented<'a>(out: &Path, words: impl IntoIterator<Item = &'a str>) -> Com
         command.args(["-p", package]);
     });
     command
-        .env("RUSTFLAGS", "-C instrument-coverage")
+        .env("RUSTFLAGS", INSTRUMENTED)
         .env("CARGO_TARGET_DIR", out.join("build"))
         // Build scripts and procedural macros are instrumented, too.
         .env("LLVM_PROFILE_FILE", "/dev/null");
     command
 }
 
-/// Where a program that ends writes its counts: one file for each process.
+/// Where a program has its counts: one file for each program, which all its processes map and change (`%c`). So
+/// nothing has to be written at the end, and what counts is also what runs in processes that are killed, end by `_exit` or
+/// may not write files, such as the reaper.
 fn profile_pattern(profiles: &Path) -> String {
-    profiles
-        .join("%m-%p.profraw")
-        .to_string_lossy()
-        .into_owned()
+    profiles.join("%m%c.profraw").to_string_lossy().into_owned()
 }
 
 /// Runs the unit tests and returns their binaries.
@@ -134,7 +135,6 @@ fn with_guests(out: &Path, profiles: &Path) -> Result<PathBuf> {
     let assets = setup::ensure()?;
     quietly(instrumented(out, ["build", "--bins", "--quiet"]))?;
     let monitor = out.join("build/debug/ebb");
-    let unfiltered = unfiltered(out, &monitor)?;
     let binaries = test::test_binaries()?;
     let runner = start_runner(&assets)?;
     for name in WITH_GUESTS {
@@ -146,7 +146,7 @@ fn with_guests(out: &Path, profiles: &Path) -> Result<PathBuf> {
         run.env = environment(&assets, runner.platform(), out);
         run.env.retain(|(name, _)| name != "EBB_BIN");
         let more = [
-            ("EBB_BIN", unfiltered.to_string_lossy().into_owned()),
+            ("EBB_BIN", monitor.to_string_lossy().into_owned()),
             ("LLVM_PROFILE_FILE", profile_pattern(profiles)),
             ("RUST_TEST_THREADS", "2".to_owned()),
         ];
@@ -159,20 +159,6 @@ fn with_guests(out: &Path, profiles: &Path) -> Result<PathBuf> {
         }
     }
     Ok(monitor)
-}
-
-/// A program that runs the monitor without filters of system calls: they would forbid that it writes its counts.
-fn unfiltered(out: &Path, monitor: &Path) -> Result<PathBuf> {
-    let path = out.join("ebb");
-    let text = format!(
-        "#!/bin/sh\n[ \"$1\" != run ] || {{ shift; set -- run --seccomp off \"$@\"; }}\nexec {monitor:?} \"$@\"\n"
-    );
-    let write = || {
-        std::fs::write(&path, text)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
-    };
-    write().context(|| format!("write {}", path.display()))?;
-    Ok(path)
 }
 
 /// What ran of each file of the repository, by its path from the root.
