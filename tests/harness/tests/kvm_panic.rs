@@ -5,9 +5,11 @@
 //! | those that the machine needs | it ends with status 33, and the log names the thread |
 //! | those that write the log or the console | the same; what they had not written is lost |
 //! | one that carries out a request | the request fails, and the machine goes on |
+//! | the first thread, while it builds the machine | the process ends with status 33, and the log names the thread |
+//! | the guardian, when the monitor has been killed | the log says so, and the reaper frees the memory |
 //!
-//! Nothing is left, and the machine can be started again with the same id, socket and disk. A panic of the guardian is as
-//! its death, which `kvm_restart` looks at; the reaper only makes system calls. Threads of devices: `kvm_hostile`.
+//! Nothing is left, and the machine can be started again with the same id, socket and disk. The reaper only makes system
+//! calls. Threads of devices: `kvm_hostile`.
 
 use std::process::Command;
 
@@ -34,7 +36,8 @@ fn ended_and_starts_again(site: &Site, mut life: Life, thread: &str) -> Result<(
     assert_eq!(status.code(), Some(CRASH), "{thread}: {}", life.said());
     // All of the log, because who writes it may be who has panicked.
     let log = site.text("log");
-    let line = format!("the thread {thread} has panicked");
+    let named = if thread == "building" { "main" } else { thread };
+    let line = format!("the thread {named} has panicked");
     assert!(
         thread == "ebb-log" || log.contains(&line),
         "{thread}: {log}"
@@ -60,7 +63,8 @@ fn a_machine_ends_when_one_of_its_threads_panics() -> Result<()> {
         guest.store(FREE_START, 1);
     })?;
     let quiet = ["--serial", "null"];
-    let cases: [(&str, &str, &[&str]); 7] = [
+    let cases: [(&str, &str, &[&str]); 8] = [
+        ("building", "idle", &quiet),
         ("main", "idle", &quiet),
         ("ebb-vcpu0", "guest", &quiet),
         (
@@ -118,6 +122,27 @@ fn a_request_that_panics_fails_alone() -> Result<()> {
         })?;
         assert_eq!(answer.status, 500, "{answer:?}");
     }
+    life.signal(Signal::TERM);
+    assert_eq!(life.wait()?.code(), Some(0), "{}", life.said());
+    site.vanished()?;
+    figure("panics", 1);
+    Ok(())
+}
+
+#[test]
+fn a_guardian_that_panics_leaves_the_memory_to_the_reaper() -> Result<()> {
+    let site = Site::new()?;
+    site.guest("guest", |_| {})?;
+    let mut life = start(&site, "ebb-guardian", "guest", &[])?;
+    life.until_it_runs()?;
+    life.signal(Signal::KILL);
+    assert_eq!(life.wait()?.code(), None, "{}", life.said());
+    until_often("the guardian has panicked", LONG, || {
+        let line = "the guardian has panicked";
+        Ok(site.text("log").contains(line).then_some(()))
+    })?;
+    drop(life);
+    let mut life = site.running("guest")?;
     life.signal(Signal::TERM);
     assert_eq!(life.wait()?.code(), Some(0), "{}", life.said());
     site.vanished()?;

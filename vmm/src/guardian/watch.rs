@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::panic;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -48,10 +49,15 @@ impl Watch<'_> {
         // Signals for the monitor's terminal or process group do not concern the guardian.
         let _ = rustix::process::setsid();
         let _ = rustix::thread::set_name(c"ebb-guardian");
+        // The usual hook makes system calls that the filter forbids.
+        panic::set_hook(Box::new(|panic| {
+            tracing::error!("the guardian has panicked: {panic}");
+        }));
         Role::Guardian.enter();
         // Last: each page of code that is touched brings its neighbours with it.
         sys::process::shrink();
         wait_for_exit(self.monitor, None);
+        sys::panic_point_at("ebb-guardian");
         if !self.status.is_finished()
             && let Some(terminal) = &self.terminal
         {

@@ -28,7 +28,7 @@ pub use cgroup::{Cgroup, MemoryLimit};
 pub use files::{inherited_file, replace_file};
 pub use kept::KeptFile;
 pub use mapping::{Mapping, MappingKind};
-pub use panic_point::panic_point;
+pub use panic_point::{panic_point, panic_point_at};
 pub use pressure::{MemInfo, PsiTrigger};
 pub use signals::{Request, Signals};
 pub use slots::SlotFile;

@@ -38,7 +38,7 @@ use crate::reclaim::{AutoBalloon, BalloonBounds, ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
 use crate::sys::seccomp::Role;
 use crate::sys::tap::Tap;
-use crate::sys::{RawMode, Signals};
+use crate::sys::{RawMode, Signals, panic_point_at};
 use crate::teardown::{PageSize, Teardown};
 use crate::vcpu::{self, PauseSwitch, Shared, VcpuSetup, Vcpus};
 
@@ -89,6 +89,7 @@ impl Vm {
         }
         let machine = create_machine(&mut host, &setup, &memory)?;
 
+        panic_point_at("building");
         let mut devices = Devices::new(Arc::clone(&memory) as _, config.transport);
         instance.set_keyboard(devices.attach_platform(&machine)?);
         attach_buses(&mut devices, config, &memory)?;

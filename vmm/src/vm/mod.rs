@@ -200,7 +200,14 @@ impl Process {
         let prepared = seccomp::prepare_allocator().map_err(LaunchError::system("thread"));
         let started =
             prepared.and_then(|()| log.start().map_err(LaunchError::system("log thread")));
-        let reason = started.and_then(|()| machine(guardian, signals));
+        let reason = started.and_then(|()| {
+            let run = AssertUnwindSafe(|| machine(guardian, signals));
+            // While it is built: what there was of it is gone, and nothing is left to the reaper.
+            catch_unwind(run).unwrap_or_else(|_| {
+                guardian.reaper().into_iter().for_each(Reaper::clear_job);
+                Ok(ExitReason::Crash)
+            })
+        });
         guardian.finish();
         reason
     }

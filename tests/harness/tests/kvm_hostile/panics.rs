@@ -1,9 +1,11 @@
 //! Devices whose thread panics while it works for the guest: the machine ends as documented, and nothing else is harmed.
 
 use std::fs;
+use std::net::Ipv4Addr;
 
 use ebb_harness::error::{Context, Result};
 use ebb_harness::figure;
+use ebb_harness::network::Tap;
 use ebb_payload::freestanding::map::TEST_MEMORY;
 use ebb_payload::script::Scripts;
 use tempfile::TempDir;
@@ -16,7 +18,9 @@ use crate::virtio::{BALLOON, Buffer, DISK, Device, WRITE, empty, queue, table};
 const CRASH: i32 = 33;
 
 /// Behind two disks and the balloon.
-const RANDOM: Device = Device(0xd000_3000);
+const NET: Device = Device(0xd000_3000);
+const RANDOM: Device = Device(0xd000_4000);
+const VSOCK: Device = Device(0xd000_5000);
 
 /// MUST_TELL_HOST, statistics, reporting (virtio 1.3, 5.5.3).
 const BALLOON_FEATURES: u64 = 1 | 2 | 1 << 5;
@@ -34,6 +38,8 @@ struct Case {
 const fn case(thread: &'static str, device: Device, index: usize, buffer: Buffer) -> Case {
     let (features, queues) = match device.0 {
         0xd000_2000 => (BALLOON_FEATURES, 4),
+        0xd000_3000 => (0, 2),
+        0xd000_5000 => (0, 3),
         _ => (0, 1),
     };
     Case {
@@ -46,11 +52,13 @@ const fn case(thread: &'static str, device: Device, index: usize, buffer: Buffer
     }
 }
 
-const CASES: [Case; 4] = [
+const CASES: [Case; 6] = [
     case("ebb-blk0", DISK, 0, (TEST_MEMORY, 16, 0)),
     case("ebb-balloon", BALLOON, 0, (TEST_MEMORY, 4, 0)),
     case("ebb-report", BALLOON, 3, (TEST_MEMORY, 4096, WRITE)),
+    case("ebb-net0", NET, 1, (TEST_MEMORY, 64, 0)),
     case("ebb-rng", RANDOM, 0, (TEST_MEMORY, 64, WRITE)),
+    case("ebb-vsock", VSOCK, 1, (TEST_MEMORY, 44, 0)),
 ];
 
 #[test]
@@ -59,6 +67,7 @@ fn a_machine_ends_when_a_thread_of_a_device_panics() -> Result<()> {
     let path = folder.path().join("disk");
     fs::write(&path, disk::content()).context("make a disk")?;
     let path = format!("path={},readonly=on", path.display());
+    let _tap = Tap::create("ebbpanic", Ipv4Addr::new(10, 77, 12, 1), 1500)?;
     let options = [
         "--disk",
         &path,
@@ -66,8 +75,12 @@ fn a_machine_ends_when_a_thread_of_a_device_panics() -> Result<()> {
         &path,
         "--balloon",
         "statistics=1,reporting=eager",
+        "--net",
+        "tap=ebbpanic",
         "--rng",
         "on",
+        "--vsock",
+        "cid=3,path=v",
     ];
     for case in &CASES {
         let mut scripts = Scripts::default();
