@@ -89,7 +89,6 @@ impl Vm {
         }
         let machine = create_machine(&mut host, &setup, &memory)?;
 
-        panic_point_at("building");
         let mut devices = Devices::new(Arc::clone(&memory) as _, config.transport);
         instance.set_keyboard(devices.attach_platform(&machine)?);
         attach_buses(&mut devices, config, &memory)?;
@@ -268,6 +267,7 @@ fn create_machine(
 ) -> Result<kvm::Machine, LaunchError> {
     const NO_FILTER: &str =
         "this host's KVM does not report writes of MSRs (KVM_CAP_X86_MSR_FILTER, Linux 5.10)";
+    panic_point_at("building");
     let mut machine = host.create_machine()?;
     machine.map_memory(Arc::clone(memory.ram()))?;
     if setup.strict {
