@@ -27,4 +27,8 @@ pub trait MessageInterrupt: Interrupt {
     /// # Errors
     /// The error of the system call, for instance for a message that KVM cannot deliver. The interrupt then reaches nobody.
     fn route(&self, message: Option<Message>) -> io::Result<()>;
+
+    /// Tells which message [`MessageInterrupt::route`] will be called with soon: then what is told of several interrupts can be done
+    /// at once. To ignore it changes nothing.
+    fn prepare(&self, _message: Message) {}
 }

@@ -1,7 +1,7 @@
 //! Interrupts that are messages, through KVM's routing table and irqfd.
 
-use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{io, mem};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -17,35 +17,39 @@ use crate::irq::{Interrupt, Message, MessageInterrupt};
 /// What each number of an interrupt is: those below [`GSI_END`] are lines, the others messages.
 pub(super) struct Routes {
     fd: Arc<VmFd>,
-    messages: Mutex<Vec<Option<Message>>>,
+    table: Mutex<Table>,
+}
+
+/// The messages that KVM has, and what some of them will be.
+#[derive(Default)]
+struct Table {
+    messages: Vec<Option<Message>>,
+    prepared: Vec<(usize, Message)>,
 }
 
 impl Routes {
     pub fn new(fd: Arc<VmFd>) -> Arc<Self> {
         Arc::new(Self {
             fd,
-            messages: Mutex::default(),
+            table: Mutex::default(),
         })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A number that no other interrupt has.
     pub fn allocate(&self) -> u32 {
-        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        messages.push(None);
-        GSI_END + messages.len() as u32 - 1
+        let mut table = self.lock();
+        table.messages.push(None);
+        GSI_END + table.messages.len() as u32 - 1
     }
 
-    /// Has KVM take `message` for the interrupt `gsi`. One that it refuses must not spoil the table for the others.
+    /// Has KVM take `message` for the interrupt `gsi`.
     fn set(&self, gsi: u32, message: Option<Message>) -> io::Result<()> {
-        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
         let index = (gsi - GSI_END) as usize;
-        messages[index] = message;
-        let set = self.write(&messages);
-        if set.is_err() && message.is_some() {
-            messages[index] = None;
-            self.write(&messages)?;
-        }
-        set
+        self.lock().set(index, message, |all| self.write(all))
     }
 
     /// KVM takes all routes at once.
@@ -57,6 +61,39 @@ impl Routes {
         let table = KvmIrqRouting::from_entries(&entries);
         let table = table.map_err(|_| io::Error::from(io::ErrorKind::StorageFull))?;
         Ok(self.fd.set_gsi_routing(&table)?)
+    }
+}
+
+impl Table {
+    /// Has the kernel take `message` for a number, and with it all that is prepared. `write` gives it all messages. One that it
+    /// refuses must not spoil the table for the others.
+    fn set(
+        &mut self,
+        index: usize,
+        message: Option<Message>,
+        write: impl Fn(&[Option<Message>]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let prepared = mem::take(&mut self.prepared);
+        if prepared.is_empty() && self.messages[index] == message {
+            return Ok(());
+        }
+        let before = self.messages.clone();
+        for (index, message) in prepared {
+            self.messages[index] = Some(message);
+        }
+        self.messages[index] = message;
+        if write(&self.messages).is_ok() {
+            return Ok(());
+        }
+        // Then without what is prepared, and without this one.
+        self.messages = before;
+        self.messages[index] = message;
+        let set = write(&self.messages);
+        if set.is_err() && message.is_some() {
+            self.messages[index] = None;
+            write(&self.messages)?;
+        }
+        set
     }
 }
 
@@ -117,11 +154,73 @@ impl MessageInterrupt for MsiFd {
     fn route(&self, message: Option<Message>) -> io::Result<()> {
         self.routes.set(self.gsi, message)
     }
+
+    fn prepare(&self, message: Message) {
+        let index = (self.gsi - GSI_END) as usize;
+        self.routes.lock().prepared.push((index, message));
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
+
+    /// What a kernel is given that refuses messages with the data 0.
+    #[derive(Default)]
+    struct Kernel(RefCell<Vec<Vec<u32>>>);
+
+    impl Kernel {
+        fn write(&self, all: &[Option<Message>]) -> io::Result<()> {
+            let data: Vec<u32> = all.iter().flatten().map(|it| it.data).collect();
+            let is_bad = data.contains(&0);
+            self.0.borrow_mut().push(data);
+            if is_bad {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            Ok(())
+        }
+    }
+
+    const fn message(data: u32) -> Message {
+        let address = 0xfee0_0000;
+        Message { address, data }
+    }
+
+    #[test]
+    fn what_is_prepared_is_written_once() {
+        let kernel = Kernel::default();
+        let mut table = Table {
+            messages: vec![None; 4],
+            prepared: (0..3).map(|it| (it, message(it as u32 + 1))).collect(),
+        };
+        for index in 0..3 {
+            let message = Some(message(index as u32 + 1));
+            table.set(index, message, |all| kernel.write(all)).unwrap();
+        }
+        assert_eq!(kernel.0.take(), [[1, 2, 3]]);
+        table.set(0, None, |all| kernel.write(all)).unwrap();
+        table.set(0, None, |all| kernel.write(all)).unwrap();
+        assert_eq!(kernel.0.take(), [[2, 3]]);
+    }
+
+    #[test]
+    fn one_that_is_refused_spoils_no_other() {
+        let kernel = Kernel::default();
+        let data = [1, 0, 2];
+        let mut table = Table {
+            messages: vec![None; 3],
+            prepared: (0..).zip(data.map(message)).collect(),
+        };
+        let set = |(index, data)| {
+            let set = table.set(index, Some(message(data)), |all| kernel.write(all));
+            set.is_ok()
+        };
+        let done: Vec<bool> = (0..).zip(data).map(set).collect();
+        assert_eq!(done, [true, false, true]);
+        assert_eq!(kernel.0.take().last(), Some(&vec![1, 2]));
+    }
 
     #[test]
     fn lines_keep_what_they_are_in_a_new_machine() {

@@ -158,14 +158,18 @@ impl Msix {
     /// # Errors
     /// The error of a system call: that vector reaches nobody. The others are restored.
     pub fn restore(&self, saved: &[VectorSaved], control: u16) -> io::Result<()> {
-        let mut done = Ok(());
         for (vector, &VectorSaved { entry, pending }) in self.0.iter().zip(saved) {
-            let changed = vector.change(|state| {
-                (state.entry, state.control, state.pending) = (entry, control, pending);
-            });
-            done = done.and(changed);
+            let mut state = vector.lock();
+            (state.entry, state.control, state.pending) = (entry, control, pending);
+            if let Some(message) = state.message()
+                && state.control & ENABLE != 0
+                && !state.is_masked()
+            {
+                vector.interrupt.prepare(message);
+            }
         }
-        done
+        let restored = self.0.iter().map(|vector| vector.change(|_| {}));
+        restored.fold(Ok(()), io::Result::and)
     }
 
     /// Reads from the table.
@@ -216,6 +220,7 @@ mod tests {
     /// Each route and each interrupt, in order.
     #[derive(Debug, PartialEq, Eq)]
     enum Seen {
+        Prepare(Message),
         Route(Option<Message>),
         Raised,
     }
@@ -236,6 +241,10 @@ mod tests {
                 Some(Message { data: 0xbad, .. }) => Err(io::ErrorKind::InvalidInput.into()),
                 _ => Ok(()),
             }
+        }
+
+        fn prepare(&self, message: Message) {
+            self.0.lock().unwrap().push(Seen::Prepare(message));
         }
     }
 
@@ -289,6 +298,23 @@ mod tests {
         msix.set_control(0).unwrap();
         msix.trigger(9).unwrap();
         assert_eq!((pending(&msix), seen.lock().unwrap().len()), ([0, 0], 4));
+    }
+
+    #[test]
+    fn the_routes_of_a_restored_table_are_told_before_the_first_is_set() {
+        let (msix, seen) = msix();
+        let vector = |entry, pending| VectorSaved { entry, pending };
+        let masked = [OPEN[0], OPEN[1], OPEN[2], MASK];
+        let saved = [
+            vector(masked, true),
+            vector(OPEN, true),
+            vector(OPEN, false),
+        ];
+        msix.restore(&saved, ENABLE).unwrap();
+        let (prepare, route) = (|| Seen::Prepare(MESSAGE), || Seen::Route(Some(MESSAGE)));
+        let due = [prepare(), prepare(), route(), Seen::Raised, route()];
+        assert_eq!(*seen.lock().unwrap(), due);
+        assert_eq!(pending(&msix), [1, 0]);
     }
 
     #[test]
