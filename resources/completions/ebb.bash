@@ -31,6 +31,9 @@ _ebb() {
             ebb,jail)
                 cmd="ebb__subcmd__jail"
                 ;;
+            ebb,merge)
+                cmd="ebb__subcmd__merge"
+                ;;
             ebb,ps)
                 cmd="ebb__subcmd__ps"
                 ;;
@@ -130,6 +133,9 @@ _ebb() {
             ebb__subcmd__help,jail)
                 cmd="ebb__subcmd__help__subcmd__jail"
                 ;;
+            ebb__subcmd__help,merge)
+                cmd="ebb__subcmd__help__subcmd__merge"
+                ;;
             ebb__subcmd__help,ps)
                 cmd="ebb__subcmd__help__subcmd__ps"
                 ;;
@@ -182,7 +188,7 @@ _ebb() {
 
     case "${cmd}" in
         ebb)
-            opts="-h -V --help --version run jail restore firecracker ctl ps top doctor help"
+            opts="-h -V --help --version run jail restore merge firecracker ctl ps top doctor help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -658,7 +664,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__help)
-            opts="run jail restore firecracker ctl ps top doctor help"
+            opts="run jail restore merge firecracker ctl ps top doctor help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -895,6 +901,20 @@ _ebb() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        ebb__subcmd__help__subcmd__merge)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         ebb__subcmd__help__subcmd__ps)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
@@ -975,6 +995,36 @@ _ebb() {
                     return 0
                     ;;
                 --netns)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        ebb__subcmd__merge)
+            opts="-h --state --memory --to-state --to-memory --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --state)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --memory)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --to-state)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --to-memory)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

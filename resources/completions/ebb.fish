@@ -29,6 +29,7 @@ complete -c ebb -n "__fish_ebb_needs_command" -s V -l version -d 'Print version'
 complete -c ebb -n "__fish_ebb_needs_command" -f -a "run" -d 'Start a guest and stay with it until it ends'
 complete -c ebb -n "__fish_ebb_needs_command" -f -a "jail" -d 'Start a guest whose monitor is locked in, and stay with it until nothing is left of it'
 complete -c ebb -n "__fish_ebb_needs_command" -f -a "restore" -d 'Start a machine from a snapshot'
+complete -c ebb -n "__fish_ebb_needs_command" -f -a "merge" -d 'Make a full snapshot of a difference and the memory files below it'
 complete -c ebb -n "__fish_ebb_needs_command" -f -a "firecracker" -d 'Be a drop-in for Firecracker: serve its API, and start the machine that a client asks for'
 complete -c ebb -n "__fish_ebb_needs_command" -f -a "ctl" -d 'Control a running machine'
 complete -c ebb -n "__fish_ebb_needs_command" -f -a "ps" -d 'List the running machines of this host: those of this user, or all for root'
@@ -130,6 +131,11 @@ complete -c ebb -n "__fish_ebb_using_subcommand restore" -l resume -d 'Let the g
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l verify -d 'First read all of the memory files and compare their checksums'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -s v -d 'Log more: -v for information, -vv for debugging'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c ebb -n "__fish_ebb_using_subcommand merge" -l state -d 'The difference\'s state file' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand merge" -l memory -d 'The memory files, the full one first and the difference\'s own last' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand merge" -l to-state -d 'The file for the full snapshot\'s state' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand merge" -l to-memory -d 'The file for the full snapshot\'s memory' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand merge" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l api-sock -d 'Serve the API on this unix socket' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l id -d 'Name of the machine: letters, digits and hyphens' -r
 complete -c ebb -n "__fish_ebb_using_subcommand firecracker" -l config-file -d 'Start the machine that this file describes, in Firecracker\'s JSON' -r -F
@@ -207,15 +213,16 @@ complete -c ebb -n "__fish_ebb_using_subcommand top" -l json -d 'Print one JSON 
 complete -c ebb -n "__fish_ebb_using_subcommand top" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c ebb -n "__fish_ebb_using_subcommand doctor" -l json -d 'Print one JSON object'
 complete -c ebb -n "__fish_ebb_using_subcommand doctor" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "run" -d 'Start a guest and stay with it until it ends'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "jail" -d 'Start a guest whose monitor is locked in, and stay with it until nothing is left of it'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "restore" -d 'Start a machine from a snapshot'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "firecracker" -d 'Be a drop-in for Firecracker: serve its API, and start the machine that a client asks for'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "ctl" -d 'Control a running machine'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "ps" -d 'List the running machines of this host: those of this user, or all for root'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "top" -d 'Show the machines of this host, live: memory by state, what is taken, kicks, pauses, and what the guests say'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "doctor" -d 'Say whether guests can run here, what is missing, and how to get it'
-complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore firecracker ctl ps top doctor help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "run" -d 'Start a guest and stay with it until it ends'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "jail" -d 'Start a guest whose monitor is locked in, and stay with it until nothing is left of it'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "restore" -d 'Start a machine from a snapshot'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "merge" -d 'Make a full snapshot of a difference and the memory files below it'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "firecracker" -d 'Be a drop-in for Firecracker: serve its API, and start the machine that a client asks for'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "ctl" -d 'Control a running machine'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "ps" -d 'List the running machines of this host: those of this user, or all for root'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "top" -d 'Show the machines of this host, live: memory by state, what is taken, kicks, pauses, and what the guests say'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "doctor" -d 'Say whether guests can run here, what is missing, and how to get it'
+complete -c ebb -n "__fish_ebb_using_subcommand help; and not __fish_seen_subcommand_from run jail restore merge firecracker ctl ps top doctor help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c ebb -n "__fish_ebb_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "status" -d 'Show the state of the machine, its balloon and its lazily free memory'
 complete -c ebb -n "__fish_ebb_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "balloon" -d 'Show the balloon, or set its size: how much the guest should hand back, in whole MiB'
 complete -c ebb -n "__fish_ebb_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "reclaim" -d 'Return up to this much lazily freed memory to the host now'

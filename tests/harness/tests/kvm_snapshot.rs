@@ -260,6 +260,19 @@ fn changing(pages: u64) -> Program {
     guest
 }
 
+/// Makes the full snapshot `state4` and `memory4` of the difference `state2`.
+fn merge(folder: &Path) -> Result<()> {
+    let mut command = Command::new(Images::from_environment()?.ebb);
+    let files = [
+        "--state", "state2", "--memory", "memory", "--memory", "memory2",
+    ];
+    let to = ["--to-state", "state4", "--to-memory", "memory4"];
+    command.arg("merge").args(files).args(to);
+    let output = command.current_dir(folder).output().context("ebb merge")?;
+    assert!(output.status.success(), "{output:?}");
+    Ok(())
+}
+
 #[test]
 fn a_difference_holds_what_is_new_and_fits_one_snapshot_only() -> Result<()> {
     const PAGES: u64 = 512;
@@ -315,8 +328,9 @@ fn a_difference_holds_what_is_new_and_fits_one_snapshot_only() -> Result<()> {
         let said = refused_files(&folder, "state2", files, &[])?;
         assert!(said.contains(part), "{said}");
     }
+    merge(&folder)?;
     let more = ["--verify", "--resume", "--serial", &serial];
-    monitor.kill_and_restore_from("state2", &["memory", "memory2"], &more)?;
+    monitor.kill_and_restore_from("state4", &["memory4"], &more)?;
     let text = until("the guest comes to its end", LONG, || {
         let text = fs::read(&text).unwrap_or_default();
         Ok(text.contains(&b'y').then_some(text))

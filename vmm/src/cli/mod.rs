@@ -9,6 +9,7 @@ mod firecracker;
 mod jail;
 #[cfg(test)]
 mod manual;
+mod merge;
 mod outputs;
 mod ps;
 mod restore;
@@ -39,6 +40,7 @@ enum Command {
     Run(Box<run::Args>),
     Jail(Box<jail::Args>),
     Restore(restore::Args),
+    Merge(merge::Args),
     Firecracker(firecracker::Args),
     Ctl(ctl::Args),
     Ps(ps::Args),
@@ -52,6 +54,7 @@ pub fn main() -> u8 {
         Ok((cli, words)) => match cli.command {
             Command::Run(args) => run::main(*args, words.get(2..).unwrap_or_default()),
             Command::Restore(args) => restore::main(args),
+            Command::Merge(args) => merge::main(&args),
             Command::Firecracker(args) => firecracker::main(&args),
             Command::Jail(args) => jail::main(*args),
             Command::Ctl(args) => ctl::main(args),

@@ -10,7 +10,7 @@ use clap::Parser;
 use ebb_vmm::api::before::LoadSpec;
 use ebb_vmm::config::{MachineConfig, MachineSpec, SerialConfig, SocketSpec};
 use ebb_vmm::exit;
-use ebb_vmm::snapshot::{self, DiskFile, FileError, MemoryMap, State};
+use ebb_vmm::snapshot::{self, DiskFile, FileError, State};
 use ebb_vmm::vm::Restoration;
 
 use super::outputs::Outputs;
@@ -130,8 +130,7 @@ pub fn read_state(path: &Path) -> Result<State, String> {
 
 /// Checks everything that can be checked before a machine is built.
 fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
-    let state = read_state(&args.state)?;
-    let memory = memory(&args, &state.memory)?;
+    let (state, memory) = read(&args.state, &args.memory, args.verify)?;
     let config = config(&args, &state)?;
     check_disks(&args, &state, &config)?;
     let resume = args.resume;
@@ -145,24 +144,34 @@ fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
     ))
 }
 
-/// The memory files, which fit to the state.
-fn memory(args: &Args, map: &MemoryMap) -> Result<Vec<Arc<File>>, String> {
-    let (due, given) = (map.files(), args.memory.len());
+/// A snapshot's state, and the memory files, which fit to it; with `verify` their checksums do, too.
+///
+/// # Errors
+/// What is wrong with one of them, and its name.
+pub fn read(
+    state: &Path,
+    memory: &[PathBuf],
+    verify: bool,
+) -> Result<(State, Vec<Arc<File>>), String> {
+    let decoded = read_state(state)?;
+    let map = &decoded.memory;
+    let (due, given) = (map.files(), memory.len());
     if due != given {
         let what = format!(
             "is of {due} memory files, but {given} given; name each by --memory, the full one first, and its own last"
         );
-        return Err(FileError::new(&args.state, what).to_string());
+        return Err(FileError::new(state, what).to_string());
     }
     let open = |(index, path): (usize, &PathBuf)| {
         let file = snapshot::open(path)?;
-        let checked = map.check(index, &file, args.verify);
+        let checked = map.check(index, &file, verify);
         checked.map_err(|error| FileError::new(path, error))?;
         Ok(Arc::new(file))
     };
-    let files = args.memory.iter().enumerate().map(open);
+    let files = memory.iter().enumerate().map(open);
     let files: Result<Vec<_>, FileError> = files.collect();
-    files.map_err(|error| error.to_string())
+    let files = files.map_err(|error| error.to_string())?;
+    Ok((decoded, files))
 }
 
 /// The saved machine's options, and those that are given now.

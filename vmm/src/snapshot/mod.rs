@@ -10,7 +10,7 @@ mod format;
 mod memory;
 mod state;
 
-pub use difference::{Difference, Kept, Layer, MAX_LAYERS};
+pub use difference::{Difference, Kept, Layer, MAX_LAYERS, flatten};
 pub use files::{FileError, create, open};
 pub use format::{FormatError, Reader, VERSION, Writer};
 pub use memory::{MemoryFileError, MemoryMap, SnapshotId, write};

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use ebb_core::range::{GpaRange, PAGE_SIZE};
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::memory::{self, Blocks, MemoryMap, SnapshotId};
 use crate::guest_memory::merge;
-use crate::memory::GuestRam;
+use crate::memory::{Backing, GuestRam};
 
 /// Most files below a difference: a machine keeps them all open.
 pub const MAX_LAYERS: usize = 16;
@@ -143,6 +144,27 @@ impl<'a> Difference<'a> {
             Err(error) => error == Errno::NXIO,
         }
     }
+}
+
+/// Writes to `file` a full memory file of what `map` says of `files`, which have it in parts.
+///
+/// # Errors
+/// If a file cannot be mapped, and as for [`memory::write`].
+pub fn flatten(
+    map: &MemoryMap,
+    files: &[Arc<File>],
+    file: &File,
+    id: SnapshotId,
+) -> io::Result<MemoryMap> {
+    let whole = GpaRange::new(0, map.len.saturating_sub(PAGE_SIZE));
+    let whole = [whole.ok_or(io::ErrorKind::InvalidData)?];
+    let mut ram = GuestRam::allocate(Backing::default(), &whole).map_err(io::Error::other)?;
+    for (index, range) in map.parts(&whole) {
+        let from = files.get(index).ok_or(io::ErrorKind::InvalidData)?;
+        ram.map_file(from.as_fd(), &[range])
+            .map_err(io::Error::other)?;
+    }
+    memory::write(file, &ram, &[], id, || false)
 }
 
 /// Which files the pages from `first` to `end` came from when a machine was restored from `base`.

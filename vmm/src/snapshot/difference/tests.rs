@@ -5,7 +5,6 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::memory::Backing;
 
 const MIB: u64 = 1 << 20;
 /// Pages of the RAM of [`Machine`], which is in two regions.
@@ -221,7 +220,18 @@ fn a_difference_holds_what_was_written_and_nothing_that_is_dead() {
         PAGES - 2,
         "all but 700 and 800, which are in no file"
     );
+    let whole = tempfile::tempfile().unwrap();
     machine.restore(again);
+    let map = flatten(
+        machine.base.as_ref().unwrap(),
+        &machine.files,
+        &whole,
+        [9; 16],
+    )
+    .unwrap();
+    // All but 3 and 700, which were written anew, 10 to 19, and 800; and page 3.
+    assert_eq!((map.written, map.files()), ((PAGES - 12) * PAGE_SIZE, 1));
+    machine.restore((whole, map));
 }
 
 #[test]
