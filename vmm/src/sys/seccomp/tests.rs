@@ -73,10 +73,10 @@ fn a_thread_that_blocks_its_signals_reports_it_too() {
     assert!(text.contains("personality"), "{text}");
 }
 
-/// Lets seccomp(2) fail in the calling thread and those that it starts, as if there was no memory.
-fn refuse_filters() {
-    let calls = [(libc::SYS_seccomp, Vec::new())].into();
-    let refuse = SeccompAction::Errno(libc::ENOMEM as u32);
+/// Lets a system call fail in the calling thread and those that it starts.
+fn refuse(call: libc::c_long, error: libc::c_int) {
+    let calls = [(call, Vec::new())].into();
+    let refuse = SeccompAction::Errno(error as u32);
     let arch = seccompiler::TargetArch::x86_64;
     let filter = SeccompFilter::new(calls, SeccompAction::Allow, refuse, arch).unwrap();
     let filter: BpfProgram = filter.try_into().unwrap();
@@ -88,7 +88,8 @@ fn a_thread_that_is_refused_its_filter_ends_the_process() {
     let (mut text, (reader, writer)) = (String::new(), rustix::pipe::pipe().unwrap());
     let child = fork_for_test(|| {
         start(Mode::On, Some(writer.as_fd())).unwrap();
-        refuse_filters();
+        // As if there was no memory.
+        refuse(libc::SYS_seccomp, libc::ENOMEM);
         let name = thread::Builder::new().name("ebb-test".into());
         let _ = name.spawn(|| Role::Block.enter()).unwrap().join();
         0
@@ -102,6 +103,34 @@ fn a_thread_that_is_refused_its_filter_ends_the_process() {
         text.starts_with(line) && text.ends_with("status 37\n"),
         "{text}"
     );
+}
+
+/// As in a container, or in a unit with `RestrictNamespaces=`.
+#[test]
+fn threads_are_started_where_clone3_is_refused() {
+    for role in [
+        Role::Main,
+        Role::Api,
+        Role::Reclaim,
+        Role::Snapshot,
+        Role::Guardian,
+    ] {
+        let (mut text, (reader, writer)) = (String::new(), rustix::pipe::pipe().unwrap());
+        let child = fork_for_test(|| {
+            start(Mode::On, Some(writer.as_fd())).unwrap();
+            refuse(libc::SYS_clone3, libc::ENOSYS);
+            role.enter();
+            thread::spawn(|| {}).join().map_or(1, |()| 0)
+        });
+        let (_, status) = waitpid(Some(child), WaitOptions::empty()).unwrap().unwrap();
+        drop(writer);
+        File::from(reader).read_to_string(&mut text).unwrap();
+        assert_eq!(
+            (status.exit_status(), text.as_str()),
+            (Some(0), ""),
+            "{role:?}: {status:?}"
+        );
+    }
 }
 
 #[test]
