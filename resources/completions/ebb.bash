@@ -1104,7 +1104,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__run)
-            opts="-v -h --kernel --kernel-entry --kernel-cache --initramfs --cmdline --cpus --memory --arena --transport --disk --allow-paths --net --vsock --serial --balloon --rng --rng-limits --lazy --api-socket --metrics-path --guardian --seccomp --id --config --dry-run --log-file --event-monitor --help"
+            opts="-v -h --kernel --kernel-entry --kernel-cache --initramfs --cmdline --cpus --memory --arena --transport --disk --allow-paths --net --vsock --serial --balloon --rng --rng-limits --lazy --api-socket --metrics-path --metrics-listen --guardian --seccomp --id --config --dry-run --log-file --event-monitor --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1187,6 +1187,10 @@ _ebb() {
                     return 0
                     ;;
                 --metrics-path)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --metrics-listen)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

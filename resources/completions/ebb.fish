@@ -95,6 +95,7 @@ free_pages=auto|off\t'Also take memory that is free by the guest kernel\'s own f
 strict=on|off\t'For those who write guest allocators: discard at once, and report accesses to freed memory; allows no other key [default: off]'"
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l api-socket -d 'Serve the REST API on this unix socket' -r
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l metrics-path -d 'Append the counters to this file or FIFO in Firecracker\'s JSON: at the start, each minute, at the end, and on request' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand run" -l metrics-listen -d 'Serve GET /metrics on this address of the loopback interface, for every program of this host' -r
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l guardian -d 'Helper processes that free the machine\'s memory and clean up after the monitor\'s end, also when it is killed' -r -f -a "on\t''
 off\t''"
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l seccomp -d 'Threads may make those system calls only that they need' -r -f -a "on\t'another system call ends the monitor with status 37 and one line that names it'

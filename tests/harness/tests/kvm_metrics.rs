@@ -1,6 +1,8 @@
 //! What a running machine tells those who watch it.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
@@ -45,6 +47,19 @@ fn listed(monitor: &Monitor, ebb: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Where the machine serves its metrics over TCP.
+const METRICS: &str = "127.0.0.1:9180";
+
+/// What Prometheus gets there.
+fn scrape() -> Result<String> {
+    let mut stream = TcpStream::connect(METRICS).context(METRICS)?;
+    let request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    stream.write_all(request).context("the request")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).context("the answer")?;
+    Ok(answer)
+}
+
 /// What the machine has told of itself, by the kinds of events.
 fn told(events: &Path) -> Result<Vec<(String, Value)>> {
     let text = fs::read_to_string(events).context(events.display())?;
@@ -76,6 +91,7 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     let events = launch.folder().join("events");
     let launch = launch
         .option("--metrics-path", &metrics.to_string_lossy())
+        .option("--metrics-listen", METRICS)
         .option("--event-monitor", &events.to_string_lossy());
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
@@ -89,6 +105,9 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     let text = api.metrics_text()?;
     promtool::check(&["metrics"], &text)?;
     assert!(value(&text, "ebb_disk_read_bytes_total{")? >= 4 << 20);
+    let scraped = scrape()?;
+    assert!(scraped.starts_with("HTTP/1.1 200"), "{scraped}");
+    assert!(value(&scraped, "ebb_disk_read_bytes_total{")? >= 4 << 20);
     assert!(value(&text, "ebb_resident_bytes{")? > 16 << 20, "{text}");
     assert_eq!(value(&text, "ebb_running{")?, 1);
     assert_eq!(value(&text, "ebb_memory_bytes{")?, 256 << 20);

@@ -10,6 +10,7 @@ mod drives;
 pub mod machines;
 mod prometheus;
 mod routes;
+mod scrape;
 mod server;
 mod stream;
 mod view;
@@ -20,6 +21,7 @@ mod tests;
 
 pub use client::{ClientError, request};
 pub use routes::{FIRECRACKER_VERSION, Fault, Reply};
-pub use server::{ApiError, Front, Server, serve};
+pub use scrape::listen;
+pub use server::{ApiError, Front, Server, serve, serve_with_metrics};
 pub use view::config as describe;
 pub use waiting::{Ask, Asker, Asks, waiting};

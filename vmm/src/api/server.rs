@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::routes::{Fault, Handler, Reply};
 use super::stream::Stream;
 use super::waiting::Asker;
-use super::{prometheus, routes};
+use super::{prometheus, routes, scrape};
 use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::{Controller, Instance};
 use crate::sys::panic_point;
@@ -41,7 +41,7 @@ pub(super) const MAX_CONNECTIONS: usize = 16;
 /// Maximum length of a request's body in bytes.
 const MAX_BODY: usize = 64 << 10;
 /// Maximum length of a request's line and headers in bytes.
-const MAX_HEAD: usize = 16 << 10;
+pub(super) const MAX_HEAD: usize = 16 << 10;
 /// Time that a client has for a request's body; and for its headers, and between two requests, while others wait for its place.
 pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 5 });
 /// After this time a connection accepts no further request if others wait. The one in progress is still answered.
@@ -67,6 +67,14 @@ pub enum ApiError {
         /// Error of the system call.
         source: io::Error,
     },
+    /// The address for metrics cannot be listened at.
+    #[error("--metrics-listen {address}: {source}; choose another port")]
+    Listen {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Error of the system call.
+        source: io::Error,
+    },
     /// The server's thread could not be started.
     #[error("the API's thread could not be started: {0}")]
     Thread(#[from] io::Error),
@@ -88,7 +96,7 @@ pub enum Front {
 
 /// What requests are made to.
 #[derive(Clone)]
-struct Served {
+pub(super) struct Served {
     /// The clients are Firecracker's.
     as_firecracker: bool,
     /// Who is asked as long as there is no instance.
@@ -96,7 +104,7 @@ struct Served {
     instance: watch::Receiver<Started>,
     machine: watch::Receiver<Running>,
     /// A command whose client has gone holds its permit until it is done.
-    commands: Arc<Semaphore>,
+    pub(super) commands: Arc<Semaphore>,
 }
 
 /// A running API server. Dropping it stops the server, joins its thread and removes the socket.
@@ -171,6 +179,18 @@ impl Drop for Server {
 /// # Errors
 /// [`ApiError`] when the path cannot be used, another server listens there, or the thread cannot be started.
 pub fn serve(path: &Path, front: Front) -> Result<Server, ApiError> {
+    serve_with_metrics(path, None, front)
+}
+
+/// As [`serve`]; whoever connects to the listener `metrics` can ask for `GET /metrics`, too.
+///
+/// # Errors
+/// As of [`serve`].
+pub fn serve_with_metrics(
+    path: &Path,
+    metrics: Option<std::net::TcpListener>,
+    front: Front,
+) -> Result<Server, ApiError> {
     if check_socket(OPTION, path)? == SocketPath::Stale {
         std::fs::remove_file(path).map_err(|source| bind_error(path, source))?;
     }
@@ -179,9 +199,10 @@ pub fn serve(path: &Path, front: Front) -> Result<Server, ApiError> {
         .enable_io()
         .enable_time()
         .build()?;
-    let listener = {
+    let (listener, metrics) = {
         let _context = runtime.enter();
-        tokio::net::UnixListener::from_std(listener)?
+        let metrics = metrics.map(tokio::net::TcpListener::from_std).transpose()?;
+        (tokio::net::UnixListener::from_std(listener)?, metrics)
     };
     let (stop, stopped) = watch::channel(false);
     let (as_firecracker, started, asker) = match front {
@@ -200,7 +221,12 @@ pub fn serve(path: &Path, front: Front) -> Result<Server, ApiError> {
         .name("ebb-api".to_owned())
         .spawn(move || {
             Role::Api.enter();
-            runtime.block_on(accept(&listener, &served, stopped));
+            runtime.block_on(async {
+                if let Some(metrics) = metrics {
+                    tokio::spawn(scrape::accept(metrics, served.clone(), stopped.clone()));
+                }
+                accept(&listener, &served, stopped).await;
+            });
             runtime.shutdown_timeout(FINISH_TIMEOUT);
         })?;
     Ok(Server {
@@ -273,7 +299,7 @@ async fn place(
 }
 
 /// Returns the output of `wanted`, or as an error that of `stop` if that is ready first.
-async fn first<W: Future, S: Future>(
+pub(super) async fn first<W: Future, S: Future>(
     mut wanted: Pin<&mut W>,
     mut stop: Pin<&mut S>,
 ) -> Result<W::Output, S::Output> {
@@ -440,7 +466,7 @@ impl Served {
     }
 
     /// Carries out a request to a machine that is started.
-    fn carry_out(
+    pub(super) fn carry_out(
         &self,
         method: &Method,
         path: &str,
@@ -472,7 +498,7 @@ impl Served {
 
 /// Runs `command` on a thread of its own, at most as many at a time as `commands` has permits. Not on tokio's threads:
 /// tokio panics where the host has no thread left.
-async fn carry_out(
+pub(super) async fn carry_out(
     commands: &Arc<Semaphore>,
     command: impl FnOnce() -> Result<Reply, Fault> + Send + 'static,
 ) -> Result<Reply, Fault> {
@@ -494,7 +520,7 @@ async fn carry_out(
 }
 
 /// Makes an HTTP response of a reply or a fault.
-fn respond(reply: Result<Reply, Fault>) -> Response<Full<Bytes>> {
+pub(super) fn respond(reply: Result<Reply, Fault>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::default());
     let json = match reply {
         Ok(Reply::Done) => {

@@ -64,6 +64,7 @@ pub fn config(config: &MachineConfig) -> Value {
             "serial": config.serial,
             "api_socket": config.api_socket,
             "metrics_path": config.metrics_path,
+            "metrics_listen": config.metrics_listen.map(|it| it.to_string()),
         },
     })
 }

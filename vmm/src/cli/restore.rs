@@ -208,6 +208,8 @@ fn config(args: &Args, state: &State) -> Result<MachineConfig, String> {
         (net.tap, net.fd) = (Some(tap.clone()), None);
     }
     spec.api_socket.clone_from(&args.api_socket);
+    // The machine that was saved may still have it.
+    spec.metrics_listen = None;
     if let Some(serial) = &args.serial {
         spec.serial.clone_from(serial);
     }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::disk::DiskConfig;
 use super::lazy::LazyConfig;
+use super::loopback::Loopback;
 use super::net::NetConfig;
 use super::rng::RngLimits;
 use super::spec::{KernelEntry, SerialConfig, Transport};
@@ -56,6 +57,8 @@ pub struct MachineConfig {
     pub api_socket: Option<PathBuf>,
     /// Where the counters go in Firecracker's JSON.
     pub metrics_path: Option<PathBuf>,
+    /// Where metrics are served over TCP.
+    pub metrics_listen: Option<Loopback>,
     /// Start the helper processes that free memory and clean up after the monitor's end, also when it is killed.
     pub guardian: bool,
     /// The words of the command line that it was made from, for a snapshot.

@@ -16,6 +16,7 @@ use super::disk::DiskConfig;
 use super::keys::{Keys, keys, on_off, parse_keys};
 use super::lazy::LazyConfig;
 use super::limits::{MAX_MEMORY, MAX_VCPUS};
+use super::loopback::Loopback;
 use super::net::NetConfig;
 use super::number::{number, parse_size, power_of_two, size};
 use super::rng::RngLimits;
@@ -91,6 +92,9 @@ pub struct MachineSpec {
     /// Append the counters to this file or FIFO in Firecracker's JSON: at the start, each minute, at the end, and on request
     #[arg(long, value_name = "PATH")]
     pub metrics_path: Option<PathBuf>,
+    /// Serve GET /metrics on this address of the loopback interface, for every program of this host
+    #[arg(long, value_name = "127.0.0.1:PORT", requires = "api_socket")]
+    pub metrics_listen: Option<Loopback>,
     /// Helper processes that free the machine's memory and clean up after the monitor's end, also when it is killed
     #[arg(long, action = Set, value_parser = on_off(), value_name = "on|off", hide_possible_values = true, default_value = "on")]
     pub guardian: bool,

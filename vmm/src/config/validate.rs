@@ -97,6 +97,7 @@ impl MachineSpec {
             lazy,
             api_socket,
             metrics_path: self.metrics_path,
+            metrics_listen: self.metrics_listen,
             guardian: self.guardian,
             words: Vec::new(),
             as_firecracker: false,

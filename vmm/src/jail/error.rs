@@ -23,6 +23,10 @@ pub enum JailError {
         u32::MAX
     )]
     Nobody { option: &'static str },
+    #[error(
+        "--metrics-listen: a jail has a network of its own; ask for GET /metrics on the API's socket"
+    )]
+    Listen,
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("--net: {0}")]

@@ -54,6 +54,9 @@ impl Plan {
                 _ => {}
             }
         }
+        if machine.metrics_listen.is_some() {
+            return Err(JailError::Listen);
+        }
         let id = machine.id.clone();
         let folder = jail.folder.as_deref().map_or_else(
             || Path::new(FOLDERS).join(&id),
@@ -123,6 +126,7 @@ fn made<'a>(
         rng_limits: _,
         lazy: _,
         metrics_path,
+        metrics_listen: _,
         guardian: _,
         seccomp: _,
         id: _,
@@ -282,6 +286,10 @@ mod tests {
                 ["--disk /proc/kcore", "elsewhere"],
             ),
             (&["--disk", "path=/a/../b"], ["--disk /a/../b", "elsewhere"]),
+            (
+                &["--api-socket", "a", "--metrics-listen", "127.0.0.1:9180"],
+                ["--metrics-listen", "GET /metrics"],
+            ),
         ] {
             let message = refused(words);
             for part in parts {

@@ -10,7 +10,7 @@ use super::events::ExitSlot;
 use super::metrics_file::MetricsFile;
 use crate::api::{self, ApiError, Front};
 use crate::bus::ExitReason;
-use crate::config::MachineConfig;
+use crate::config::{Loopback, MachineConfig};
 use crate::control::{CommandError, Controller, InstanceInfo, InstanceState, Prefault};
 use crate::devices::platform::{I8042, NotRead};
 use crate::output::{Log, Outlet, OutputStats};
@@ -173,16 +173,19 @@ pub struct Service {
 }
 
 impl Service {
-    /// Serves the API of `front` at `socket`.
+    /// Serves the API of `front` at `socket`, and its metrics at `metrics`.
     ///
     /// # Errors
     /// [`ApiError`].
     pub fn start(
         socket: Option<&Path>,
+        metrics: Option<Loopback>,
         front: Front,
         status: &'static StatusPage,
     ) -> Result<Self, ApiError> {
-        let mut server = socket.map(|path| api::serve(path, front)).transpose()?;
+        let metrics = metrics.map(|address| api::listen(address.0)).transpose()?;
+        let server = socket.map(|path| api::serve_with_metrics(path, metrics, front));
+        let mut server = server.transpose()?;
         if let Some(server) = &mut server {
             if status.leaves_sockets() {
                 server.leave_socket();

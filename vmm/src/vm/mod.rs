@@ -230,7 +230,8 @@ pub fn run(
         // Before anything that takes long, so that the operator can look and stop it.
         let front = Front::Machine(Arc::clone(&instance) as _);
         let socket = instance.config.api_socket.as_deref();
-        let service = Service::start(socket, front, guardian.status())?;
+        let metrics = instance.config.metrics_listen;
+        let service = Service::start(socket, metrics, front, guardian.status())?;
         match Machine::build(&instance, snapshot, guardian, &signals)? {
             Some(machine) => {
                 machine.announce(&service);

@@ -49,7 +49,7 @@ pub fn run_when_asked(
         end_on_panic(&exit);
         let (asker, asks) = waiting().map_err(LaunchError::system("eventfd"))?;
         let socket = process.api_socket.as_deref();
-        let service = Service::start(socket, Front::Waiting(asker), guardian.status())?;
+        let service = Service::start(socket, None, Front::Waiting(asker), guardian.status())?;
         let mut waiting = Waiting {
             draft,
             outside,

@@ -5,6 +5,7 @@ mod drives;
 mod lasting;
 mod names;
 mod prometheus;
+mod scrape;
 mod waiting;
 
 use std::fs;
