@@ -135,7 +135,9 @@ fn with_guests(out: &Path, profiles: &Path) -> Result<PathBuf> {
     let assets = setup::ensure()?;
     quietly(instrumented(out, ["build", "--bins", "--quiet"]))?;
     let monitor = out.join("build/debug/ebb");
-    let binaries = test::test_binaries()?;
+    let mut build = cargo(["test", "--release", "--no-run", "-p", "ebb-harness"]);
+    build.args(WITH_GUESTS.iter().flat_map(|name| ["--test", name]));
+    let binaries = test::binaries_of(build)?;
     let runner = start_runner(&assets)?;
     for name in WITH_GUESTS {
         progress(format_args!("{name}, with an instrumented monitor"));

@@ -556,9 +556,10 @@ fn reports_are_merged_across_messages_and_acknowledged_last() {
     let rig = Rig::active(F_MUST_TELL_HOST | F_REPORTING);
     assert!(rig.balloon.handle().status().reporting);
     let queue = &rig.reports;
-    queue.offer_chain(0, &[buffer(0x600, 0x800), buffer(0x1_00000, 0x1_00200)]);
-    queue.offer_chain(8, &[buffer(0x800, 0xa00), buffer(0x700, 0x801)]);
-    queue.offer_chain(16, &[buffer(0xc00, 0xc01)]);
+    queue.describe_chain(0, &[buffer(0x600, 0x800), buffer(0x1_00000, 0x1_00200)]);
+    queue.describe_chain(8, &[buffer(0x800, 0xa00), buffer(0x700, 0x801)]);
+    queue.describe_chain(16, &[buffer(0xc00, 0xc01)]);
+    queue.offer_at_once(&[0, 8, 16]);
     queue.run_until_used(3);
     let merged = vec![(0x600, 0xa00), (0xc00, 0xc01), (0x1_00000, 0x1_00200)];
     assert_eq!(rig.calls(), [Call::Report(merged, 0)]);

@@ -129,22 +129,35 @@ impl MockQueue {
 
     /// Describes a chain of `(addr, len, flags)` from descriptor `first` on and makes it available.
     pub fn offer_chain(&self, first: u16, buffers: &[(u64, u32, u16)]) {
+        self.describe_chain(first, buffers);
+        self.offer(first);
+    }
+
+    /// Writes a chain of buffers that begins with descriptor `first`.
+    pub fn describe_chain(&self, first: u16, buffers: &[(u64, u32, u16)]) {
         for (n, &(addr, len, flags)) in buffers.iter().enumerate() {
             let index = first + n as u16;
             let more = if n + 1 < buffers.len() { NEXT } else { 0 };
             self.describe(index, (addr, len), flags | more, index + 1);
         }
-        self.offer(first);
     }
 
     /// Makes the chain from `head` available, without a notification.
     pub fn offer(&self, head: u16) {
-        let index = self.avail_index();
-        let slot = self.avail() + 4 + 2 * u64::from(index % self.size);
-        self.memory
-            .write_obj(head.to_le(), GuestAddress(slot))
-            .unwrap();
-        self.set_avail_index(index.wrapping_add(1));
+        self.offer_at_once(&[head]);
+    }
+
+    /// Makes these chains available in one step, so that no thread sees a part of them only.
+    pub fn offer_at_once(&self, heads: &[u16]) {
+        let mut index = self.avail_index();
+        for head in heads {
+            let slot = self.avail() + 4 + 2 * u64::from(index % self.size);
+            self.memory
+                .write_obj(head.to_le(), GuestAddress(slot))
+                .unwrap();
+            index = index.wrapping_add(1);
+        }
+        self.set_avail_index(index);
     }
 
     pub fn avail_index(&self) -> u16 {
