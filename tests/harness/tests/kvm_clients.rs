@@ -2,14 +2,17 @@
 //! `tests/clients`; `cargo xtask` builds them.
 
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ebb_harness::Images;
 use ebb_harness::error::{Context, Result};
+use ebb_harness::size::MIB;
+use ebb_payload::freestanding::{self, Parameters, Task};
 use tempfile::TempDir;
 
-/// Runs a program with a folder, and the monitor under Firecracker's name. What it says stands in a failure.
+/// Runs a program with a folder, the monitor under Firecracker's name, and a kernel that needs no initial RAM disk and 128 MiB. What
+/// it says stands in a failure.
 fn run(program: &mut Command) -> Result<()> {
     let images = Images::from_environment()?;
     let folder = TempDir::with_prefix("ebb-").context("make a temporary folder")?;
@@ -17,7 +20,21 @@ fn run(program: &mut Command) -> Result<()> {
     symlink(&images.ebb, &firecracker).context("link the monitor")?;
     let work = folder.path().join("work");
     std::fs::create_dir(&work).context("make a folder")?;
-    let output = program.arg(&work).arg(&firecracker).output();
+    let kernel = folder.path().join("kernel");
+    let parameters = Parameters {
+        task: Task::Meter as u64,
+        vcpus: 1,
+        ram: 128 * MIB,
+        operations: 0,
+        seed: 0,
+    };
+    freestanding::write(&kernel, &parameters).context("write the kernel")?;
+    let output = program
+        .arg(&work)
+        .arg(&firecracker)
+        .arg(&kernel)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output();
     let output = output.context(format_args!("{program:?}"))?;
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
@@ -30,6 +47,13 @@ fn run(program: &mut Command) -> Result<()> {
 fn rust(name: &str) -> Result<()> {
     let folder = std::env::var_os("EBB_CLIENTS").context("EBB_CLIENTS is not set")?;
     run(&mut Command::new(PathBuf::from(folder).join(name)))
+}
+
+/// A program in Python, by the environment that the set-up has made.
+fn python(name: &str) -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut program = Command::new(root.join(".cache/python-clients/bin/python"));
+    run(program.arg(root.join("tests/clients/python").join(name)))
 }
 
 #[test]
@@ -45,4 +69,19 @@ fn crate_firepilot() -> Result<()> {
 #[test]
 fn crate_firecracker_rs_sdk() -> Result<()> {
     rust("sdk")
+}
+
+#[test]
+fn pypi_firecracker_python() -> Result<()> {
+    python("use_firecracker_python.py")
+}
+
+#[test]
+fn pypi_microheart() -> Result<()> {
+    python("use_microheart.py")
+}
+
+#[test]
+fn pypi_smolvm() -> Result<()> {
+    python("use_smolvm.py")
 }

@@ -5,6 +5,7 @@ mod kernel;
 mod other_kernel;
 mod program_disk;
 mod promtool;
+mod python_clients;
 mod qemu;
 mod root_disk;
 mod stamp;
@@ -36,6 +37,7 @@ const PACKAGES: &[&str] = &[
     "gcc",
     "libc6-dev",
     "make",
+    "python3-venv",
 ];
 
 /// Arguments of `setup`.
@@ -93,6 +95,14 @@ pub fn installed(assets: &Assets) -> Result<()> {
     let root = root();
     let _lock = lock(&root.join(".cache"))?;
     system_disk::ensure(&root, assets)
+}
+
+/// Installs clients of Firecracker in Python, for tests.
+pub fn clients() -> Result<()> {
+    let root = root();
+    let cache = root.join(".cache");
+    let _lock = lock(&cache)?;
+    python_clients::ensure(&root, &cache)
 }
 
 /// Installs those of `packages` that are absent, for a subcommand that alone needs them.

@@ -55,6 +55,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let mut report = Report::new();
     let assets = setup::ensure()?;
     setup::installed(&assets)?;
+    setup::clients()?;
     if arguments.quick {
         progress("--quick: formatting, clippy and documentation are not checked");
     } else {
