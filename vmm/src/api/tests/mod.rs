@@ -4,6 +4,7 @@ mod document;
 mod drives;
 mod lasting;
 mod names;
+mod openapi;
 mod prometheus;
 mod scrape;
 mod waiting;
