@@ -15,6 +15,8 @@ pub struct Images {
     pub vmlinux: PathBuf,
     /// The guests' initramfs, see resources/guest-init.sh.
     pub initramfs: PathBuf,
+    /// The initramfs of guests that run the containers of a pod.
+    pub pod_initramfs: PathBuf,
     /// An ext4 image with a small Debian.
     pub root_disk: PathBuf,
     /// An ext4 image of a Debian that boots by itself, see resources/systemdisk.txt.
@@ -59,6 +61,7 @@ impl Images {
             vmlinuz: path("EBB_GUEST_VMLINUZ")?,
             vmlinux: path("EBB_GUEST_VMLINUX")?,
             initramfs: path("EBB_GUEST_INITRAMFS")?,
+            pod_initramfs: path("EBB_POD_INITRAMFS")?,
             root_disk: path("EBB_GUEST_ROOTDISK")?,
             system_disk: path("EBB_GUEST_SYSTEM")?,
             system_initramfs: path("EBB_GUEST_SYSTEM_INITRAMFS")?,

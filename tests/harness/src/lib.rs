@@ -5,6 +5,7 @@ pub mod api;
 pub mod cgroup;
 pub mod console;
 pub mod container;
+pub mod containerd;
 pub mod debian;
 pub mod error;
 pub mod firecracker;

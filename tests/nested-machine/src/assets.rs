@@ -36,6 +36,10 @@ pub struct Assets {
     pub nested_agent: PathBuf,
     /// The static `ebb-guest`.
     pub ebb_guest_agent: PathBuf,
+    /// The static agent of pods' guests.
+    pub pod_agent: PathBuf,
+    /// The initramfs of pods' guests.
+    pub pod_initramfs: PathBuf,
     /// The guest's initramfs.
     pub guest_initramfs: PathBuf,
     /// A kernel of another version, a bzImage.
@@ -101,6 +105,8 @@ impl Assets {
             program_disk: root.join(".cache/programs/disk.ext4"),
             nested_agent: agents.join("nested-agent"),
             ebb_guest_agent: agents.join("ebb-guest"),
+            pod_agent: agents.join("ebb-pod-agent"),
+            pod_initramfs: root.join("target/guest/pod.cpio"),
             guest_initramfs: root.join("target/guest/initramfs.cpio"),
             other_vmlinuz: root.join(".cache/other-kernel/vmlinuz"),
             other_initramfs: root.join("target/guest/other.cpio"),

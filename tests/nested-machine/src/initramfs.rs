@@ -33,6 +33,20 @@ const NOTE_MODULES: &[&str] = &["qemu_fw_cfg"];
 /// Modules that a guest loads when it is told to.
 const MORE_MODULES: &[&str] = &["overlay", "virtio_mem"];
 
+/// Modules of a guest that runs the containers of a pod.
+const POD_MODULES: &[&str] = &[
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_balloon",
+    "virtio-rng",
+    "virtio_net",
+    "vmw_vsock_virtio_transport",
+    "qemu_fw_cfg",
+    "overlay",
+    "erofs",
+    "ext4",
+];
+
 /// Modules of the nested machine: KVM, taps, disks that fail, and the vsock of its kernel.
 const NESTED_MODULES: &[&str] = &[
     "irqbypass",
@@ -41,6 +55,7 @@ const NESTED_MODULES: &[&str] = &[
     "tun",
     "loop",
     "dm-mod",
+    "overlay",
     "vhost_vsock",
 ];
 
@@ -144,13 +159,38 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
+/// The initramfs of a guest that runs the containers of a pod: the agent, and the modules that it loads.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn pod(assets: &Assets) -> Result<Vec<u8>> {
+    let mut archive = skeleton();
+    for folder in ["/etc", "/run"] {
+        archive.dir(folder);
+    }
+    archive.file("/init", 0o755, &read(&assets.pod_agent)?);
+    let modules = assets.load_modules(POD_MODULES)?;
+    add_modules(&mut archive, &modules, "/etc/modules", &[]);
+    Ok(archive.finish())
+}
+
 /// Writes the guests' initramfs, unless it exists with the same content.
 ///
 /// # Errors
 /// Those of [`guest`], and if the file cannot be written.
 pub fn write_guest(assets: &Assets) -> Result<()> {
-    let path = &assets.guest_initramfs;
-    let bytes = guest(assets)?;
+    write(&assets.guest_initramfs, &guest(assets)?)
+}
+
+/// Writes the initramfs of pods' guests, unless it exists with the same content.
+///
+/// # Errors
+/// Those of [`pod`], and if the file cannot be written.
+pub fn write_pod(assets: &Assets) -> Result<()> {
+    write(&assets.pod_initramfs, &pod(assets)?)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|old| old == bytes) {
         return Ok(());
     }
@@ -158,7 +198,7 @@ pub fn write_guest(assets: &Assets) -> Result<()> {
     let folder = path.parent().ok_or_else(|| Error::new(what()))?;
     fs::create_dir_all(folder).context(what)?;
     let part = path.with_extension("part");
-    fs::write(&part, &bytes).context(what)?;
+    fs::write(&part, bytes).context(what)?;
     fs::rename(&part, path).context(what)
 }
 

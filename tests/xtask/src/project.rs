@@ -43,6 +43,7 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
         ("EBB_GUEST_VMLINUZ", path(&assets.vmlinuz)),
         ("EBB_GUEST_VMLINUX", path(&assets.vmlinux)),
         ("EBB_GUEST_INITRAMFS", path(&assets.guest_initramfs)),
+        ("EBB_POD_INITRAMFS", path(&assets.pod_initramfs)),
         ("EBB_GUEST_ROOTDISK", path(&assets.root_disk)),
         ("EBB_GUEST_SYSTEM", path(&assets.system_disk)),
         ("EBB_GUEST_SYSTEM_INITRAMFS", path(&assets.system_initramfs)),

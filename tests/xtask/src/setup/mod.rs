@@ -34,6 +34,8 @@ const PACKAGES: &[&str] = &[
     "util-linux",
     "crun",
     "podman",
+    "containerd",
+    "erofs-utils",
     "gcc",
     "libc6-dev",
     "make",
@@ -76,14 +78,16 @@ fn prepare(refresh: bool) -> Result<Assets> {
     let release = kernel::ensure(&cache, refresh)?;
     let assets = Assets::locate(&root, &release);
     root_disk::ensure(&root, &assets.root_disk)?;
-    progress("building the guest's and the nested machine's agents (static)");
+    progress("building the agents of guests, pods and the nested machine (static)");
     build_static(
         "ebb-nested-machine",
         "nested-agent",
         &["--no-default-features"],
     )?;
     build_static("ebb-guest-agent", "ebb-guest", &[])?;
+    build_static("ebb-pod", "ebb-pod-agent", &[])?;
     initramfs::write_guest(&assets)?;
+    initramfs::write_pod(&assets)?;
     other_kernel::ensure(&cache, &assets)?;
     let size = std::fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
     progress(format_args!("guest initramfs: {}", Size(size)));

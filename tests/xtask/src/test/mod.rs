@@ -65,7 +65,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         unit_tests(&arguments.filters, printed)
     });
     report.tests("models", models);
-    build(&["ebb-vmm", "ebb-top", "ebb-harness"])?;
+    build(&["ebb-vmm", "ebb-top", "ebb-containerd-shim", "ebb-harness"])?;
     build_debug_monitor()?;
     build_clients()?;
     build_library("ebb-malloc")?;

@@ -1,0 +1,46 @@
+//! What a container uses, in containerd's form for cgroups of version 2.
+
+use std::path::Path;
+
+use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+
+use crate::cgroup::value;
+use crate::error::{Context, Result};
+
+/// The name of [`Metrics`] for containerd.
+const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// What the container with this cgroup uses.
+pub fn of(cgroup: &Path) -> Result<Any> {
+    let mut metrics = Metrics::new();
+    metrics.pids = MessageField::some(PidsStat {
+        current: value(cgroup, "pids.current", None),
+        limit: value(cgroup, "pids.max", None),
+        ..PidsStat::default()
+    });
+    metrics.cpu = MessageField::some(CPUStat {
+        usage_usec: value(cgroup, "cpu.stat", Some("usage_usec ")),
+        user_usec: value(cgroup, "cpu.stat", Some("user_usec ")),
+        system_usec: value(cgroup, "cpu.stat", Some("system_usec ")),
+        ..CPUStat::default()
+    });
+    let memory = |word| value(cgroup, "memory.stat", Some(word));
+    metrics.memory = MessageField::some(MemoryStat {
+        usage: value(cgroup, "memory.current", None),
+        usage_limit: value(cgroup, "memory.max", None),
+        anon: memory("anon "),
+        file: memory("file "),
+        inactive_file: memory("inactive_file "),
+        active_file: memory("active_file "),
+        pgfault: memory("pgfault "),
+        pgmajfault: memory("pgmajfault "),
+        ..MemoryStat::default()
+    });
+    Ok(Any {
+        type_url: TYPE.to_owned(),
+        value: metrics.write_to_bytes().context("metrics")?,
+        ..Any::default()
+    })
+}
