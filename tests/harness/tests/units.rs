@@ -13,7 +13,7 @@ fn systemd_understands_the_drop_in() -> Result<()> {
     let drop_ins = folder.path().join("machine.service.d");
     let drop_in = concat!(
         env!("CARGO_MANIFEST_DIR"),
-        "/../../resources/ebb-teardown.conf"
+        "/../../resources/package/ebb-teardown.conf"
     );
     fs::write(&unit, "[Service]\nExecStart=/bin/true\n").context("write the unit")?;
     fs::create_dir(&drop_ins).context("make the drop-in's folder")?;

@@ -10,6 +10,7 @@ mod guest;
 mod miri;
 mod model;
 mod mutants;
+mod package;
 mod project;
 mod seccomp;
 mod selftest;
@@ -38,6 +39,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Check the source and run every test; tests that need KVM run in the nested machine where the host has none
     Test(test::Arguments),
+    /// Make the Debian packages and a tarball of the guest's program in target/package, and try them out
+    Package(package::Arguments),
     /// Open a shell in a guest
     Guest(guest::Arguments),
     /// Run a command where KVM is: on this host or in the nested machine
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Task::Setup(arguments) => setup::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Package(arguments) => package::run(&arguments),
         Task::Guest(arguments) => guest::run(&arguments),
         Task::Exec(arguments) => exec::run(&arguments),
         Task::Selftest(arguments) => selftest::run(&arguments),

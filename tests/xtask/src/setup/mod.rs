@@ -1,6 +1,7 @@
 //! `cargo xtask setup`: installs and caches what is missing.
 
 mod apt;
+mod cargo_deb;
 mod kernel;
 mod other_kernel;
 mod program_disk;
@@ -10,6 +11,8 @@ mod qemu;
 mod root_disk;
 mod stamp;
 mod system_disk;
+
+use std::path::PathBuf;
 
 use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Result};
@@ -36,6 +39,7 @@ const PACKAGES: &[&str] = &[
     "podman",
     "containerd",
     "erofs-utils",
+    "binutils",
     "gcc",
     "libc6-dev",
     "make",
@@ -107,6 +111,20 @@ pub fn clients() -> Result<()> {
     let cache = root.join(".cache");
     let _lock = lock(&cache)?;
     python_clients::ensure(&root, &cache)
+}
+
+/// The Debian of [`installed`] without `ebb-guest`, packed.
+pub fn system_base(assets: &Assets) -> Result<PathBuf> {
+    let root = root();
+    let _lock = lock(&root.join(".cache"))?;
+    system_disk::base(&root, &root.join(".cache"), assets)
+}
+
+/// The program that makes Debian packages.
+pub fn cargo_deb() -> Result<PathBuf> {
+    let cache = root().join(".cache");
+    let _lock = lock(&cache)?;
+    cargo_deb::ensure(&cache)
 }
 
 /// Installs those of `packages` that are absent, for a subcommand that alone needs them.

@@ -39,7 +39,7 @@ pub fn ensure(root: &Path, assets: &Assets) -> Result<()> {
 }
 
 /// The Debian with the kernel's modules and an initramfs that knows nothing of Ebb, packed.
-fn base(root: &Path, cache: &Path, assets: &Assets) -> Result<PathBuf> {
+pub fn base(root: &Path, cache: &Path, assets: &Assets) -> Result<PathBuf> {
     let recipe = Recipe::read(root, RECIPE)?;
     let packed = cache.join("system-base.tar");
     let stamp = format!("{}\n{}", recipe.text(), assets.release);

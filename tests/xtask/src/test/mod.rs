@@ -19,7 +19,7 @@ use self::report::Report;
 use crate::cargo::{build, build_clients, build_debug_monitor, build_library, cargo};
 use crate::project::{environment, output_folder, root, start_runner};
 use crate::shell::{progress, recorded, show, visibly};
-use crate::{selftest, setup};
+use crate::{package, selftest, setup};
 
 /// How long one test binary may take.
 const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
@@ -69,6 +69,9 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     build_debug_monitor()?;
     build_clients()?;
     build_library("ebb-malloc")?;
+    if wants_packages(&arguments.filters) {
+        report.check("packages", || package::ensure(&assets).map(|()| true));
+    }
     let binaries = test_binaries()?;
     let (kvm, host): (Vec<_>, Vec<_>) = binaries
         .into_iter()
@@ -103,6 +106,14 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     }
     let passed = report.finish(&root().join("target"), &retried)?;
     Ok(u8::from(!passed))
+}
+
+/// Making the packages takes a while.
+fn wants_packages(filters: &[String]) -> bool {
+    filters.is_empty()
+        || filters
+            .iter()
+            .any(|word| "packages".contains(word.as_str()))
 }
 
 fn check_source(report: &mut Report) {
