@@ -12,6 +12,9 @@ use serde_json::Value;
 /// What a step of a client gives.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// The whole program may take this long: a client that waits for ever is to fail.
+const WHOLE: Duration = Duration::from_secs(400);
+
 /// A guest on an emulated processor may take this long for anything.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -31,11 +34,16 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Reads the arguments, `FOLDER FIRECRACKER`, and the environment.
+    /// Reads the arguments, `FOLDER FIRECRACKER`, and the environment. The program ends when its time is up.
     ///
     /// # Errors
     /// One is missing.
     pub fn new() -> Result<Self> {
+        std::thread::spawn(|| {
+            std::thread::sleep(WHOLE);
+            eprintln!("not done after {} s", WHOLE.as_secs());
+            std::process::exit(1);
+        });
         let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
         let variable = |name: &str| {
             let value = std::env::var_os(name).map(PathBuf::from);

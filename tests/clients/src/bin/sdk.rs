@@ -1,4 +1,7 @@
 //! Crate firecracker-rs-sdk: a machine whose every request goes over one connection, in HTTP/1.0; saved, restored, shut down.
+//!
+//! Its reader waits for ever after an answer whose length is a multiple of 64 bytes, whoever sends it. So it asks nothing here
+//! whose answer has numbers or paths that differ from run to run: the balloon's statistics, the whole configuration.
 
 use std::path::PathBuf;
 
@@ -62,12 +65,8 @@ async fn changes(vm: &mut Instance) -> Result<()> {
         stats_polling_interval_s: 1,
     };
     vm.patch_balloon_stats_interval(&update).await?;
-    let balloon = vm.describe_balloon_config().await?;
-    check(balloon.amount_mib == 32, &balloon)?;
     let machine = vm.get_machine_configuration().await?;
     check(machine.mem_size_mib == 192, &machine)?;
-    let all = vm.get_export_vm_config().await?;
-    check(all.boot_source.is_some(), &all)?;
     Ok(())
 }
 
@@ -88,16 +87,17 @@ async fn main() -> Result<()> {
     wait_for(&setup.path("one.console"), READY)?;
     println!("sdk: the guest serves");
     changes(&mut vm).await?;
+    check(get(&socket, "/balloon")?["amount_mib"] == 32, "the balloon")?;
+    check(
+        get(&socket, "/vm/config")?["boot-source"].is_object(),
+        "the configuration",
+    )?;
     wait_until("the balloon grows", || {
         Ok(get(&socket, "/balloon")?["actual_mib"] == 32)
     })?;
     wait_until("statistics", || {
         Ok(get(&socket, "/balloon/statistics")?["total_memory"].is_u64())
     })?;
-    check(
-        vm.describe_balloon_stats().await?.actual_mib == 32,
-        "statistics",
-    )?;
     vm.pause().await?;
     let files = SnapshotCreateParams {
         mem_file_path: setup.path("memory"),
