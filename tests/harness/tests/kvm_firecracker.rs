@@ -224,7 +224,7 @@ fn a_process_without_a_machine_ends() -> Result<()> {
     let version = Command::new(&images.ebb)
         .args(["firecracker", "--snapshot-version"])
         .output();
-    assert_eq!(version.context("--snapshot-version")?.stdout, b"v1.0.0\n");
+    assert_eq!(version.context("--snapshot-version")?.stdout, b"v2.0.0\n");
     Ok(())
 }
 

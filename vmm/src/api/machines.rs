@@ -165,7 +165,20 @@ fn sockets(folder: &Path) -> Vec<PathBuf> {
     let table = read(&folder.join("net/unix")).unwrap_or_default();
     let listening = table.lines().filter_map(|line| listening(line, &inodes));
     let some = listening.take(MAX_SOCKETS);
-    some.map(|path| seen_from_here(folder, path)).collect()
+    some.map(|path| by_its_name(seen_from_here(folder, path)))
+        .collect()
+}
+
+/// A monitor binds its socket beside the path that it gets when it listens (`sys::sockets::bind`), and the kernel remembers the
+/// first: with a dot and a number behind the name.
+fn by_its_name(path: PathBuf) -> PathBuf {
+    let number = path.extension().and_then(|it| it.to_str());
+    let is_aside = number.is_some_and(|it| it.parse::<u32>().is_ok());
+    if is_aside && !path.exists() {
+        path.with_extension("")
+    } else {
+        path
+    }
 }
 
 /// The path in a line of `/proc/net/unix` (proc(5)), if that is a socket which listens and is one of `inodes`.
@@ -267,6 +280,7 @@ fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, ClientError>
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
 
@@ -335,6 +349,30 @@ mod tests {
         symlink("/jail", folder.join("root")).unwrap();
         let expected = [folder.join("root/run/a b"), folder.join("cwd/relative")];
         assert_eq!(sockets(&folder), expected);
+    }
+
+    #[test]
+    fn a_socket_is_found_by_the_name_that_it_got_after_all() {
+        let folder = TempDir::new().unwrap();
+        // The name may end with a number of its own.
+        let paths = ["api", "api.7"].map(|name| folder.path().join(name));
+        let bound = paths
+            .each_ref()
+            .map(|path| crate::sys::sockets::bind(path).unwrap().0);
+        let plain = UnixListener::bind(folder.path().join("plain.8")).unwrap();
+        // As if these were all that the process has.
+        let own = fake(folder.path(), "4", "ebb", "run");
+        symlink("/", own.join("root")).unwrap();
+        fs::copy("/proc/self/net/unix", own.join("net/unix")).unwrap();
+        for listener in bound.iter().chain([&plain]) {
+            let number = listener.as_raw_fd().to_string();
+            let target = fs::read_link(Path::new("/proc/self/fd").join(&number)).unwrap();
+            symlink(target, own.join("fd").join(number)).unwrap();
+        }
+        let mut found = sockets(&own);
+        found.sort();
+        let plain = folder.path().join("plain.8");
+        assert_eq!(found, [paths.to_vec(), vec![plain]].concat());
     }
 
     /// Each socket may take a second, so one process must not have many.
