@@ -4,6 +4,7 @@
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use ebb_harness::Images;
 use ebb_harness::error::{Context, Result};
@@ -11,9 +12,13 @@ use ebb_harness::size::MIB;
 use ebb_payload::freestanding::{self, Parameters, Task};
 use tempfile::TempDir;
 
+/// Some clients wait for few seconds only: one at a time has the processors.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// Runs a program with a folder, the monitor under Firecracker's name, and a kernel that needs no initial RAM disk and 128 MiB. What
 /// it says stands in a failure.
 fn run(program: &mut Command) -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let images = Images::from_environment()?;
     let folder = TempDir::with_prefix("ebb-").context("make a temporary folder")?;
     let firecracker = folder.path().join("firecracker");

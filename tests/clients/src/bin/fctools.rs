@@ -165,8 +165,12 @@ async fn end(vm: &mut Machine, method: VmShutdownMethod) -> Result<VmState> {
         timeout: Some(PATIENCE),
         graceful: true,
     };
-    vm.shutdown([action]).await?;
+    let done = vm.shutdown([action]).await;
     let state = vm.get_state();
+    // It takes a process that it has killed for an error if that is gone before it begins to wait.
+    if !matches!(state, VmState::Crashed(_)) {
+        done?;
+    }
     vm.cleanup().await?;
     Ok(state)
 }
