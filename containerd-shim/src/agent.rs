@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use containerd_shim::protos::TaskClient;
 use containerd_shim::protos::ttrpc::Client;
+use ebb_pod::error::{Context, Error, Result};
 use ebb_pod::{STREAM_PORT, Stream, TASK_PORT};
 
-use crate::error::{Context, Error, Result};
 use crate::machine::Machine;
 
 /// How long a guest may take until its agent answers.

@@ -4,10 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use ebb_pod::error::{Context, Error, Result};
 use ebb_pod::{Container, CopiedFile};
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
-
-use crate::error::{Context, Error, Result};
 
 /// The longest file that is copied, in bytes: such as resolv.conf.
 const LONGEST: u64 = 1 << 20;

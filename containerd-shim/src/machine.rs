@@ -6,13 +6,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use ebb_pod::answers::locked;
+use ebb_pod::error::{Context, Error, Result};
 use ebb_vmm::api::request;
 use hyper::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use crate::error::{Context, Error, Result};
 use crate::settings::Settings;
 
 /// How many disks a machine has, which start empty: the most root file systems of a pod at a time.
@@ -83,11 +84,7 @@ impl Machine {
 
     /// True once the monitor has ended.
     pub fn has_ended(&self) -> bool {
-        *self
-            .end
-            .ended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        *locked(&self.end.ended)
     }
 
     /// The end of the monitor's log: why it may have ended.
@@ -123,15 +120,17 @@ impl Machine {
         done.map(drop).context(format_args!("{path} {body}"))
     }
 
-    /// Ends it and waits until it is gone, its memory with it.
+    /// Ends it, and waits until that is seen; its memory is freed behind it.
     pub fn stop(&self) {
-        let pid = Pid::from_raw(self.pid.cast_signed());
-        if !self.has_ended()
-            && let Err(error) = kill(pid, Signal::SIGTERM)
-        {
-            eprintln!("stop the machine: {error}");
+        let stop = json!({"action_type": "InstanceStop"});
+        let asked = self.ask(Method::PUT, "/actions", &stop);
+        if (asked.is_err() || !self.end.came_within(PATIENCE)) && !self.has_ended() {
+            let pid = Pid::from_raw(self.pid.cast_signed());
+            if let Err(error) = kill(pid, Signal::SIGKILL) {
+                eprintln!("kill the machine: {error}");
+            }
+            self.end.came_within(PATIENCE);
         }
-        self.end.wait();
         let _ = fs::remove_dir_all(&self.folder);
     }
 }
@@ -141,16 +140,15 @@ impl End {
         if let Err(error) = child.wait() {
             eprintln!("wait for the machine: {error}");
         }
-        *self.ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *locked(&self.ended) = true;
         self.changed.notify_all();
     }
 
-    fn wait(&self) {
-        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ended = self
-            .changed
-            .wait_while(ended, |ended| !*ended)
-            .unwrap_or_else(PoisonError::into_inner);
+    /// Waits for it, and returns true if it came in time.
+    fn came_within(&self, limit: Duration) -> bool {
+        let ended = locked(&self.ended);
+        let waited = self.changed.wait_timeout_while(ended, limit, |it| !*it);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 

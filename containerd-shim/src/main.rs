@@ -5,7 +5,6 @@
 
 mod agent;
 mod copies;
-mod error;
 mod machine;
 mod pod;
 mod rootfs;

@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use containerd_shim::protos::TaskClient;
+use ebb_pod::answers::{Exit, locked};
+use ebb_pod::error::{Context, Error, Result};
 use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
 use crate::agent;
-use crate::error::{Context, Error, Result};
 use crate::machine::{DISKS, Machine};
 use crate::settings::Settings;
 use crate::streams::{Carried, Paths};
@@ -49,7 +49,7 @@ pub struct Process {
     /// Its FIFOs.
     pub paths: Paths,
     /// Its streams, once it has been started.
-    pub streams: Carried,
+    pub streams: Arc<Carried>,
     state: Mutex<State>,
     ended: Condvar,
 }
@@ -58,25 +58,6 @@ pub struct Process {
 struct State {
     started: bool,
     exit: Option<Exit>,
-}
-
-/// How a process ended.
-#[derive(Clone, Copy, Debug)]
-pub struct Exit {
-    /// Its exit status.
-    pub status: u32,
-    /// When.
-    pub at: SystemTime,
-}
-
-impl Exit {
-    /// An end at this moment.
-    pub fn now(status: u32) -> Self {
-        Self {
-            status,
-            at: SystemTime::now(),
-        }
-    }
 }
 
 /// How far a process is.
@@ -88,10 +69,6 @@ pub enum Progress {
     Running,
     /// It has ended.
     Ended(Exit),
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The memory limit in bytes, if there is one.
@@ -240,7 +217,7 @@ impl Process {
     fn new(paths: Paths) -> Arc<Self> {
         Arc::new(Self {
             paths,
-            streams: Carried::default(),
+            streams: Arc::default(),
             state: Mutex::default(),
             ended: Condvar::new(),
         })

@@ -8,10 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use containerd_shim::protos::api::Mount;
+use ebb_pod::error::{Context, Error, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
-
-use crate::error::{Context, Error, Result};
 
 /// The image of a snapshot's layers.
 pub fn image(folder: &Path, rootfs: &[Mount]) -> Result<PathBuf> {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use containerd_shim::event::Event;
 use containerd_shim::protos::api::{
@@ -17,20 +18,27 @@ use containerd_shim::protos::events::task::{
 };
 use containerd_shim::protos::protobuf::MessageField;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
-use containerd_shim::protos::protobuf::well_known_types::timestamp::Timestamp;
-use containerd_shim::protos::ttrpc::{self, Code, context::Context as Call};
+use containerd_shim::protos::ttrpc;
+use containerd_shim::protos::ttrpc::context::{Context as Call, with_duration};
 use containerd_shim::publisher::RemotePublisher;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
+use ebb_pod::answers::{Exit, answer};
+use ebb_pod::error::{Context, Error, Result};
 use ebb_pod::{CONTAINER_TYPE, rootfs::LAYER};
 
-use crate::error::{Context, Error, Result};
-use crate::pod::{Exit, Guest, Pod, Process, Progress, memory_limit};
+use crate::pod::{Guest, Pod, Process, Progress, memory_limit};
 use crate::settings::Settings;
 use crate::streams::Paths;
 use crate::{copies, rootfs};
 
+/// How long the guest's agent may take for an answer. The guest may do with it what it wants, and never give one.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// The exit status of a process that SIGKILL has ended.
-const KILLED: u32 = 128 + 9;
+const KILLED: u32 = 128 + SIGKILL;
+
+/// The number of that signal.
+const SIGKILL: u32 = 9;
 
 /// The service of one pod.
 pub struct Service {
@@ -44,14 +52,9 @@ struct Shared {
     publisher: RemotePublisher,
 }
 
-fn refused(error: &Error) -> ttrpc::Error {
-    let text = error.to_string();
-    let code = if text.ends_with("not found") {
-        Code::NOT_FOUND
-    } else {
-        Code::UNKNOWN
-    };
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
+/// A call of the agent, which has to answer in time.
+fn call() -> Call {
+    with_duration(PATIENCE)
 }
 
 /// What the agent says.
@@ -60,14 +63,6 @@ fn told(error: ttrpc::Error) -> Error {
         ttrpc::Error::RpcStatus(status) => Error::new(status.message),
         other => Error::new(format!("the guest's agent: {other}")),
     }
-}
-
-fn answer<T>(done: Result<T>) -> ttrpc::Result<T> {
-    done.map_err(|error| refused(&error))
-}
-
-fn timestamp(exit: Exit) -> MessageField<Timestamp> {
-    MessageField::some(Timestamp::from(exit.at))
 }
 
 impl Shared {
@@ -110,7 +105,7 @@ impl Shared {
                 }),
                 ..request.clone()
             };
-            guest.agent.create(Call::default(), &wanted).map_err(told)?;
+            guest.agent.create(call(), &wanted).map_err(told)?;
             Ok(guest.machine.pid)
         };
         start().inspect_err(|_| self.pod.remove(&request.id))
@@ -120,7 +115,7 @@ impl Shared {
     fn start(self: &Arc<Self>, request: &StartRequest) -> Result<u32> {
         let guest = self.pod.guest()?;
         let process = self.pod.process(&request.id, &request.exec_id)?;
-        guest.agent.start(Call::default(), request).map_err(told)?;
+        guest.agent.start(call(), request).map_err(told)?;
         process.started();
         let streams = &process.streams;
         streams.start(
@@ -162,7 +157,7 @@ impl Shared {
             id: if exec_id.is_empty() { id } else { exec_id }.to_owned(),
             pid,
             exit_status: exit.status,
-            exited_at: timestamp(exit),
+            exited_at: exit.timestamp(),
             ..TaskExit::default()
         });
     }
@@ -176,12 +171,18 @@ impl Shared {
             Progress::Running => return Err(Error::new("the process has not ended")),
         };
         let guest = self.pod.guest()?;
-        let alive = !guest.machine.has_ended();
-        if alive {
-            guest.agent.delete(Call::default(), request).map_err(told)?;
+        if !guest.machine.has_ended() {
+            match guest.agent.delete(call(), request) {
+                Ok(_) => {}
+                Err(ttrpc::Error::RpcStatus(status)) => return Err(Error::new(status.message)),
+                Err(error) => {
+                    containerd_shim::warn!("delete: {error}: the machine is ended");
+                    guest.machine.stop();
+                }
+            }
         }
         if request.exec_id.is_empty() {
-            if alive {
+            if !guest.machine.has_ended() {
                 guest.machine.set_disk(container.disk, None)?;
             }
             self.pod.remove(&request.id);
@@ -212,7 +213,7 @@ impl Shared {
             stderr: paths.errors,
             terminal: paths.terminal,
             exit_status: exit.map_or(0, |exit| exit.status),
-            exited_at: exit.map(timestamp).unwrap_or_default(),
+            exited_at: exit.map(Exit::timestamp).unwrap_or_default(),
             ..StateResponse::default()
         })
     }
@@ -221,7 +222,7 @@ impl Shared {
     fn update(&self, request: &UpdateTaskRequest) -> Result<()> {
         let resources = serde_json::from_slice(&request.resources.value).context("resources")?;
         let guest = self.pod.guest()?;
-        guest.agent.update(Call::default(), request).map_err(told)?;
+        guest.agent.update(call(), request).map_err(told)?;
         let container = self.pod.container(&request.id)?;
         if let Some(limit) = memory_limit(Some(&resources)) {
             container.set_limit(Some(limit));
@@ -297,7 +298,7 @@ impl Task for Service {
     fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
         let container = answer(self.pod().container(&request.id))?;
         let guest = answer(self.pod().guest())?;
-        guest.agent.exec(Call::default(), &request)?;
+        guest.agent.exec(call(), &request)?;
         let paths = Paths {
             input: request.stdin,
             output: request.stdout,
@@ -321,7 +322,7 @@ impl Task for Service {
         let exit = answer(self.pod().process(&request.id, &request.exec_id))?.wait();
         Ok(WaitResponse {
             exit_status: exit.status,
-            exited_at: timestamp(exit),
+            exited_at: exit.timestamp(),
             ..WaitResponse::default()
         })
     }
@@ -339,9 +340,18 @@ impl Task for Service {
                 return Ok(Empty::new());
             }
         }
-        answer(self.pod().guest())?
-            .agent
-            .kill(Call::default(), &request)
+        let guest = answer(self.pod().guest())?;
+        let done = guest.agent.kill(call(), &request);
+        match done {
+            Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => done,
+            // What is to be killed ends, whatever the guest makes of it.
+            Err(error) if request.signal == SIGKILL => {
+                containerd_shim::warn!("kill: {error}: the machine is ended");
+                guest.machine.stop();
+                Ok(Empty::new())
+            }
+            Err(_) => done,
+        }
     }
 
     fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
@@ -351,14 +361,14 @@ impl Task for Service {
                 container_id: request.id,
                 pid,
                 exit_status: exit.status,
-                exited_at: timestamp(exit),
+                exited_at: exit.timestamp(),
                 ..TaskDelete::default()
             });
         }
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
-            exited_at: timestamp(exit),
+            exited_at: exit.timestamp(),
             ..DeleteResponse::default()
         })
     }
@@ -379,7 +389,7 @@ impl Task for Service {
     fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
         answer(self.pod().guest())?
             .agent
-            .resize_pty(Call::default(), &request)
+            .resize_pty(call(), &request)
     }
 
     fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
@@ -390,9 +400,7 @@ impl Task for Service {
 
     fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let container = answer(self.pod().container(&request.id))?;
-        answer(self.pod().guest())?
-            .agent
-            .pause(Call::default(), &request)?;
+        answer(self.pod().guest())?.agent.pause(call(), &request)?;
         container.set_paused(true);
         self.shared.publish(TaskPaused {
             container_id: request.id,
@@ -403,9 +411,7 @@ impl Task for Service {
 
     fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let container = answer(self.pod().container(&request.id))?;
-        answer(self.pod().guest())?
-            .agent
-            .resume(Call::default(), &request)?;
+        answer(self.pod().guest())?.agent.resume(call(), &request)?;
         container.set_paused(false);
         self.shared.publish(TaskResumed {
             container_id: request.id,
@@ -420,9 +426,7 @@ impl Task for Service {
     }
 
     fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        answer(self.pod().guest())?
-            .agent
-            .stats(Call::default(), &request)
+        answer(self.pod().guest())?.agent.stats(call(), &request)
     }
 
     fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {

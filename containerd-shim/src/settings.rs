@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use ebb_pod::error::{Context, Result};
 use serde::Deserialize;
-
-use crate::error::{Context, Result};
 
 /// Where the file is, unless the environment variable `EBB_PODS` says otherwise.
 const FILE: &str = "/etc/ebb/pods.toml";

@@ -7,9 +7,9 @@ use containerd_shim::protos::api::DeleteResponse;
 use containerd_shim::protos::protobuf::MessageField;
 use containerd_shim::publisher::RemotePublisher;
 use containerd_shim::{Config, ExitSignal, Flags, Shim, StartOpts, spawn};
+use ebb_pod::error::{Context, Result};
 use oci_spec::runtime::Spec;
 
-use crate::error::{Context, Result};
 use crate::pod::Pod;
 use crate::service::Service;
 use crate::settings::Settings;
@@ -32,7 +32,7 @@ fn pod_of(id: &str) -> Result<String> {
     Ok(annotation.cloned().unwrap_or_else(|| id.to_owned()))
 }
 
-fn other(error: &crate::error::Error) -> containerd_shim::Error {
+fn other(error: &ebb_pod::error::Error) -> containerd_shim::Error {
     containerd_shim::Error::Other(error.to_string())
 }
 

@@ -3,9 +3,8 @@
 use std::fs::{self, File};
 use std::path::Path;
 
+use ebb_pod::error::{Context, Result};
 use nix::mount::{MsFlags, mount};
-
-use crate::error::{Context, Result};
 
 /// Modules to load, a path in each line, those that others need first.
 const MODULES: &str = "/etc/modules";

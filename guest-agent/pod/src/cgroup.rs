@@ -5,9 +5,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ebb_pod::error::{Context, Result};
 use oci_spec::runtime::LinuxResources;
-
-use crate::error::{Context, Result};
 
 /// How long killed processes may need to be gone.
 const PATIENCE: Duration = Duration::from_secs(5);

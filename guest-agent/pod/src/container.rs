@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use containerd_shim_protos::api::Mount;
+use ebb_pod::answers::{Exit, locked};
+use ebb_pod::error::{Context, Error, Result};
 use ebb_pod::{Container, Stream};
 use oci_spec::runtime::Process as Wanted;
 
-use crate::error::{Context, Error, Result};
-use crate::process::{Exit, Process, locked};
+use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::request::Place;
 use crate::{cgroup, layers};

@@ -1,6 +1,7 @@
 //! What a container's process may do: limits, user, capabilities (OCI runtime specification, config.md, "Process" and
 //! "Linux Process").
 
+use ebb_pod::error::{Context, Result};
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 use oci_spec::runtime::{Capabilities, PosixRlimitType, Process};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -8,8 +9,6 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, configure_capability_in_ambient_set, set_capabilities,
     set_keep_capabilities, set_no_new_privs,
 };
-
-use crate::error::{Context, Result};
 
 /// Sets its limits.
 pub fn limit(process: &Process) -> Result<()> {

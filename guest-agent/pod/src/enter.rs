@@ -11,10 +11,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use ebb_pod::error::{Context, Result};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::error::{Context, Result};
 use crate::request::{Place, Request};
 
 /// The namespaces of a container but those of its mounts and cgroups, which its process enters by itself.

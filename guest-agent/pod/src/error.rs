@@ -1,4 +1,4 @@
-//! The agent's one error: a sentence.
+//! The one error of shim and agent: a sentence.
 
 use std::fmt::Display;
 

@@ -9,10 +9,10 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use ebb_pod::error::{Context, Error, Result};
 use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::Process;
 
-use crate::error::{Context, Error, Result};
 use crate::request::{Place, Request};
 use crate::{credentials, mounts};
 

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::Mount;
+use ebb_pod::error::{Context, Error, Result};
 use ebb_pod::rootfs::LAYER;
 use nix::mount::{MntFlags, MsFlags, mount as mount_, umount2};
-
-use crate::error::{Context, Error, Result};
 
 /// How long a disk may need to come.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -9,6 +9,9 @@
 //!   that follows are its bytes. A stream can be connected once its process has been started.
 //! - Process numbers are those of the guest.
 
+pub mod answers;
+pub mod error;
+
 use std::io::{ErrorKind, Read, Write};
 use std::path::PathBuf;
 

@@ -7,7 +7,6 @@ mod cgroup;
 mod container;
 mod credentials;
 mod enter;
-mod error;
 mod inside;
 mod layers;
 mod mounts;
@@ -24,8 +23,7 @@ use std::sync::Arc;
 use containerd_shim_protos::create_task;
 use containerd_shim_protos::ttrpc::Server;
 use ebb_pod::TASK_PORT;
-
-use crate::error::{Context, Result};
+use ebb_pod::error::{Context, Result};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();

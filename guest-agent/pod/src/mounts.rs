@@ -5,12 +5,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Component, Path, PathBuf};
 
+use ebb_pod::error::{Context, Error, Result};
 use ebb_pod::{Container, CopiedFile};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot, sethostname};
 use oci_spec::runtime::Mount;
-
-use crate::error::{Context, Error, Result};
 
 /// Devices that every container has.
 const DEVICES: &[&str] = &["null", "zero", "full", "random", "urandom", "tty"];
@@ -167,10 +166,10 @@ mod tests {
 
     #[test]
     fn a_path_stays_below_the_root() {
-        let root = Path::new("/run/root");
+        let root = Path::new("/run/guest");
         assert_eq!(
             below(root, Path::new("/etc/./hosts")).unwrap(),
-            Path::new("/run/root/etc/hosts")
+            Path::new("/run/guest/etc/hosts")
         );
         assert!(below(root, Path::new("/../etc")).is_err());
     }

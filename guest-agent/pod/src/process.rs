@@ -5,16 +5,16 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use ebb_pod::End;
+use ebb_pod::answers::{Exit, locked};
+use ebb_pod::error::{Context, Error, Result};
 use oci_spec::runtime::Process as Wanted;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
-use crate::error::{Context, Error, Result};
 use crate::reaper::Reaper;
 use crate::request::{Place, Request};
 use crate::streams::Ends;
@@ -36,20 +36,6 @@ struct State {
     exit: Option<Exit>,
     ends: Ends,
     terminal: Option<File>,
-}
-
-/// How a process ended.
-#[derive(Clone, Copy, Debug)]
-pub struct Exit {
-    /// Its exit status.
-    pub status: u32,
-    /// When.
-    pub at: SystemTime,
-}
-
-/// The mutex' content; a thread that panicked has left it whole.
-pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Process {
@@ -222,15 +208,5 @@ impl Streams {
 
     fn numbers(&self) -> [i32; 3] {
         self.theirs.each_ref().map(File::as_raw_fd)
-    }
-}
-
-impl Exit {
-    /// An end at this moment.
-    pub fn now(status: u32) -> Self {
-        Self {
-            status,
-            at: SystemTime::now(),
-        }
     }
 }

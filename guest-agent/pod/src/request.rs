@@ -4,10 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ebb_pod::Container;
+use ebb_pod::error::{Context, Result};
 use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
-
-use crate::error::{Context, Result};
 
 /// A process to start.
 #[derive(Debug, Serialize, Deserialize)]

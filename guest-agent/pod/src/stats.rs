@@ -5,9 +5,9 @@ use std::path::Path;
 use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use ebb_pod::error::{Context, Result};
 
 use crate::cgroup::value;
-use crate::error::{Context, Result};
 
 /// The name of [`Metrics`] for containerd.
 const TYPE: &str = "io.containerd.cgroups.v2.Metrics";

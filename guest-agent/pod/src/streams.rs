@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
+use ebb_pod::error::{Context, Result};
 use ebb_pod::{End, LONGEST_LINE, STREAM_PORT, Stream, carry_bytes};
 use nix::libc::VMADDR_CID_ANY;
 use nix::sys::socket::{
@@ -13,7 +14,6 @@ use nix::sys::socket::{
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 
 use crate::container::Pod;
-use crate::error::{Context, Result};
 
 /// The agent's ends of a process' streams.
 #[derive(Debug, Default)]

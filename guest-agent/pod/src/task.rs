@@ -11,39 +11,19 @@ use containerd_shim_protos::api::{
     UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::MessageField;
-use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
-use containerd_shim_protos::ttrpc::{self, Code, TtrpcContext};
+use containerd_shim_protos::ttrpc::{self, TtrpcContext};
 use ebb_pod::CONTAINER_TYPE;
+use ebb_pod::answers::{Exit, answer};
+use ebb_pod::error::Context;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::container::Pod;
-use crate::error::{Context, Error};
-use crate::process::Exit;
 use crate::{cgroup, stats};
 
 /// The service.
 pub struct Service {
     pod: Arc<Pod>,
-}
-
-/// The code for what does not exist, which clients look at.
-fn refused(error: &Error) -> ttrpc::Error {
-    let text = error.to_string();
-    let code = if text.ends_with("not found") {
-        Code::NOT_FOUND
-    } else {
-        Code::UNKNOWN
-    };
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
-}
-
-fn answer<T>(done: crate::error::Result<T>) -> ttrpc::Result<T> {
-    done.map_err(|error| refused(&error))
-}
-
-fn timestamp(exit: Exit) -> MessageField<Timestamp> {
-    MessageField::some(Timestamp::from(exit.at))
 }
 
 impl Service {
@@ -52,7 +32,7 @@ impl Service {
         Self { pod }
     }
 
-    fn create_container(&self, request: &CreateTaskRequest) -> crate::error::Result<()> {
+    fn create_container(&self, request: &CreateTaskRequest) -> ebb_pod::error::Result<()> {
         let option = request.options.as_ref();
         let option = option.filter(|option| option.type_url == CONTAINER_TYPE);
         let option = option.context("the request has no container")?;
@@ -60,7 +40,7 @@ impl Service {
         self.pod.create(&request.id, container, &request.rootfs)
     }
 
-    fn signal(&self, request: &KillRequest) -> crate::error::Result<()> {
+    fn signal(&self, request: &KillRequest) -> ebb_pod::error::Result<()> {
         let container = self.pod.container(&request.id)?;
         let task = container.task(&request.exec_id)?;
         let signal = Signal::try_from(request.signal.cast_signed()).context("signal")?;
@@ -82,7 +62,7 @@ impl Service {
         Ok(())
     }
 
-    fn describe(&self, request: &StateRequest) -> crate::error::Result<StateResponse> {
+    fn describe(&self, request: &StateRequest) -> ebb_pod::error::Result<StateResponse> {
         let task = self.pod.container(&request.id)?.task(&request.exec_id)?;
         let (pid, exit) = (task.pid(), task.exit());
         let status = match (pid, exit) {
@@ -97,7 +77,7 @@ impl Service {
             status: status.into(),
             terminal: task.has_terminal(),
             exit_status: exit.map_or(0, |exit| exit.status),
-            exited_at: exit.map(timestamp).unwrap_or_default(),
+            exited_at: exit.map(Exit::timestamp).unwrap_or_default(),
             ..StateResponse::default()
         })
     }
@@ -137,7 +117,7 @@ impl Task for Service {
         let exit = answer(container.task(&request.exec_id))?.wait();
         Ok(WaitResponse {
             exit_status: exit.status,
-            exited_at: timestamp(exit),
+            exited_at: exit.timestamp(),
             ..WaitResponse::default()
         })
     }
@@ -152,7 +132,7 @@ impl Task for Service {
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
-            exited_at: timestamp(exit),
+            exited_at: exit.timestamp(),
             ..DeleteResponse::default()
         })
     }
