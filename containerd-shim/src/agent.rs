@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use containerd_shim::protos::TaskClient;
 use containerd_shim::protos::ttrpc::Client;
 use ebb_pod::error::{Context, Error, Result};
-use ebb_pod::{STREAM_PORT, Stream, TASK_PORT};
+use ebb_pod::{Connection, STREAM_PORT, TASK_PORT};
 
 use crate::machine::Machine;
 
@@ -59,9 +59,9 @@ pub fn client(machine: &Machine) -> Result<TaskClient> {
     }
 }
 
-/// Connects to a standard stream of a process that has been started.
-pub fn stream(machine: &Machine, stream: &Stream) -> Result<UnixStream> {
-    let line = serde_json::to_string(stream).context("a stream")?;
+/// Connects to a standard stream, or for copies.
+pub fn stream(machine: &Machine, what: &Connection) -> Result<UnixStream> {
+    let line = serde_json::to_string(what).context("a stream")?;
     let mut connection = connect(&machine.vsock(), STREAM_PORT)?;
     writeln!(connection, "{line}").context("a stream")?;
     Ok(connection)

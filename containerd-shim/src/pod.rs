@@ -2,16 +2,20 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use containerd_shim::protos::TaskClient;
 use ebb_pod::answers::{Exit, locked};
 use ebb_pod::error::{Context, Error, Result};
-use oci_spec::runtime::{LinuxMemory, LinuxResources};
+use ebb_pod::network::Network;
+use oci_spec::runtime::{LinuxMemory, LinuxResources, Spec};
 
 use crate::agent;
-use crate::machine::{DISKS, Machine};
+use crate::machine::{Disks, Machine, Wanted};
+use crate::messages::Message;
+use crate::rootfs::Root;
 use crate::settings::Settings;
 use crate::streams::{Carried, Paths};
 
@@ -21,6 +25,8 @@ pub struct Pod {
     id: String,
     guest: Mutex<Option<Arc<Guest>>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Those of the machine, once the first container has shown what its snapshots are.
+    disks: OnceLock<Disks>,
 }
 
 /// The pod's machine and the way to the agent in it.
@@ -31,6 +37,8 @@ pub struct Guest {
     pub agent: TaskClient,
     /// The node's settings.
     pub settings: Settings,
+    /// What its interfaces are to have, until the agent knows.
+    network: Mutex<Option<Network>>,
 }
 
 /// A container of the pod.
@@ -40,7 +48,11 @@ pub struct Container {
     /// The disk that has its root file system.
     pub disk: usize,
     limit: Mutex<Option<u64>>,
+    /// The message that it leaves, if somebody wants one.
+    pub message: OnceLock<Message>,
     paused: AtomicBool,
+    /// How many of its processes the guest's kernel has killed for want of memory, as far as containerd knows.
+    oom_kills: AtomicU64,
     processes: Mutex<HashMap<String, Arc<Process>>>,
 }
 
@@ -57,6 +69,8 @@ pub struct Process {
 #[derive(Default)]
 struct State {
     started: bool,
+    /// Its end is expected.
+    ends: bool,
     exit: Option<Exit>,
 }
 
@@ -78,6 +92,16 @@ pub fn memory_limit(resources: Option<&LinuxResources>) -> Option<u64> {
     u64::try_from(limit).ok().filter(|limit| *limit > 0)
 }
 
+/// The annotation with the sum of the limits of a pod's containers, in bytes (containerd, pkg/cri/annotations).
+const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// The memory limit of the pod in bytes, if its first container says it.
+pub fn sandbox_limit(spec: &Spec) -> Option<u64> {
+    let all = spec.annotations().as_ref()?;
+    let limit = all.get(SANDBOX_MEMORY)?.parse().ok()?;
+    Some(limit).filter(|limit| *limit > 0)
+}
+
 impl Pod {
     /// A pod without a machine.
     pub fn new(namespace: &str, id: &str) -> Self {
@@ -86,7 +110,13 @@ impl Pod {
             id: id.to_owned(),
             guest: Mutex::default(),
             containers: Mutex::default(),
+            disks: OnceLock::new(),
         }
+    }
+
+    /// The disks that its machine has for containers such as the one with this root file system.
+    pub fn disks_for(&self, root: &Root) -> Disks {
+        *self.disks.get_or_init(|| Disks::of_blocks(root.is_block))
     }
 
     /// The namespace of containerd's that it is in.
@@ -94,19 +124,16 @@ impl Pod {
         &self.namespace
     }
 
-    /// The pod's guest, started with memory for `limit` if there is none.
-    pub fn guest_for(&self, settings: &Settings, limit: Option<u64>) -> Result<Arc<Guest>> {
+    /// The pod's guest, started as wanted if there is none.
+    pub fn guest_for(&self, settings: &Settings, wanted: &Wanted) -> Result<Arc<Guest>> {
         let mut guest = locked(&self.guest);
         if let Some(guest) = guest.as_ref() {
             return Ok(Arc::clone(guest));
         }
-        let machine = Machine::start(settings, &self.namespace, &self.id, limit)?;
+        let started = Machine::start(settings, &self.namespace, &self.id, wanted);
+        let (machine, network) = started?;
         let agent = agent::client(&machine).inspect_err(|_| machine.stop())?;
-        let started = Arc::new(Guest {
-            machine,
-            agent,
-            settings: settings.clone(),
-        });
+        let started = Arc::new(Guest::new(machine, agent, settings, network));
         *guest = Some(Arc::clone(&started));
         Ok(started)
     }
@@ -123,6 +150,7 @@ impl Pod {
         &self,
         id: &str,
         bundle: &Path,
+        root: &Root,
         limit: Option<u64>,
         paths: Paths,
     ) -> Result<Arc<Container>> {
@@ -131,15 +159,23 @@ impl Pod {
             return Err(Error::new(format!("container {id} exists")));
         }
         let free = |disk: &usize| containers.values().all(|other| other.disk != *disk);
-        let disk = (0..DISKS).find(free);
-        let disk = disk.context(format_args!(
-            "the pod has {DISKS} containers: there is no room for more"
+        let mut disks = self.disks_for(root).numbers(root.writable);
+        if disks.is_empty() {
+            return Err(Error::new(
+                "a block snapshot, but the pod's first container had layers: give all of a pod's containers one snapshotter",
+            ));
+        }
+        let most = disks.len();
+        let disk = disks.find(free).context(format_args!(
+            "the pod has {most} containers with such root file systems: there is no room for more"
         ))?;
         let container = Arc::new(Container {
             bundle: bundle.to_owned(),
             disk,
             limit: Mutex::new(limit),
+            message: OnceLock::new(),
             paused: AtomicBool::new(false),
+            oom_kills: AtomicU64::new(0),
             processes: Mutex::new(HashMap::from([(String::new(), Process::new(paths))])),
         });
         containers.insert(id.to_owned(), Arc::clone(&container));
@@ -168,15 +204,40 @@ impl Pod {
         }
     }
 
+    /// The pod's first container, if this one is another.
+    pub fn sandbox_of(&self, id: &str) -> Option<String> {
+        (id != self.id).then(|| self.id.clone())
+    }
+
     /// True if it has no containers.
     pub fn is_empty(&self) -> bool {
         locked(&self.containers).is_empty()
     }
 
-    /// What the pod's containers may use together, in bytes; none if one of them has no limit.
+    /// What the pod's containers may use together, in bytes; none if one of them has no limit. The first one of several does
+    /// nothing but wait.
     pub fn limit(&self) -> Option<u64> {
         let containers = locked(&self.containers);
-        containers.values().map(|it| *locked(&it.limit)).sum()
+        let counts = |id: &str| containers.len() == 1 || id != self.id;
+        let counted = containers.iter().filter(|(id, _)| counts(id));
+        counted.map(|(_, it)| *locked(&it.limit)).sum()
+    }
+}
+
+impl Guest {
+    /// A machine whose agent has answered.
+    pub fn new(machine: Machine, agent: TaskClient, settings: &Settings, network: Network) -> Self {
+        Self {
+            machine,
+            agent,
+            settings: settings.clone(),
+            network: Mutex::new(Some(network)),
+        }
+    }
+
+    /// What its interfaces are to have, once: for the first container.
+    pub fn take_network(&self) -> Option<Network> {
+        locked(&self.network).take()
     }
 }
 
@@ -207,6 +268,11 @@ impl Container {
         self.paused.load(Relaxed)
     }
 
+    /// Notes how many of its processes have been killed for want of memory, and returns true if these are more than before.
+    pub fn note_oom_kills(&self, kills: u64) -> bool {
+        self.oom_kills.fetch_max(kills, Relaxed) < kills
+    }
+
     /// Notes another memory limit.
     pub fn set_limit(&self, limit: Option<u64>) {
         *locked(&self.limit) = limit;
@@ -214,7 +280,8 @@ impl Container {
 }
 
 impl Process {
-    fn new(paths: Paths) -> Arc<Self> {
+    /// One that has not been started.
+    pub fn new(paths: Paths) -> Arc<Self> {
         Arc::new(Self {
             paths,
             streams: Arc::default(),
@@ -236,6 +303,21 @@ impl Process {
     /// Notes that it runs.
     pub fn started(&self) {
         locked(&self.state).started = true;
+    }
+
+    /// Notes that its end is expected; true the first time.
+    pub fn begins_to_end(&self) -> bool {
+        !std::mem::replace(&mut locked(&self.state).ends, true)
+    }
+
+    /// Waits for its end, and returns true if it came in time.
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let state = locked(&self.state);
+        let waited = self
+            .ended
+            .wait_timeout_while(state, limit, |it| it.exit.is_none());
+        let state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        state.exit.is_some()
     }
 
     /// Notes how it ended.

@@ -2,43 +2,37 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use containerd_shim::event::Event;
 use containerd_shim::protos::api::{
     CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
-    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, Mount, PauseRequest,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
     PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest,
     StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
     UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim::protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskPaused, TaskResumed,
-    TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
 };
 use containerd_shim::protos::protobuf::MessageField;
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::ttrpc;
-use containerd_shim::protos::ttrpc::context::{Context as Call, with_duration};
+use containerd_shim::protos::ttrpc::context::Context as Call;
 use containerd_shim::publisher::RemotePublisher;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
 use ebb_pod::answers::{Exit, answer};
 use ebb_pod::error::{Context, Error, Result};
-use ebb_pod::{CONTAINER_TYPE, rootfs::LAYER};
+use ebb_pod::{CONTAINER_TYPE, Connection};
 
-use crate::pod::{Guest, Pod, Process, Progress, memory_limit};
+use crate::copies::Copies;
+use crate::guest::{KILLED, SIGKILL, call, told};
+use crate::machine::Wanted;
+use crate::pod::{Container, Guest, Pod, Process, Progress, memory_limit, sandbox_limit};
+use crate::rootfs::Root;
 use crate::settings::Settings;
 use crate::streams::Paths;
-use crate::{copies, rootfs};
-
-/// How long the guest's agent may take for an answer. The guest may do with it what it wants, and never give one.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The exit status of a process that SIGKILL has ended.
-const KILLED: u32 = 128 + SIGKILL;
-
-/// The number of that signal.
-const SIGKILL: u32 = 9;
+use crate::{agent, cgroup, copies, network, refused};
 
 /// The service of one pod.
 pub struct Service {
@@ -50,19 +44,6 @@ pub struct Service {
 struct Shared {
     pod: Pod,
     publisher: RemotePublisher,
-}
-
-/// A call of the agent, which has to answer in time.
-fn call() -> Call {
-    with_duration(PATIENCE)
-}
-
-/// What the agent says.
-fn told(error: ttrpc::Error) -> Error {
-    match error {
-        ttrpc::Error::RpcStatus(status) => Error::new(status.message),
-        other => Error::new(format!("the guest's agent: {other}")),
-    }
 }
 
 impl Shared {
@@ -81,23 +62,34 @@ impl Shared {
     fn create(&self, request: &CreateTaskRequest) -> Result<u32> {
         let settings = Settings::read()?;
         let bundle = Path::new(&request.bundle);
-        let container = copies::container(bundle)?;
+        let most = settings.volume_mib << 20;
+        let (mut container, copies) = copies::container(bundle, most)?;
+        refused::check(&container.spec)?;
         let linux = container.spec.linux().as_ref();
         let limit = memory_limit(linux.and_then(|linux| linux.resources().as_ref()));
-        let image = rootfs::image(&settings.images, &request.rootfs)?;
+        let of_pod = limit.or_else(|| sandbox_limit(&container.spec));
+        container.sandbox = self.pod.sandbox_of(&request.id);
+        let root = Root::find(&settings.images, &request.rootfs)?;
         let paths = Paths {
             input: request.stdin.clone(),
             output: request.stdout.clone(),
             errors: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let kept = self.pod.add(&request.id, bundle, limit, paths)?;
-        let start = || -> Result<u32> {
-            let guest = self.pod.guest_for(&settings, limit)?;
-            guest.machine.set_disk(kept.disk, Some(&image))?;
+        let kept = self.pod.add(&request.id, bundle, &root, limit, paths)?;
+        let mut start = || -> Result<u32> {
+            let wanted = Wanted {
+                limit: of_pod,
+                network: network::namespace(&container.spec)?,
+                cgroup: cgroup::named(&container.spec)?,
+                disks: self.pod.disks_for(&root),
+            };
+            let guest = self.pod.guest_for(&settings, &wanted)?;
+            guest.machine.set_disk(kept.disk, Some(&root.path))?;
+            container.network = guest.take_network();
             let value = serde_json::to_vec(&container).context("the container")?;
             let wanted = CreateTaskRequest {
-                rootfs: vec![layer(kept.disk)],
+                rootfs: vec![root.on_disk(kept.disk)],
                 options: MessageField::some(Any {
                     type_url: CONTAINER_TYPE.to_owned(),
                     value,
@@ -106,9 +98,32 @@ impl Shared {
                 ..request.clone()
             };
             guest.agent.create(call(), &wanted).map_err(told)?;
+            self.copy(&guest, &request.id, &copies)?;
+            if let Some(message) = &copies.message {
+                kept.message.get_or_init(|| message.clone());
+            }
             Ok(guest.machine.pid)
         };
         start().inspect_err(|_| self.pod.remove(&request.id))
+    }
+
+    /// Sends a container's copies; without them it is not to be.
+    fn copy(&self, guest: &Guest, id: &str, copies: &Copies) -> Result<()> {
+        if copies.is_empty() {
+            return Ok(());
+        }
+        let connection = Connection::Copies {
+            container: id.to_owned(),
+        };
+        let sent = agent::stream(&guest.machine, &connection)
+            .and_then(|connection| copies.send(&connection));
+        sent.inspect_err(|_| {
+            let unwanted = DeleteRequest {
+                id: id.to_owned(),
+                ..DeleteRequest::default()
+            };
+            guest.delete(&unwanted);
+        })
     }
 
     /// Starts a process; a thread waits for its end.
@@ -118,16 +133,29 @@ impl Shared {
         guest.agent.start(call(), request).map_err(told)?;
         process.started();
         let streams = &process.streams;
-        streams.start(
+        let carried = streams.start(
             &guest.machine,
             &request.id,
             &request.exec_id,
             &process.paths,
-        )?;
-        let pid = guest.machine.pid;
-        let (own, request) = (Arc::clone(self), request.clone());
-        std::thread::spawn(move || own.await_end(&guest, &process, &request));
-        Ok(pid)
+        );
+        let (own, awaited) = (Arc::clone(self), request.clone());
+        let (its_guest, its_process) = (Arc::clone(&guest), Arc::clone(&process));
+        std::thread::spawn(move || own.await_end(&its_guest, &its_process, &awaited));
+        if let Err(error) = carried {
+            // It runs all the same.
+            let unwanted = KillRequest {
+                id: request.id.clone(),
+                exec_id: request.exec_id.clone(),
+                signal: SIGKILL,
+                ..KillRequest::default()
+            };
+            if let Err(error) = guest.kill(&process, &unwanted) {
+                containerd_shim::warn!("kill: {error}");
+            }
+            return Err(error);
+        }
+        Ok(guest.machine.pid)
     }
 
     fn await_end(&self, guest: &Guest, process: &Process, request: &StartRequest) {
@@ -136,16 +164,30 @@ impl Shared {
             exec_id: request.exec_id.clone(),
             ..WaitRequest::default()
         };
-        let exit = match guest.agent.wait(Call::default(), &wanted) {
-            Ok(answer) => Exit {
-                status: answer.exit_status,
-                at: answer.exited_at.clone().unwrap_or_default().into(),
-            },
-            // With the machine all its processes are gone.
-            Err(_) => Exit::now(KILLED),
-        };
+        let exit = guest.wait(&wanted);
         process.streams.finish();
+        if let Ok(container) = self.pod.container(&request.id) {
+            self.tell_oom(guest, &request.id, &container);
+            let message = container.message.get();
+            if let Some(message) = message.filter(|_| request.exec_id.is_empty())
+                && let Err(error) = message.fetch(&guest.machine, &request.id)
+            {
+                containerd_shim::warn!("the message of {}: {error}", request.id);
+            }
+        }
         self.end(process, &request.id, &request.exec_id, exit);
+    }
+
+    /// Tells containerd if the guest's kernel has killed processes of a container for want of memory: before it hears of their end,
+    /// whose reason this is.
+    fn tell_oom(&self, guest: &Guest, id: &str, container: &Container) {
+        let kills = guest.oom_kills(id);
+        if kills.is_some_and(|kills| container.note_oom_kills(kills)) {
+            self.publish(TaskOOM {
+                container_id: id.to_owned(),
+                ..TaskOOM::default()
+            });
+        }
     }
 
     /// Notes how a process ended, and tells containerd.
@@ -171,16 +213,7 @@ impl Shared {
             Progress::Running => return Err(Error::new("the process has not ended")),
         };
         let guest = self.pod.guest()?;
-        if !guest.machine.has_ended() {
-            match guest.agent.delete(call(), request) {
-                Ok(_) => {}
-                Err(ttrpc::Error::RpcStatus(status)) => return Err(Error::new(status.message)),
-                Err(error) => {
-                    containerd_shim::warn!("delete: {error}: the machine is ended");
-                    guest.machine.stop();
-                }
-            }
-        }
+        guest.delete(request);
         if request.exec_id.is_empty() {
             if !guest.machine.has_ended() {
                 guest.machine.set_disk(container.disk, None)?;
@@ -228,16 +261,6 @@ impl Shared {
             container.set_limit(Some(limit));
         }
         guest.machine.limit(&guest.settings, self.pod.limit())
-    }
-}
-
-/// A disk as the guest names it: the first is vda.
-fn layer(disk: usize) -> Mount {
-    let letter = char::from(b'a' + u8::try_from(disk).unwrap_or(0));
-    Mount {
-        type_: LAYER.to_owned(),
-        source: format!("/dev/vd{letter}"),
-        ..Mount::default()
     }
 }
 
@@ -298,7 +321,7 @@ impl Task for Service {
     fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
         let container = answer(self.pod().container(&request.id))?;
         let guest = answer(self.pod().guest())?;
-        guest.agent.exec(call(), &request)?;
+        answer(guest.agent.exec(call(), &request).map_err(told))?;
         let paths = Paths {
             input: request.stdin,
             output: request.stdout,
@@ -341,17 +364,8 @@ impl Task for Service {
             }
         }
         let guest = answer(self.pod().guest())?;
-        let done = guest.agent.kill(call(), &request);
-        match done {
-            Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => done,
-            // What is to be killed ends, whatever the guest makes of it.
-            Err(error) if request.signal == SIGKILL => {
-                containerd_shim::warn!("kill: {error}: the machine is ended");
-                guest.machine.stop();
-                Ok(Empty::new())
-            }
-            Err(_) => done,
-        }
+        answer(guest.kill(&process, &request))?;
+        Ok(Empty::new())
     }
 
     fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
@@ -387,9 +401,8 @@ impl Task for Service {
     }
 
     fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        answer(self.pod().guest())?
-            .agent
-            .resize_pty(call(), &request)
+        let guest = answer(self.pod().guest())?;
+        answer(guest.agent.resize_pty(call(), &request).map_err(told))
     }
 
     fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
@@ -400,7 +413,8 @@ impl Task for Service {
 
     fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let container = answer(self.pod().container(&request.id))?;
-        answer(self.pod().guest())?.agent.pause(call(), &request)?;
+        let guest = answer(self.pod().guest())?;
+        answer(guest.agent.pause(call(), &request).map_err(told))?;
         container.set_paused(true);
         self.shared.publish(TaskPaused {
             container_id: request.id,
@@ -411,7 +425,8 @@ impl Task for Service {
 
     fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let container = answer(self.pod().container(&request.id))?;
-        answer(self.pod().guest())?.agent.resume(call(), &request)?;
+        let guest = answer(self.pod().guest())?;
+        answer(guest.agent.resume(call(), &request).map_err(told))?;
         container.set_paused(false);
         self.shared.publish(TaskResumed {
             container_id: request.id,
@@ -426,7 +441,8 @@ impl Task for Service {
     }
 
     fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        answer(self.pod().guest())?.agent.stats(call(), &request)
+        let guest = answer(self.pod().guest())?;
+        answer(guest.stats(&request))
     }
 
     fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {

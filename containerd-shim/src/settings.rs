@@ -31,6 +31,9 @@ pub struct Settings {
     /// MiB that a guest has beyond the limit of its pod: for its kernel and the agent.
     #[serde(default = "overhead_mib")]
     pub overhead_mib: u64,
+    /// MiB of files and folders of the host that a container gets copies of, at most.
+    #[serde(default = "volume_mib")]
+    pub volume_mib: u64,
     /// Processors of a guest.
     #[serde(default = "cpus")]
     pub cpus: u8,
@@ -54,6 +57,10 @@ fn memory_mib() -> u64 {
 
 fn overhead_mib() -> u64 {
     128
+}
+
+fn volume_mib() -> u64 {
+    16
 }
 
 fn cpus() -> u8 {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ebb_pod::answers::locked;
 use ebb_pod::error::{Context, Result};
-use ebb_pod::{End, Stream, carry_bytes};
+use ebb_pod::{Connection, End, Stream, carry_bytes};
 
 use crate::agent;
 use crate::machine::Machine;
@@ -39,7 +39,7 @@ pub struct Carried {
     changed: Condvar,
 }
 
-/// The outputs that have not ended.
+/// The outputs that have not ended, and the connections of all streams.
 #[derive(Default)]
 struct Outputs {
     running: usize,
@@ -61,10 +61,12 @@ impl Carried {
         process: &str,
         paths: &Paths,
     ) -> Result<()> {
-        let stream = |end| Stream {
-            container: id.to_owned(),
-            process: process.to_owned(),
-            end,
+        let stream = |end| {
+            Connection::Stream(Stream {
+                container: id.to_owned(),
+                process: process.to_owned(),
+                end,
+            })
         };
         let mut outputs = vec![(&paths.output, End::Output)];
         if !paths.terminal {
@@ -87,6 +89,13 @@ impl Carried {
         let kept = OpenOptions::new().read(true).write(true).open(&paths.input);
         *locked(&self.input) = Some(kept.context("input")?);
         let file = File::open(&paths.input).context(&paths.input)?;
+        self.carry_in(connection, file)
+    }
+
+    /// Starts the thread of the input.
+    fn carry_in(&self, connection: UnixStream, file: File) -> Result<()> {
+        let copy = connection.try_clone().context("dup")?;
+        locked(&self.outputs).connections.push(copy);
         std::thread::spawn(move || copy_in(&file, &connection));
         Ok(())
     }
@@ -166,5 +175,19 @@ mod tests {
         carried.finish();
         // It is cut off.
         assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_guest_that_reads_no_input_is_sent_no_more_after_the_end() {
+        const LEN: u64 = 4 << 20;
+        let carried = Carried::default();
+        let (mut guest, connection) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(LEN).unwrap();
+        carried.carry_in(connection, file).unwrap();
+        carried.finish();
+        let mut rest = Vec::new();
+        guest.read_to_end(&mut rest).unwrap();
+        assert!((rest.len() as u64) < LEN, "{}", rest.len());
     }
 }

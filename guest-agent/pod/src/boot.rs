@@ -6,6 +6,8 @@ use std::path::Path;
 use ebb_pod::error::{Context, Result};
 use nix::mount::{MsFlags, mount};
 
+use crate::copies;
+
 /// Modules to load, a path in each line, those that others need first.
 const MODULES: &str = "/etc/modules";
 
@@ -16,6 +18,7 @@ const MOUNTS: &[(&str, &str, &str)] = &[
     ("devtmpfs", "/dev", ""),
     ("devpts", "/dev/pts", "newinstance,ptmxmode=0666,mode=0620"),
     ("tmpfs", "/run", "mode=0755"),
+    ("tmpfs", copies::FOLDER, "mode=0755"),
     ("cgroup2", "/sys/fs/cgroup", ""),
 ];
 

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ebb_pod::error::{Context, Result};
+use ebb_pod::error::{Context, Error, Result};
 use oci_spec::runtime::LinuxResources;
 
 /// How long killed processes may need to be gone.
@@ -30,6 +30,10 @@ pub fn limit(path: &Path, resources: &LinuxResources) -> Result<()> {
     if let Some(limit) = memory.and_then(oci_spec::runtime::LinuxMemory::limit) {
         set(path, "memory.max", &or_max(limit))?;
     }
+    let low = memory.and_then(oci_spec::runtime::LinuxMemory::reservation);
+    if let Some(low) = low.filter(|low| *low != 0) {
+        set(path, "memory.low", &or_max(low))?;
+    }
     if let Some(limit) = resources.pids().as_ref().map(|pids| pids.limit()) {
         set(path, "pids.max", &or_max(limit))?;
     }
@@ -38,8 +42,24 @@ pub fn limit(path: &Path, resources: &LinuxResources) -> Result<()> {
         if let Some(quota) = cpu.quota() {
             set(path, "cpu.max", &format!("{} {period}", or_max(quota)))?;
         }
+        if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
+            set(path, "cpu.weight", &weight(shares).to_string())?;
+        }
+    }
+    for (name, value) in resources.unified().iter().flatten() {
+        if name.contains('/') {
+            return Err(Error::new(format!(
+                "unified {name}: not a file of a cgroup"
+            )));
+        }
+        set(path, name, value)?;
     }
     Ok(())
+}
+
+/// The weight of version 2 for shares of version 1: 1 to 10000 for 2 to 262144, as runc has it.
+fn weight(shares: u64) -> u64 {
+    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
 
 /// No limit is not a positive number.
@@ -96,4 +116,30 @@ pub fn value(path: &Path, file: &str, word: Option<&str>) -> u64 {
             .find_map(|line| line.strip_prefix(word)?.trim().parse().ok()),
     };
     found.unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_a_weight() {
+        assert_eq!(
+            [0, 2, 1024, 262_144, u64::MAX].map(weight),
+            [1, 1, 39, 10_000, 10_000]
+        );
+    }
+
+    #[test]
+    fn limits_are_written_where_the_cgroup_has_them_and_nowhere_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let resources = |text: &str| serde_json::from_str::<LinuxResources>(text).unwrap();
+        let all = r#"{"memory": {"limit": 4096, "reservation": -1}, "cpu": {"shares": 2}, "unified": {"memory.oom.group": "1"}}"#;
+        limit(folder.path(), &resources(all)).unwrap();
+        let read = |name| fs::read_to_string(folder.path().join(name)).unwrap();
+        let found = ["memory.max", "memory.low", "cpu.weight", "memory.oom.group"].map(read);
+        assert_eq!(found, ["4096", "max", "1", "1"]);
+        let error = limit(folder.path(), &resources(r#"{"unified": {"../x": "1"}}"#)).unwrap_err();
+        assert!(error.to_string().contains("../x"), "{error}");
+    }
 }

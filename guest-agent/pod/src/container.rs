@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -14,7 +15,7 @@ use oci_spec::runtime::Process as Wanted;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::request::Place;
-use crate::{cgroup, layers};
+use crate::{cgroup, copies, interfaces, layers};
 
 /// Where the agent keeps what belongs to containers.
 const FOLDER: &str = "/run/ebb";
@@ -53,6 +54,10 @@ impl Pod {
         if containers.contains_key(id) {
             return Err(Error::new(format!("container {id} exists")));
         }
+        if let Some(network) = &container.network {
+            interfaces::set_up(network)?;
+        }
+        copies::make_shared(&container)?;
         let folder = Path::new(FOLDER).join(id);
         layers::mount(&folder, rootfs)?;
         let linux = container.spec.linux().as_ref();
@@ -80,10 +85,7 @@ impl Pod {
         let task = container.task(process)?;
         let first = container.task("")?.pid();
         let place = match (process, first) {
-            ("", _) => Place::New {
-                root: layers::root(&container.folder),
-                container: Box::new(container.container.clone()),
-            },
+            ("", _) => self.new_place(id, &container)?,
             (_, Some(pid)) => Place::Beside(pid),
             (_, None) => return Err(Error::new("the container has not been started")),
         };
@@ -92,6 +94,26 @@ impl Pod {
         let (task_, reaper) = (Arc::clone(&task), Arc::clone(&self.reaper));
         std::thread::spawn(move || task_.end(reaper.wait(helper)));
         task.pid().context("no number")
+    }
+
+    /// The place of a container's first process.
+    fn new_place(&self, id: &str, container: &Running) -> Result<Place> {
+        let sandbox = match &container.container.sandbox {
+            Some(sandbox) => self.container(sandbox)?.task("")?.pid(),
+            None => None,
+        };
+        Ok(Place::New {
+            root: layers::root(&container.folder),
+            copies: copies::folder(id),
+            container: Box::new(container.container.clone()),
+            sandbox,
+        })
+    }
+
+    /// Takes what the host copies into a container that has not been started.
+    pub fn receive(&self, id: &str, archive: impl Read) -> Result<()> {
+        self.container(id)?;
+        copies::receive(id, archive)
     }
 
     /// Forgets a process that has ended, with its container if it is that one's first.
@@ -105,6 +127,7 @@ impl Pod {
         };
         if process.is_empty() {
             container.remove()?;
+            copies::remove(id);
             locked(&self.containers).remove(id);
         } else {
             locked(&container.processes).remove(process);

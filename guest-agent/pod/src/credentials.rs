@@ -1,17 +1,31 @@
 //! What a container's process may do: limits, user, capabilities (OCI runtime specification, config.md, "Process" and
 //! "Linux Process").
 
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::fchown;
+
 use ebb_pod::error::{Context, Result};
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
-use oci_spec::runtime::{Capabilities, PosixRlimitType, Process};
+use oci_spec::runtime::{Capabilities, PosixRlimitType, Process, User};
+use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, configure_capability_in_ambient_set, set_capabilities,
     set_keep_capabilities, set_no_new_privs,
 };
 
-/// Sets its limits.
+/// Where users are listed.
+const USERS: &str = "/etc/passwd";
+
+/// The most of that list that is read, in bytes.
+const LONGEST_LIST: u64 = 1 << 20;
+
+/// Sets its limits, and the mask of modes of the files that it makes.
 pub fn limit(process: &Process) -> Result<()> {
+    if let Some(mask) = process.user().umask() {
+        rustix::process::umask(Mode::from_raw_mode(mask));
+    }
     for limit in process.rlimits().as_deref().unwrap_or_default() {
         let value = |value: u64| (value != u64::MAX).then_some(value);
         let new = Rlimit {
@@ -42,6 +56,35 @@ fn resource(kind: PosixRlimitType) -> Resource {
         PosixRlimitType::RlimitRtprio => Resource::Rtprio,
         PosixRlimitType::RlimitRttime => Resource::Rttime,
     }
+}
+
+/// Gives its standard streams to its user, who may then open them by `/dev/stdout` and the like.
+pub fn own(streams: [&File; 3], user: &User) -> Result<()> {
+    for stream in streams {
+        fchown(stream, Some(user.uid()), None).context("give a stream to the user")?;
+    }
+    Ok(())
+}
+
+/// The home of a user by the container's list, or the root.
+pub fn home(user: &User) -> String {
+    let list = File::open(USERS).map(|file| BufReader::new(file.take(LONGEST_LIST)));
+    let found = list.ok().and_then(|list| home_in(list, user.uid()));
+    found.unwrap_or_else(|| "/".to_owned())
+}
+
+/// The home of this user in a list of the form of passwd(5).
+fn home_in(list: impl BufRead, uid: u32) -> Option<String> {
+    let mut homes = list
+        .lines()
+        .map_while(std::io::Result::ok)
+        .filter_map(|line| {
+            let mut words = line.split(':').skip(2);
+            let number: u32 = words.next()?.parse().ok()?;
+            let home = words.nth(2).filter(|home| !home.is_empty())?;
+            (number == uid).then(|| home.to_owned())
+        });
+    homes.next()
 }
 
 /// Becomes its user, with the capabilities that it has so far.
@@ -97,4 +140,18 @@ fn set(capabilities: Option<&Capabilities>) -> CapabilitySet {
     names
         .filter_map(|capability| CapabilitySet::from_name(&capability.to_string()))
         .fold(CapabilitySet::empty(), CapabilitySet::union)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_home_is_that_of_the_users_number() {
+        let list = "root:x:0:0:root:/root:/bin/sh\nbroken\n+::::::\nweb:x:33:33:www:/var/www:/bin/sh\nnone:x:7:7:::\n";
+        let home = |uid| home_in(list.as_bytes(), uid);
+        assert_eq!(home(0).as_deref(), Some("/root"));
+        assert_eq!(home(33).as_deref(), Some("/var/www"));
+        assert_eq!((home(7), home(1)), (None, None));
+    }
 }

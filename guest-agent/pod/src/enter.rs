@@ -13,6 +13,7 @@ use std::process::{Child, Command, Stdio};
 
 use ebb_pod::error::{Context, Result};
 use nix::sched::{CloneFlags, setns, unshare};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::request::{Place, Request};
@@ -45,16 +46,39 @@ fn close_report() -> Result<()> {
     rustix::stdio::dup2_stdout(null.context("/dev/null")?).context("the report")
 }
 
+fn join(pid: u32, namespaces: CloneFlags) -> Result<()> {
+    let pid = Pid::from_raw(pid.cast_signed()).context("no process to join")?;
+    let process = pidfd_open(pid, PidfdFlags::empty()).context("the process to join")?;
+    setns(&process, namespaces).context("setns")
+}
+
+/// The namespaces that a container has from the pod's first one: those that somebody has made before.
+fn joined(spec: &Spec) -> CloneFlags {
+    let linux = spec.linux().as_ref();
+    let all = linux.and_then(|linux| linux.namespaces().as_ref());
+    let made = all.into_iter().flatten().filter(|it| it.path().is_some());
+    let flags = made.map(|namespace| match namespace.typ() {
+        LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+        LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+        LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
+        _ => CloneFlags::empty(),
+    });
+    flags.fold(CloneFlags::empty(), CloneFlags::union)
+}
+
 fn start(request: &str) -> Result<Child> {
     let wanted = Request::read(Path::new(request))?;
     match wanted.place {
-        Place::New { .. } => unshare(NAMESPACES).context("unshare")?,
-        Place::Beside(pid) => {
-            let pid = Pid::from_raw(pid.cast_signed()).context("the container has no process")?;
-            let process =
-                pidfd_open(pid, PidfdFlags::empty()).context("the container's process")?;
-            setns(&process, NAMESPACES).context("setns")?;
+        Place::New {
+            container, sandbox, ..
+        } => {
+            let joined = sandbox.map_or(CloneFlags::empty(), |_| joined(&container.spec));
+            unshare(NAMESPACES - joined).context("unshare")?;
+            if let Some(pid) = sandbox.filter(|_| !joined.is_empty()) {
+                join(pid, joined)?;
+            }
         }
+        Place::Beside(pid) => join(pid, NAMESPACES)?,
     }
     // The child writes to the report, too: its lines come after this one.
     let child = Command::new("/proc/self/exe")

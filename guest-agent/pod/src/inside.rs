@@ -1,5 +1,6 @@
 //! A container's process, from its first instruction in the container's namespaces to the program that it becomes.
 
+use std::env::set_current_dir;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
@@ -11,7 +12,7 @@ use std::process::Command;
 
 use ebb_pod::error::{Context, Error, Result};
 use nix::sched::{CloneFlags, setns, unshare};
-use oci_spec::runtime::Process;
+use oci_spec::runtime::{Process, Spec};
 
 use crate::request::{Place, Request};
 use crate::{credentials, mounts};
@@ -46,6 +47,10 @@ fn prepare(request: &str) -> Result<Command> {
     rustix::process::set_parent_process_death_signal(killed).context("prctl")?;
     let procs = wanted.cgroup.join("cgroup.procs");
     fs::write(&procs, "0").context(procs.display())?;
+    if let Some(value) = wanted.process.oom_score_adj() {
+        let path = "/proc/self/oom_score_adj";
+        fs::write(path, value.to_string()).context(format_args!("{path} = {value}"))?;
+    }
     rustix::process::setsid().context("setsid")?;
     // A terminal that a session's leader opens becomes its controlling one.
     let [input, output, errors] = wanted.streams;
@@ -55,9 +60,19 @@ fn prepare(request: &str) -> Result<Command> {
         agents(errors, false)?,
     );
     match &wanted.place {
-        Place::New { root, container } => {
+        Place::New {
+            root,
+            copies,
+            container,
+            ..
+        } => {
             unshare(NAMESPACES).context("unshare")?;
-            mounts::enter(root, container)?;
+            set_parameters(&container.spec)?;
+            let terminal = wanted.process.terminal().unwrap_or(false);
+            // Its path: what another mount namespace has open cannot be bound here.
+            let terminal = terminal.then(|| fs::read_link(agents_path(wanted.streams[0])));
+            let terminal = terminal.transpose().context("the terminal")?;
+            mounts::enter(root, copies, container, terminal.as_deref())?;
         }
         Place::Beside(pid) => {
             // By the agent's /proc: numbers of processes mean something else in this namespace.
@@ -68,23 +83,39 @@ fn prepare(request: &str) -> Result<Command> {
             }
         }
     }
+    credentials::own([&input, &output, &errors], wanted.process.user())?;
     let mut command = program(&wanted.process)?;
     command.stdin(input).stdout(output).stderr(errors);
     Ok(command)
 }
 
+/// Sets the kernel's parameters that the container wants: those of its namespaces, and of the network, which is the guest's.
+fn set_parameters(spec: &Spec) -> Result<()> {
+    let linux = spec.linux().as_ref();
+    let wanted = linux.and_then(|linux| linux.sysctl().as_ref());
+    for (name, value) in wanted.into_iter().flatten() {
+        let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+        fs::write(&path, value).context(format_args!("sysctl {name} = {value}"))?;
+    }
+    Ok(())
+}
+
+/// The path of a descriptor of the agent's.
+fn agents_path(number: i32) -> PathBuf {
+    PathBuf::from(format!("/proc/1/fd/{number}"))
+}
+
 /// A descriptor of the agent, which is process 1, opened again.
 fn agents(number: i32, for_reading: bool) -> Result<File> {
-    let path = format!("/proc/1/fd/{number}");
+    let path = agents_path(number);
     let mut options = File::options();
     options.read(for_reading).write(!for_reading);
-    options.open(&path).context(path)
+    options.open(&path).context(path.display())
 }
 
 /// The program, after everything that it starts with: limits, user, capabilities, folder, environment.
 fn program(process: &Process) -> Result<Command> {
     credentials::limit(process)?;
-    let folder = process.cwd();
     let environment = process.env().as_deref().unwrap_or_default();
     let environment: Vec<(&str, &str)> = environment
         .iter()
@@ -94,14 +125,22 @@ fn program(process: &Process) -> Result<Command> {
     let (name, arguments) = words
         .split_first()
         .context("the process has no arguments")?;
+    // As runc does: the root tries first, then the user.
+    let entered = set_current_dir(process.cwd());
     credentials::become_user(process)?;
-    std::env::set_current_dir(folder).context(format_args!("cwd {}", folder.display()))?;
-    let path = environment.iter().find(|(name, _)| *name == "PATH");
-    let file = find(name, path.map_or(PATH, |(_, path)| path))?;
-    credentials::drop_capabilities(process)?;
+    let folder = process.cwd().display();
+    entered
+        .or_else(|_| set_current_dir(process.cwd()))
+        .context(format_args!("cwd {folder}"))?;
+    let value = |wanted| environment.iter().find(|(name, _)| *name == wanted);
+    let file = find(name, value("PATH").map_or(PATH, |(_, path)| path))?;
     let mut command = Command::new(file);
     command.arg0(name).args(arguments).env_clear();
+    if value("HOME").is_none() {
+        command.env("HOME", credentials::home(process.user()));
+    }
     command.envs(environment);
+    credentials::drop_capabilities(process)?;
     Ok(command)
 }
 

@@ -9,6 +9,11 @@ use ebb_pod::error::{Context, Error, Result};
 use ebb_pod::rootfs::LAYER;
 use nix::mount::{MntFlags, MsFlags, mount as mount_, umount2};
 
+use crate::mounts::options;
+
+/// The file system of a layer.
+const FILE_SYSTEM: &str = "erofs";
+
 /// How long a disk may need to come.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -35,7 +40,9 @@ fn mount_all(folder: &Path, rootfs: &[Mount]) -> Result<()> {
     {
         await_disk(&only.source)?;
         let (source, kind) = (Some(only.source.as_str()), Some(only.type_.as_str()));
-        return mount_(source, &root, kind, MsFlags::empty(), none).context(&only.source);
+        let (flags, data) = options(&only.options);
+        let done = mount_(source, &root, kind, flags, Some(data.as_str()));
+        return done.context(format_args!("{} as {}", only.source, only.type_));
     }
     let lower = layers(folder, rootfs)?;
     let scratch = folder.join("scratch");
@@ -73,7 +80,7 @@ fn layers(folder: &Path, rootfs: &[Mount]) -> Result<Vec<String>> {
         await_disk(&layer.source)?;
         let place = folder.join(format!("layer{number}"));
         fs::create_dir_all(&place).context(place.display())?;
-        let (source, kind) = (Some(layer.source.as_str()), Some(LAYER));
+        let (source, kind) = (Some(layer.source.as_str()), Some(FILE_SYSTEM));
         mount_(source, &place, kind, MsFlags::MS_RDONLY, None::<&str>).context(&layer.source)?;
         lower.push(place.display().to_string());
     }

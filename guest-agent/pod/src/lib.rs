@@ -5,15 +5,16 @@
 //!
 //! - `Create` has a [`Container`] as its option, in JSON, instead of a bundle, and its root file system is disks of the
 //!   guest: see [`rootfs`].
-//! - Standard streams are connections to [`STREAM_PORT`]: the first line says which stream, as a [`Stream`] in JSON, and all
-//!   that follows are its bytes. A stream can be connected once its process has been started.
+//! - Standard streams are connections to [`STREAM_PORT`], and so is what the host copies into a container: see [`Connection`].
+//!   A stream can be connected once its process has been started.
 //! - Process numbers are those of the guest.
 
 pub mod answers;
 pub mod error;
+pub mod network;
+pub mod volumes;
 
 use std::io::{ErrorKind, Read, Write};
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +27,10 @@ pub const STREAM_PORT: u32 = 1025;
 /// The `type_url` of `Create`'s option.
 pub const CONTAINER_TYPE: &str = "dev.ebb/Container";
 
-/// The longest first line of a stream, in bytes.
+/// The `type_url` of what `Stats` answers: containerd's metrics for cgroups of version 2.
+pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// The longest line at the beginning of a connection, in bytes.
 pub const LONGEST_LINE: u64 = 4096;
 
 /// A container, as its runtime bundle describes it.
@@ -34,19 +38,30 @@ pub const LONGEST_LINE: u64 = 4096;
 pub struct Container {
     /// The bundle's config.json.
     pub spec: oci_spec::runtime::Spec,
-    /// Files of the host that the specification mounts into the container: it gets copies.
-    pub files: Vec<CopiedFile>,
+    /// The network of the pod, which its first container brings.
+    pub network: Option<network::Network>,
+    /// The pod's first container, whose namespaces this one joins where its specification names a path for them.
+    pub sandbox: Option<String>,
 }
 
-/// A file's copy.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CopiedFile {
-    /// Where the container has it.
-    pub destination: PathBuf,
-    /// Its permission bits.
-    pub mode: u32,
-    /// Its bytes.
-    pub content: Vec<u8>,
+/// The first line of a connection to [`STREAM_PORT`], in JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Connection {
+    /// A standard stream: all that follows are its bytes.
+    Stream(Stream),
+    /// What the host copies into a container that has not been started: a tar archive. The answer is a line: empty, or what has
+    /// failed.
+    Copies {
+        /// The container's id.
+        container: String,
+    },
+    /// One of these copies, a file, as it is now: what follows are its bytes.
+    Copied {
+        /// The container's id.
+        container: String,
+        /// Its name in the archive.
+        name: String,
+    },
 }
 
 /// A standard stream of a process.
@@ -91,10 +106,12 @@ pub fn carry_bytes(from: &mut impl Read, to: &mut impl Write) {
     }
 }
 
-/// The root file system of a container in `Create`: mounts whose sources are disks of the guest. Those of type `erofs` are
+/// The root file system of a container in `Create`: mounts whose sources are disks of the guest. Those of type [`LAYER`] are
 /// read-only and lie below a file system in the guest's memory, the first one on top. A single one of another type is the root
-/// file system itself.
+/// file system itself, with the options of the mount.
+///
+/// [`LAYER`]: rootfs::LAYER
 pub mod rootfs {
-    /// The type of a read-only layer.
-    pub const LAYER: &str = "erofs";
+    /// The type of a read-only layer, which is an EROFS.
+    pub const LAYER: &str = "ebb-layer";
 }

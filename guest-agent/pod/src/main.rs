@@ -5,9 +5,11 @@
 mod boot;
 mod cgroup;
 mod container;
+mod copies;
 mod credentials;
 mod enter;
 mod inside;
+mod interfaces;
 mod layers;
 mod mounts;
 mod process;
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
 /// Prepares the guest, and serves until the machine ends.
 fn serve() -> Result<()> {
     boot::prepare()?;
+    interfaces::loopback()?;
     let reaper = reaper::Reaper::start();
     let pod = Arc::new(container::Pod::new(reaper));
     streams::serve(Arc::clone(&pod))?;

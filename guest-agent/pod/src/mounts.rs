@@ -1,18 +1,24 @@
 //! A container's view of files: its root file system and what is mounted in it (OCI runtime specification, config.md,
 //! "Mounts", and config-linux.md, "Default Devices" and "Default Filesystems").
 
+use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Component, Path, PathBuf};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 
+use ebb_pod::Container;
 use ebb_pod::error::{Context, Error, Result};
-use ebb_pod::{Container, CopiedFile};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot, sethostname};
 use oci_spec::runtime::Mount;
 
+use crate::copies;
+
 /// Devices that every container has.
 const DEVICES: &[&str] = &["null", "zero", "full", "random", "urandom", "tty"];
+
+/// The most symbolic links in a path (Linux, include/linux/namei.h, `MAXSYMLINKS`).
+const MOST_LINKS: u32 = 40;
 
 /// Links that every container has in /dev.
 const LINKS: &[(&str, &str)] = &[
@@ -23,19 +29,52 @@ const LINKS: &[(&str, &str)] = &[
     ("ptmx", "pts/ptmx"),
 ];
 
-/// Makes `root` the root of this process, which is alone in its mount namespace.
-pub fn enter(root: &Path, container: &Container) -> Result<()> {
+/// Options of mounts that say what is so anyway, or how mounts of the host spread, which are not in the guest.
+const DEFAULTS: &[&str] = &[
+    "rw",
+    "suid",
+    "dev",
+    "exec",
+    "atime",
+    "diratime",
+    "async",
+    "defaults",
+    "bind",
+    "rbind",
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "shared",
+    "rshared",
+    "unbindable",
+    "runbindable",
+];
+
+/// Makes `root` the root of this process, which is alone in its mount namespace. What the host has copied is in `copied`, and the
+/// process' terminal, if it has one, at `terminal`.
+pub fn enter(
+    root: &Path,
+    copied: &Path,
+    container: &Container,
+    terminal: Option<&Path>,
+) -> Result<()> {
     let none = None::<&str>;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(none, "/", none, private, none).context("make mounts private")?;
     let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
     mount(Some(root), root, none, bind, none).context(root.display())?;
     for wanted in container.spec.mounts().as_deref().unwrap_or_default() {
-        mount_one(root, wanted)?;
+        match copies::source(copied, wanted) {
+            Some(source) => bind_one(root, &source, wanted)?,
+            None => mount_one(root, wanted)?,
+        }
     }
     devices(root)?;
-    for file in &container.files {
-        copy(root, file)?;
+    if let Some(terminal) = terminal {
+        let place = root.join("dev/console");
+        make_file(&place)?;
+        mount(Some(terminal), &place, none, MsFlags::MS_BIND, none).context("/dev/console")?;
     }
     if let Some(name) = container.spec.hostname() {
         sethostname(name).context("hostname")?;
@@ -45,19 +84,48 @@ pub fn enter(root: &Path, container: &Container) -> Result<()> {
     mount(Some("."), "/", none, MsFlags::MS_MOVE, none).context("move the root")?;
     chroot(".").context("chroot")?;
     chdir("/").context("/")?;
+    make_working_folder(container)?;
     hide(container)
 }
 
-/// A path of the container's, below `root`, with no component that leaves it. A link in the image that points elsewhere is
-/// followed by the guest's kernel: what it reaches is the guest's, which is the container's own.
+/// Makes the folder that the container's first process starts in: the image need not have it.
+fn make_working_folder(container: &Container) -> Result<()> {
+    match container.spec.process() {
+        Some(process) if !process.cwd().exists() => {
+            let what = process.cwd().display();
+            fs::create_dir_all(process.cwd()).context(format_args!("cwd {what}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A path of the container's, below `root`: links in it lead to where they lead in the container, and nothing leads out of that.
 fn below(root: &Path, path: &Path) -> Result<PathBuf> {
-    let mut joined = root.to_owned();
-    for component in path.components() {
-        match component {
-            Component::Normal(name) => joined.push(name),
-            Component::RootDir | Component::CurDir => {}
-            Component::ParentDir | Component::Prefix(_) => {
-                return Err(Error::new(format!("{}: has ..", path.display())));
+    let parts = |path: &Path| -> Vec<OsString> {
+        let parts = path.components().rev();
+        parts.map(|part| part.as_os_str().to_owned()).collect()
+    };
+    let (mut joined, mut left, mut links) = (root.to_owned(), parts(path), 0);
+    while let Some(part) = left.pop() {
+        match part.as_encoded_bytes() {
+            b"/" => root.clone_into(&mut joined),
+            b"." => {}
+            b".." => {
+                if joined != root {
+                    joined.pop();
+                }
+            }
+            _ => {
+                let next = joined.join(&part);
+                let Ok(target) = fs::read_link(&next) else {
+                    joined = next;
+                    continue;
+                };
+                links += 1;
+                if links > MOST_LINKS {
+                    return Err(Error::new(format!("{}: too many links", path.display())));
+                }
+                left.extend(parts(&target));
             }
         }
     }
@@ -79,8 +147,35 @@ fn mount_one(root: &Path, wanted: &Mount) -> Result<()> {
     mount(Some(kind), &place, Some(kind), flags, Some(data)).context(what())
 }
 
+/// Mounts a volume.
+fn bind_one(root: &Path, source: &Path, wanted: &Mount) -> Result<()> {
+    let none = None::<&str>;
+    let place = below(root, wanted.destination())?;
+    let what = || format!("mount {}", wanted.destination().display());
+    if source.is_dir() {
+        fs::create_dir_all(&place).context(what())?;
+    } else {
+        make_file(&place).context(what())?;
+    }
+    let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount(Some(source), &place, none, bind, none).context(what())?;
+    let (flags, _) = options(wanted.options().as_deref().unwrap_or_default());
+    let flags = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+    mount(none, &place, none, flags, none).context(what())
+}
+
+/// Makes a file to mount another one on, unless it is there.
+fn make_file(place: &Path) -> Result<()> {
+    if let Some(folder) = place.parent() {
+        fs::create_dir_all(folder).context(folder.display())?;
+    }
+    let mut options = File::options();
+    let made = options.append(true).create(true).open(place);
+    made.map(drop).context(place.display())
+}
+
 /// Flags of mount(2), and the options that are the file system's own.
-fn options(words: &[String]) -> (MsFlags, String) {
+pub fn options(words: &[String]) -> (MsFlags, String) {
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
     for word in words {
@@ -90,9 +185,12 @@ fn options(words: &[String]) -> (MsFlags, String) {
             "nodev" => flags |= MsFlags::MS_NODEV,
             "noexec" => flags |= MsFlags::MS_NOEXEC,
             "noatime" => flags |= MsFlags::MS_NOATIME,
+            "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
             "relatime" => flags |= MsFlags::MS_RELATIME,
             "strictatime" => flags |= MsFlags::MS_STRICTATIME,
-            "rw" | "defaults" | "private" | "rprivate" => {}
+            "sync" => flags |= MsFlags::MS_SYNCHRONOUS,
+            "dirsync" => flags |= MsFlags::MS_DIRSYNC,
+            other if DEFAULTS.contains(&other) => {}
             other => data.push(other),
         }
     }
@@ -118,16 +216,6 @@ fn devices(root: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn copy(root: &Path, file: &CopiedFile) -> Result<()> {
-    let place = below(root, &file.destination)?;
-    if let Some(folder) = place.parent() {
-        fs::create_dir_all(folder).context(folder.display())?;
-    }
-    fs::write(&place, &file.content).context(file.destination.display())?;
-    let mode = fs::Permissions::from_mode(file.mode);
-    fs::set_permissions(&place, mode).context(file.destination.display())
 }
 
 /// Makes paths read-only or invisible, and the root read-only, as the container asks.
@@ -165,13 +253,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_stays_below_the_root() {
-        let root = Path::new("/run/guest");
-        assert_eq!(
-            below(root, Path::new("/etc/./hosts")).unwrap(),
-            Path::new("/run/guest/etc/hosts")
-        );
-        assert!(below(root, Path::new("/../etc")).is_err());
+    fn links_in_a_path_lead_to_where_they_lead_in_the_container() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        fs::create_dir_all(root.join("var/lib")).unwrap();
+        for (to, at) in [
+            ("/run", "var/run"),
+            ("../../../..", "var/lib/up"),
+            ("name", "name"),
+            ("run/conf", "conf"),
+        ] {
+            symlink(to, root.join(at)).unwrap();
+        }
+        let found = |path: &str| below(root, Path::new(path)).unwrap();
+        // Debian's images have this link, and Kubernetes mounts its secrets there.
+        assert_eq!(found("/var/run/secrets"), root.join("run/secrets"));
+        assert_eq!(found("/conf"), root.join("run/conf"));
+        assert_eq!(found("/etc/./hosts"), root.join("etc/hosts"));
+        assert_eq!(found("/../etc"), root.join("etc"));
+        assert_eq!(found("/var/lib/up/etc"), root.join("etc"));
+        let error = below(root, Path::new("/name/x")).unwrap_err();
+        assert!(error.to_string().contains("too many links"), "{error}");
     }
 
     #[test]

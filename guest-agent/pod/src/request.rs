@@ -28,8 +28,12 @@ pub enum Place {
     New {
         /// The folder.
         root: PathBuf,
+        /// The folder with what the host has copied for it.
+        copies: PathBuf,
         /// The container.
         container: Box<Container>,
+        /// The first process of the pod's first container, if this is another one.
+        sandbox: Option<u32>,
     },
     /// In those of this process of the guest.
     Beside(u32),

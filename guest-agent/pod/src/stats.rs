@@ -2,15 +2,15 @@
 
 use std::path::Path;
 
-use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
+use containerd_shim_protos::cgroups_v2::metrics::{
+    CPUStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use ebb_pod::METRICS_TYPE;
 use ebb_pod::error::{Context, Result};
 
 use crate::cgroup::value;
-
-/// The name of [`Metrics`] for containerd.
-const TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// What the container with this cgroup uses.
 pub fn of(cgroup: &Path) -> Result<Any> {
@@ -38,8 +38,17 @@ pub fn of(cgroup: &Path) -> Result<Any> {
         pgmajfault: memory("pgmajfault "),
         ..MemoryStat::default()
     });
+    let events = |word| value(cgroup, "memory.events", Some(word));
+    metrics.memory_events = MessageField::some(MemoryEvents {
+        low: events("low "),
+        high: events("high "),
+        max: events("max "),
+        oom: events("oom "),
+        oom_kill: events("oom_kill "),
+        ..MemoryEvents::default()
+    });
     Ok(Any {
-        type_url: TYPE.to_owned(),
+        type_url: METRICS_TYPE.to_owned(),
         value: metrics.write_to_bytes().context("metrics")?,
         ..Any::default()
     })

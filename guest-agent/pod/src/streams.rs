@@ -1,12 +1,12 @@
-//! Standard streams of containers' processes, over connections of the guest's vsock.
+//! Standard streams of containers' processes, and copies of files, over connections of the guest's vsock.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use ebb_pod::error::{Context, Result};
-use ebb_pod::{End, LONGEST_LINE, STREAM_PORT, Stream, carry_bytes};
+use ebb_pod::{Connection, End, LONGEST_LINE, STREAM_PORT, carry_bytes};
 use nix::libc::VMADDR_CID_ANY;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, listen, socket,
@@ -14,6 +14,7 @@ use nix::sys::socket::{
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 
 use crate::container::Pod;
+use crate::copies;
 
 /// The agent's ends of a process' streams.
 #[derive(Debug, Default)]
@@ -62,7 +63,21 @@ fn carry(connection: File, pod: &Pod) -> Result<()> {
         .take(LONGEST_LINE)
         .read_line(&mut line)
         .context("the first line")?;
-    let stream: Stream = serde_json::from_str(&line).context("the first line")?;
+    let stream = match serde_json::from_str(&line).context("the first line")? {
+        Connection::Stream(stream) => stream,
+        Connection::Copies { container } => {
+            let text = match pod.receive(&container, &mut reader) {
+                Ok(()) => String::new(),
+                Err(error) => error.to_string(),
+            };
+            return writeln!(&connection, "{text}").context("answer");
+        }
+        Connection::Copied { container, name } => {
+            let mut file = copies::open(&container, &name)?;
+            carry_bytes(&mut file, &mut &connection);
+            return Ok(());
+        }
+    };
     let mut end = pod.take_end(&stream)?;
     let mut connection = connection;
     match stream.end {

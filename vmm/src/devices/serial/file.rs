@@ -29,7 +29,11 @@ impl SerialFile {
         Self::with_limit(path, Self::LIMIT)
     }
 
-    fn with_limit(path: &Path, limit: u64) -> io::Result<Self> {
+    /// The same, with at most `limit` bytes in each of the two files.
+    ///
+    /// # Errors
+    /// open(2)'s.
+    pub fn with_limit(path: &Path, limit: u64) -> io::Result<Self> {
         let file = create(path)?;
         let is_file = file.metadata()?.is_file();
         Ok(Self {

@@ -1,12 +1,62 @@
-//! Dependencies of kernel modules.
+//! Kernel modules and their dependencies.
 
 use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::Path;
 
 use crate::error::{Context, Result};
 
+/// A kernel module.
+#[derive(Clone, Debug)]
+pub struct Module {
+    /// Its name, with `_` for `-`.
+    pub name: String,
+    /// The decompressed file.
+    pub image: Vec<u8>,
+}
+
+/// The modules `names` and their dependencies, in load order, from a folder with modules.dep.
+///
+/// # Errors
+/// If a module is unknown, or a file cannot be read or unpacked.
+pub fn load(folder: &Path, names: &[&str]) -> Result<Vec<Module>> {
+    let read = |file: &str| {
+        let path = folder.join(file);
+        fs::read_to_string(&path).context(|| format!("read {}", path.display()))
+    };
+    let index = Index::parse(&read("modules.dep")?, &read("modules.builtin")?);
+    let files = index.load_order(names)?;
+    files.iter().map(|file| load_one(folder, file)).collect()
+}
+
+fn load_one(folder: &Path, file: &str) -> Result<Module> {
+    let path = folder.join(file);
+    let data = fs::read(&path).context(|| format!("read {}", path.display()))?;
+    let image = if file.ends_with(".xz") {
+        unxz(&data).context(|| format!("unpack {}", path.display()))?
+    } else {
+        data
+    };
+    Ok(Module {
+        name: module_name(file),
+        image,
+    })
+}
+
+/// Decompresses xz data. Bytes after the stream are ignored.
+///
+/// # Errors
+/// If the data is damaged or truncated.
+pub fn unxz(data: &[u8]) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    std::io::Read::read_to_end(&mut liblzma::read::XzDecoder::new(data), &mut out)
+        .context(|| format!("unpack {} bytes of xz", data.len()))?;
+    Ok(out)
+}
+
 /// The content of modules.dep and modules.builtin.
 #[derive(Debug, Default)]
-pub struct Index {
+struct Index {
     /// By module name: its file and the files of its dependencies. Each dependency stands before its own dependencies.
     files: HashMap<String, (String, Vec<String>)>,
     builtin: HashSet<String>,
@@ -14,7 +64,7 @@ pub struct Index {
 
 impl Index {
     /// Parses the two files.
-    pub fn parse(dep: &str, builtin: &str) -> Self {
+    fn parse(dep: &str, builtin: &str) -> Self {
         let files = dep.lines().filter_map(|line| {
             let (file, dependencies) = line.split_once(':')?;
             let dependencies = dependencies.split_whitespace().map(str::to_owned).collect();
@@ -28,10 +78,7 @@ impl Index {
     }
 
     /// The files to load for `names`, each once, in load order. Built-in modules have none.
-    ///
-    /// # Errors
-    /// If a name is neither a module nor built in.
-    pub fn load_order(&self, names: &[&str]) -> Result<Vec<String>> {
+    fn load_order(&self, names: &[&str]) -> Result<Vec<String>> {
         let mut order: Vec<String> = Vec::new();
         for name in names {
             let name = module_name(name);
@@ -53,7 +100,7 @@ impl Index {
 }
 
 /// Name of a module: without folder and suffix, and with `_` for `-`.
-pub fn module_name(file: &str) -> String {
+fn module_name(file: &str) -> String {
     let name = file.rsplit('/').next().unwrap_or(file);
     let name = name.split(".ko").next().unwrap_or(name);
     name.trim().replace('-', "_")
