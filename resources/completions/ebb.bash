@@ -1050,7 +1050,7 @@ _ebb() {
             return 0
             ;;
         ebb__subcmd__restore)
-            opts="-v -h --state --memory --resume --verify --api-socket --disk --tap --vsock --serial --id --log-file --event-monitor --help"
+            opts="-v -h --state --memory --page-server --resume --verify --api-socket --disk --tap --vsock --serial --id --log-file --event-monitor --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1061,6 +1061,10 @@ _ebb() {
                     return 0
                     ;;
                 --memory)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --page-server)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1143,7 +1147,7 @@ _ebb() {
                     return 0
                     ;;
                 --transport)
-                    COMPREPLY=($(compgen -W "mmio pci" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "pci mmio" -- "${cur}"))
                     return 0
                     ;;
                 --disk)

@@ -52,8 +52,8 @@ shared=on|off\t'Memory in memfds of 256 MiB, which other processes can map, inst
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l arena -d 'Memory next to the RAM, /dev/daxN.M in a Linux guest, that the guest frees and reuses without a call. It may be bigger than the host\'s memory. Repeat the option for more arenas' -r -f -a "size=SIZE\t'Size, a multiple of the granule, for instance size=64G (at most 64T)'
 granule=SIZE\t'The unit in which the guest frees and reuses memory (a power of two from 2M to 1G) [default: 2M]'
 id=NAME\t'Name: letters, digits and hyphens; arena0, arena1 and so on by default'"
-complete -c ebb -n "__fish_ebb_using_subcommand run" -l transport -d 'How the guest reaches its virtio devices' -r -f -a "mmio\t'by windows that the ACPI tables declare (virtio-mmio)'
-pci\t'on a PCI bus, with MSI-X (virtio-pci): also for kernels that have no virtio-mmio, as those of Red Hat\'s family'"
+complete -c ebb -n "__fish_ebb_using_subcommand run" -l transport -d 'How the guest reaches its virtio devices: pci, or mmio where the command line has pci=off' -r -f -a "pci\t'on a PCI bus, with MSI-X (virtio-pci)'
+mmio\t'by windows that the ACPI tables declare (virtio-mmio): for kernels without PCI'"
 complete -c ebb -n "__fish_ebb_using_subcommand run" -l disk -d 'A disk. Repeat the option for more disks: the first is /dev/vda' -r -f -a "path=PATH\t'Raw disk image or block device, for instance path=disk.raw; an empty file is a disk whose content comes later'
 readonly=on|off\t'The guest may not write [default: off]'
 engine=auto|io_uring|threads\t'How several requests are under way at once (auto: by io_uring where the host lets the monitor use it, else by threads; io_uring: by io_uring; threads: by four threads for each queue) [default: auto]'
@@ -120,6 +120,7 @@ complete -c ebb -n "__fish_ebb_using_subcommand jail" -l netns -d 'Look for taps
 complete -c ebb -n "__fish_ebb_using_subcommand jail" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l state -d 'The snapshot\'s state file' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l memory -d 'The snapshot\'s memory file. It must stay as it is while the machine runs. For a difference repeat the option: the full one first, then each difference, this one\'s own last' -r -F
+complete -c ebb -n "__fish_ebb_using_subcommand restore" -l page-server -d 'Instead of the memory file, the socket of a page server in Firecracker\'s protocol. It must serve as long as the machine runs' -r -F
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l api-socket -d 'Serve the REST API on this unix socket' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l disk -d 'Another file for disk number N, the first is 0: a copy that was made at the time of the snapshot' -r
 complete -c ebb -n "__fish_ebb_using_subcommand restore" -l tap -d 'Another tap for network interface number N, the first is 0' -r

@@ -14,6 +14,8 @@ pub enum ExitReason {
     Crash,
     /// The guest's kernel reported a panic.
     Panic,
+    /// The process is gone that the guest's memory comes from.
+    PageServer,
 }
 
 /// What a device wants the machine to do after an access. Devices hold no reference to the machine.

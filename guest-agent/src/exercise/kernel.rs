@@ -3,7 +3,10 @@
 
 use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{Random, Stop};
 
@@ -11,6 +14,8 @@ const VM: &str = "/proc/sys/vm";
 const BLOCKS: &str = "/sys/devices/system/memory";
 /// The largest pool of huge pages.
 const POOL: usize = 8;
+/// How long the kernel may try to take a block off line.
+const OFF_LINE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How often each request was granted.
 #[derive(Debug, Default)]
@@ -19,6 +24,8 @@ pub struct Requests {
     drops: u64,
     pools: u64,
     offline: u64,
+    /// Blocks that the kernel was told to leave on line because it tried for too long.
+    stopped: u64,
     refused: u64,
 }
 
@@ -53,13 +60,35 @@ impl Requests {
             self.refused += 1;
             return Ok(());
         };
-        if fs::write(state, "offline").is_err() {
+        if !self.take_off_line(state) {
             self.refused += 1; // Something in it cannot be moved.
             return Ok(());
         }
         self.offline += 1;
         let online = fs::write(state, "online_movable").or_else(|_| fs::write(state, "online"));
         online.map_err(Stop::failed("take a block of memory on line"))
+    }
+
+    /// Takes a block off line; whether it is. The kernel tries to move its pages until it has succeeded or the writer gets a
+    /// signal (Linux `offline_pages` in `mm/memory_hotplug.c`), which may be never while memory is short. So a process of its
+    /// own writes.
+    fn take_off_line(&mut self, state: &Path) -> bool {
+        let script = format!("echo offline > {}", state.display());
+        let mut shell = Command::new("/bin/sh");
+        let shell = shell.args(["-c", &script]).stderr(Stdio::null());
+        let Ok(mut shell) = shell.spawn() else {
+            return false;
+        };
+        let start = Instant::now();
+        while matches!(shell.try_wait(), Ok(None)) {
+            if start.elapsed() > OFF_LINE_LIMIT {
+                self.stopped += u64::from(shell.kill().is_ok());
+                break;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        let _ = shell.wait();
+        fs::read_to_string(state).is_ok_and(|state| state.trim() == "offline")
     }
 }
 
@@ -82,11 +111,12 @@ impl fmt::Display for Requests {
             drops,
             pools,
             offline,
+            stopped,
             refused,
         } = self;
         write!(
             f,
-            "compactions={compactions} drops={drops} pools={pools} offline={offline} kernel_refused={refused}"
+            "compactions={compactions} drops={drops} pools={pools} offline={offline} stopped={stopped} kernel_refused={refused}"
         )
     }
 }

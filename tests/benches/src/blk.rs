@@ -15,6 +15,7 @@ use tempfile::TempDir;
 use super::BenchError;
 use super::qemu::{Machine, Qemu};
 use super::results::{Metric, Results};
+use super::stream::{EBB, EBB_ON_MMIO, Ebb};
 
 /// Bytes of each disk.
 const SIZE: u64 = 256 * MIB;
@@ -85,7 +86,8 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
         made.context(path.display()).map(|()| path)
     };
     let mut systems = [
-        ebb(&disk("ebb")?, &programs)?,
+        ebb(&EBB, &disk("ebb")?, &programs)?,
+        ebb(&EBB_ON_MMIO, &disk("ebb-mmio")?, &programs)?,
         qemu(&disk("qemu")?, &programs)?,
     ];
     for system in &mut systems {
@@ -112,15 +114,20 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
         "fio 3.33 with libaio and direct=1 in a guest of 1 vCPU; the image is a file in tmpfs, io_uring, through the \
          host's cache; QEMU with an I/O thread, on PCI",
     );
-    for job in jobs() {
-        let of = |system| [system, job.name, SPEED.0];
-        results.divide_rates(&format!("{}_vs_qemu", job.name), of("ebb"), of("qemu"));
-    }
-    for kind in ["rand", "seq"] {
-        let names = JOBS.iter().filter(|job| job.name.starts_with(kind));
-        let names: Vec<String> = names.map(|job| format!("{}_vs_qemu", job.name)).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        results.smallest(&format!("{kind}_vs_qemu"), &names);
+    for (ebb, suffix) in [(EBB.name, ""), (EBB_ON_MMIO.name, "_on_mmio")] {
+        for job in jobs() {
+            let of = |system| [system, job.name, SPEED.0];
+            let figure = format!("{}_vs_qemu{suffix}", job.name);
+            results.divide_rates(&figure, of(ebb), of("qemu"));
+        }
+        for kind in ["rand", "seq"] {
+            let names = JOBS.iter().filter(|job| job.name.starts_with(kind));
+            let names: Vec<String> = names
+                .map(|job| format!("{}_vs_qemu{suffix}", job.name))
+                .collect();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            results.smallest(&format!("{kind}_vs_qemu{suffix}"), &names);
+        }
     }
     results.report("blk").publish()
 }
@@ -165,14 +172,15 @@ fn programs(folder: &Path) -> Result<PathBuf> {
     Err(Error::new(format!("tar ends with {status}")))
 }
 
-fn ebb(disk: &Path, programs: &Path) -> Result<System> {
+fn ebb(kind: &Ebb, disk: &Path, programs: &Path) -> Result<System> {
     let launch = Launch::new()?.memory(&format!("size={MEMORY}M"));
+    let launch = launch.option("--transport", kind.transport);
     let disk = format!("path={},engine=io_uring", disk.display());
     let launch = launch.option("--disk", &disk).disk(programs, true);
     let mut monitor = launch.start()?;
     let guest = monitor.guest()?;
     Ok(System {
-        name: "ebb",
+        name: kind.name,
         guest,
         _machine: Box::new(monitor),
     })

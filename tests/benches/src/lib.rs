@@ -1,10 +1,12 @@
 //! Benchmarks that `cargo xtask bench` runs where KVM is. One benchmark, one file.
 
+pub mod api;
 pub mod arena;
 mod bare;
 pub mod blk;
 pub mod boot;
 mod counters;
+pub mod dashboard;
 pub mod filters;
 pub mod footprint;
 pub mod free_pages;
@@ -17,6 +19,7 @@ pub mod malloc;
 pub mod net;
 mod overhead;
 mod plot;
+pub mod pods;
 mod process;
 mod qemu;
 pub mod reclaim;

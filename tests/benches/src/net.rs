@@ -13,7 +13,7 @@ use ebb_harness::{Guest, Launch};
 use super::BenchError;
 use super::qemu::{Machine, Qemu};
 use super::results::{Metric, Results};
-use super::stream::{Arguments, DOWN, PING, PORT, Stream, UP, round};
+use super::stream::{Arguments, DOWN, EBB, EBB_ON_MMIO, Ebb, PING, PORT, Stream, UP, round};
 
 const CASE: &str = "1 vCPU";
 
@@ -21,6 +21,8 @@ const CASE: &str = "1 vCPU";
 struct System {
     name: &'static str,
     address: Ipv4Addr,
+    /// The monitor's.
+    pid: u32,
     _tap: Tap,
     /// Monitor and guest.
     _machine: Box<dyn Any>,
@@ -31,11 +33,11 @@ struct System {
 /// # Errors
 /// [`BenchError`]: a guest does not boot, for instance.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
-    let mut systems = [ebb()?, qemu()?];
+    let mut systems = [ebb(&EBB)?, ebb(&EBB_ON_MMIO)?, qemu()?];
     let mut results = Results::default();
     for run in 1..=arguments.runs {
         for system in &systems {
-            let of = (system.name, CASE);
+            let of = (system.name, CASE, system.pid);
             round(of, arguments, &mut results, || connect(system.address))?;
         }
         systems.rotate_left(1);
@@ -44,30 +46,36 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     results
         .note("one TCP connection over a tap without vhost; the other machine is idle meanwhile");
     let of = |system, metric: Metric| [system, CASE, metric.0];
-    results.divide_rates("tcp_to_guest_vs_qemu", of("ebb", DOWN), of("qemu", DOWN));
-    results.divide_rates("tcp_from_guest_vs_qemu", of("ebb", UP), of("qemu", UP));
-    let directions = ["tcp_to_guest_vs_qemu", "tcp_from_guest_vs_qemu"];
-    results.smallest("tcp_vs_qemu", &directions);
-    results.divide("latency_vs_qemu", of("qemu", PING), of("ebb", PING));
+    for (ebb, suffix) in [(EBB.name, ""), (EBB_ON_MMIO.name, "_on_mmio")] {
+        let named = |figure: &str| format!("{figure}_vs_qemu{suffix}");
+        let directions = [named("tcp_to_guest"), named("tcp_from_guest")];
+        results.divide_rates(&directions[0], of(ebb, DOWN), of("qemu", DOWN));
+        results.divide_rates(&directions[1], of(ebb, UP), of("qemu", UP));
+        results.smallest(&named("tcp"), &directions.each_ref().map(String::as_str));
+        results.divide(&named("latency"), of("qemu", PING), of(ebb, PING));
+    }
     results.report("net").publish()
 }
 
-fn ebb() -> Result<System> {
-    let (tap, address) = tap("ebbbench1", 1)?;
-    let mut monitor = Launch::new()?.option("--net", "tap=ebbbench1").start()?;
+fn ebb(kind: &Ebb) -> Result<System> {
+    let name = format!("ebbbench{}", kind.number);
+    let (tap, address) = tap(&name, kind.number)?;
+    let launch = Launch::new()?.option("--transport", kind.transport);
+    let mut monitor = launch.option("--net", &format!("tap={name}")).start()?;
     let mut guest = monitor.guest()?;
     serve(&mut guest, address)?;
     Ok(System {
-        name: "ebb",
+        name: kind.name,
         address,
+        pid: monitor.pid(),
         _tap: tap,
         _machine: Box::new((monitor, guest)),
     })
 }
 
 fn qemu() -> Result<System> {
-    let (tap, address) = tap("ebbbench2", 2)?;
-    let backend = "tap,id=net,ifname=ebbbench2,script=no,downscript=no,vhost=off";
+    let (tap, address) = tap("ebbbench9", 9)?;
+    let backend = "tap,id=net,ifname=ebbbench9,script=no,downscript=no,vhost=off";
     let machine = Machine {
         memory: "256",
         cpus: 1,
@@ -86,6 +94,7 @@ fn qemu() -> Result<System> {
     Ok(System {
         name: "qemu",
         address,
+        pid: qemu.pid(),
         _tap: tap,
         _machine: Box::new((qemu, guest, cgroup)),
     })

@@ -24,11 +24,11 @@ const SETTLE: Duration = Duration::from_secs(2);
 
 /// Resident memory of a process in bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Resident {
+pub(super) struct Resident {
     /// Guest memory.
     guest: u64,
     /// Everything else.
-    rest: u64,
+    pub rest: u64,
 }
 
 /// Measures Ebb and QEMU, `runs` times each.
@@ -70,7 +70,7 @@ fn resident_of(files: &Files, monitor: System) -> Result<Resident, BenchError> {
 
 /// Adds up smaps (proc(5)). Guest memory is the one mapping of at least `guest` bytes that has the most
 /// resident; `None` without one.
-fn resident(smaps: &str, guest: u64) -> Option<Resident> {
+pub(super) fn resident(smaps: &str, guest: u64) -> Option<Resident> {
     let mut mappings: Vec<(u64, u64)> = Vec::new();
     for line in smaps.lines() {
         let number = |text: &str| text.trim().trim_end_matches(" kB").parse::<u64>().ok();

@@ -1,7 +1,8 @@
-//! Curves over the number of workers, as an SVG.
+//! Lines with a legend, and curves over the number of workers as an SVG.
 
 use std::path::Path;
 
+use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
 
 use super::BenchError;
@@ -43,22 +44,41 @@ pub fn draw(
         .map_err(|error| failed(&error))?;
     let mesh = chart.configure_mesh().x_desc(x_name).y_desc(y_name).draw();
     mesh.map_err(|error| failed(&error))?;
-    for (index, curve) in curves.iter().enumerate() {
+    let lines = curves.iter().enumerate();
+    let lines = lines.map(|(index, curve)| (index, &*curve.name, curve.points.clone()));
+    let place = SeriesLabelPosition::MiddleRight;
+    add_lines(&mut chart, 3, lines, place).map_err(|error| failed(&error))?;
+    area.present().map_err(|error| failed(&error))
+}
+
+/// Draws lines, and a legend of them at `place`. Each has the number of its color, a name, and points, which are marked by dots
+/// of `dot` pixels.
+///
+/// # Errors
+/// What the drawing library says.
+pub fn add_lines<'a, 'n, D: DrawingBackend + 'a, X, Y>(
+    chart: &mut ChartContext<'a, D, Cartesian2d<X, Y>>,
+    dot: u32,
+    lines: impl IntoIterator<Item = (usize, &'n str, Vec<(f64, f64)>)>,
+    place: SeriesLabelPosition,
+) -> Result<(), String>
+where
+    X: Ranged<ValueType = f64>,
+    Y: Ranged<ValueType = f64>,
+{
+    for (index, name, points) in lines {
         let color = Palette99::pick(index).to_rgba();
-        let line = LineSeries::new(curve.points.iter().copied(), color.stroke_width(2));
-        chart
-            .draw_series(line.point_size(3))
-            .map_err(|error| failed(&error))?
-            .label(curve.name.clone())
+        let line = LineSeries::new(points, color.stroke_width(2)).point_size(dot);
+        let drawn = chart.draw_series(line);
+        drawn
+            .map_err(|error| error.to_string())?
+            .label(name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color));
     }
-    chart
-        .configure_series_labels()
-        .border_style(BLACK)
-        .background_style(WHITE)
-        .draw()
-        .map_err(|error| failed(&error))?;
-    area.present().map_err(|error| failed(&error))
+    let mut labels = chart.configure_series_labels();
+    labels.position(place).background_style(WHITE.mix(0.8));
+    let drawn = labels.border_style(BLACK).draw();
+    drawn.map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

@@ -32,7 +32,9 @@ const FREED: u64 = 717 * MIB;
 const STOCK: &str = "700M";
 /// What guests that are restored have in use.
 const USED: u64 = 64 * MIB;
-/// Their memory.
+/// A restored guest writes so much before it is saved again.
+const CHANGED: u64 = 16 * MIB;
+/// Memory of guests that are restored to see how soon they run.
 const SIZES: [&str; 3] = ["256M", "1G", "4G"];
 const PAGE: u64 = 4096;
 /// The guest writes to it, without an end.
@@ -42,6 +44,8 @@ const IN_USE: &str = "all in use";
 const FREE: &str = "70 % free";
 const STOCK_USED: &str = "stock, 700M in use";
 const STOCK_FREE: &str = "stock, 700M freed";
+const WHOLE: &str = "restored, all of it";
+const DIFFERENCE: &str = "restored, difference";
 
 /// From the request, of a paused machine, until both files have their names.
 const TIME: Metric = ("time", "s");
@@ -74,6 +78,7 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     if !arguments.no_stock {
         save_stock(arguments.runs, &mut results)?;
     }
+    save_restored(arguments.runs, &mut results)?;
     restore(arguments.restores, &mut results)?;
     let of = |case, metric: Metric| ["ebb", case, metric.0];
     if let Some(bytes) = results.median("ebb", FREE, FILE.0) {
@@ -81,6 +86,8 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     }
     results.divide("speedup", of(IN_USE, TIME), of(FREE, TIME));
     results.divide("stock_speedup", of(STOCK_USED, TIME), of(STOCK_FREE, TIME));
+    results.divide("difference_speedup", of(WHOLE, TIME), of(DIFFERENCE, TIME));
+    results.divide("difference_file", of(WHOLE, FILE), of(DIFFERENCE, FILE));
     let (small, large) = (of(SIZES[0], FIRST), of(SIZES[2], FIRST));
     results.divide_cost("restore_growth", large, small);
     results.note("the memory file is on a file system in memory; the machine is paused meanwhile");
@@ -130,15 +137,20 @@ fn set_state(monitor: &Monitor, state: &str) -> Result<()> {
     monitor.api().must("PATCH", "/vm", &state).map(drop)
 }
 
-/// Saves a paused machine to the files `state` and `memory` of its folder, where they are not yet. How long that took.
+/// Saves a paused machine to the files `state` and `memory` of its folder.
 fn save(monitor: &Monitor) -> Result<Duration> {
+    save_as(monitor, "Full", ["state", "memory"])
+}
+
+/// Saves a paused machine to files of its folder, where they are not yet. How long that took.
+fn save_as(monitor: &Monitor, kind: &str, names: [&str; 2]) -> Result<Duration> {
     let folder = monitor.folder().canonicalize().context("the folder")?;
-    let [state, memory] = ["state", "memory"].map(|name| folder.join(name));
+    let [state, memory] = names.map(|name| folder.join(name));
     for path in [&state, &memory] {
         // It is not there the first time.
         let _ = fs::remove_file(path);
     }
-    let body = json!({ "snapshot_path": state, "mem_file_path": memory });
+    let body = json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory });
     let start = Instant::now();
     monitor.api().must("PUT", "/snapshot/create", &body)?;
     Ok(start.elapsed())
@@ -147,7 +159,18 @@ fn save(monitor: &Monitor) -> Result<Duration> {
 /// Saves it and adds what came of it.
 fn add(monitor: &Monitor, case: &str, results: &mut Results) -> Result<()> {
     let time = save(monitor)?;
-    let file = monitor.folder().join("memory");
+    add_file(monitor, case, time, "memory", results)
+}
+
+/// Adds the time of a snapshot, and what its memory file takes.
+fn add_file(
+    monitor: &Monitor,
+    case: &str,
+    time: Duration,
+    memory: &str,
+    results: &mut Results,
+) -> Result<()> {
+    let file = monitor.folder().join(memory);
     let file = fs::metadata(&file).context(file.display())?;
     results.add(("ebb", case), TIME, time.as_secs_f64());
     results.add(("ebb", case), FILE, (file.blocks() * 512) as f64);
@@ -165,6 +188,39 @@ fn save_payloads(runs: u32, results: &mut Results) -> Result<()> {
         }
         guests.rotate_left(1);
         eprintln!("snapshot: run {run} of {runs}");
+    }
+    Ok(())
+}
+
+/// A restored guest writes a little, and is saved in full and as a difference.
+fn save_restored(runs: u32, results: &mut Results) -> Result<()> {
+    /// Bytes that it writes to its serial port meanwhile, so that it is saved before it changes anything.
+    const TALK: u64 = 60_000;
+    let mut guest = Program::kernel();
+    guest.fill(page(0), FILLED / PAGE, 7);
+    guest.output_byte(SERIAL, b'x', TALK);
+    guest.fill(page(0), CHANGED / PAGE, 5);
+    guest.output_byte(SERIAL, b'z', u64::MAX);
+    let mut monitor = start(&guest, RAM)?;
+    save(&monitor)?;
+    let serial = monitor.folder().join("restored");
+    let option = format!("file={}", serial.display());
+    monitor.kill_and_restore(&["--resume", "--serial", &option])?;
+    until("the guest has changed its memory", LONG, || {
+        Ok(fs::read(&serial)
+            .is_ok_and(|it| it.contains(&b'z'))
+            .then_some(()))
+    })?;
+    set_state(&monitor, "Paused")?;
+    for run in 1..=runs {
+        for (case, kind, names) in [
+            (WHOLE, "Full", ["state1", "memory1"]),
+            (DIFFERENCE, "Diff", ["state2", "memory2"]),
+        ] {
+            let time = save_as(&monitor, kind, names)?;
+            add_file(&monitor, case, time, names[1], results)?;
+        }
+        eprintln!("snapshot: difference, run {run} of {runs}");
     }
     Ok(())
 }

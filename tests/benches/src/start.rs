@@ -67,7 +67,7 @@ struct Bench<'a> {
 }
 
 /// A monitor, asked to end when dropped.
-struct Monitor(Child);
+pub(super) struct Monitor(pub Child);
 
 impl Drop for Monitor {
     fn drop(&mut self) {
@@ -117,7 +117,7 @@ impl Bench<'_> {
 }
 
 /// What the API says of the machine; `None` as long as nobody answers.
-fn ask(socket: &Path) -> Option<String> {
+pub(super) fn ask(socket: &Path) -> Option<String> {
     let mut stream = UnixStream::connect(socket).ok()?;
     let question = b"GET / HTTP/1.1\r\nHost: ebb\r\nConnection: close\r\n\r\n";
     stream.write_all(question).ok()?;

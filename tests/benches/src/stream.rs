@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use ebb_harness::error::{Context, Result};
+use ebb_harness::host::kvm_counters;
 use rustix::net::{Shutdown, shutdown};
 
 use super::results::{Metric, Results};
@@ -23,6 +24,33 @@ pub const DOWN: Metric = ("to guest", "MB/s");
 pub const UP: Metric = ("from guest", "MB/s");
 /// The median of a round.
 pub const PING: Metric = ("there and back", "µs");
+/// What leaves the guest meanwhile, by KVM's counter of the machine: for each MB, and for each byte there and back.
+const DOWN_EXITS: Metric = ("exits to guest", "per MB");
+const UP_EXITS: Metric = ("exits from guest", "per MB");
+const PING_EXITS: Metric = ("exits there and back", "each");
+
+/// One of Ebb's two transports, each of which is measured.
+pub struct Ebb {
+    /// What the results call it.
+    pub name: &'static str,
+    /// As `--transport` has it.
+    pub transport: &'static str,
+    /// Tells its names and addresses from the others'.
+    pub number: u8,
+}
+
+/// What Ebb does by default, and as QEMU's devices are.
+pub const EBB: Ebb = Ebb {
+    name: "ebb",
+    transport: "pci",
+    number: 1,
+};
+/// The other transport.
+pub const EBB_ON_MMIO: Ebb = Ebb {
+    name: "ebb-mmio",
+    transport: "mmio",
+    number: 2,
+};
 
 /// How long is measured.
 #[derive(Debug, clap::Args)]
@@ -62,8 +90,8 @@ impl Stream {
         self.wish(b'p')?.ping(1).map(drop)
     }
 
-    /// MB/s until the other side has all of it.
-    fn send(mut self, time: Duration) -> Result<f64> {
+    /// Bytes, and the seconds until the other side has all of them.
+    fn send(mut self, time: Duration) -> Result<(usize, f64)> {
         let (piece, start, mut bytes) = (vec![0; PIECE], Instant::now(), 0);
         while start.elapsed() < time {
             self.0.write_all(&piece).context("send")?;
@@ -71,15 +99,16 @@ impl Stream {
         }
         shutdown(self.0.as_fd(), Shutdown::Write).context("send")?;
         self.0.read_exact(&mut [0]).context("send")?;
-        Ok(bytes as f64 / 1e6 / start.elapsed().as_secs_f64())
+        Ok((bytes, start.elapsed().as_secs_f64()))
     }
 
-    fn receive(mut self, time: Duration) -> Result<f64> {
+    /// Bytes and seconds.
+    fn receive(mut self, time: Duration) -> Result<(usize, f64)> {
         let (mut piece, start, mut bytes) = (vec![0; PIECE], Instant::now(), 0);
         while start.elapsed() < time {
             bytes += self.0.read(&mut piece).context("receive")?;
         }
-        Ok(bytes as f64 / 1e6 / start.elapsed().as_secs_f64())
+        Ok((bytes, start.elapsed().as_secs_f64()))
     }
 
     /// The median time in microseconds.
@@ -98,20 +127,34 @@ impl Stream {
     }
 }
 
-/// Measures all of it once.
+/// Measures all of it once, of the system and the case `of`, whose monitor has the process number that follows.
 ///
 /// # Errors
-/// A stream breaks.
+/// A stream breaks, or the kernel does not count.
 pub fn round(
-    of: (&str, &str),
+    (system, case, pid): (&str, &str, u32),
     arguments: &Arguments,
     results: &mut Results,
     connect: impl Fn() -> Result<Stream>,
 ) -> Result<()> {
-    let time = Duration::from_secs(arguments.seconds);
-    results.add(of, DOWN, connect()?.wish(b's')?.send(time)?);
-    results.add(of, UP, connect()?.wish(b'g')?.receive(time)?);
-    let median = connect()?.wish(b'p')?.ping(arguments.pings as usize)?;
-    results.add(of, PING, median);
+    let (of, time) = ((system, case), Duration::from_secs(arguments.seconds));
+    let exits = || kvm_counters(pid).map(|it| it.exits);
+    let mut rate = |speed, each, wish, run: fn(Stream, Duration) -> Result<(usize, f64)>| {
+        let stream = connect()?.wish(wish)?;
+        let before = exits()?;
+        let (bytes, seconds) = run(stream, time)?;
+        let megabytes = bytes as f64 / 1e6;
+        results.add(of, speed, megabytes / seconds);
+        results.add(of, each, (exits()? - before) as f64 / megabytes);
+        Ok(())
+    };
+    rate(DOWN, DOWN_EXITS, b's', Stream::send)?;
+    rate(UP, UP_EXITS, b'g', Stream::receive)?;
+    let stream = connect()?.wish(b'p')?;
+    let before = exits()?;
+    let count = arguments.pings as usize;
+    results.add(of, PING, stream.ping(count)?);
+    let each = (exits()? - before) as f64 / (WARM + count) as f64;
+    results.add(of, PING_EXITS, each);
     Ok(())
 }

@@ -12,7 +12,7 @@ use ebb_harness::{Guest, Launch, network};
 use super::BenchError;
 use super::qemu::{Machine, Qemu};
 use super::results::{Metric, Results};
-use super::stream::{Arguments, DOWN, PING, PORT, Stream, UP, round};
+use super::stream::{Arguments, DOWN, EBB, EBB_ON_MMIO, Ebb, PING, PORT, Stream, UP, round};
 
 const CASE: &str = "1 vCPU";
 /// QEMU's guest.
@@ -30,6 +30,8 @@ enum Way {
 struct System {
     name: &'static str,
     way: Way,
+    /// The monitor's.
+    pid: u32,
     /// Monitor and guest.
     _machine: Box<dyn Any>,
 }
@@ -39,11 +41,11 @@ struct System {
 /// # Errors
 /// [`BenchError`]: a guest does not boot, for instance.
 pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
-    let mut systems = [ebb()?, qemu()?];
+    let mut systems = [ebb(&EBB)?, ebb(&EBB_ON_MMIO)?, qemu()?];
     let mut results = Results::default();
     for run in 1..=arguments.runs {
         for system in &systems {
-            let of = (system.name, CASE);
+            let of = (system.name, CASE, system.pid);
             round(of, arguments, &mut results, || connect(&system.way))?;
         }
         systems.rotate_left(1);
@@ -51,23 +53,27 @@ pub fn run(arguments: &Arguments) -> Result<(), BenchError> {
     }
     results.note("one stream; QEMU's device is vhost-vsock, which copies in the host's kernel; the other machine is idle meanwhile");
     let of = |system, metric: Metric| [system, CASE, metric.0];
-    results.divide_rates("to_guest_vs_vhost", of("ebb", DOWN), of("qemu-vhost", DOWN));
-    results.divide_rates("from_guest_vs_vhost", of("ebb", UP), of("qemu-vhost", UP));
-    results.divide("latency_vs_vhost", of("qemu-vhost", PING), of("ebb", PING));
+    for (ebb, suffix) in [(EBB.name, ""), (EBB_ON_MMIO.name, "_on_mmio")] {
+        let named = |figure: &str| format!("{figure}_vs_vhost{suffix}");
+        results.divide_rates(&named("to_guest"), of(ebb, DOWN), of("qemu-vhost", DOWN));
+        results.divide_rates(&named("from_guest"), of(ebb, UP), of("qemu-vhost", UP));
+        results.divide(&named("latency"), of("qemu-vhost", PING), of(ebb, PING));
+    }
     results.report("vsock").publish()
 }
 
-fn ebb() -> Result<System> {
-    let launch = Launch::new()?;
+fn ebb(kind: &Ebb) -> Result<System> {
+    let launch = Launch::new()?.option("--transport", kind.transport);
     let path = launch.folder().join("vsock");
-    let option = format!("cid=77,path={}", path.display());
+    let option = format!("cid={},path={}", 70 + kind.number, path.display());
     let mut monitor = launch.option("--vsock", &option).start()?;
     let mut guest = monitor.guest()?;
     let way = Way::Unix(path);
     serve(&mut guest, &way)?;
     Ok(System {
-        name: "ebb",
+        name: kind.name,
         way,
+        pid: monitor.pid(),
         _machine: Box::new((monitor, guest)),
     })
 }
@@ -87,6 +93,7 @@ fn qemu() -> Result<System> {
     Ok(System {
         name: "qemu-vhost",
         way: Way::Kernel,
+        pid: qemu.pid(),
         _machine: Box::new((qemu, guest, cgroup)),
     })
 }

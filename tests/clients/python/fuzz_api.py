@@ -1,4 +1,5 @@
-"""PyPI schemathesis makes requests of docs/openapi.json to a server on a unix socket: SOCKET EXAMPLES.
+"""PyPI schemathesis makes requests of docs/openapi.json to a server on a unix socket: SOCKET EXAMPLES PHASES, and
+perhaps further options of its own.
 
 It speaks TCP only, so a thread passes on what comes to a port of this host. It ends with status 0 if no answer is 500, and each has a
 status and a body that the document knows.
@@ -33,9 +34,9 @@ def serve(listener, path):
         threading.Thread(target=pump, args=(server, client), daemon=True).start()
 
 
-path, examples = sys.argv[1:3]
+path, examples, phases, *more = sys.argv[1:]
 listener = socket.create_server(("127.0.0.1", 0))
 threading.Thread(target=serve, args=(listener, path), daemon=True).start()
-command = [Path(sys.executable).with_name("st"), "run", DOCUMENT, "--seed", "1", "--phases", "coverage,fuzzing"]
+command = [Path(sys.executable).with_name("st"), "run", DOCUMENT, "--seed", "1", "--phases", phases, *more]
 command += ["--url", f"http://127.0.0.1:{listener.getsockname()[1]}", "--max-examples", examples, "--checks", CHECKS]
 sys.exit(subprocess.run(command, check=False).returncode)

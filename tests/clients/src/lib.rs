@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use futures_util::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use serde_json::Value;
 
 /// What a step of a client gives.
@@ -116,6 +117,23 @@ pub fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+    Ok(())
+}
+
+/// Reads a console until a line holds `text`. The rest of it is read by nobody, but may still be written.
+///
+/// # Errors
+/// There is none in time.
+pub async fn wait_for_line(console: impl AsyncRead + Unpin, text: &str) -> Result<()> {
+    let mut output = BufReader::new(console);
+    let mut line = Vec::new();
+    while !String::from_utf8_lossy(&line).contains(text) {
+        line.clear();
+        let read = tokio::time::timeout(PATIENCE, output.read_until(b'\n', &mut line)).await??;
+        check(read > 0, "the console has ended")?;
+    }
+    // Dropped, it would be closed.
+    std::mem::forget(output);
     Ok(())
 }
 

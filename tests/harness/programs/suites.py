@@ -10,6 +10,7 @@ import unittest
 del os.fork  # Before the tests look for it.
 
 from test import support
+from test.support import script_helper
 
 
 class Outcomes(unittest.TestResult):
@@ -49,6 +50,11 @@ class Outcomes(unittest.TestResult):
             self.put(test, "failed", self._exc_info_to_string(error, test))
 
 
+def assert_python_ok(*args, of_python=script_helper.assert_python_ok, **env):
+    """As Python's own, but a program that would end itself after two seconds (as in test_finalize_with_trace) has twenty."""
+    return of_python(*(arg.replace("time.sleep(2)", "time.sleep(20)") for arg in args), **env)
+
+
 def cases(suite):
     for one in suite:
         if isinstance(one, unittest.TestSuite):
@@ -65,6 +71,7 @@ def main():
     # The tests' own limits of time are for processors that are not emulated.
     for limit in ["LOOPBACK_TIMEOUT", "SHORT_TIMEOUT", "LONG_TIMEOUT"]:
         setattr(support, limit, 10 * getattr(support, limit))
+    script_helper.assert_python_ok = assert_python_ok
     file = open(sys.argv[1], "w")
     said = os.dup(1)
     log = os.open(sys.argv[1] + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -100,12 +100,24 @@ impl Cgroup {
     /// # Errors
     /// The kernel does not say.
     pub fn lazily_freed(&self) -> Result<u64> {
+        Ok(self.stat("pglazyfreed")? * rustix::param::page_size() as u64)
+    }
+
+    /// Bytes of files in memory (memfd and tmpfs) that its processes were the first to touch.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn shmem(&self) -> Result<u64> {
+        self.stat("shmem")
+    }
+
+    fn stat(&self, name: &str) -> Result<u64> {
         let stat = self.text("memory.stat")?;
-        let pages = stat
-            .lines()
-            .find_map(|line| line.strip_prefix("pglazyfreed ")?.parse::<u64>().ok());
-        let pages = pages.context("memory.stat has no pglazyfreed")?;
-        Ok(pages * rustix::param::page_size() as u64)
+        let mut fields = stat.lines().filter_map(|line| line.split_once(' '));
+        let value = fields
+            .find(|(field, _)| *field == name)
+            .and_then(|(_, value)| value.parse().ok());
+        value.context(format_args!("memory.stat has no {name}"))
     }
 
     /// The processes in it, without those in cgroups below it.

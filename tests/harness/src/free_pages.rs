@@ -101,6 +101,8 @@ pub struct Outcome {
     pub lost: u64,
     /// Blocks of memory that were off line for a moment.
     pub offline: u64,
+    /// Blocks of memory that the guest's kernel tried for seconds to take off line, in vain.
+    pub stopped: u64,
     /// Times that the balloon was full.
     pub balloons: u64,
     /// Orders to take everything.
@@ -158,7 +160,7 @@ impl fmt::Display for Outcome {
         write!(
             f,
             "{} vCPUs, {}: {} operations, {} MiB checked, {} files read past the caches, lost {}; {} orders took {taken:?} MiB in {} pauses, {} candidates \
-             were in use again; off line {}, balloon full {}; RSS {} to {} MiB; {:.1} s",
+             were in use again; off line {}, in vain {}, balloon full {}; RSS {} to {} MiB; {:.1} s",
             self.case.vcpus,
             self.case.name,
             self.operations,
@@ -169,6 +171,7 @@ impl fmt::Display for Outcome {
             self.pauses,
             self.stale,
             self.offline,
+            self.stopped,
             self.balloons,
             self.rss.0 / MIB,
             self.rss.1 / MIB,
@@ -261,6 +264,7 @@ pub fn run(case: Case, limit: Duration) -> Result<Outcome> {
         direct: 0,
         lost: 0,
         offline: 0,
+        stopped: 0,
         balloons: 0,
         orders: 0,
         taken: Vec::new(),
@@ -337,6 +341,7 @@ impl Outcome {
         self.direct += number(&said, "direct")?;
         self.lost += number(&said, "lost")?;
         self.offline += number(&said, "offline")?;
+        self.stopped += number(&said, "stopped")?;
         self.orders += orders.into_inner();
         self.balloons += balloons.into_inner();
         self.taken
@@ -388,6 +393,7 @@ mod tests {
             direct: 1,
             lost: 0,
             offline: 0,
+            stopped: 0,
             balloons: 0,
             orders: 1,
             taken: vec![1, 1],

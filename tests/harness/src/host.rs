@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use crate::error::{Context, Error, Result};
 
@@ -16,6 +17,20 @@ const DEBUGFS: &str = "/sys/kernel/debug/kvm";
 
 fn read(path: &str) -> Result<String> {
     fs::read_to_string(path).context(path)
+}
+
+/// Runs a program that must succeed, without input, and returns what it said.
+///
+/// # Errors
+/// It cannot be started, or failed, with what it said.
+pub fn succeeded(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.context(format_args!("{command:?}"))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(Error::new(format!("{command:?}: {said}")))
 }
 
 /// Resident bytes of a process, counted page by page.

@@ -146,6 +146,24 @@ impl Launch {
         self
     }
 
+    /// The Debian with systemd, from its disk and with its own initramfs: see `tests/xtask/src/setup/system_disk.rs`.
+    #[must_use]
+    pub fn system(self) -> Self {
+        let (disk, initramfs) = (&self.images.system_disk, &self.images.system_initramfs);
+        let (disk, initramfs) = (disk.clone(), initramfs.clone());
+        let this = self.initramfs(&initramfs).disk(&disk, true);
+        this.cmdline("root=/dev/vda ro").memory("size=768M")
+    }
+
+    /// The same, without its service: it goes on until it is asked to shut down, and says how far it is. It has no getty on
+    /// the console, which would discard what has not been written there when it starts (agetty(8) flushes the terminal).
+    #[must_use]
+    pub fn system_without_service(self) -> Self {
+        self.system().cmdline(
+            "systemd.mask=system.service systemd.mask=serial-getty@ttyS0.service systemd.show_status=yes",
+        )
+    }
+
     /// `--memory`.
     #[must_use]
     pub fn memory(mut self, options: &str) -> Self {

@@ -114,33 +114,42 @@ impl Tap {
         })
     }
 
-    /// Sends `content` to the next client that asks for anything by HTTP. Returns the port.
+    /// As [`serve_once`], at the tap's address.
     ///
     /// # Errors
-    /// When nothing can be served at the address.
+    /// When nothing can be served there.
     pub fn serve_once(&self, content: Vec<u8>) -> Result<u16> {
-        let listener = TcpListener::bind((self.address, 0)).context("bind")?;
-        let port = listener.local_addr().context("bind")?.port();
-        thread::spawn(move || {
-            // Who fetches it notices an error.
-            let Ok((mut stream, _)) = listener.accept() else {
-                return;
-            };
-            let head = format!(
-                "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n",
-                content.len()
-            );
-            let _ = stream.read(&mut [0; 4096]);
-            let _ = stream.write_all(head.as_bytes());
-            let _ = stream.write_all(&content);
-        });
-        Ok(port)
+        serve_once(self.address, content)
     }
+}
+
+/// Sends `content` to the next client that asks for anything by HTTP at an address of the host's. Returns the port.
+///
+/// # Errors
+/// When nothing can be served there.
+pub fn serve_once(address: Ipv4Addr, content: Vec<u8>) -> Result<u16> {
+    let listener = TcpListener::bind((address, 0)).context("bind")?;
+    let port = listener.local_addr().context("bind")?.port();
+    thread::spawn(move || {
+        // Who fetches it notices an error.
+        let Ok((mut stream, _)) = listener.accept() else {
+            return;
+        };
+        let head = format!(
+            "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n",
+            content.len()
+        );
+        let _ = stream.read(&mut [0; 4096]);
+        let _ = stream.write_all(head.as_bytes());
+        let _ = stream.write_all(&content);
+    });
+    Ok(port)
 }
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        let _ = busybox(&["tunctl", "-d", &self.name]);
+        // `tunctl -d` is refused while a monitor still has it.
+        let _ = busybox(&["ip", "link", "delete", "dev", &self.name]);
     }
 }
 

@@ -28,12 +28,12 @@ fn packages() -> Vec<Value> {
     packages_of("")
 }
 
-/// As [`packages`], of the workspace in this folder.
+/// As [`packages`], of the workspace in this folder. Cargo downloads the crates that no build has needed yet.
 fn packages_of(folder: &str) -> Vec<Value> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .current_dir(root().join(folder))
-        .args(["metadata", "--locked", "--offline", "--format-version", "1"])
+        .args(["metadata", "--locked", "--format-version", "1"])
         .args(["--filter-platform", "x86_64-unknown-linux-gnu"])
         .output()
         .unwrap();
@@ -128,7 +128,7 @@ fn crates_of_monitors_are_past_their_known_bugs() {
 }
 
 /// `cargo xtask fuzz` builds with `--locked` a workspace that no other command looks at. If this fails, run
-/// `cargo metadata --offline` in that folder.
+/// `cargo metadata` in that folder.
 #[test]
 fn the_fuzzers_lock_file_has_all_that_is_built() {
     assert!(!packages_of("tests/fuzz/libfuzzer").is_empty());

@@ -277,7 +277,7 @@ fn out_of_memory(scene: &mut Scene) -> Result<()> {
 
 /// Resets the balloon behind its driver's back, as a kernel does that was not shut down.
 fn reset_the_device(scene: &mut Scene) -> Result<()> {
-    let on_pci = std::env::var("EBB_TRANSPORT").is_ok_and(|it| it == "pci");
+    let on_pci = !std::env::var("EBB_TRANSPORT").is_ok_and(|it| it == "mmio");
     let name = if on_pci { "0000:00:01.0" } else { "LNRO0005" };
     let found = format!("grep {name} /proc/iomem | head -1 | cut -d- -f1");
     let base = scene.guest.must(&found)?;

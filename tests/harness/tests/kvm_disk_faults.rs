@@ -17,10 +17,10 @@ use std::thread;
 use std::time::Duration;
 
 use ebb_harness::error::{Context, Result};
+use ebb_harness::small::SmallFileSystem;
 use ebb_harness::wait::{LONG, until};
 use ebb_harness::{Error, Guest, Launch, figure};
 use rustix::process::Signal;
-use tempfile::TempDir;
 
 const SIZE: u64 = 16 << 20;
 /// How long the disk answers nothing.
@@ -99,30 +99,12 @@ impl Drop for BadDisk {
     }
 }
 
-/// A file system with room for a quarter of a disk.
-struct Small(TempDir);
-
-impl Small {
-    fn new() -> Result<Self> {
-        let folder = TempDir::with_prefix("ebb-small-").context("make a folder")?;
-        let path = folder.path().to_string_lossy().into_owned();
-        let room = format!("size={}", SIZE / 4);
-        host(&["mount", "-t", "tmpfs", "-o", &room, "tmpfs", &path])?;
-        Ok(Self(folder))
-    }
-
-    fn disk(&self) -> Result<PathBuf> {
-        let path = self.0.path().join("disk");
-        let file = File::create(&path).context(path.display())?;
-        file.set_len(SIZE).context(path.display())?;
-        Ok(path)
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = host(&["umount", &self.0.path().to_string_lossy()]);
-    }
+/// A disk for whose content there is less room than it needs.
+fn disk_without_room(room: &SmallFileSystem) -> Result<PathBuf> {
+    let path = room.path().join("disk");
+    let file = File::create(&path).context(path.display())?;
+    file.set_len(SIZE).context(path.display())?;
+    Ok(path)
 }
 
 fn fails(guest: &mut Guest, command: &str) -> Result<()> {
@@ -138,9 +120,9 @@ fn good_disk_works(guest: &mut Guest) -> Result<()> {
 
 #[test]
 fn a_guest_survives_its_disks_faults() -> Result<()> {
-    let (launch, small) = (Launch::new()?, Small::new()?);
+    let (launch, small) = (Launch::new()?, SmallFileSystem::new(SIZE / 4)?);
     let bad = BadDisk::new(&launch.folder().join("under"))?;
-    let (good, full) = (launch.folder().join("good"), small.disk()?);
+    let (good, full) = (launch.folder().join("good"), disk_without_room(&small)?);
     fs::write(&good, vec![0; SIZE as usize]).context("make a disk")?;
     let (bad_path, full_path) = (bad.path()?, full.clone());
     let launch = launch.disk(&bad_path, false).disk(&good, false);

@@ -8,7 +8,7 @@ use ebb_harness::Result;
 use ebb_harness::free_pages::{cases, run};
 
 /// Of the guests' program, in all machines together.
-const OPERATIONS: u64 = 400;
+const OPERATIONS: u64 = 280;
 const LIMIT: Duration = Duration::from_secs(400);
 
 /// Runs one of the machines.

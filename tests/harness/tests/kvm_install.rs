@@ -1,34 +1,19 @@
 //! A Debian that boots with its own initramfs and systemd: what `ebb-guest install` does for a service there, and how it
 //! is asked to shut down.
 
-use std::time::Duration;
-
+use ebb_harness::Launch;
 use ebb_harness::error::Result;
-use ebb_harness::{Launch, Monitor};
-
-/// An emulated processor takes 20 s.
-const PATIENCE: Duration = Duration::from_secs(180);
-
-fn start(words: &str, arena: bool) -> Result<Monitor> {
-    let launch = Launch::new()?;
-    let (disk, initramfs) = {
-        let images = launch.images();
-        (images.system_disk.clone(), images.system_initramfs.clone())
-    };
-    let launch = launch.initramfs(&initramfs).disk(&disk, true);
-    let words = format!("root=/dev/vda ro {words}");
-    let launch = launch.cmdline(&words).memory("size=768M");
-    if arena {
-        launch.option("--arena", "size=1G").start()
-    } else {
-        launch.start()
-    }
-}
+use ebb_harness::wait::LONG;
 
 /// Boots it; what the console said before the service began, and what the service said.
 fn boot(arena: bool) -> Result<(String, String)> {
-    let mut monitor = start("", arena)?;
-    let ended = monitor.console.wait_for("EBB-SYSTEM end", PATIENCE);
+    let launch = Launch::new()?.system();
+    let mut monitor = if arena {
+        launch.option("--arena", "size=1G").start()?
+    } else {
+        launch.start()?
+    };
+    let ended = monitor.console.wait_for("EBB-SYSTEM end", LONG);
     ended.map_err(|error| monitor.explain(error))?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.console.tail());
     let all = monitor.console.all();
@@ -59,9 +44,11 @@ fn a_machine_without_an_arena_boots_all_the_same() -> Result<()> {
 
 #[test]
 fn systemd_shuts_down_when_it_is_asked_to() -> Result<()> {
-    let words = "systemd.mask=system.service systemd.show_status=yes";
-    let mut monitor = start(words, false)?;
-    let up = monitor.console.wait_for("Multi-User System", PATIENCE);
+    let mut monitor = Launch::new()?
+        .system_without_service()
+        .option("--transport", "mmio")
+        .start()?;
+    let up = monitor.console.wait_for("Multi-User System", LONG);
     up.map_err(|error| monitor.explain(error))?;
     let asked = monitor.ctl(&["shutdown", "--timeout", "300"])?;
     assert!(asked.status.success(), "{asked:?}");

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use ebb_harness::error::{Context, Result};
 use ebb_harness::wait::{LONG, until};
-use ebb_harness::{Launch, Monitor, promtool};
+use ebb_harness::{Launch, Monitor, prometheus};
 use serde_json::{Value, json};
 
 /// The value of the first sample whose line begins with `name`.
@@ -103,7 +103,7 @@ fn prometheus_reads_a_machine_with_everything() -> Result<()> {
     })?;
     let taken = api.reclaim(32 << 20)?.reclaimed_bytes;
     let text = api.metrics_text()?;
-    promtool::check(&["metrics"], &text)?;
+    prometheus::check(&["metrics"], &text)?;
     assert!(value(&text, "ebb_disk_read_bytes_total{")? >= 4 << 20);
     let scraped = scrape()?;
     assert!(scraped.starts_with("HTTP/1.1 200"), "{scraped}");

@@ -33,14 +33,8 @@ fn logged(monitor: &Monitor, part: &str, count: usize) -> Result<()> {
 #[test]
 fn a_stock_debian_tells_by_itself() -> Result<()> {
     let launch = Launch::new()?;
-    let (disk, initramfs, release) = {
-        let images = launch.images();
-        let (disk, initramfs) = (&images.system_disk, &images.system_initramfs);
-        (disk.clone(), initramfs.clone(), images.release.clone())
-    };
-    let launch = launch.initramfs(&initramfs).disk(&disk, true);
-    let launch = launch.cmdline("root=/dev/vda ro").memory("size=768M");
-    let mut monitor = launch.start()?;
+    let release = launch.images().release.clone();
+    let mut monitor = launch.system().start()?;
     let ended = monitor.console.wait_for("EBB-SYSTEM end", PATIENCE);
     ended.map_err(|error| monitor.explain(error))?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.console.tail());

@@ -3,13 +3,13 @@
 //! | Thread | Outcome |
 //! |---|---|
 //! | those that the machine needs | it ends with status 33, and the log names the thread |
-//! | those that write the log or the console | the same; what they had not written is lost |
+//! | those that write the log, the console, events or metrics | the same; what they had not written is lost |
 //! | one that carries out a request | the request fails, and the machine goes on |
 //! | the first thread, while it builds the machine | the process ends with status 33, and the log names the thread |
 //! | the guardian, when the monitor has been killed | the log says so, and the reaper frees the memory |
 //!
 //! Nothing is left, and the machine can be started again with the same id, socket and disk. The reaper only makes system
-//! calls. Threads of devices: `kvm_hostile`.
+//! calls. Threads of devices: `kvm_hostile`; the one that watches a page server: `kvm_page_server`.
 
 use std::process::Command;
 
@@ -19,6 +19,7 @@ use ebb_harness::restart::{Life, Site};
 use ebb_harness::wait::{LONG, until_often};
 use ebb_payload::FREE_START;
 use rustix::process::Signal;
+use serde_json::json;
 
 /// The status of a machine whose monitor has panicked.
 const CRASH: i32 = 33;
@@ -63,7 +64,7 @@ fn a_machine_ends_when_one_of_its_threads_panics() -> Result<()> {
         guest.store(FREE_START, 1);
     })?;
     let quiet = ["--serial", "null"];
-    let cases: [(&str, &str, &[&str]); 8] = [
+    let cases: [(&str, &str, &[&str]); 11] = [
         ("building", "idle", &quiet),
         ("main", "idle", &quiet),
         ("ebb-vcpu0", "guest", &quiet),
@@ -78,6 +79,17 @@ fn a_machine_ends_when_one_of_its_threads_panics() -> Result<()> {
             &["--serial", "null", "--lazy", "strict=on"],
         ),
         ("ebb-api", "idle", &quiet),
+        ("ebb-snapshot", "idle", &quiet),
+        (
+            "ebb-events",
+            "idle",
+            &["--serial", "null", "--event-monitor", "events"],
+        ),
+        (
+            "ebb-metrics",
+            "idle",
+            &["--serial", "null", "--metrics-path", "metrics"],
+        ),
         ("ebb-log", "idle", &quiet),
         (
             "ebb-console",
@@ -95,10 +107,11 @@ fn a_machine_ends_when_one_of_its_threads_panics() -> Result<()> {
                 })?;
                 life.signal(Signal::HUP);
             }
-            "ebb-api" => until_often("somebody hears the request", LONG, || {
-                let _ = life.api().get("/");
-                let line = "the thread ebb-api has panicked";
-                Ok(site.text("log").contains(line).then_some(()))
+            "ebb-api" | "ebb-snapshot" => until_often("somebody hears the request", LONG, || {
+                let files = json!({"snapshot_path": "state", "mem_file_path": "memory"});
+                let _ = life.api().request("PUT", "/snapshot/create", &files);
+                let line = format!("the thread {thread} has panicked");
+                Ok(site.text("log").contains(&line).then_some(()))
             })?,
             _ => {}
         }

@@ -1,7 +1,6 @@
 //! Stock guests whose virtio devices are on a PCI bus.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
 use ebb_harness::Launch;
 use ebb_harness::error::Result;
@@ -9,29 +8,17 @@ use ebb_harness::network::{Tap, fetch};
 use ebb_harness::size::MIB;
 use ebb_harness::wait::{LONG, until};
 
-/// An emulated processor takes 20 s.
-const PATIENCE: Duration = Duration::from_secs(180);
-
 #[test]
 fn a_debian_boots_from_its_disk_with_systemd() -> Result<()> {
     let _tap = Tap::create("ebbpci1", Ipv4Addr::new(10, 77, 4, 1), 1500)?;
-    let launch = Launch::new()?;
-    let (disk, initramfs) = {
-        let images = launch.images();
-        (images.system_disk.clone(), images.system_initramfs.clone())
-    };
-    let words = "root=/dev/vda ro systemd.mask=system.service systemd.show_status=yes";
-    let mut monitor = launch
-        .initramfs(&initramfs)
-        .disk(&disk, true)
+    let mut monitor = Launch::new()?
+        .system_without_service()
         .option("--transport", "pci")
         .option("--net", "tap=ebbpci1")
         .option("--balloon", "reporting=lazy")
         .option("--rng", "on")
-        .cmdline(words)
-        .memory("size=768M")
         .start()?;
-    let up = monitor.console.wait_for("Multi-User System", PATIENCE);
+    let up = monitor.console.wait_for("Multi-User System", LONG);
     up.map_err(|error| monitor.explain(error))?;
     let api = monitor.api();
     let reported = until("reports", LONG, || {

@@ -1,15 +1,17 @@
 //! A host that is short of memory takes what the guest has handed over, and nothing else.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use ebb_harness::api::Metrics;
 use ebb_harness::cgroup::Cgroup;
-use ebb_harness::error::{Context, Result};
+use ebb_harness::error::{Context, Error, Result};
 use ebb_harness::host::meminfo;
 use ebb_harness::size::MIB;
 use ebb_harness::wait::{LONG, until};
-use ebb_harness::{Api, Guest, Launch};
+use ebb_harness::{Api, Guest, Launch, Monitor};
+use serde_json::json;
 
 /// The guest hands 160 MiB over, lazily. Returns what the API says then.
 fn hand_over(guest: &mut Guest, api: &Api) -> Result<Metrics> {
@@ -70,12 +72,13 @@ fn a_cgroup_over_its_limit_takes_lazy_memory() -> Result<()> {
 #[test]
 fn a_guest_lives_with_less_memory_than_it_uses_over_time() -> Result<()> {
     const ROUNDS: u64 = 3;
-    const EACH: u64 = 160 * MIB;
     let cgroup = Cgroup::new("less")?;
     let launch = Launch::new()?
         .within(&cgroup)
         .memory("size=1G")
         .option("--balloon", "size=0");
+    let folder = launch.folder().canonicalize().context("the folder")?;
+    let launch = launch.option("--allow-paths", &folder.to_string_lossy());
     let mut monitor = launch.start()?;
     let mut guest = monitor.guest()?;
     let api = monitor.api();
@@ -83,12 +86,7 @@ fn a_guest_lives_with_less_memory_than_it_uses_over_time() -> Result<()> {
     let need = cgroup.number("memory.current")? + ROUNDS * EACH;
     cgroup.set("memory.max", need / 10 * 6)?;
     for round in 1..=ROUNDS {
-        guest.ask("fill 160M")?;
-        guest.ask("drop")?;
-        api.set_balloon(round * EACH)?;
-        until("the guest hands its memory over", LONG, || {
-            Ok((api.balloon()?.actual_mib == round * EACH / MIB).then_some(()))
-        })?;
+        use_and_hand_over(&mut guest, &api, round)?;
     }
     let (state, events) = (api.lazy()?, cgroup.text("memory.events")?);
     assert!(events.contains("\noom_kill 0\n"), "{events}");
@@ -100,9 +98,65 @@ fn a_guest_lives_with_less_memory_than_it_uses_over_time() -> Result<()> {
     cgroup.set("memory.max", "max")?;
     api.set_balloon(0)?;
     assert_eq!(guest.checksum("verify")?, checksum);
-    guest.ask("exit")?;
+    guest.ask("fill 320M")?;
+    restored_with_less(&mut monitor, &checksum)?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
     Ok(())
+}
+
+const EACH: u64 = 160 * MIB;
+
+/// The guest uses [`EACH`] for the time number `round`, and hands it over.
+fn use_and_hand_over(guest: &mut Guest, api: &Api, round: u64) -> Result<()> {
+    guest.ask("fill 160M")?;
+    guest.ask("drop")?;
+    api.set_balloon(round * EACH)?;
+    until("the guest hands its memory over", LONG, || {
+        Ok((api.balloon()?.actual_mib == round * EACH / MIB).then_some(()))
+    })
+}
+
+/// The guest goes on from a snapshot, in a cgroup that may have less than is in the memory file, and lives: what it hands
+/// over is taken, also what it has not read since.
+fn restored_with_less(monitor: &mut Monitor, checksum: &str) -> Result<()> {
+    let path = |name: &str| monitor.folder().join(name);
+    let (state, memory) = (path("state"), path("memory"));
+    let [to_state, to_memory] = [&state, &memory].map(|it| it.to_string_lossy());
+    let saved = monitor.ctl(&["snapshot", "--state", &to_state, "--memory", &to_memory])?;
+    assert!(saved.status.success(), "{saved:?}");
+    let file = fs::metadata(&memory).context("the memory file")?.blocks() * 512;
+    monitor.kill_and_restore(&[])?;
+    let api = monitor.api();
+    until("it is restored", LONG, || {
+        Ok(api
+            .get("/")
+            .is_ok_and(|it| it["state"] == "Paused")
+            .then_some(()))
+    })?;
+    let cgroup = Cgroup::new("restored")?;
+    cgroup.set("cgroup.procs", monitor.pid())?;
+    let limit = file / 10 * 7;
+    cgroup.set("memory.max", limit)?;
+    let resumed = api.must("PATCH", "/vm", &json!({ "state": "Resumed" }));
+    resumed.map_err(|error| {
+        let events = cgroup.text("memory.events");
+        monitor.explain(Error::new(format!("{error}, {file}, {events:?}")))
+    })?;
+    let mut guest = monitor.restored_guest()?;
+    guest.ask("drop")?;
+    for round in 2..=5 {
+        use_and_hand_over(&mut guest, &api, round)?;
+    }
+    let (state, events) = (api.lazy()?, cgroup.text("memory.events")?);
+    assert!(events.contains("\noom_kill 0\n"), "{events}");
+    assert!(
+        state["reclaimed_bytes_total"] >= 4 * EACH - limit,
+        "{state:?} {file}"
+    );
+    cgroup.set("memory.max", "max")?;
+    api.set_balloon(0)?;
+    assert_eq!(guest.checksum("verify")?, checksum);
+    guest.ask("exit").map(drop)
 }
 
 /// A limit above the monitor's own cgroup comes near: lazy memory goes before anything stalls.
@@ -212,9 +266,10 @@ impl Drop for HugePages {
 /// A stock guest whose memory is in files hands memory over, loses it, takes it back, and misses nothing.
 #[test]
 fn memory_in_files_is_taken_and_given_back() -> Result<()> {
-    let before = meminfo("Shmem")?;
-    let shmem = || Ok(meminfo("Shmem")?.saturating_sub(before));
+    // The host's own count of such memory moves with the files of other tests.
+    let cgroup = Cgroup::new("files")?;
     let launch = Launch::new()?
+        .within(&cgroup)
         .memory("size=384M,shared=on,thp=off")
         .option("--balloon", "size=0");
     let mut monitor = launch.start()?;
@@ -223,15 +278,18 @@ fn memory_in_files_is_taken_and_given_back() -> Result<()> {
     let checksum = guest.checksum("keep 64M")?;
     guest.ask("fill 160M")?;
     guest.ask("drop")?;
-    let touched = shmem()?;
+    let touched = cgroup.shmem()?;
     api.set_balloon(160 * MIB)?;
     until("the guest hands its memory over", LONG, || {
         Ok((api.lazy()?["lazy_bytes"] == 160 * MIB).then_some(()))
     })?;
-    assert!(shmem()? + 16 * MIB >= touched, "lazily: nothing is gone");
+    assert!(
+        cgroup.shmem()? + 16 * MIB >= touched,
+        "lazily: nothing is gone"
+    );
     let taken = api.reclaim(160 * MIB)?.reclaimed_bytes;
     assert_eq!(taken, 160 * MIB);
-    let freed = touched.saturating_sub(shmem()?);
+    let freed = touched.saturating_sub(cgroup.shmem()?);
     assert!(freed >= 128 * MIB, "{freed} bytes are free again");
     api.set_balloon(0)?;
     until("the guest takes its memory back", LONG, || {

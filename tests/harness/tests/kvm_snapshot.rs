@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use ebb_harness::error::{Context, Result};
 use ebb_harness::network::{Tap, connect_through};
+use ebb_harness::page_server::PageServer;
+use ebb_harness::small::SmallFileSystem;
 use ebb_harness::wait::{LONG, settled, until, until_often};
 use ebb_harness::{Api, Guest, Images, Launch, Monitor};
 use ebb_hypercall_abi::Operation;
@@ -458,7 +460,7 @@ fn altered_files(folder: &Path) -> Result<()> {
     assert!(refused(folder, &[])?.contains("state: was altered"));
     fs::copy(path("good"), path("state")).context("copy")?;
     alter(&path("state"), 8)?;
-    assert!(refused(folder, &[])?.contains("state: has version 3"));
+    assert!(refused(folder, &[])?.contains("state: has version 2"));
     let half = fs::read(path("good")).context("read")?;
     fs::write(path("state"), &half[..half.len() / 2]).context("write")?;
     assert!(refused(folder, &[])?.contains("state: is truncated"));
@@ -574,6 +576,31 @@ fn what_cannot_be_saved_says_why_and_goes_on() -> Result<()> {
     Ok(())
 }
 
+/// Its files do not fit where they should go: nothing of them stays, the guest goes on, and is saved elsewhere.
+#[test]
+fn a_full_disk_ends_the_snapshot_and_nothing_else() -> Result<()> {
+    let small = SmallFileSystem::new(8 << 20)?;
+    let room = small.path().to_string_lossy();
+    let mut monitor = savable()?.option("--allow-paths", &room).start()?;
+    let mut guest = monitor.guest()?;
+    let kept = guest.checksum("keep 32M")?;
+    for _ in 0..2 {
+        let [state, memory] = ["state", "memory"].map(|name| format!("{room}/{name}"));
+        let output = monitor.ctl(&["snapshot", "--state", &state, "--memory", &memory])?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{output:?}");
+        assert!(said.contains(&memory) && said.contains("room"), "{said}");
+        assert_eq!(names(small.path())?, [""; 0]);
+        assert_eq!(guest.checksum("verify")?, kept);
+    }
+    snapshot(&monitor)?;
+    monitor.kill_and_restore(&["--resume"])?;
+    assert_eq!(monitor.restored_guest()?.checksum("verify")?, kept);
+    ctl(&monitor, "stop")?;
+    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
+    Ok(())
+}
+
 const PORT: u16 = 5201;
 
 /// A tap for a guest, in a network of its own.
@@ -656,7 +683,11 @@ fn a_stock_guest_goes_on_where_it_was_saved() -> Result<()> {
     goes_on("mmio", Network::create("ebbsave1", 6)?, |monitor| {
         // Over the files that it runs from.
         snapshot(monitor)?;
-        monitor.kill_and_restore(&["--resume"])
+        let server = env!("CARGO_BIN_EXE_ebb-page-server");
+        let server = PageServer::start(server, &monitor.folder().join("memory"), "0")?;
+        let socket = server.socket().to_string_lossy().into_owned();
+        monitor.kill_and_restore_from("state", &[], &["--resume", "--page-server", &socket])?;
+        Ok(Some(server))
     })
 }
 
@@ -667,15 +698,16 @@ fn a_stock_guest_on_pci_goes_on_where_it_was_saved() -> Result<()> {
         let [full, new] = ["memory", "memory2"].map(|it| allocated(&monitor.folder().join(it)));
         let (full, new) = (full?, new?);
         assert!(new < full / 2, "{new} of {full}");
-        monitor.kill_and_restore_from("state2", &["memory", "memory2"], &["--resume"])
+        monitor.kill_and_restore_from("state2", &["memory", "memory2"], &["--resume"])?;
+        Ok(None)
     })
 }
 
-/// `again` saves the machine another time, kills it, and has it go on.
+/// `again` saves the machine another time, kills it, and has it go on, maybe with a page server.
 fn goes_on(
     transport: &str,
     network: Network,
-    again: impl FnOnce(&mut Monitor) -> Result<()>,
+    again: impl FnOnce(&mut Monitor) -> Result<Option<PageServer>>,
 ) -> Result<()> {
     let launch = savable()?.cpus(2).option("--rng", "on");
     let launch = launch.option("--balloon", "size=64M,statistics=1");
@@ -684,7 +716,7 @@ fn goes_on(
     let vsock = launch.folder().join("vsock");
     let launch = launch.option("--vsock", &format!("cid=9,path={}", vsock.display()));
     let disk = launch.folder().join("disk");
-    let content: Vec<u8> = (0..8 << 20)
+    let content: Vec<u8> = (0..2 << 20)
         .map(|at: usize| (at / 4096 % 251) as u8)
         .collect();
     fs::write(&disk, content).context("write a disk")?;
@@ -695,11 +727,11 @@ fn goes_on(
     })?;
     let read = "dd if=/dev/vda bs=64k iflag=direct 2>/dev/null | sha256sum";
     let sum = guest.must(read)?;
-    let random = "dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null; sha256sum </tmp/data";
+    let random = "dd if=/dev/urandom of=/tmp/data bs=1M count=4 2>/dev/null; sha256sum </tmp/data";
     let kept = guest.must(random)?;
     // Nobody looks at this before the second restore.
     let rest = guest
-        .must("dd if=/dev/urandom of=/tmp/rest bs=1M count=12 2>/dev/null; sha256sum </tmp/rest")?;
+        .must("dd if=/dev/urandom of=/tmp/rest bs=1M count=3 2>/dev/null; sha256sum </tmp/rest")?;
     // It hashes what is in memory and on the disk all the time.
     let both = format!("{{ {read}; sha256sum </tmp/data; }}");
     guest.must(&format!(
@@ -736,7 +768,7 @@ fn goes_on(
         })?;
     }
     assert!(api.reclaim(96 << 20)?.reclaimed_bytes >= 90 << 20);
-    again(&mut monitor)?;
+    let _server = again(&mut monitor)?;
     let mut guest = monitor.restored_guest()?;
     assert_eq!(guest.must("sha256sum </tmp/data")?, kept);
     assert_eq!(guest.must(read)?, sum);
@@ -744,8 +776,8 @@ fn goes_on(
     assert_eq!(said.trim(), "2");
     assert_eq!(guest.must("sha256sum </tmp/rest")?, rest);
     api.set_balloon(0)?;
-    let write = "dd if=/tmp/data of=/dev/vda bs=1M count=4 conv=fsync,notrunc 2>/dev/null";
-    guest.must(&format!("{write}; cmp -n 4194304 /tmp/data /dev/vda"))?;
+    let write = "dd if=/tmp/data of=/dev/vda bs=1M count=2 conv=fsync,notrunc 2>/dev/null";
+    guest.must(&format!("{write}; cmp -n 2097152 /tmp/data /dev/vda"))?;
     assert_eq!(guest.must("sha256sum </tmp/data")?, kept);
     guest.ask("exit")?;
     assert_eq!(monitor.wait()?, 0, "{}", monitor.log());

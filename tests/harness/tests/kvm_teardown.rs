@@ -6,6 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use ebb_harness::Images;
+use ebb_harness::cgroup::Cgroup;
 use ebb_harness::error::{Context, Result};
 use ebb_harness::host::kvm_counters;
 use ebb_harness::idle::{Idle, Place, Relative, signal_to};
@@ -115,17 +116,16 @@ fn the_teardown_is_tuned_while_the_machine_runs() -> Result<()> {
 #[test]
 fn memory_in_files_is_freed_as_fast_and_as_surely() -> Result<()> {
     const MEMORY: &str = "size=512M,thp=off,prefault=on,shared=on";
-    let shmem = || ebb_harness::host::meminfo("Shmem");
     let place = Place::new()?;
-    let before = shmem()?;
+    let cgroup = Cgroup::new("files")?;
     for (guardian, end) in [
         ("on", Signal::TERM),
         ("on", Signal::KILL),
         ("off", Signal::TERM),
     ] {
         let case = format!("--guardian {guardian}, {end:?}");
-        let mut idle = place.running(MEMORY, guardian)?;
-        let touched = shmem()?.saturating_sub(before);
+        let mut idle = place.running_in(&cgroup, MEMORY, guardian)?;
+        let touched = cgroup.shmem()?;
         assert!(touched >= 500 << 20, "{case}: {touched}");
         // Bigger than a file, and smaller: no two workers may meet in one.
         assert!(place.ctl(&["teardown", "batch=4M"])?.status.success());
@@ -139,7 +139,7 @@ fn memory_in_files_is_freed_as_fast_and_as_surely() -> Result<()> {
         assert!(bytes >= 500 << 20, "{case}: {log}");
         assert!(line.contains("with 2 workers"), "{case}: {log}");
         assert!(!log.contains("batches went"), "{case}: {log}");
-        let left = shmem()?.saturating_sub(before);
+        let left = cgroup.shmem()?;
         assert!(left < 64 << 20, "{case}: {left}");
     }
     Ok(())

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use ebb_harness::error::{Context, Result};
-use ebb_harness::promtool;
+use ebb_harness::prometheus;
 use serde_json::Value;
 
 fn resource(name: &str) -> PathBuf {
@@ -14,7 +14,7 @@ fn resource(name: &str) -> PathBuf {
 #[test]
 fn prometheus_takes_the_alert_rules() -> Result<()> {
     let path = resource("ebb-alerts.yml");
-    promtool::check(&["rules", &path.to_string_lossy()], "")
+    prometheus::check(&["rules", &path.to_string_lossy()], "")
 }
 
 #[test]
@@ -46,13 +46,13 @@ fn prometheus_takes_the_queries_of_the_dashboard() -> Result<()> {
     let folder = tempfile::tempdir().context("make a folder")?;
     let file = folder.path().join("rules.yml");
     std::fs::write(&file, rules).context(file.display())?;
-    promtool::check(&["rules", &file.to_string_lossy()], "")
+    prometheus::check(&["rules", &file.to_string_lossy()], "")
 }
 
 #[test]
 fn it_tells_what_is_wrong() {
     let wrong = "# HELP ebb_x_total A counter.\n# TYPE ebb_x_total gauge\nebb_x_total 1\n";
-    let said = promtool::check(&["metrics"], wrong)
+    let said = prometheus::check(&["metrics"], wrong)
         .unwrap_err()
         .to_string();
     assert!(said.contains("ebb_x_total"), "{said}");

@@ -240,6 +240,34 @@ fn refused_and_taken_again() {
     check(4, || taken_twice(false), &faults);
 }
 
+/// A reclaimer gives a granule back that a call waits for: then it is the call's, whoever of the two runs first.
+fn given_back_to_who_waits() {
+    let machine = Machine::new(Guest::Real, 1);
+    machine.write_and_free(0);
+    let taken = machine.table.take(&mut 0, u64::MAX, 1).unwrap();
+    let guest = Arc::clone(&machine);
+    let guest = thread::spawn(move || {
+        guest.table.reuse(0);
+        guest.write(0);
+    });
+    machine.write(0);
+    let wanted = taken.is_wanted();
+    drop(taken);
+    let again = machine.reclaim(true);
+    assert!(!wanted || again == 0, "the call has waited for it");
+    guest.join().unwrap();
+    assert_eq!(machine.state(0), Some(State::InUse));
+}
+
+#[test]
+fn left_to_the_call_that_waits() {
+    let faults = [
+        "a reuse does not wait for the granule",
+        "an awaited granule is taken",
+    ];
+    check(4, given_back_to_who_waits, &faults);
+}
+
 /// The guest's own loop waits without a call. It never swaps a word away that says reclaiming, so it needs no second
 /// look: what it takes is lazy or discarded at that moment.
 fn taken_twice_without_a_call(guest: Guest) {

@@ -1,11 +1,10 @@
 //! Paths of the kernel, its modules and the images that tests boot. `cargo xtask setup` makes them.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::bzimage::unxz;
-use crate::error::{Context, Result};
-use crate::modules::{Index, module_name};
+use ebb_pod_image::modules::{self, Module};
+
+use crate::error::Result;
 
 /// Paths of everything that tests boot.
 #[derive(Clone, Debug)]
@@ -77,15 +76,6 @@ fn qemu(cache: &Path) -> Vec<String> {
     }
 }
 
-/// A kernel module.
-#[derive(Clone, Debug)]
-pub struct Module {
-    /// Its name, with `_` for `-`.
-    pub name: String,
-    /// The decompressed file.
-    pub image: Vec<u8>,
-}
-
 impl Assets {
     /// The paths in the repository `root` for this kernel release.
     pub fn locate(root: &Path, release: &str) -> Self {
@@ -118,26 +108,6 @@ impl Assets {
     /// # Errors
     /// If a module is unknown, or a file cannot be read or unpacked.
     pub fn load_modules(&self, names: &[&str]) -> Result<Vec<Module>> {
-        let read = |file: &str| {
-            let path = self.modules.join(file);
-            fs::read_to_string(&path).context(|| format!("read {}", path.display()))
-        };
-        let index = Index::parse(&read("modules.dep")?, &read("modules.builtin")?);
-        let files = index.load_order(names)?;
-        files.iter().map(|file| self.load_module(file)).collect()
-    }
-
-    fn load_module(&self, file: &str) -> Result<Module> {
-        let path = self.modules.join(file);
-        let data = fs::read(&path).context(|| format!("read {}", path.display()))?;
-        let image = if file.ends_with(".xz") {
-            unxz(&data).context(|| format!("unpack {}", path.display()))?
-        } else {
-            data
-        };
-        Ok(Module {
-            name: module_name(file),
-            image,
-        })
+        modules::load(&self.modules, names)
     }
 }

@@ -1,5 +1,7 @@
 //! Extracts the ELF kernel from a bzImage (Documentation/arch/x86/boot.rst, protocol 2.08).
 
+use ebb_pod_image::modules::unxz;
+
 use crate::error::{Context, Error, Result};
 
 const SETUP_SECTS: usize = 0x1f1;
@@ -43,17 +45,6 @@ pub fn unpack(bzimage: &[u8]) -> Result<Vec<u8>> {
         return Err(Error::new("the kernel inside the bzImage is no ELF file"));
     }
     Ok(elf)
-}
-
-/// Decompresses xz data. Bytes after the stream are ignored.
-///
-/// # Errors
-/// If the data is damaged or truncated.
-pub fn unxz(data: &[u8]) -> Result<Vec<u8>> {
-    let mut out = Vec::new();
-    std::io::Read::read_to_end(&mut liblzma::read::XzDecoder::new(data), &mut out)
-        .context(|| format!("unpack {} bytes of xz", data.len()))?;
-    Ok(out)
 }
 
 fn payload(bzimage: &[u8]) -> Result<&[u8]> {

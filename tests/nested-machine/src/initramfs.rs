@@ -4,12 +4,14 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::assets::{Assets, Module};
-use crate::cpio::Archive;
-use crate::error::{Context, Error, Result};
+use ebb_pod_image::initramfs::{self, add_modules, skeleton, write};
+
+use crate::assets::Assets;
+use crate::error::{Context, Result};
 
 /// Modules of a guest.
 const GUEST_MODULES: &[&str] = &[
+    "virtio_pci",
     "virtio_mmio",
     "virtio_blk",
     "virtio_balloon",
@@ -33,21 +35,7 @@ const NOTE_MODULES: &[&str] = &["qemu_fw_cfg"];
 /// Modules that a guest loads when it is told to.
 const MORE_MODULES: &[&str] = &["overlay", "virtio_mem"];
 
-/// Modules of a guest that runs the containers of a pod.
-const POD_MODULES: &[&str] = &[
-    "virtio_mmio",
-    "virtio_blk",
-    "virtio_balloon",
-    "virtio-rng",
-    "virtio_net",
-    "vmw_vsock_virtio_transport",
-    "qemu_fw_cfg",
-    "overlay",
-    "erofs",
-    "ext4",
-];
-
-/// Modules of the nested machine: KVM, taps, disks that fail, and the vsock of its kernel.
+/// Modules of the nested machine: KVM, taps, disks that fail or are thin, the vsock of its kernel, and the networks of pods.
 const NESTED_MODULES: &[&str] = &[
     "irqbypass",
     "kvm",
@@ -55,8 +43,14 @@ const NESTED_MODULES: &[&str] = &[
     "tun",
     "loop",
     "dm-mod",
+    "dm-thin-pool",
     "overlay",
     "vhost_vsock",
+    "veth",
+    "bridge",
+    "sch_ingress",
+    "cls_u32",
+    "act_mirred",
 ];
 
 /// Parameters of these modules. Halted vCPUs must not poll, because the host is shared.
@@ -159,21 +153,6 @@ pub fn guest(assets: &Assets) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// The initramfs of a guest that runs the containers of a pod: the agent, and the modules that it loads.
-///
-/// # Errors
-/// If a file cannot be read.
-pub fn pod(assets: &Assets) -> Result<Vec<u8>> {
-    let mut archive = skeleton();
-    for folder in ["/etc", "/run"] {
-        archive.dir(folder);
-    }
-    archive.file("/init", 0o755, &read(&assets.pod_agent)?);
-    let modules = assets.load_modules(POD_MODULES)?;
-    add_modules(&mut archive, &modules, "/etc/modules", &[]);
-    Ok(archive.finish())
-}
-
 /// Writes the guests' initramfs, unless it exists with the same content.
 ///
 /// # Errors
@@ -185,44 +164,10 @@ pub fn write_guest(assets: &Assets) -> Result<()> {
 /// Writes the initramfs of pods' guests, unless it exists with the same content.
 ///
 /// # Errors
-/// Those of [`pod`], and if the file cannot be written.
+/// If a file cannot be read or written.
 pub fn write_pod(assets: &Assets) -> Result<()> {
-    write(&assets.pod_initramfs, &pod(assets)?)
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    if fs::read(path).is_ok_and(|old| old == bytes) {
-        return Ok(());
-    }
-    let what = || format!("write {}", path.display());
-    let folder = path.parent().ok_or_else(|| Error::new(what()))?;
-    fs::create_dir_all(folder).context(what)?;
-    let part = path.with_extension("part");
-    fs::write(&part, bytes).context(what)?;
-    fs::rename(&part, path).context(what)
-}
-
-/// The basic folders, and the console that the kernel opens for init.
-fn skeleton() -> Archive {
-    let mut archive = Archive::new();
-    for folder in ["/dev", "/proc", "/sys", "/modules"] {
-        archive.dir(folder);
-    }
-    archive.char_device("/dev/console", 5, 1);
-    archive
-}
-
-/// Adds the modules and a file that lists them in load order, each with its path and parameters.
-fn add_modules(archive: &mut Archive, modules: &[Module], list: &str, parameters: &[(&str, &str)]) {
-    let mut lines = String::new();
-    for module in modules {
-        let path = format!("/modules/{}.ko", module.name);
-        archive.file(&path, 0o644, &module.image);
-        let options = parameters.iter().find(|(name, _)| *name == module.name);
-        let line = format!("{path} {}", options.map_or("", |(_, options)| options));
-        let _ = writeln!(lines, "{}", line.trim_end());
-    }
-    archive.file(list, 0o644, lines.as_bytes());
+    let pod = initramfs::pod(&assets.pod_agent, &assets.modules)?;
+    write(&assets.pod_initramfs, &pod)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

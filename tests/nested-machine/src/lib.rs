@@ -4,8 +4,9 @@
 //! [`Runner`](runner::Runner) runs commands there or on the host, depending on [`Platform`](platform::Platform).
 //! [`Assets`](assets::Assets) are the paths of kernel, modules and images, and [`initramfs`] builds what guests boot.
 
-pub mod error;
 pub mod frame;
+
+pub use ebb_pod_image::error;
 
 #[cfg(feature = "host")]
 pub mod assets;
@@ -14,15 +15,11 @@ pub mod bzimage;
 #[cfg(feature = "host")]
 mod clock;
 #[cfg(feature = "host")]
-pub mod cpio;
-#[cfg(feature = "host")]
 pub mod initramfs;
 #[cfg(feature = "host")]
 pub mod interactive;
 #[cfg(feature = "host")]
 pub mod machine;
-#[cfg(feature = "host")]
-pub mod modules;
 #[cfg(feature = "host")]
 pub mod package;
 #[cfg(feature = "host")]

@@ -1,6 +1,6 @@
 //! Chooses the kernel package.
 
-use std::cmp::Ordering;
+use ebb_pod_image::kernel::compare;
 
 /// The series that guests boot, and the one that they start by kexec.
 const SERIES: [&str; 2] = ["6.12.", "6.1."];
@@ -20,33 +20,6 @@ pub fn release(package: &str) -> Option<&str> {
     let version = release.strip_suffix("-cloud-amd64")?;
     let known = SERIES.iter().any(|series| version.starts_with(series));
     (known && !version.contains("unsigned")).then_some(release)
-}
-
-/// Orders two versions: runs of digits by value, other runs as text (deb-version(7), in short).
-fn compare(a: &str, b: &str) -> Ordering {
-    runs(a).cmp(runs(b))
-}
-
-#[derive(PartialEq, Eq, PartialOrd, Ord)]
-enum Run<'a> {
-    Text(&'a str),
-    Number(u64),
-}
-
-fn runs(mut text: &str) -> impl Iterator<Item = Run<'_>> {
-    std::iter::from_fn(move || {
-        let digit = text.chars().next()?.is_ascii_digit();
-        let end = text
-            .find(|c: char| c.is_ascii_digit() != digit)
-            .unwrap_or(text.len());
-        let (run, rest) = text.split_at(end);
-        text = rest;
-        Some(if digit {
-            Run::Number(run.parse().unwrap_or(u64::MAX))
-        } else {
-            Run::Text(run)
-        })
-    })
 }
 
 #[cfg(test)]

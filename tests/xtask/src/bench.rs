@@ -9,7 +9,7 @@ use ebb_nested_machine::platform::Platform;
 use ebb_nested_machine::runner::run_here;
 use ebb_nested_machine::session::Command;
 
-use crate::cargo::{build, build_library};
+use crate::cargo::{TEST_PROGRAMS, build, build_clients, build_library};
 use crate::project::{binary, environment, output_folder, root, start_runner};
 use crate::setup;
 use crate::shell::show;
@@ -62,7 +62,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
             exit => exit,
         },
         // How soon the API answers is a matter of the host, with its own KVM where there is one.
-        "boot" => match on_kvm(name, more)? {
+        "api" | "boot" => match on_kvm(name, more)? {
             exit if exit.success() && Path::new("/dev/kvm").exists() => {
                 here(name, &and("--with-guest"))?
             }
@@ -99,10 +99,20 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 
 /// Builds and fetches what the benchmark needs beside what all do.
 fn prepare(arguments: &Arguments, assets: &Assets) -> Result<()> {
-    build(&["ebb-vmm", "ebb-harness", "ebb-benches"])?;
+    build(&["ebb", "ebb-bench"])?;
+    build(&TEST_PROGRAMS)?;
     let name = arguments.name.as_str();
     if ["free-pages", "malloc"].contains(&name) {
         build_library("ebb-malloc")?;
+    }
+    if name == "api" {
+        build_clients()?;
+    }
+    if name == "dashboard" {
+        setup::prometheus()?;
+    }
+    if name == "pods" {
+        build(&["containerd-shim-ebb-v2"])?;
     }
     if name == "blk" {
         setup::debian_packages(&["fio"])?;

@@ -17,23 +17,47 @@ pub fn cargo<'a>(words: impl IntoIterator<Item = &'a str>) -> Command {
     command
 }
 
-/// Builds the release binaries of these packages.
-pub fn build(packages: &[&str]) -> Result<()> {
+/// Packages whose tests are built with optimization, and run where KVM is if their binary's name starts with `kvm_`.
+pub const OPTIMIZED_TESTS: [&str; 6] = [
+    "ebb-benches",
+    "ebb-containerd-shim",
+    "ebb-demo",
+    "ebb-harness",
+    "ebb-heap",
+    "ebb-top",
+];
+
+/// Programs of the tests that are no part of Ebb.
+pub const TEST_PROGRAMS: [&str; 4] = ["ebb-blocks", "ebb-cases", "ebb-churn", "ebb-page-server"];
+
+/// Builds these binaries with optimization.
+///
+/// Cargo chooses the features of a crate by the packages that it is told, not by what it builds of them. So it is told the same
+/// ones each time, the tests' too: else it would build the monitor once for each command.
+pub fn build(binaries: &[&str]) -> Result<()> {
     progress(format_args!(
         "building {} (release; minutes the first time)",
-        packages.join(", ")
+        binaries.join(", ")
     ));
-    let mut command = cargo(["build", "--release", "--bins"]);
-    packages.iter().for_each(|package| {
-        command.args(["-p", package]);
-    });
+    let mut command = cargo(["build", "--release"]);
+    command.args(packages(&["ebb-vmm", "ebb-pod-image"]));
+    command.args(packages(&OPTIMIZED_TESTS));
+    command.args(binaries.iter().flat_map(|name| ["--bin", name]));
     must(command)
 }
 
-/// Builds the monitor without optimization: that one can panic on purpose.
-pub fn build_debug_monitor() -> Result<()> {
-    progress("building ebb-vmm (debug)");
-    must(cargo(["build", "--quiet", "-p", "ebb-vmm"]))
+/// The arguments that name these packages.
+pub fn packages<'a>(names: &'a [&'a str]) -> impl Iterator<Item = &'a str> {
+    names.iter().flat_map(|name| ["-p", name])
+}
+
+/// Builds the monitor without optimization: that one can panic on purpose. `tests` are the words that choose the unit tests, which
+/// it shares all crates with.
+pub fn build_debug_monitor<'a>(tests: impl IntoIterator<Item = &'a str>) -> Result<()> {
+    progress("building ebb (debug)");
+    let mut command = cargo(["build", "--quiet", "--bin", "ebb"]);
+    command.args(tests);
+    must(command)
 }
 
 /// Builds the programs of `tests/clients`, which is no part of the workspace, into `target/clients`.

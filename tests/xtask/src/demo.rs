@@ -28,7 +28,7 @@ pub struct Arguments {
 /// Runs the subcommand.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
-    build(&["ebb-vmm", "ebb-harness", "ebb-demo"])?;
+    build(&["ebb", "ebb-demo"])?;
     if arguments.story == "malloc" {
         build_library("ebb-malloc")?;
     }

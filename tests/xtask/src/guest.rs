@@ -19,7 +19,7 @@ pub struct Arguments {
 /// Runs the subcommand.
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
-    build(&["ebb-vmm"])?;
+    build(&["ebb"])?;
     let out = output_folder("guest-out")?;
     let runner = start_runner(&assets)?;
     let ebb = binary("ebb");

@@ -7,6 +7,7 @@ mod demo;
 mod exec;
 mod fuzz;
 mod guest;
+mod image;
 mod miri;
 mod model;
 mod mutants;

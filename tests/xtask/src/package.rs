@@ -9,6 +9,7 @@ use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Error, Result};
 
 use crate::cargo::{build, build_library};
+use crate::image;
 use crate::project::{binary, output_folder, root};
 use crate::setup;
 use crate::shell::{Seconds, Size, command, progress, quietly};
@@ -17,7 +18,17 @@ use crate::shell::{Seconds, Size, command, progress, quietly};
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The packages of the workspace that become Debian packages, and the names of these.
-const PACKAGES: [(&str, &str); 2] = [("ebb-vmm", "ebb"), ("ebb-guest-agent", "ebb-guest")];
+const PACKAGES: [(&str, &str); 3] = [
+    ("ebb-vmm", "ebb"),
+    ("ebb-guest-agent", "ebb-guest"),
+    ("ebb-containerd-shim", "ebb-containerd"),
+];
+
+/// The programs that are in them and not static.
+pub const PROGRAMS: [&str; 4] = ["ebb", "ebb-top", "containerd-shim-ebb-v2", "ebb-pod-image"];
+
+/// What they depend on that the Debian in which they are tried out lacks.
+const NEEDED: [&str; 2] = ["containerd", "erofs-utils"];
 
 /// How exposed systemd may find the unit, in tenths; 100 is a unit without any protection.
 const EXPOSURE: &str = "--threshold=33";
@@ -29,11 +40,12 @@ pub struct Arguments {}
 /// Runs the subcommand.
 pub fn run(_: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
-    build(&["ebb-vmm", "ebb-top"])?;
+    build(&PROGRAMS)?;
     build_library("ebb-malloc")?;
     let _ = fs::remove_file(stamp_file()?); // There is none at first.
     ensure(&assets)?;
     let out = output_folder("package")?;
+    image::try_out(&out, &setup::system_base(&assets)?)?;
     let entries = fs::read_dir(&out).context(|| format!("list {}", out.display()))?;
     for entry in entries.flatten() {
         let len = entry.metadata().map_or(0, |it| it.len());
@@ -53,7 +65,7 @@ pub fn ensure(assets: &Assets) -> Result<()> {
     fs::remove_dir_all(&out).context(|| format!("remove {}", out.display()))?;
     let out = output_folder("package")?;
     let tool = setup::cargo_deb()?;
-    progress("making the packages ebb and ebb-guest");
+    progress("making the packages ebb, ebb-guest and ebb-containerd");
     for (package, name) in PACKAGES {
         let words = ["--no-build", "--strip", "--no-dbgsym", "-q", "-p", package];
         let mut make = command(&tool.to_string_lossy(), words);
@@ -83,10 +95,12 @@ fn stamp() -> Result<String> {
         "resources/package",
         "resources/package/ebb",
         "resources/package/ebb-guest",
+        "resources/package/ebb-containerd",
     ];
     let manifests = [
         "vmm/Cargo.toml",
         "guest-agent/Cargo.toml",
+        "containerd-shim/Cargo.toml",
         "tests/xtask/src/package.rs",
     ];
     let mut files: Vec<PathBuf> = manifests.iter().map(|it| root().join(it)).collect();
@@ -94,7 +108,8 @@ fn stamp() -> Result<String> {
         let entries = fs::read_dir(root().join(folder)).context(|| format!("list {folder}"))?;
         files.extend(entries.flatten().map(|entry| entry.path()));
     }
-    files.extend(["ebb", "ebb-top", "libebb_malloc.so"].map(binary));
+    files.extend(PROGRAMS.map(binary));
+    files.push(binary("libebb_malloc.so"));
     files.sort();
     for file in files {
         let data = fs::metadata(&file).context(|| format!("read {}", file.display()))?;
@@ -127,18 +142,26 @@ fn try_out(out: &Path, assets: &Assets) -> Result<()> {
     let base = setup::system_base(assets)?;
     let tree = out.join("root");
     fs::create_dir_all(&tree).context(|| format!("create {}", tree.display()))?;
-    let mut tar = command("tar", ["-xf"]);
-    tar.arg(base).arg("-C").arg(&tree);
-    let tried = quietly(tar).and_then(|_| life(out, &tree));
+    let tried = unpack(&base, &tree).and_then(|()| life(out, &tree, assets));
     fs::remove_dir_all(&tree).context(|| format!("remove {}", tree.display()))?;
     tried
 }
 
-fn life(out: &Path, tree: &Path) -> Result<()> {
+fn unpack(archive: &Path, folder: &Path) -> Result<()> {
+    let mut tar = command("tar", ["-xf"]);
+    tar.arg(archive).arg("-C").arg(folder);
+    quietly(tar).map(drop)
+}
+
+fn life(out: &Path, tree: &Path, assets: &Assets) -> Result<()> {
     // Nobody boots it: an initramfs with the modules that are asked for is made sooner.
     let quick = tree.join("etc/initramfs-tools/conf.d/quick");
     fs::write(&quick, "MODULES=list\nCOMPRESS=gzip\n")
         .context(|| format!("write {}", quick.display()))?;
+    let status = tree.join("var/lib/dpkg/status");
+    let needs = setup::packages_for_base(assets, &NEEDED, &status)?;
+    unpack(&needs, &tree.join("tmp"))?;
+    within(tree, "dpkg -i /tmp/*.deb && rm /tmp/*.deb")?;
     let before = files(tree)?;
     for (_, name) in PACKAGES {
         let to = tree.join("tmp/package.deb");
@@ -146,7 +169,8 @@ fn life(out: &Path, tree: &Path) -> Result<()> {
         within(tree, "dpkg -i /tmp/package.deb && rm /tmp/package.deb")?;
     }
     installed(tree)?;
-    within(tree, "dpkg --purge ebb ebb-guest")?;
+    runtime(tree, assets)?;
+    within(tree, "dpkg --purge ebb ebb-guest ebb-containerd")?;
     let left: Vec<String> = files(tree)?.difference(&before).cloned().collect();
     let users = within(
         tree,
@@ -160,14 +184,44 @@ fn life(out: &Path, tree: &Path) -> Result<()> {
     )))
 }
 
-/// Uses what is installed, as far as that needs no guest.
-fn installed(tree: &Path) -> Result<()> {
-    let says = |script: &str, part: &str| match within(tree, script)? {
+/// Runs a script there, which has to print this.
+fn says(tree: &Path, script: &str, part: &str) -> Result<()> {
+    match within(tree, script)? {
         said if said.contains(part) => Ok(()),
         said => Err(Error::new(format!(
             "{script:?} says {said:?}, not {part:?}"
         ))),
-    };
+    }
+}
+
+/// Uses containerd's runtime, as far as that needs no guest: its initramfs is the one that tests boot.
+fn runtime(tree: &Path, assets: &Assets) -> Result<()> {
+    // What containerd asks for when a shim has died. It reads the settings.
+    let clean = "cd /tmp && TTRPC_ADDRESS=/none containerd-shim-ebb-v2 -namespace none -id none -address /none delete";
+    says(tree, &format!("{clean} && echo cleaned"), "cleaned")?;
+    says(tree, "ebb-pod-image --version", VERSION)?;
+    says(tree, "ebb-pod-image", "/var/lib/ebb/pod/initramfs")?;
+    let read = |path: &Path| fs::read(path).context(|| format!("read {}", path.display()));
+    for (made, tested) in [
+        ("vmlinuz", &assets.vmlinuz),
+        ("initramfs", &assets.pod_initramfs),
+    ] {
+        let made = tree.join("var/lib/ebb/pod").join(made);
+        if read(&made)? != read(tested)? {
+            let (made, tested) = (made.display(), tested.display());
+            return Err(Error::new(format!("{made} is not {tested}")));
+        }
+    }
+    says(
+        tree,
+        "cat /var/lib/dpkg/info/ebb-containerd.conffiles",
+        "/etc/ebb/pods.toml",
+    )
+}
+
+/// Uses what else is installed, as far as that needs no guest.
+fn installed(tree: &Path) -> Result<()> {
+    let says = |script: &str, part: &str| says(tree, script, part);
     says("ebb --version", VERSION)?;
     says("ebb top --help", "--once")?;
     let run = "ebb run --kernel /boot/vmlinuz-* --memory size=1G --dry-run";

@@ -43,10 +43,15 @@ pub trait ReleasePages: Send + Sync {
         None
     }
 
-    /// Returns true if all of `range` is known to lie in huge pages: then it takes less time to release it as a whole than
-    /// in pieces.
-    fn in_huge_pages(&self, _range: GpaRange) -> bool {
-        false
+    /// How many bytes the host holds of `ranges`, which lie in one block in ascending order, as far as that can be told.
+    fn held_of(&self, ranges: &[GpaRange]) -> u64 {
+        ranges.iter().filter_map(|range| self.held(*range)).sum()
+    }
+
+    /// The parts of `range`, ascending and apart, that are known to lie in huge pages: it takes less time to release them as a
+    /// whole than in pieces.
+    fn in_huge_pages(&self, _range: GpaRange) -> Vec<GpaRange> {
+        Vec::new()
     }
 
     /// The maximum number of ranges that one call should be given.

@@ -69,8 +69,7 @@ impl Bits {
 
 /// The table of one arena.
 ///
-/// **Locks**: `sleepers` guards the condition variable only and is held for moments; no other lock is taken under
-/// it.
+/// **Locks**: `waiting` is held for moments; no other lock is taken under it.
 pub struct Table<W> {
     words: W,
     /// The first granule that the guest may use; the table itself lies in those before it.
@@ -80,7 +79,10 @@ pub struct Table<W> {
     taken: Bits,
     /// Granules that were discarded and not seen in use since.
     discarded: Bits,
-    sleepers: Mutex<()>,
+    /// Granules that a thread has waited for and not made in use yet. They are not taken. Changes under `waiting` only.
+    wanted: Bits,
+    /// The numbers of these granules, one entry for each time that a thread has waited.
+    waiting: Mutex<Vec<usize>>,
     finished: Condvar,
 }
 
@@ -94,7 +96,8 @@ impl<W: Words> Table<W> {
             first,
             taken: Bits::new(len),
             discarded: Bits::new(len),
-            sleepers: Mutex::new(()),
+            wanted: Bits::new(len),
+            waiting: Mutex::new(Vec::new()),
             finished: Condvar::new(),
         }
     }
@@ -164,8 +167,10 @@ impl<W: Words> Table<W> {
         if fault_point!("a granule is marked late") {
             return self.words.swap(index, lazy, reclaiming) && self.taken.insert(index);
         }
+        // It was given back, but the thread that waited for it has not run yet, and would have to wait once more.
+        let awaited = self.wanted.contains(index) && !fault_point!("an awaited granule is taken");
         // First the mark, then the word: a thread that finds the word reclaiming finds the mark too, and waits.
-        if !self.taken.insert(index) {
+        if awaited || !self.taken.insert(index) {
             return false;
         }
         let claimed = self.words.swap(index, lazy, reclaiming);
@@ -175,39 +180,67 @@ impl<W: Words> Table<W> {
         claimed
     }
 
+    /// Makes a reclaiming word discarded if `gone`, else lazy.
+    fn finish_word(&self, index: usize, gone: bool) {
+        for _ in 0..MAX_ATTEMPTS {
+            let word = self.words.load(index);
+            match word.finish(gone) {
+                Some(new) if !self.words.swap(index, word, new) => {}
+                // Done, or the guest has written another word, which stays.
+                _ => break,
+            }
+        }
+    }
+
     /// Removes the marks of granules, and wakes the threads that wait for them.
     fn release(&self, granules: impl Iterator<Item = usize>) {
         for index in granules {
             self.taken.remove(index);
         }
         // A waiting thread looks at the mark under the lock: it has looked before this, or finds no mark.
-        drop(lock(&self.sleepers));
+        drop(lock(&self.waiting));
         self.finished.notify_all();
     }
 
-    /// Waits until the monitor has finished with a granule. Returns true if it had to wait.
+    /// Waits until the monitor has finished with a granule. Returns true if it had to wait. Then the granule is wanted until
+    /// [`Table::wants_no_more`].
     fn wait_for(&self, index: usize) -> bool {
         if !self.taken.contains(index) || fault_point!("a reuse does not wait for the granule") {
             return false;
         }
-        let mut sleepers = lock(&self.sleepers);
+        let mut waiting = lock(&self.waiting);
+        waiting.push(index);
+        self.wanted.insert(index);
         while self.taken.contains(index) {
-            sleepers = wait(&self.finished, sleepers);
+            waiting = wait(&self.finished, waiting);
         }
         true
+    }
+
+    /// Removes the entries of a thread that has waited for a granule so many `times`: it has the granule now, or has given up.
+    fn wants_no_more(&self, index: usize, times: usize) {
+        let mut waiting = lock(&self.waiting);
+        for _ in 0..times {
+            if let Some(at) = waiting.iter().position(|other| *other == index) {
+                waiting.swap_remove(at);
+            }
+        }
+        if !waiting.contains(&index) {
+            self.wanted.remove(index);
+        }
     }
 
     /// Makes a granule in use, whatever its word says, after the monitor has finished with it. Returns true if it
     /// had to wait. If the guest changes the word at the same time, the guest's change stays.
     pub fn reuse(&self, index: usize) -> bool {
-        let mut waited = false;
+        let mut waits = 0;
         for _ in 0..MAX_ATTEMPTS {
             let word = self.words.load(index);
             let new = match word.reuse() {
                 Reuse::InUse => break,
                 Reuse::Swap(new) => new,
                 Reuse::Busy if self.wait_for(index) => {
-                    waited = true;
+                    waits += 1;
                     continue;
                 }
                 // The monitor is not discarding it, or no longer: the guest has written this word itself, or it
@@ -219,12 +252,21 @@ impl<W: Words> Table<W> {
                 // discarded. In use now, it is not taken once more.
                 let again = word.state() == Some(State::Reclaiming);
                 if again && !fault_point!("a reuse does not wait after its swap") {
-                    waited |= self.wait_for(index);
+                    waits += usize::from(self.wait_for(index));
                 }
                 break;
             }
         }
-        waited
+        if waits > 0 {
+            self.wants_no_more(index, waits);
+        }
+        waits > 0
+    }
+
+    /// Whether a thread waits for a granule, which is then not taken again before that thread has made it in use.
+    #[must_use]
+    pub fn is_wanted(&self, index: usize) -> bool {
+        self.wanted.contains(index)
     }
 
     /// Makes all granules in use.
@@ -294,6 +336,13 @@ impl<W: Words> Taken<'_, W> {
         &self.runs
     }
 
+    /// Whether a thread waits for one of them. Who has not finished with them soon should give them back.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        let mut granules = self.runs.iter().flat_map(Clone::clone);
+        granules.any(|index| self.table.is_wanted(index))
+    }
+
     /// Gives them back: a run for which `gone` is true is discarded, the others are lazy again.
     pub fn finish(mut self, gone: &[bool]) {
         self.end(gone);
@@ -307,14 +356,7 @@ impl<W: Words> Taken<'_, W> {
                 if gone {
                     table.discarded.insert(index);
                 }
-                for _ in 0..MAX_ATTEMPTS {
-                    let word = table.words.load(index);
-                    match word.finish(gone) {
-                        Some(new) if !table.words.swap(index, word, new) => {}
-                        // Done, or the guest has written another word, which stays.
-                        _ => break,
-                    }
-                }
+                table.finish_word(index, gone);
             }
         }
         table.release(self.runs.iter().flat_map(Clone::clone));
@@ -435,22 +477,24 @@ mod tests {
         set(&table, 30, State::Reclaiming, 1);
         assert!(!table.reuse(30), "the guest wrote that itself");
         assert_eq!(state(&table, 30), Some(State::InUse));
-        // On a crowded host the thread may begin too late to have to wait.
-        let waited = || {
+        for _ in 0..2 {
             set(&table, 20, State::Lazy, 1);
-            let taken = table.take(&mut 0, 9, 9).unwrap();
+            set(&table, 40, State::Lazy, 1);
+            let taken = table.take(&mut 0, 9, 1).unwrap();
+            let other = table.take(&mut 0, 9, 1).unwrap();
+            assert!(!taken.is_wanted());
             std::thread::scope(|scope| {
                 let reuse = scope.spawn(|| table.reuse(20));
-                std::thread::sleep(std::time::Duration::from_millis(20));
+                while !taken.is_wanted() {
+                    std::thread::yield_now();
+                }
                 assert_eq!(state(&table, 20), Some(State::Reclaiming));
-                assert!(!reuse.is_finished());
+                assert!(!reuse.is_finished() && !other.is_wanted());
                 taken.finish(&[true]);
-                let waited = reuse.join().unwrap();
-                assert_eq!(state(&table, 20), Some(State::InUse));
-                waited
-            })
-        };
-        while !waited() {}
+                assert!(reuse.join().unwrap(), "it waited");
+            });
+            assert_eq!(state(&table, 20), Some(State::InUse));
+        }
     }
 
     #[test]
@@ -476,6 +520,51 @@ mod tests {
         };
         while !waited() {}
         assert_eq!(state(&table, 20), Some(State::InUse));
+    }
+
+    #[test]
+    fn what_a_thread_has_waited_for_is_not_taken_again_before_it_has_it() {
+        let table = table();
+        set(&table, 20, State::Lazy, 1);
+        let taken = table.take(&mut 0, 9, 9).unwrap();
+        std::thread::scope(|scope| {
+            let reuse = scope.spawn(|| table.reuse(20));
+            while !taken.is_wanted() {
+                std::thread::yield_now();
+            }
+            table.finish_word(20, false);
+            // The thread that waited comes up to its swap, and no further.
+            let swaps = lock(&table.words.2);
+            let before = table.words.1.load(Ordering::Acquire);
+            let after = |count| table.words.1.load(Ordering::Acquire) == before + count;
+            table.release(std::iter::once(20));
+            while !after(1) {
+                std::thread::yield_now();
+            }
+            let second = scope.spawn(|| table.take(&mut 0, 9, 9).is_none());
+            while !second.is_finished() && !after(2) {
+                std::thread::yield_now();
+            }
+            assert!(after(1), "the granule is being taken");
+            drop(swaps);
+            assert!(second.join().unwrap() && reuse.join().unwrap());
+        });
+        assert_eq!(state(&table, 20), Some(State::InUse));
+        set(&table, 20, State::Lazy, 1);
+        assert!(table.take(&mut 0, 9, 9).is_some(), "nobody waits any more");
+    }
+
+    #[test]
+    fn a_granule_is_wanted_as_long_as_one_thread_waits_for_it() {
+        let table = table();
+        for _ in 0..2 {
+            lock(&table.waiting).push(20);
+        }
+        table.wanted.insert(20);
+        table.wants_no_more(20, 1);
+        assert!(table.is_wanted(20));
+        table.wants_no_more(20, 1);
+        assert!(!table.is_wanted(20));
     }
 
     #[test]

@@ -12,10 +12,13 @@ use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// Maximum length of an answer in bytes.
 const MAX_ANSWER: usize = 1 << 20;
+
+/// Time between two attempts to connect.
+const CONNECT_PAUSE: Duration = Duration::from_millis(2);
 
 /// A request failed.
 #[derive(Debug, thiserror::Error)]
@@ -79,18 +82,27 @@ pub fn request(
         .unwrap_or(Err(ClientError::TimedOut(limit.as_secs())))
 }
 
+/// Connects. While others fill the server's backlog the kernel refuses that, and tells nobody when there is room.
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(CONNECT_PAUSE).await,
+            done => return done,
+        }
+    }
+}
+
 async fn exchange(
     socket: &Path,
     method: Method,
     path: &str,
     body: Option<&Value>,
 ) -> Result<Value, ClientError> {
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|source| ClientError::Connect {
-            path: socket.to_owned(),
-            source,
-        })?;
+    let stream = connect(socket).await;
+    let stream = stream.map_err(|source| ClientError::Connect {
+        path: socket.to_owned(),
+        source,
+    })?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|error| broken("the connection broke off", &error))?;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
 
-use super::routes::{Fault, Reply, parse};
+use super::routes::{Fault, Reply, or_default, parse};
 use crate::config::Rate;
 use crate::control::{Controller, DriveUpdate, NetUpdate, RateLimits};
 
@@ -48,9 +48,9 @@ impl Limiter {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Bucket {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     size: u64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     refill_time: u64,
     #[serde(default)]
     one_time_burst: Option<u64>,

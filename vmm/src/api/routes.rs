@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hyper::{Method, StatusCode};
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
 use super::{before, drives, view};
@@ -423,6 +423,15 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     }
     serde_json::from_slice(body)
         .map_err(|error| Fault::bad_request(format!("the body is not what is due here: {error}")))
+}
+
+/// A field of a body that may be null: then it is what it is if it is left out.
+pub(super) fn or_default<'de, T, D>(field: D) -> Result<T, D::Error>
+where
+    T: Deserialize<'de> + Default,
+    D: Deserializer<'de>,
+{
+    Option::deserialize(field).map(Option::unwrap_or_default)
 }
 
 /// Converts an `amount_mib` to bytes.

@@ -21,9 +21,10 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::net::UnixStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
 
+use super::admission::{Admission, MAX_CONNECTIONS, Peer};
 use super::routes::{Fault, Handler, Reply};
 use super::stream::Stream;
 use super::waiting::Asker;
@@ -32,24 +33,37 @@ use crate::config::{ConfigError, SocketPath, check_socket};
 use crate::control::{Controller, Instance};
 use crate::sys::panic_point;
 use crate::sys::seccomp::Role;
-use crate::sys::sockets::{BoundPath, FileIdentity, bind};
+use crate::sys::sockets::{BoundPath, FileIdentity, bind, remove_stale};
 
 /// The option that names the socket.
 const OPTION: &str = "--api-socket";
-/// Connections that are served at the same time. Further ones wait in the socket's backlog.
-pub(super) const MAX_CONNECTIONS: usize = 16;
+/// Requests that are carried out at the same time.
+const MAX_COMMANDS: usize = MAX_CONNECTIONS;
 /// Maximum length of a request's body in bytes.
 const MAX_BODY: usize = 64 << 10;
 /// Maximum length of a request's line and headers in bytes.
 pub(super) const MAX_HEAD: usize = 16 << 10;
-/// Time that a client has for a request's body; and for its headers, and between two requests, while others wait for its place.
+/// Time that a client has for a request's body.
 pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 5 });
+/// Time that a client has for its headers, for its body, and between two requests, while others wait for its place. Those who
+/// have waited themselves have usually sent all before they get one.
+pub(super) const CROWDED_TIMEOUT: Duration = Duration::from_millis(250);
 /// After this time a connection accepts no further request if others wait. The one in progress is still answered.
 const LIFETIME: Duration = Duration::from_secs(60);
 /// Time that the last answer of a connection past its lifetime may take.
 const LAST_ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 /// Time that requests which are being carried out have to finish when the server stops.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 1 });
+/// After so many connections that had to be refused no further one is accepted for a moment, so that refusing does not fill a processor.
+/// Who waits behind them in the backlog waits that long.
+const REFUSALS: u32 = 16;
+const REFUSAL_TIME: Duration = Duration::from_millis(1);
+/// Time after which the next connection is accepted when that has failed: the host has no descriptor, for instance.
+const FAILURE_TIME: Duration = Duration::from_millis(100);
+/// The answer to a connection that is refused.
+const REFUSAL: &str = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Type: application/json\r\n\
+    Content-Length: 100\r\n\r\n\
+    {\"fault_message\":\"too many connections wait for the API; close those that you do not need, or wait\"}";
 /// Time in which an answer that is there is written. A client that has not sent its request by then is cut off.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(20);
 
@@ -192,7 +206,7 @@ pub fn serve_with_metrics(
     front: Front,
 ) -> Result<Server, ApiError> {
     if check_socket(OPTION, path)? == SocketPath::Stale {
-        std::fs::remove_file(path).map_err(|source| bind_error(path, source))?;
+        remove_stale(path).map_err(|source| bind_error(path, source))?;
     }
     let (listener, socket) = bind(path).map_err(|source| bind_error(path, source))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -215,7 +229,7 @@ pub fn serve_with_metrics(
         asker,
         instance: instance.subscribe(),
         machine: machine.subscribe(),
-        commands: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        commands: Arc::new(Semaphore::new(MAX_COMMANDS)),
     };
     let thread = std::thread::Builder::new()
         .name("ebb-api".to_owned())
@@ -251,51 +265,70 @@ async fn accept(
     served: &Served,
     mut stopped: watch::Receiver<bool>,
 ) {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut admission = Admission::new();
     let crowded = watch::Sender::new(false);
     let connection_stop = stopped.clone();
     let mut stop = pin!(stopped.wait_for(|stop| *stop));
+    let (mut next_at, mut refusals) = (Instant::now(), 0u32);
     loop {
-        let next = async {
-            let accepted = listener.accept().await;
-            (place(&permits, &crowded).await, accepted)
-        };
-        let Ok((permit, accepted)) = first(pin!(next), stop.as_mut()).await else {
-            break;
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!("API: a connection was not accepted: {error}");
-                sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let (served, stop) = (served.clone(), connection_stop.clone());
-        let crowded = crowded.subscribe();
-        tokio::spawn(async move {
-            serve_connection(stream, served, crowded, stop).await;
-            drop(permit);
+        while let Some((place, stream)) = admission.admit() {
+            let (served, stop) = (served.clone(), connection_stop.clone());
+            let crowded = crowded.subscribe();
+            tokio::spawn(async move {
+                serve_connection(stream, served, crowded, stop).await;
+                drop(place);
+            });
+        }
+        crowded.send_if_modified(|crowded| {
+            let was = std::mem::replace(crowded, admission.is_crowded());
+            was != *crowded
         });
+        let event = next_event(&mut admission, listener, next_at);
+        let event = first(pin!(event), stop.as_mut()).await;
+        match event {
+            Err(_) => break,
+            Ok(Ok(())) => {}
+            Ok(Err(Ok(stream))) => {
+                if let Some(refused) = admission.arrive(peer(&stream), stream) {
+                    // It has room for that, or is gone.
+                    let _ = refused.try_write(REFUSAL.as_bytes());
+                    refusals = refusals.wrapping_add(1);
+                    if refusals.is_multiple_of(REFUSALS) {
+                        next_at = Instant::now() + REFUSAL_TIME;
+                    }
+                }
+            }
+            Ok(Err(Err(error))) => {
+                tracing::warn!("API: a connection was not accepted: {error}");
+                next_at = Instant::now() + FAILURE_TIME;
+            }
+        }
     }
-    // All permits are available once all connections have ended.
-    let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
-    let _ = timeout(2 * FINISH_TIMEOUT, permits.acquire_many(all)).await;
+    let _ = timeout(2 * FINISH_TIMEOUT, admission.end()).await;
 }
 
-/// A place for another connection. While it waits for one, `crowded` is set.
-async fn place(
-    permits: &Arc<Semaphore>,
-    crowded: &watch::Sender<bool>,
-) -> Option<OwnedSemaphorePermit> {
-    if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
-        return Some(permit);
-    }
-    crowded.send_replace(true);
-    // The semaphore is never closed.
-    let permit = Arc::clone(permits).acquire_owned().await.ok();
-    crowded.send_replace(false);
-    permit
+/// Waits until a place is free again, or there is a connection, as the error, not before `next_at`.
+async fn next_event(
+    admission: &mut Admission<UnixStream>,
+    listener: &tokio::net::UnixListener,
+    next_at: Instant,
+) -> Result<(), io::Result<UnixStream>> {
+    let next = async {
+        if Instant::now() < next_at {
+            sleep_until(next_at).await;
+        }
+        listener.accept().await.map(|(stream, _)| stream)
+    };
+    // Places are looked at first: no number of clients keeps the server from that.
+    first(pin!(admission.wait_for_place()), pin!(next)).await
+}
+
+/// Who has connected.
+fn peer(stream: &UnixStream) -> Peer {
+    let found = stream.peer_cred().ok();
+    // The kernel says 0 for one that it cannot name here.
+    let pid = found.and_then(|it| it.pid()).filter(|pid| *pid != 0);
+    (pid, found.map_or(u32::MAX, |it| it.uid()))
 }
 
 /// Returns the output of `wanted`, or as an error that of `stop` if that is ready first.
@@ -315,7 +348,7 @@ pub(super) async fn first<W: Future, S: Future>(
 /// What a connection is doing.
 struct Activity {
     opened: Instant,
-    /// Since when it has waited for a request, or for the rest of its headers; `None` while there is one.
+    /// Since when it has waited for a request, for the rest of its headers, or for its body; `None` while there is one.
     idle_since: Mutex<Option<Instant>>,
     /// A request is being carried out.
     is_busy: AtomicBool,
@@ -338,7 +371,13 @@ impl Activity {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The headers are there.
     fn begins(&self) {
+        *self.idle_since() = Some(Instant::now());
+    }
+
+    /// So is the body.
+    fn has_request(&self) {
         *self.idle_since() = None;
     }
 
@@ -357,11 +396,11 @@ impl Activity {
             }
             let now = Instant::now();
             let idle = *self.idle_since();
-            let end = idle.map_or(last, |since| last.min(since + READ_TIMEOUT));
+            let end = idle.map_or(last, |since| last.min(since + CROWDED_TIMEOUT));
             if now >= end {
                 return;
             }
-            sleep_until(end.min(now + READ_TIMEOUT)).await;
+            sleep_until(end.min(now + CROWDED_TIMEOUT)).await;
         }
     }
 }
@@ -378,7 +417,7 @@ async fn serve_connection(
         let (served, activity) = (served.clone(), &activity);
         async move {
             activity.begins();
-            let reply = answer(request, served, &activity.is_busy).await;
+            let reply = answer(request, served, activity).await;
             activity.ends();
             Ok::<_, Infallible>(respond(reply))
         }
@@ -414,11 +453,11 @@ fn log_end(result: Result<(), hyper::Error>) {
 }
 
 /// Reads the request, waits for the machine if it is for one that runs, and then runs its handler on a thread that may
-/// block. From then on `is_busy` is set.
+/// block. From then on the connection is busy.
 async fn answer(
     request: Request<Incoming>,
     mut served: Served,
-    is_busy: &AtomicBool,
+    activity: &Activity,
 ) -> Result<Reply, Fault> {
     panic_point();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -443,11 +482,12 @@ async fn answer(
             return Err(Fault::new(StatusCode::REQUEST_TIMEOUT, message));
         }
     };
+    activity.has_request();
     if matches!(found.after, Some(Handler::Running(_) | Handler::Named(_))) {
         served.built().await;
     }
     let is_started = served.instance.borrow().is_some();
-    is_busy.store(true, Ordering::Relaxed);
+    activity.is_busy.store(true, Ordering::Relaxed);
     let commands = Arc::clone(&served.commands);
     let command = move || {
         panic_point();
@@ -553,6 +593,20 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+
+    #[test]
+    fn a_client_is_known_by_its_process() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .unwrap();
+        let (_other, one) = std::os::unix::net::UnixStream::pair().unwrap();
+        one.set_nonblocking(true).unwrap();
+        let _context = runtime.enter();
+        let found = peer(&UnixStream::from_std(one).unwrap());
+        let own = i32::try_from(std::process::id()).ok();
+        assert_eq!(found, (own, rustix::process::getuid().as_raw()));
+    }
 
     #[test]
     fn clients_that_go_do_not_make_more_threads() {

@@ -156,6 +156,13 @@ impl Arena {
         }
     }
 
+    /// Whether a call waits for one of the granules that `range` meets.
+    #[cfg(test)]
+    pub fn is_wanted(&self, range: GpaRange) -> bool {
+        self.granules(range)
+            .any(|index| self.table.is_wanted(index))
+    }
+
     /// Makes all granules in use.
     pub fn reset(&self) {
         self.table.reset();
@@ -268,6 +275,12 @@ impl Granules<'_> {
     #[must_use]
     pub fn ranges(&self) -> &[GpaRange] {
         &self.ranges
+    }
+
+    /// Whether a call that takes one of them back waits.
+    #[must_use]
+    pub fn are_wanted(&self) -> bool {
+        self.taken.is_wanted()
     }
 
     /// Ends it: of each range `bytes` were returned to the host. One that was not returned wholly is lazy again.

@@ -7,6 +7,7 @@ use ebb_vmm::api::FIRECRACKER_VERSION;
 use ebb_vmm::api::before::{self, Draft, LoadSpec, LoggerSpec, Step};
 use ebb_vmm::bus::ExitReason;
 use ebb_vmm::config::{MachineConfig, check_id};
+use ebb_vmm::exit;
 use ebb_vmm::output::{EventFile, EventTarget, Log, for_log};
 use ebb_vmm::snapshot::VERSION;
 use ebb_vmm::sys::seccomp::{self, Mode};
@@ -146,9 +147,7 @@ pub fn main(args: &Args) -> u8 {
     };
     log.log.finish();
     match ended {
-        // A guest of Firecracker has no other way to end its machine than a reset.
-        Ok(ExitReason::Stop | ExitReason::Reset | ExitReason::Panic) => 0,
-        Ok(ExitReason::Crash) => GENERIC_ERROR,
+        Ok(reason) => exit::firecracker_status(reason),
         Err(error) => {
             super::complain_of(&error);
             match args.config_file {
@@ -195,9 +194,8 @@ fn draft(args: &Args) -> Draft {
     if args.no_seccomp {
         words.push("--seccomp=off".to_owned());
     }
-    if args.enable_pci {
-        words.push("--transport=pci".to_owned());
-    }
+    let transport = if args.enable_pci { "pci" } else { "mmio" };
+    words.push(format!("--transport={transport}"));
     let metrics = args.metrics_path.as_ref();
     words.extend(metrics.map(|path| format!("--metrics-path={}", path.display())));
     Draft::new(before::Process {

@@ -7,11 +7,11 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::Parser;
-use ebb_vmm::api::before::LoadSpec;
+use ebb_vmm::api::before::{LoadMemory, LoadSpec};
 use ebb_vmm::config::{MachineConfig, MachineSpec, SerialConfig, SocketSpec};
 use ebb_vmm::exit;
-use ebb_vmm::snapshot::{self, DiskFile, FileError, State};
-use ebb_vmm::vm::Restoration;
+use ebb_vmm::snapshot::{self, DiskFile, FileError, PageServer, State};
+use ebb_vmm::vm::{MemorySource, Restoration};
 
 use super::outputs::Outputs;
 use super::run;
@@ -29,8 +29,11 @@ pub struct Args {
     state: PathBuf,
     /// The snapshot's memory file. It must stay as it is while the machine runs. For a difference repeat the option: the full
     /// one first, then each difference, this one's own last
-    #[arg(long, value_name = "FILE", required = true)]
+    #[arg(long, value_name = "FILE", required_unless_present = "page_server")]
     memory: Vec<PathBuf>,
+    /// Instead of the memory file, the socket of a page server in Firecracker's protocol. It must serve as long as the machine runs
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["memory", "verify"])]
+    page_server: Option<PathBuf>,
     /// Let the guest run at once
     #[arg(long)]
     resume: bool,
@@ -99,9 +102,14 @@ pub fn main(args: Args) -> u8 {
 /// # Errors
 /// What is wrong with the snapshot, or on this host.
 pub fn load(load: LoadSpec) -> Result<(MachineConfig, Restoration), String> {
+    let (memory, page_server) = match load.memory {
+        LoadMemory::File(path) => (vec![path], None),
+        LoadMemory::Server(path) => (Vec::new(), Some(path)),
+    };
     prepare(Args {
         state: load.state,
-        memory: vec![load.memory],
+        memory,
+        page_server,
         resume: load.resume,
         verify: false,
         api_socket: None,
@@ -130,7 +138,13 @@ pub fn read_state(path: &Path) -> Result<State, String> {
 
 /// Checks everything that can be checked before a machine is built.
 fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
-    let (state, memory) = read(&args.state, &args.memory, args.verify)?;
+    let (state, memory) = match &args.page_server {
+        None => {
+            let (state, files) = read(&args.state, &args.memory, args.verify)?;
+            (state, MemorySource::Files(files))
+        }
+        Some(path) => served(&args.state, path)?,
+    };
     let config = config(&args, &state)?;
     check_disks(&args, &state, &config)?;
     let resume = args.resume;
@@ -142,6 +156,20 @@ fn prepare(args: Args) -> Result<(MachineConfig, Restoration), String> {
             resume,
         },
     ))
+}
+
+/// A snapshot's state, and the page server that has its memory.
+fn served(state: &Path, path: &Path) -> Result<(State, MemorySource), String> {
+    let decoded = read_state(state)?;
+    let files = decoded.memory.files();
+    if files > 1 {
+        let what = format!(
+            "is of {files} memory files, but a page server serves one; make that by `ebb merge`"
+        );
+        return Err(FileError::new(state, what).to_string());
+    }
+    let server = PageServer::connect(path).map_err(|error| error.to_string())?;
+    Ok((decoded, MemorySource::Server(Arc::new(server))))
 }
 
 /// A snapshot's state, and the memory files, which fit to it; with `verify` their checksums do, too.

@@ -66,10 +66,14 @@ pub enum ConfigError {
     ArenaId(String),
     #[error("--arena id={0} is given twice; give each its own")]
     ArenaIdTwice(String),
+    #[error(
+        "--cmdline has acpi=off, and the guest would find neither devices nor further processors: ACPI tables declare them; leave acpi=off out"
+    )]
+    CmdlineWithoutAcpi,
     #[error("--cmdline has pci=off, with which Linux finds no --arena; remove one of them")]
     ArenaWithoutPci,
     #[error(
-        "--cmdline has pci=off, and the guest would find no device of --transport pci; leave pci=off out"
+        "--cmdline has pci=off, and the guest would find no device of --transport pci; remove one of them"
     )]
     TransportWithoutPci,
     #[error("--arena is given {given} times; at most {MAX_ARENAS} fit into the guest's memory map")]

@@ -143,6 +143,8 @@ pub fn check_socket(option: &'static str, path: &Path) -> Result<SocketPath, Con
         Ok(stream) => !server_of(&stream).is_some_and(is_dead),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => true,
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => false,
+        // The guardian of a dead machine has removed it meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(SocketPath::Free),
         Err(error) => return refuse_io(option, path, &error),
     };
     if is_served {

@@ -54,9 +54,9 @@ pub struct MachineSpec {
     /// bigger than the host's memory. Repeat the option for more arenas
     #[arg(long = "arena", value_name = PAIRS, value_parser = keys::<ArenaSpec>())]
     pub arenas: Vec<ArenaSpec>,
-    /// How the guest reaches its virtio devices
-    #[arg(long, value_name = "HOW", default_value = "mmio")]
-    pub transport: Transport,
+    /// How the guest reaches its virtio devices: pci, or mmio where the command line has pci=off
+    #[arg(long, value_name = "HOW")]
+    pub transport: Option<Transport>,
     /// A disk. Repeat the option for more disks: the first is /dev/vda
     #[arg(long = "disk", value_name = PAIRS, value_parser = keys::<DiskConfig>())]
     pub disks: Vec<DiskConfig>,
@@ -113,7 +113,7 @@ impl MachineSpec {
     /// The kernel command line when none is given: warnings and errors on the serial port, where each byte costs two exits,
     /// and a panicking kernel resets at once instead of hanging. Power off and reset need no option: the kernel finds them
     /// in the ACPI tables.
-    pub const DEFAULT_CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
+    pub const DEFAULT_CMDLINE: &str = "console=ttyS0 quiet panic=-1";
 }
 
 /// `--seccomp`.
@@ -141,10 +141,10 @@ impl From<Seccomp> for seccomp::Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// by windows that the ACPI tables declare (virtio-mmio)
-    Mmio,
-    /// on a PCI bus, with MSI-X (virtio-pci): also for kernels that have no virtio-mmio, as those of Red Hat's family
+    /// on a PCI bus, with MSI-X (virtio-pci)
     Pci,
+    /// by windows that the ACPI tables declare (virtio-mmio): for kernels without PCI
+    Mmio,
 }
 
 /// How a kernel image is entered.

@@ -208,21 +208,47 @@ fn arenas_that_are_none() {
     assert!(arenas(&["size=40T", "size=40T"]).contains("choose at most 64T, all arenas together"));
     assert!(arenas(&["size=1G,id=arena1", "size=1G"]).contains("id=arena1 is given twice"));
     assert!(arenas(&["size=1G"; 17]).contains("given 17 times; at most 16"));
-    let on_pci = ["--transport=pci", "--cmdline=pci=off"];
-    let without_pci = folder.check(&on_pci).unwrap_err();
-    assert_eq!(without_pci, ConfigError::TransportWithoutPci);
-    let machine = folder.check(&on_pci[..1]).unwrap();
-    assert_eq!(machine.cmdline, "console=ttyS0 quiet panic=-1");
     // The bounds themselves are allowed.
     assert_eq!(arenas(&["size=1G"; 16]), "");
     assert_eq!(arenas(&["size=40T", "size=24T"]), "");
     let longest = format!("size=1G,id={}", "a".repeat(32));
     assert_eq!(arenas(&[&longest]), "");
-    // Only an arena takes pci=off away.
     let words = ["--cmdline=quiet", "--arena=size=1G"];
     assert_eq!(folder.check(&words).unwrap().cmdline, "quiet");
-    let machine = folder.check(&[]).unwrap();
-    assert_eq!(machine.cmdline, MachineSpec::DEFAULT_CMDLINE);
+}
+
+#[test]
+fn the_transport_is_pci_where_the_guest_may_use_pci() {
+    const DEFAULT: &str = MachineSpec::DEFAULT_CMDLINE;
+    let folder = Folder::new();
+    let off_by_default = format!("{DEFAULT} pci=off");
+    for (words, transport, cmdline) in [
+        (&[][..], Transport::Pci, DEFAULT),
+        (&["--transport=pci"], Transport::Pci, DEFAULT),
+        (&["--transport=mmio"], Transport::Mmio, &off_by_default),
+        (
+            &["--transport=mmio", "--arena=size=1G"],
+            Transport::Mmio,
+            DEFAULT,
+        ),
+        (&["--cmdline=quiet"], Transport::Pci, "quiet"),
+        (
+            &["--cmdline=quiet pci=off"],
+            Transport::Mmio,
+            "quiet pci=off",
+        ),
+        (
+            &["--transport=mmio", "--cmdline=quiet"],
+            Transport::Mmio,
+            "quiet",
+        ),
+    ] {
+        let machine = folder.check(words).unwrap();
+        let found = (machine.transport, &*machine.cmdline);
+        assert_eq!(found, (transport, cmdline), "{words:?}");
+    }
+    let without_pci = folder.check(&["--transport=pci", "--cmdline=pci=off"]);
+    assert_eq!(without_pci.unwrap_err(), ConfigError::TransportWithoutPci);
 }
 
 #[test]
@@ -320,4 +346,25 @@ fn sockets_free_stale_served_and_impossible() {
     assert!(message("disk").contains("is there already, and no socket"));
     assert!(message("none/socket").contains("there is no folder"));
     assert!(message(&"a".repeat(100)).contains("choose a shorter one"));
+}
+
+#[test]
+fn a_socket_that_the_guardian_of_a_dead_machine_removes_meanwhile_is_free() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    std::thread::scope(|scope| {
+        let removes = scope.spawn(|| {
+            for _ in 0..20_000 {
+                drop(UnixListener::bind(&path).unwrap());
+                fs::remove_file(&path).unwrap();
+            }
+        });
+        while !removes.is_finished() {
+            // It is served for a moment.
+            if let Err(error) = check_socket("--api-socket", &path) {
+                assert!(error.to_string().contains("a running server"), "{error}");
+            }
+        }
+    });
+    sockets::remove_stale(&path).unwrap();
 }

@@ -44,7 +44,7 @@ impl MachineSpec {
         let cpus: CpusSpec = self.cpus.map_or_else(defaults, Ok)?;
         let memory = check_memory(self.memory.map_or_else(defaults, Ok)?, lazy.strict)?;
         let arenas = check_arenas(self.arenas)?;
-        let cmdline = cmdline(self.cmdline, !arenas.is_empty(), self.transport)?;
+        let (transport, cmdline) = transport(self.transport, self.cmdline, !arenas.is_empty())?;
         let balloon = self
             .balloon
             .map(|spec| check_balloon(&spec, memory.size, &lazy));
@@ -81,7 +81,7 @@ impl MachineSpec {
             },
             initramfs: self.initramfs,
             cmdline,
-            transport: self.transport,
+            transport,
             vcpus: cpus.boot,
             nested: cpus.nested,
             memory,
@@ -135,8 +135,13 @@ fn check_cmdline(cmdline: &str) -> Result<(), ConfigError> {
     if cmdline.len() > MAX_CMDLINE {
         return Err(ConfigError::CmdlineTooLong(cmdline.len()));
     }
-    let control = cmdline.chars().find(|char| char.is_control());
-    control.map_or(Ok(()), |char| Err(ConfigError::CmdlineControl(char)))
+    if let Some(char) = cmdline.chars().find(|char| char.is_control()) {
+        return Err(ConfigError::CmdlineControl(char));
+    }
+    if cmdline.split(' ').any(|word| word == "acpi=off") {
+        return Err(ConfigError::CmdlineWithoutAcpi);
+    }
+    Ok(())
 }
 
 fn check_memory(spec: MemorySpec, strict: bool) -> Result<MemoryConfig, ConfigError> {
@@ -162,22 +167,28 @@ fn check_memory(spec: MemorySpec, strict: bool) -> Result<MemoryConfig, ConfigEr
     })
 }
 
-/// The command line that the guest gets: without PCI, Linux finds no arena, and no device there.
-fn cmdline(given: String, arenas: bool, transport: Transport) -> Result<String, ConfigError> {
+/// How the guest reaches its devices, and the command line that it gets. With `pci=off` Linux finds no arena and no device on
+/// PCI.
+fn transport(
+    given: Option<Transport>,
+    cmdline: String,
+    arenas: bool,
+) -> Result<(Transport, String), ConfigError> {
     const NO_PCI: &str = "pci=off";
-    let on_pci = transport == Transport::Pci;
-    if !(arenas || on_pci) || !given.split(' ').any(|word| word == NO_PCI) {
-        return Ok(given);
+    let is_off = cmdline.split(' ').any(|word| word == NO_PCI);
+    if is_off && arenas {
+        return Err(ConfigError::ArenaWithoutPci);
     }
-    if given != MachineSpec::DEFAULT_CMDLINE {
-        return Err(if on_pci {
-            ConfigError::TransportWithoutPci
-        } else {
-            ConfigError::ArenaWithoutPci
-        });
+    match given {
+        Some(Transport::Pci) if is_off => Err(ConfigError::TransportWithoutPci),
+        None if is_off => Ok((Transport::Mmio, cmdline)),
+        None | Some(Transport::Pci) => Ok((Transport::Pci, cmdline)),
+        // Linux complains on the console if it looks for a bus and there is none.
+        Some(Transport::Mmio) if !arenas && cmdline.starts_with(MachineSpec::DEFAULT_CMDLINE) => {
+            Ok((Transport::Mmio, format!("{cmdline} {NO_PCI}")))
+        }
+        Some(Transport::Mmio) => Ok((Transport::Mmio, cmdline)),
     }
-    let words: Vec<&str> = given.split(' ').filter(|word| *word != NO_PCI).collect();
-    Ok(words.join(" "))
 }
 
 fn check_arenas(specs: Vec<ArenaSpec>) -> Result<Vec<ArenaConfig>, ConfigError> {

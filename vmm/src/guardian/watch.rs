@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::panic;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,9 @@ use super::lock::MemoryLock;
 use crate::output::Log;
 use crate::sys::process::SharedFiles;
 use crate::sys::seccomp::Role;
-use crate::sys::sockets::{connect_at_once, file_identity, remove_file_if, server_of};
+use crate::sys::sockets::{
+    FileIdentity, beside, connect_at_once, file_identity, remove_file_if, server_of,
+};
 use crate::sys::{self, Terminal};
 use crate::teardown::{Socket, StatusPage};
 
@@ -110,7 +112,8 @@ impl Watch<'_> {
         let log = self.log.file();
         let kept = [self.monitor, self.reaper].into_iter();
         let kept = kept.chain(log).chain(lock.map(AsFd::as_fd));
-        files.close_all_but(&kept.collect::<Vec<_>>());
+        let kept = kept.map(|fd| fd.as_raw_fd());
+        files.close_all_but(&kept.chain(self.status.page_faults()).collect::<Vec<_>>());
     }
 
     /// Says what the monitor could not say.
@@ -131,17 +134,23 @@ impl Watch<'_> {
         let Some(path) = path else {
             return;
         };
-        let identity = self.status.socket(socket).or_else(|| {
-            // The monitor may have died between making the socket and telling us.
-            let identity = file_identity(path).ok()?;
-            let server = server_of(&connect_at_once(path).ok()?);
-            (server == Some(self.pid)).then_some(identity)
-        });
-        if let Some(identity) = identity
-            && let Err(error) = remove_file_if(path, identity)
-        {
-            tracing::warn!("{}: not removed: {error}", path.display());
+        let identity = self.status.socket(socket);
+        // The monitor may have died while its socket had the other name: before it moved it to `path`, or to remove it.
+        for path in [path.to_owned(), beside(path, self.pid)] {
+            if let Some(identity) = identity.or_else(|| self.served_socket(&path))
+                && let Err(error) = remove_file_if(&path, identity)
+            {
+                tracing::warn!("{}: not removed: {error}", path.display());
+            }
         }
+    }
+
+    /// The identity of the socket at `path` if the monitor listens on it: it may have died before it could say which file is
+    /// its socket.
+    fn served_socket(&self, path: &Path) -> Option<FileIdentity> {
+        let identity = file_identity(path).ok()?;
+        let server = server_of(&connect_at_once(path).ok()?);
+        (server == Some(self.pid)).then_some(identity)
     }
 
     /// Waits until the reaper has ended. Meanwhile passes on what the operator asks for, writes down the progress, and
@@ -285,6 +294,30 @@ mod tests {
         watch.remove_socket(socket, Some(&path));
         assert!(!path.exists());
         drop(served);
+    }
+
+    /// It was killed after it had moved its socket aside to remove it, or before it had moved it to its place.
+    #[test]
+    fn a_socket_that_the_monitor_has_moved_aside_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+        let log = Log::to_stderr();
+        let watch = watch(own.as_fd(), &log);
+        let aside = beside(&path, watch.pid);
+        for is_told in [true, false] {
+            let made = UnixListener::bind(&aside).unwrap();
+            let file = aside.metadata().unwrap();
+            if is_told {
+                watch
+                    .status
+                    .set_socket(Socket::Api, (file.dev(), file.ino()));
+            }
+            watch.remove_socket(Socket::Api, Some(&path));
+            assert!(!aside.exists(), "told: {is_told}");
+            watch.status.set_socket(Socket::Api, (0, 0));
+            drop(made);
+        }
     }
 
     #[test]

@@ -182,12 +182,17 @@ impl GuestKernel {
     /// Returns true if all of `range` is free: it lies in one free block of the buddy allocator.
     #[must_use]
     pub fn is_free(&self, memory: &dyn ReadGuest, range: GpaRange) -> bool {
-        let (first, end) = (range.start() / PAGE_SIZE, range.end() / PAGE_SIZE);
-        let is_free = |mut descriptors: Descriptors<'_>| {
-            let block = descriptors.block_over(first, end);
-            block.is_some_and(|(head, _)| descriptors.is_listed(head))
-        };
-        self.descriptors(memory, first).is_some_and(is_free)
+        self.reader(memory).is_free(range)
+    }
+
+    /// For many ranges while no vCPU changes the guest's tables: they are not walked for each range.
+    #[must_use]
+    pub const fn reader<'a>(&'a self, memory: &'a dyn ReadGuest) -> FreeReader<'a> {
+        FreeReader {
+            kernel: self,
+            memory,
+            section: None,
+        }
     }
 
     /// Returns true if this kernel fills free pages with a pattern and checks it (`page_poison=1`); `free` is free. The first
@@ -225,6 +230,30 @@ impl GuestKernel {
 
     fn descriptors<'a>(&self, memory: &'a dyn ReadGuest, page: u64) -> Option<Descriptors<'a>> {
         Descriptors::of_section(memory, self.tables, self.layout, page)
+    }
+}
+
+/// Tells which ranges are free, while every vCPU is out of the guest.
+pub struct FreeReader<'a> {
+    kernel: &'a GuestKernel,
+    memory: &'a dyn ReadGuest,
+    /// The section of the last range, by its number, and its descriptors, if it is in use.
+    section: Option<(u64, Option<Descriptors<'a>>)>,
+}
+
+impl FreeReader<'_> {
+    /// As [`GuestKernel::is_free`].
+    pub fn is_free(&mut self, range: GpaRange) -> bool {
+        let (first, end) = (range.start() / PAGE_SIZE, range.end() / PAGE_SIZE);
+        let number = range.start() / SECTION;
+        if self.section.as_ref().is_none_or(|(it, _)| *it != number) {
+            self.section = Some((number, self.kernel.descriptors(self.memory, first)));
+        }
+        let Some((_, Some(descriptors))) = &mut self.section else {
+            return false;
+        };
+        let block = descriptors.block_over(first, end);
+        block.is_some_and(|(head, _)| descriptors.is_listed(head))
     }
 }
 

@@ -40,12 +40,17 @@ struct Leaf {
     len: u64,
 }
 
-/// Reads at kernel addresses. It remembers the last entry that mapped something, so it lives for one call only: the guest
-/// changes its tables.
+/// A free page's descriptor, those of its neighbours in the list, and the list's head are mapped by so many entries.
+const RECENT: usize = 4;
+
+/// Reads at kernel addresses. It remembers the last entries that mapped something, so it lives for one call or one pause only:
+/// the guest changes its tables.
 pub(super) struct Walker<'a> {
     memory: &'a dyn ReadGuest,
     tables: Tables,
-    last: Option<Leaf>,
+    recent: [Option<Leaf>; RECENT],
+    /// The one of `recent` that the next entry replaces.
+    oldest: usize,
 }
 
 impl<'a> Walker<'a> {
@@ -53,17 +58,24 @@ impl<'a> Walker<'a> {
         Self {
             memory,
             tables,
-            last: None,
+            recent: [None; RECENT],
+            oldest: 0,
         }
     }
 
     /// The guest-physical address of `va`, or `None` if `va` is not mapped in the kernel's half. It need not be in RAM.
     pub(super) fn translate(&mut self, va: u64) -> Option<u64> {
-        let known = self.last.filter(|leaf| va.wrapping_sub(leaf.va) < leaf.len);
-        if known.is_none() {
-            self.last = self.walk(va);
-        }
-        self.last.map(|leaf| leaf.gpa + (va - leaf.va))
+        let mut recent = self.recent.iter().flatten();
+        let known = recent.find(|leaf| va.wrapping_sub(leaf.va) < leaf.len);
+        let leaf = if let Some(leaf) = known {
+            *leaf
+        } else {
+            let leaf = self.walk(va)?;
+            self.recent[self.oldest] = Some(leaf);
+            self.oldest = (self.oldest + 1) % RECENT;
+            leaf
+        };
+        Some(leaf.gpa + (va - leaf.va))
     }
 
     /// The 8 bytes at `va`, a multiple of 8.

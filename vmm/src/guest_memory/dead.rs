@@ -108,12 +108,12 @@ impl GuestMemory {
 /// Appends the parts of `range` that are on a free list, as the largest aligned pieces that are: a vCPU may rest in the middle
 /// of the allocator.
 fn listed(kernel: &GuestKernel, memory: &GuestRam, range: GpaRange, free: &mut Vec<GpaRange>) {
-    let mut at = range.start();
+    let (mut at, mut reader) = (range.start(), kernel.reader(memory));
     while at < range.end() {
         let aligned = (at / PAGE_SIZE).trailing_zeros().min(10);
         let piece = (0..=aligned).rev().find_map(|order| {
             let piece = GpaRange::new(at, at + (PAGE_SIZE << order))?;
-            let is_free = piece.end() <= range.end() && kernel.is_free(memory, piece);
+            let is_free = piece.end() <= range.end() && reader.is_free(piece);
             is_free.then_some(piece)
         });
         piece.into_iter().for_each(|piece| add(free, piece));

@@ -57,13 +57,25 @@ pub struct ArenaSetup {
     pub granule: u64,
 }
 
+/// Where the content of a restored machine's memory comes from. What is named nowhere is zero.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// From files. Each holds RAM and arenas, one region after the other, or a part of that.
+    Files {
+        /// The files.
+        files: Vec<Arc<File>>,
+        /// The file that a part of them is in, by its number; a later part covers an earlier one.
+        parts: Vec<(usize, GpaRange)>,
+    },
+    /// These parts come from a page server.
+    Served(Vec<GpaRange>),
+}
+
 /// What a snapshot knows of the memory.
 #[derive(Clone, Debug)]
 pub struct Restored {
-    /// Each holds RAM and arenas, one region after the other, or a part of that.
-    pub files: Vec<Arc<File>>,
-    /// The file that a part of them is in, by its number; a later part covers an earlier one, and the rest is zero.
-    pub parts: Vec<(usize, GpaRange)>,
+    /// Its content.
+    pub content: Content,
     /// What was lazily free.
     pub lazily_free: Vec<GpaRange>,
     /// The guest's kernel.
@@ -87,7 +99,7 @@ pub struct Setup {
     pub strict: bool,
     /// Take what is free by the guest kernel's free lists, too.
     pub free_pages: bool,
-    /// Where the RAM's content comes from; `None`: it is zero.
+    /// What a snapshot knows of it; `None`: all of it is zero.
     pub restored: Option<Restored>,
 }
 
@@ -103,6 +115,26 @@ impl Setup {
     #[must_use]
     pub fn end(&self) -> u64 {
         self.regions().last().map_or(0, |last| last.end())
+    }
+
+    /// Maps the memory. Where it comes from a page server, nobody may touch it before that has its
+    /// [`GuestRam::page_faults`].
+    ///
+    /// # Errors
+    /// [`MemoryError`]; nothing stays mapped then.
+    pub fn map(&self) -> Result<GuestRam, MemoryError> {
+        let arenas: Vec<GpaRange> = self.arenas.iter().map(|arena| arena.gpa).collect();
+        let mut ram = GuestRam::with_arenas(self.backing, &self.ram, &arenas)?;
+        match self.restored.as_ref().map(|it| &it.content) {
+            None => {}
+            Some(Content::Files { files, parts }) => {
+                for (file, range) in parts {
+                    ram.map_file(files[*file].as_fd(), &[*range])?;
+                }
+            }
+            Some(Content::Served(runs)) => ram.serve(runs)?,
+        }
+        Ok(ram)
     }
 }
 
@@ -122,19 +154,16 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// Maps the memory of a machine with `vcpus` vCPUs, whose threads register with `kicks`.
+    /// The memory of a machine with `vcpus` vCPUs, whose threads register with `kicks`. `ram` is mapped as `setup` says.
     ///
     /// # Errors
-    /// [`SetupError`]; nothing stays mapped then.
-    pub fn new(setup: &Setup, vcpus: usize, kicks: &Arc<KickTable>) -> Result<Self, SetupError> {
-        let places: Vec<GpaRange> = setup.arenas.iter().map(|arena| arena.gpa).collect();
-        let mut ram = GuestRam::with_arenas(setup.backing, &setup.ram, &places)?;
-        if let Some(restored) = &setup.restored {
-            for (file, range) in &restored.parts {
-                ram.map_file(restored.files[*file].as_fd(), &[*range])?;
-            }
-        }
-        let ram = Arc::new(ram);
+    /// [`SetupError`].
+    pub fn new(
+        setup: &Setup,
+        ram: Arc<GuestRam>,
+        vcpus: usize,
+        kicks: &Arc<KickTable>,
+    ) -> Result<Self, SetupError> {
         let arenas = arenas(&setup.arenas, &ram)?;
         let generation = Arc::new(VmGeneration::default());
         let kick = Box::new(Arc::clone(kicks));

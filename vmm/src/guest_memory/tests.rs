@@ -43,7 +43,8 @@ pub fn plain(ram: GpaRange) -> GuestMemory {
 }
 
 fn memory(setup: &Setup) -> GuestMemory {
-    GuestMemory::new(setup, 1, &Arc::new(KickTable::new(1))).unwrap()
+    let ram = Arc::new(setup.map().unwrap());
+    GuestMemory::new(setup, ram, 1, &Arc::new(KickTable::new(1))).unwrap()
 }
 
 fn put(memory: &GuestMemory, mib: u64) {

@@ -7,4 +7,4 @@ mod release;
 
 pub use backing::Backing;
 pub use error::MemoryError;
-pub use ram::{GuestRam, MissingPage, MissingPages, RamRegion};
+pub use ram::{GuestRam, MissingPage, MissingPages, RamRegion, Served};

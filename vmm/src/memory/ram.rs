@@ -2,6 +2,7 @@
 
 mod missing;
 mod of_file;
+mod served;
 
 use std::io;
 use std::num::NonZero;
@@ -16,11 +17,12 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use super::MemoryError;
 use super::backing::{self, Backing, file_size};
 use super::release::{Extent, HostKernel, OwnProcess, release, retry_while_busy};
-use crate::sys::Mapping;
 use crate::sys::pagemap::PageMap;
+use crate::sys::{Mapping, Userfault};
 use crate::workers;
 
 pub use missing::{MissingPage, MissingPages};
+pub use served::Served;
 
 /// One region of guest memory and its place in this process: what a KVM memory slot needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +55,8 @@ pub struct GuestRam {
     /// Transparent huge pages are asked for.
     huge_pages: bool,
     process: OwnProcess,
+    /// By this a page server gives content.
+    faults: Option<Arc<Userfault>>,
 }
 
 impl GuestRam {
@@ -111,6 +115,7 @@ impl GuestRam {
             huge_pages: backing.thp && !backing.hugepages,
             can_mark_free: !backing.hugepages && !backing.shared,
             process: OwnProcess::default(),
+            faults: None,
         })
     }
 
@@ -309,19 +314,42 @@ impl GuestRam {
         let address = mapping.address() + extent.offset;
         let map = self.process.page_map().filter(|_| !mapping.is_shared());
         if let Some(Ok(held)) = map.map(|map| map.held(address, extent.len)) {
-            // What is in a file and was not touched yet is content that the host does not hold.
-            let is_told = held > 0 || !mapping.is_of_file(extent.offset, extent.len);
+            // What is in a file, or comes from a page server, and was not touched yet is content that the host does not hold.
+            let is_told = held > 0 || !mapping.has_source(extent.offset, extent.len);
             return is_told.then_some(held as u64);
         }
         let resident = mapping.resident_part(extent.offset, extent.len).ok()?;
         (resident > 0).then_some(resident as u64)
     }
 
-    fn is_huge(&self, extent: Extent) -> bool {
+    /// As `held` of each of `ranges`, by one look at the page tables; `None` unless they lie in one mapping whose page tables tell.
+    fn held_at_once(&self, ranges: &[GpaRange]) -> Option<u64> {
+        let (first, last) = (ranges.first()?, ranges.last()?);
+        let all = GpaRange::new(first.start(), last.end())?;
+        let part = self.parts(all).next().filter(|(_, part)| *part == all)?;
+        let extent = self.extent(0, part);
         let mapping = &self.mappings[extent.mapping];
-        let address = mapping.address() + extent.offset;
-        let huge = |map: &PageMap| map.huge(address, extent.len).ok();
-        self.process.page_map().and_then(huge) == Some(extent.len)
+        let map = self.process.page_map().filter(|_| !mapping.is_shared())?;
+        let address = |at: u64| mapping.address() + extent.offset + (at - all.start()) as usize;
+        let parts = ranges
+            .iter()
+            .map(|it| address(it.start())..address(it.end()));
+        map.held_of(&parts.collect::<Vec<_>>())
+            .ok()
+            .map(|held| held as u64)
+    }
+
+    /// The guest addresses of the parts of `extent` that lie in huge pages, ascending.
+    fn huge_parts(&self, extent: Extent) -> Vec<GpaRange> {
+        let mapping = &self.mappings[extent.mapping];
+        let start = self.regions[extent.mapping].gpa.start();
+        let huge = |map: &PageMap| map.huge(mapping.address() + extent.offset, extent.len).ok();
+        let runs = self.process.page_map().and_then(huge).unwrap_or_default();
+        let gpa = |address: usize| start + (address - mapping.address()) as u64;
+        let ranges = runs
+            .iter()
+            .map(|run| GpaRange::new(gpa(run.start), gpa(run.end)));
+        ranges.flatten().collect()
     }
 
     /// `part` rounded inward to whole units.
@@ -366,9 +394,17 @@ impl ReleasePages for GuestRam {
         parts.map(|part| self.held_extent(part)).sum()
     }
 
-    fn in_huge_pages(&self, range: GpaRange) -> bool {
-        let mut parts = self.parts(range).map(|part| self.extent(0, part));
-        self.unit == BLOCK_SIZE || parts.all(|part| self.is_huge(part))
+    fn held_of(&self, ranges: &[GpaRange]) -> u64 {
+        let each = || ranges.iter().filter_map(|range| self.held(*range)).sum();
+        self.held_at_once(ranges).unwrap_or_else(each)
+    }
+
+    fn in_huge_pages(&self, range: GpaRange) -> Vec<GpaRange> {
+        if self.unit == BLOCK_SIZE {
+            return vec![range];
+        }
+        let parts = self.parts(range).map(|part| self.extent(0, part));
+        parts.flat_map(|part| self.huge_parts(part)).collect()
     }
 
     /// As many as there are where the kernel takes process_madvise(2) on this process (Linux 6.13), else one.

@@ -130,7 +130,7 @@ impl AutoBalloon {
         }
         self.looked = Some(sample.at);
         let tracked = tracked(reclaimer);
-        // Without a cgroup's limit and without need the answer does not depend on it, and to count takes up to 10 ms.
+        // Without a cgroup's limit and without need the answer does not depend on it, and to count takes about 1 ms.
         let limited = sample.own.room.total > 0 || sample.above.room.total > 0;
         let matters = tracked > 0 && (limited || !sample.is_calm());
         let left = if matters {

@@ -70,11 +70,11 @@ impl<'a> BlockPass<'a> {
     /// Runs the pass to its end, or until `turn` does not go on. Returns whether it is at its end; if not, it may be run
     /// again.
     pub fn run(&self, turn: &Turn<'_>, pace: &mut Pace) -> bool {
-        let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        let cores = || thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         self.run_on(cores, turn, pace)
     }
 
-    fn run_on(&self, cores: u64, turn: &Turn<'_>, pace: &mut Pace) -> bool {
+    fn run_on(&self, cores: impl FnOnce() -> u64, turn: &Turn<'_>, pace: &mut Pace) -> bool {
         let stats = self.lazy.snapshot();
         let max = self.with(|todo| todo.left);
         let bytes = max.min(stats.lazy_bytes + stats.unmapped_bytes);
@@ -154,10 +154,14 @@ impl Todo {
     }
 }
 
-/// Number of workers for `bytes` bytes on a host with so many cores.
-fn workers(bytes: u64, cores: u64) -> usize {
-    let workers = (bytes / BYTES_PER_WORKER).min(cores).min(MAX_WORKERS);
-    usize::try_from(workers).unwrap_or(1).max(1)
+/// Number of workers for `bytes` bytes on a host with so many `cores`, which is called only if it matters: the answer takes a
+/// dozen system calls (`sched_getaffinity`, and the cgroup's files), and what the guest frees meanwhile is left to the next order.
+fn workers(bytes: u64, cores: impl FnOnce() -> u64) -> usize {
+    let wanted = (bytes / BYTES_PER_WORKER).min(MAX_WORKERS);
+    if wanted <= 1 {
+        return 1;
+    }
+    usize::try_from(wanted.min(cores())).unwrap_or(1).max(1)
 }
 
 #[cfg(test)]
@@ -271,7 +275,7 @@ mod tests {
         let turn = turns.take(&ticket, Work::Blocks, None).unwrap();
         let sweep = Sweep::new(Pieces::Blocks, u64::MAX);
         let pass = BlockPass::new(memory, how, sweep, bytes, &chunks);
-        assert!(pass.run_on(cores, &turn, &mut Pace::new()));
+        assert!(pass.run_on(|| cores, &turn, &mut Pace::new()));
         pass.outcome()
     }
 
@@ -316,7 +320,9 @@ mod tests {
             (u64::MAX, 2, 2),
             (u64::MAX, 64, 4),
         ] {
-            assert_eq!(workers(bytes, cores), want, "{bytes} {cores}");
+            assert_eq!(workers(bytes, || cores), want, "{bytes} {cores}");
         }
+        let asked = || panic!("the host was asked for its cores");
+        assert_eq!(workers(2 * half - 1, asked), 1);
     }
 }

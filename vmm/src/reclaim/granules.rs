@@ -10,7 +10,7 @@ use ebb_core::release::{Release, ReleasePages, Released};
 use super::Outcome;
 use super::pace::Pace;
 use super::turns::Turn;
-use crate::arena::Arena;
+use crate::arena::{Arena, Granules};
 
 /// How far the granules of an arena are marked free. A word does not tell, and a mark is needed once.
 #[derive(Clone, Copy, Debug, Default)]
@@ -72,7 +72,9 @@ impl GranulePass<'_> {
                 break;
             };
             let (released, cut_short) = match taken.ranges() {
-                &[granule] if granule.len() > pace.size() => self.pieces(granule, turn, pace),
+                &[granule] if granule.len() > pace.size() => {
+                    self.pieces(granule, &taken, turn, pace)
+                }
                 granules => (self.step(granules, pace), false),
             };
             // Of a granule that is not released wholly any part may be gone: it is lazy as before.
@@ -94,8 +96,15 @@ impl GranulePass<'_> {
         (outcome, true)
     }
 
-    /// Releases a granule that takes several steps, as long as `turn` goes on between them. Returns true if it did not.
-    fn pieces(&self, granule: GpaRange, turn: &Turn<'_>, pace: &mut Pace) -> (Released, bool) {
+    /// Releases a granule that takes several steps, as long as the guest does not wait for it, and `turn` goes on between
+    /// them. Returns true if it did not.
+    fn pieces(
+        &self,
+        granule: GpaRange,
+        taken: &Granules<'_>,
+        turn: &Turn<'_>,
+        pace: &mut Pace,
+    ) -> (Released, bool) {
         let mut sum = Released {
             bytes: vec![0],
             ..Released::default()
@@ -104,6 +113,9 @@ impl GranulePass<'_> {
         while let Some(piece) = GpaRange::new(at, granule.end().min(at + pace.size())) {
             if at > granule.start() && !turn.goes_on() {
                 return (sum, true);
+            }
+            if taken.are_wanted() {
+                break;
             }
             let released = self.step(&[piece], pace);
             sum.bytes[0] += released.bytes.iter().sum::<u64>();
@@ -129,6 +141,7 @@ impl GranulePass<'_> {
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
+    use std::thread;
 
     use ebb_core::generation::{Gate, VmGeneration};
     use ebb_core::lazy::LazyMemory;
@@ -144,7 +157,7 @@ mod tests {
     const GRANULE: u64 = 2 * MIB;
     const START: u64 = 4 << 30;
 
-    /// Pages of `ram` that log how much each call releases, and call `then` after each with the number of calls.
+    /// Pages of `ram` that log how much each call releases, and call `then` before that with the number of calls.
     struct Logged {
         ram: Arc<GuestRam>,
         lengths: Mutex<Vec<u64>>,
@@ -168,30 +181,16 @@ mod tests {
         }
     }
 
-    /// Takes a granule of 256 MiB, the first half of which is resident; the order ends in call number `end`. Returns its
-    /// outcome, the lengths of the calls, and the granule's state.
-    fn take_large_granule(end: usize) -> (Outcome, Vec<u64>, Option<State>, u64) {
-        const LARGE: u64 = 256 * MIB;
+    const LARGE: u64 = 256 * MIB;
+
+    /// Memory with an arena of four granules of 256 MiB, of which the first that the guest may use is half resident, and lazy.
+    fn large_granule() -> (Arc<GuestRam>, Arc<Arena>) {
         let range = |start, len| GpaRange::new(start, start + len).unwrap();
         let gpa = range(START, 4 * LARGE);
         let ram = GuestRam::with_arenas(Backing::default(), &[range(0, 8 * MIB)], &[gpa]);
         let ram = Arc::new(ram.unwrap());
         let arena = Arena::new(0, "a".to_owned(), gpa, LARGE, ram.memory()).unwrap();
-        let over = Arc::new(AtomicBool::new(false));
-        let ends = Arc::clone(&over);
-        let pages = Arc::new(Logged {
-            ram: Arc::clone(&ram),
-            lengths: Mutex::default(),
-            then: Box::new(move |call| ends.store(call >= end, Ordering::Relaxed)),
-        });
-        let generation = Arc::new(VmGeneration::default());
-        let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
-        let lazy = Arc::new(LazyMemory::new(generation));
-        let logged = Arc::clone(&pages) as _;
-        let reclaimer = Reclaimer::new(lazy, logged, gate, ReclaimTuning::default())
-            .with_arenas(Arenas::from([Arc::new(arena)]));
         let memory = ram.memory();
-        let word = START + 4096 + 8;
         for page in (0..LARGE / 2).step_by(4096) {
             memory
                 .write_obj(1u8, GuestAddress(START + LARGE + page))
@@ -199,34 +198,60 @@ mod tests {
         }
         let lazy_word = Word::new(State::Lazy, 0).raw();
         memory
-            .store(lazy_word, GuestAddress(word), Ordering::Release)
+            .store(lazy_word, GuestAddress(WORD), Ordering::Release)
             .unwrap();
+        (ram, Arc::new(arena))
+    }
+
+    /// Where that granule's word is.
+    const WORD: u64 = START + 4096 + 8;
+
+    /// What came of taking it: the outcome, the lengths of the calls, and the granule's state.
+    type Taken = (Outcome, Vec<u64>, Option<State>);
+
+    /// Takes what there is. Before each call of the host's kernel `then` is called with its number, and tells whether the order
+    /// ends.
+    fn take_large_granule(
+        (ram, arena): (&Arc<GuestRam>, &Arc<Arena>),
+        then: impl Fn(usize) -> bool + Send + Sync + 'static,
+    ) -> Taken {
+        let over = Arc::new(AtomicBool::new(false));
+        let ends = Arc::clone(&over);
+        let pages = Arc::new(Logged {
+            ram: Arc::clone(ram),
+            lengths: Mutex::default(),
+            then: Box::new(move |call| ends.store(then(call), Ordering::Relaxed)),
+        });
+        let generation = Arc::new(VmGeneration::default());
+        let gate = Arc::new(Gate::without_vcpus(Arc::clone(&generation)));
+        let lazy = Arc::new(LazyMemory::new(generation));
+        let logged = Arc::clone(&pages) as _;
+        let reclaimer = Reclaimer::new(lazy, logged, gate, ReclaimTuning::default())
+            .with_arenas(Arenas::from([Arc::clone(arena)]));
         let other = || over.load(Ordering::Relaxed);
         let until = Until {
             deadline: None,
             other: Some(&other),
         };
         let outcome = reclaimer.reclaim_until(u64::MAX, until);
-        let raw = memory.read_obj(GuestAddress(word)).unwrap();
+        let raw = ram.memory().read_obj(GuestAddress(WORD)).unwrap();
         let lengths = pages.lengths.lock().unwrap().clone();
-        (
-            outcome,
-            lengths,
-            Word::from_raw(raw).state(),
-            ram.resident(),
-        )
+        (outcome, lengths, Word::from_raw(raw).state())
     }
 
     #[test]
     fn a_large_granule_goes_in_steps_between_which_an_order_can_end() {
-        let (outcome, lengths, state, resident) = take_large_granule(usize::MAX);
-        assert_eq!((outcome.bytes, outcome.cut_short), (256 * MIB, false));
-        assert_eq!(lengths.iter().sum::<u64>(), 256 * MIB);
+        let (ram, arena) = large_granule();
+        let (outcome, lengths, state) = take_large_granule((&ram, &arena), |_| false);
+        assert_eq!((outcome.bytes, outcome.cut_short), (LARGE, false));
+        assert_eq!(lengths.iter().sum::<u64>(), LARGE);
         assert_eq!(outcome.calls, lengths.len() as u64);
         assert!(lengths.iter().all(|len| *len <= 16 * MIB), "{lengths:?}");
-        assert_eq!((state, resident), (Some(State::Discarded), 2 * 4096));
+        let discarded = Some(State::Discarded);
+        assert_eq!((state, ram.resident()), (discarded, 2 * 4096));
 
-        let (outcome, lengths, state, _) = take_large_granule(3);
+        let (ram, arena) = large_granule();
+        let (outcome, lengths, state) = take_large_granule((&ram, &arena), |call| call >= 3);
         assert_eq!((outcome.bytes, outcome.cut_short), (0, true));
         assert_eq!(lengths.len(), 3);
         assert_eq!(
@@ -234,6 +259,30 @@ mod tests {
             Some(State::Lazy),
             "a part of it is gone, which the guest allows"
         );
+    }
+
+    /// A guest does not wait for gigabytes that nobody needs any more.
+    #[test]
+    fn a_large_granule_is_left_when_the_guest_wants_it() {
+        let (ram, arena) = large_granule();
+        let page = GpaRange::new(START + LARGE, START + LARGE + 4096).unwrap();
+        let (guest, waiting) = (Arc::clone(&arena), Arc::clone(&arena));
+        let (outcome, lengths, state) = take_large_granule((&ram, &arena), move |call| {
+            if call == 2 {
+                let guest = Arc::clone(&guest);
+                thread::spawn(move || guest.reuse(page));
+                while !waiting.is_wanted(page) {
+                    thread::yield_now();
+                }
+            }
+            false
+        });
+        assert_eq!((outcome.bytes, outcome.cut_short), (0, false));
+        assert_eq!(lengths.len(), 2, "{lengths:?}");
+        assert_ne!(state, Some(State::Discarded));
+        while arena.stats().reuse_waits_total == 0 {
+            thread::yield_now();
+        }
     }
 
     struct Machine {

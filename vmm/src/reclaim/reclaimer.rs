@@ -24,7 +24,7 @@ use super::{Mode, Order, Outcome, Reach, ReclaimTuning, Sample, Until};
 use crate::arena::Arenas;
 
 /// How long the status may look at free lists, and the reclaim thread, before they take an estimate.
-const STATUS_TIME: Duration = Duration::from_millis(10);
+const STATUS_TIME: Duration = Duration::from_micros(500);
 const ESTIMATE_TIME: Duration = Duration::from_millis(2);
 
 /// How long such an estimate is used.

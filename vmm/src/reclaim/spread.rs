@@ -2,6 +2,9 @@
 
 use ebb_core::range::{BLOCK_SIZE, GpaRange};
 
+/// So many blocks are looked at before an estimate from them is taken, however long that takes.
+pub const LEAST: usize = 16;
+
 /// The blocks that `ram` meets, each one once, those of any part of the way spread over all of it.
 pub fn blocks(ram: &[GpaRange]) -> impl Iterator<Item = GpaRange> {
     let blocks: u64 = ram.iter().map(|ram| count(*ram)).sum();

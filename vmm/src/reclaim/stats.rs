@@ -7,7 +7,7 @@ ebb_core::metrics! {
         /// without an interrupt.
         quiescent_generation: Gauge,
         /// Lazily free RAM, in whatever state, that the host still holds in memory or swap. Looked at when it is asked for;
-        /// what takes longer than 10 ms is estimated from a part.
+        /// what takes longer than 1 ms is estimated from a part.
         lazy_resident_bytes: Gauge of Bytes,
         /// System calls that discard lazy or unmapped memory.
         discard_calls_total: Counter,

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 const MAGIC: &[u8; 8] = b"EBBSTATE";
 /// Version of the format. A file of another one is refused.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Bytes of a section's name.
 const NAME: usize = 16;
 /// No file has more: it would be of no machine.

@@ -23,6 +23,8 @@ use crate::workers;
 const MAGIC: &[u8; 8] = b"EBBPAGES";
 /// More runs than this would take many mappings; then the gaps between them are mapped, too.
 const MAX_RUNS: usize = 4096;
+/// Page servers that were written for Firecracker read 1024 bytes of what they are told, and a run takes up to 120.
+const MAX_SERVED: usize = 8;
 
 /// Identifies a snapshot: its two files must have the same.
 pub type SnapshotId = [u8; 16];
@@ -261,10 +263,21 @@ impl MemoryMap {
 
     /// The runs of RAM, at `ram`, that have content in the file: whole blocks, neighbours together, and not too many.
     pub(super) fn runs(&self, ram: &[GpaRange]) -> Vec<GpaRange> {
+        self.few_runs(ram, MAX_RUNS)
+    }
+
+    /// The runs of RAM, at `ram`, that a page server is asked for: as few as it can be told of, so with some holes of the file.
+    #[must_use]
+    pub fn served(&self, ram: &[GpaRange]) -> Vec<GpaRange> {
+        self.few_runs(ram, MAX_SERVED)
+    }
+
+    /// At most `most` runs, or one for each region.
+    fn few_runs(&self, ram: &[GpaRange], most: usize) -> Vec<GpaRange> {
         let mut gap = 0;
         loop {
             let runs = self.runs_over(ram, gap);
-            if runs.len() <= MAX_RUNS {
+            if runs.len() <= most.max(ram.len()) {
                 return runs;
             }
             gap = gap * 2 + 1;
@@ -421,5 +434,18 @@ mod tests {
             map.runs(&ram).len()
         };
         assert_eq!([1, 2, 8, 1024].map(runs), [1, 1, 4096, 32]);
+        let map = MemoryMap {
+            blocks: every(8192),
+            ..MemoryMap::default()
+        };
+        assert_eq!(map.served(&ram).len(), 4, "its holes are left out");
+        let map = MemoryMap {
+            blocks: every(2048),
+            ..MemoryMap::default()
+        };
+        assert_eq!(map.served(&ram), [range(0, (15 * 2048 + 1) << 21)]);
+        // A region has at least one.
+        let regions: Vec<_> = (0..16).map(|it| range(it << 32, (it + 1) << 32)).collect();
+        assert_eq!(map.served(&regions).len(), 16);
     }
 }

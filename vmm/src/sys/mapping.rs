@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::fs::MemfdFlags;
@@ -15,6 +16,7 @@ use ebb_core::release::Release;
 
 use super::overlay::Overlay;
 use super::pagemap::PageMap;
+use super::userfault::Userfault;
 
 /// Size in bytes of the kernel's smallest page.
 const SMALL_PAGE: usize = 4096;
@@ -43,7 +45,7 @@ pub struct Mapping {
     len: usize,
     /// The mapping is of files, which nobody else has open.
     shared: bool,
-    /// Parts are private mappings of a file, see [`Mapping::map_private`].
+    /// Parts have their content from elsewhere, see [`Mapping::map_private`] and [`Mapping::serve`].
     overlay: Option<Overlay>,
 }
 
@@ -161,15 +163,15 @@ impl Mapping {
         }
     }
 
-    /// Returns true if parts of it are private mappings of a file.
+    /// Returns true if parts of it are private mappings of a file, or come from a page server.
     #[must_use]
     pub const fn has_overlay(&self) -> bool {
         self.overlay.is_some()
     }
 
-    /// Returns true if a page that this part meets is a private mapping of a file.
+    /// Returns true if a page that this part meets is a private mapping of a file, or comes from a page server.
     #[must_use]
-    pub fn is_of_file(&self, offset: usize, len: usize) -> bool {
+    pub fn has_source(&self, offset: usize, len: usize) -> bool {
         let overlay = self.overlay.as_ref();
         overlay.is_some_and(|overlay| overlay.meets(offset, len))
     }
@@ -211,6 +213,28 @@ impl Mapping {
         Ok(())
     }
 
+    /// Leaves the content of `len` bytes from `offset` on, which nobody has touched, to whoever serves `faults`: who touches a
+    /// page waits until it is there. Both are multiples of the page size. `huge_pages` as for [`Mapping::map_private`]. The
+    /// mapping must be private and of small pages.
+    ///
+    /// # Errors
+    /// Those of ioctl_userfaultfd(2); `EINVAL` also for a part that leaves the mapping.
+    pub fn serve(
+        &mut self,
+        (offset, len): (usize, usize),
+        faults: &Arc<Userfault>,
+        huge_pages: bool,
+    ) -> io::Result<()> {
+        faults.watch_part(self, offset, len)?;
+        let whole = self.len;
+        let overlay = self
+            .overlay
+            .get_or_insert_with(|| Overlay::new(whole, huge_pages));
+        overlay.faults = Some(Arc::clone(faults));
+        overlay.set(offset, len, true);
+        Ok(())
+    }
+
     /// The runs of a part whose content still is the file's, as offsets: private mappings of a file that nobody has written to,
     /// by `pages`. Offset and length are multiples of the page size.
     ///
@@ -233,14 +257,18 @@ impl Mapping {
         }
     }
 
-    /// Releases a part that meets the file: `MADV_DONTNEED` would bring back the file's content. New anonymous memory takes
-    /// its place, which reads zero.
+    /// Releases a part that meets the file: `MADV_DONTNEED` would bring back the file's content, or have the page server asked
+    /// again. New anonymous memory takes its place, which reads zero.
     fn replace(&self, offset: usize, len: usize, overlay: &Overlay) -> io::Result<()> {
         self.check(offset, len)?;
         overlay.cut(offset, len)?;
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::NORESERVE);
         map(self.address + offset, len, prot, flags | MapFlags::FIXED)?;
         overlay.set(offset, len, false);
+        if let Some(faults) = &overlay.faults {
+            // The server cannot give anything any more to those that wait for a page here.
+            faults.wake_part(self, offset, len)?;
+        }
         let advice = if overlay.huge_pages {
             Advice::LinuxHugepage
         } else {

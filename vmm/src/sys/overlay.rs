@@ -1,10 +1,13 @@
-//! Which pages of a mapping have their content from a file.
+//! Which pages of a mapping have their content from a file or a page server.
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use rustix::io::Errno;
+
+use super::userfault::Userfault;
 
 /// Size in bytes of a page.
 const PAGE: usize = 4096;
@@ -14,7 +17,7 @@ const BITS: usize = 64;
 /// Each cut takes two more of the 65530 mappings that a process may have, and whoever frees memory decides about them.
 pub const MAX_CUTS: usize = 20_000;
 
-/// A bit for each page of a mapping, set where the page is a private mapping of a file. Whoever changes what is mapped at a page
+/// A bit for each page of a mapping, set where the page is a private mapping of a file, or comes from a page server. Whoever changes what is mapped at a page
 /// is the only one to do so at that time; others may look at any time.
 #[derive(Debug)]
 pub struct Overlay {
@@ -23,6 +26,8 @@ pub struct Overlay {
     pub huge_pages: bool,
     /// How often a part was cut out of it.
     pub cuts: AtomicUsize,
+    /// By this a page server gives the content; `None`: it is a file's.
+    pub faults: Option<Arc<Userfault>>,
 }
 
 impl Overlay {
@@ -33,6 +38,7 @@ impl Overlay {
             pages: (0..words).map(|_| AtomicU64::new(0)).collect(),
             huge_pages,
             cuts: AtomicUsize::new(0),
+            faults: None,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -78,12 +79,45 @@ impl PageMap {
         self.count(address, len, ZERO, PRESENT | SWAPPED)
     }
 
-    /// How many of these bytes lie in huge pages that are mapped as such.
+    /// How many bytes of `parts`, addresses of private memory in ascending order, are held as [`PageMap::held`] says. All that lies
+    /// between them is looked at, too.
     ///
     /// # Errors
     /// As for [`PageMap::held`].
-    pub fn huge(&self, address: usize, len: usize) -> io::Result<usize> {
-        self.count(address, len, ZERO | HUGE, PRESENT)
+    pub fn held_of(&self, mut parts: &[Range<usize>]) -> io::Result<usize> {
+        let (Some(first), Some(last)) = (parts.first(), parts.last()) else {
+            return Ok(0);
+        };
+        let mut held = 0;
+        self.scan(first.start..last.end, ZERO, PRESENT | SWAPPED, |run| {
+            while let [part, rest @ ..] = parts {
+                let common = part.start.max(run.start)..part.end.min(run.end);
+                held += common.len();
+                if part.end > run.end {
+                    break;
+                }
+                parts = rest;
+            }
+        })?;
+        Ok(held)
+    }
+
+    /// The parts of these bytes, ascending and apart, that lie in huge pages that are mapped as such.
+    ///
+    /// # Errors
+    /// As for [`PageMap::held`].
+    pub fn huge(&self, address: usize, len: usize) -> io::Result<Vec<Range<usize>>> {
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        self.scan(
+            address..address + len,
+            ZERO | HUGE,
+            PRESENT,
+            |run| match parts.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => parts.push(run),
+            },
+        )?;
+        Ok(parts)
     }
 
     /// For each page of private memory from `address` on, `len` bytes in all, whether this process has its own content there: in
@@ -106,8 +140,21 @@ impl PageMap {
 
     /// How many bytes have one of the categories `any` and all of `mask`: `ZERO` in it means "not the zero page".
     fn count(&self, address: usize, len: usize, mask: u64, any: u64) -> io::Result<usize> {
-        let (mut at, end) = (address as u64, (address + len) as u64);
-        let (mut runs, mut held) = ([Run::default(); RUNS], 0);
+        let mut bytes = 0;
+        self.scan(address..address + len, mask, any, |run| bytes += run.len())?;
+        Ok(bytes)
+    }
+
+    /// Gives `each` the runs of pages, in ascending order, that [`PageMap::count`] counts.
+    fn scan(
+        &self,
+        addresses: Range<usize>,
+        mask: u64,
+        any: u64,
+        mut each: impl FnMut(Range<usize>),
+    ) -> io::Result<()> {
+        let (mut at, end) = (addresses.start as u64, addresses.end as u64);
+        let mut runs = [Run::default(); RUNS];
         while at < end {
             let mut scan = Scan {
                 size: size_of::<Scan>() as u64,
@@ -127,12 +174,14 @@ impl PageMap {
             let Ok(found) = usize::try_from(found) else {
                 return Err(io::Error::last_os_error());
             };
-            let found = runs.iter().take(found);
-            held += found.map(|run| run.end - run.start).sum::<u64>();
+            for run in runs.iter().take(found) {
+                // They are addresses of this process.
+                each(run.start as usize..run.end as usize);
+            }
             // It always gets on; if it did not, this would not end.
             at = scan.walk_end.max(at + 4096);
         }
-        Ok(usize::try_from(held).unwrap_or(usize::MAX))
+        Ok(())
     }
 }
 
@@ -167,7 +216,23 @@ mod tests {
         mapping.release(0, 100 * PAGE, Release::Discard).unwrap();
         assert_eq!(held(0, 512).unwrap(), 150 * PAGE);
         assert_eq!(held(401, 111).unwrap(), 0);
-        assert_eq!(map.huge(mapping.address(), 512 * PAGE).unwrap(), 0);
+        // Of pages 100, 102 and so on up to 398: a part with three of them, one with none, one that is a page, one to the end.
+        let parts = [(99, 105), (105, 106), (106, 107), (107, 512)];
+        let parts = parts.map(|(start, end)| {
+            let at = |page| mapping.address() + page * PAGE;
+            at(start)..at(end)
+        });
+        for (of, pages) in [
+            (0..1, 3),
+            (0..2, 3),
+            (1..2, 0),
+            (1..3, 1),
+            (0..4, 150),
+            (0..0, 0),
+        ] {
+            assert_eq!(map.held_of(&parts[of]).unwrap(), pages * PAGE);
+        }
+        assert_eq!(map.huge(mapping.address(), 512 * PAGE).unwrap(), []);
     }
 
     #[test]

@@ -123,14 +123,13 @@ impl SharedFiles {
     /// parent lives, because it uses them.
     ///
     /// Meanwhile the calling process must open nothing in another thread: that might be closed, too.
-    pub fn close_all_but(&self, kept: &[BorrowedFd<'_>]) {
+    pub fn close_all_but(&self, kept: &[RawFd]) {
         // Another process takes the children of one that dies.
         if getppid() == Some(self.parent) {
             return;
         }
-        let kept: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
         // The parent is dead, and this process needs the kept ones only.
-        close_all_but(&kept);
+        close_all_but(kept);
     }
 }
 
@@ -174,10 +173,10 @@ pub unsafe fn clone_task<T: Sync>(
     Pid::from_raw(pid).ok_or_else(|| io::ErrorKind::Other.into())
 }
 
-/// Ends this process and all its threads at once with status 0. Runs no exit handlers.
-pub fn exit_now() -> ! {
+/// Ends this process and all its threads at once. Runs no exit handlers.
+pub fn exit_now(status: u8) -> ! {
     // SAFETY: it ends the process and returns to nobody.
-    unsafe { libc::_exit(0) }
+    unsafe { libc::_exit(status.into()) }
 }
 
 /// Ends the child with the status that `child` returns; `pid` is what fork(2) has returned.
@@ -352,7 +351,7 @@ mod tests {
                 let _ = rustix::io::write(&writer, b"still open");
                 let _ = rustix::io::write(&see, b"!");
                 let _ = poll(&mut [PollFd::new(&*parent, PollFlags::IN)], None);
-                files.close_all_but(&[go.as_fd()]);
+                files.close_all_but(&[go.as_raw_fd()]);
                 // The test lets it go on.
                 let _ = rustix::io::read(&go, &mut [0; 1]);
                 0
@@ -388,7 +387,8 @@ mod tests {
             let shared = fork_sharing_files(|shared| {
                 let _ = poll(&mut [PollFd::new(&*parent, PollFlags::IN)], None);
                 // Other tests have their files here, too.
-                let own = [files[0].1.as_fd(), files[1].1.as_fd(), is_done.as_fd()];
+                let [cached, direct] = [&files[0].1, &files[1].1].map(AsRawFd::as_raw_fd);
+                let own = [cached, direct, is_done.as_raw_fd()];
                 shared.close_all_but(&own);
                 shared.unlock_all_but(&[]);
                 let _ = rustix::io::write(&is_done, b"!");
@@ -406,7 +406,8 @@ mod tests {
         let [_, (path, direct)] = files;
         drop(direct);
         let file = File::open(path).unwrap();
-        flock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+        // Children of other tests, forked meanwhile, have it open until they end.
+        flock(&file, FlockOperation::LockExclusive).unwrap();
     }
 
     #[test]

@@ -56,6 +56,8 @@ pub enum Role {
     Reclaim,
     /// Watches page faults in strict mode.
     Strict,
+    /// Watches a page server.
+    Pages,
     /// Writes the console or the log.
     Output,
     /// The reaper and its workers.
@@ -95,6 +97,7 @@ impl Role {
             Self::Snapshot => &compiled::SNAPSHOT,
             Self::Reclaim => &compiled::RECLAIM,
             Self::Strict => &compiled::STRICT,
+            Self::Pages => &compiled::PAGES,
             Self::Output => &compiled::OUTPUT,
             Self::Reaper => &compiled::REAPER,
             Self::Guardian => &compiled::GUARDIAN,

@@ -6,6 +6,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::ptr;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 /// Signals that are read. One that was ignored when the program was started, as nohup(1) does, stays ignored.
 const SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
@@ -61,6 +63,22 @@ impl Signals {
         // SAFETY: the descriptor was just created and nobody else has it.
         let file = unsafe { File::from_raw_fd(fd) };
         Ok(Self { file, hang_up })
+    }
+
+    /// Another descriptor of the same signals: whoever takes one first has it.
+    ///
+    /// # Errors
+    /// The error of the system call.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let (file, hang_up) = (self.file.try_clone()?, self.hang_up);
+        Ok(Self { file, hang_up })
+    }
+
+    /// Returns true if there is one that nobody has taken.
+    #[must_use]
+    pub fn are_pending(&self) -> bool {
+        let mut fds = [PollFd::new(&self.file, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
     }
 
     /// What the next signal that has arrived asks for, if there is one.

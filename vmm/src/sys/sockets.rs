@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, RenameFlags, renameat_with};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
 
 /// Device and inode of a file. While a socket is open, no other file has those of its own.
 pub type FileIdentity = (u64, u64);
@@ -84,7 +84,7 @@ pub fn remove_file_if(path: &Path, identity: FileIdentity) -> io::Result<bool> {
 
 /// Another process may put its own file at `path` at any time. So it is moved away first, and looked at there.
 fn remove_aside(path: &Path, identity: FileIdentity) -> io::Result<bool> {
-    let aside = beside(path);
+    let aside = beside(path, getpid());
     fs::rename(path, &aside)?;
     if file_identity(&aside)? == identity {
         fs::remove_file(&aside)?;
@@ -94,10 +94,12 @@ fn remove_aside(path: &Path, identity: FileIdentity) -> io::Result<bool> {
     Ok(false)
 }
 
-/// A name beside that of `path` that no other process uses.
-fn beside(path: &Path) -> PathBuf {
+/// A name beside that of `path` that no process but `pid` uses: a file of its own is there for a moment, before it is served
+/// at `path` and before it is removed.
+#[must_use]
+pub fn beside(path: &Path, pid: Pid) -> PathBuf {
     let mut aside = path.as_os_str().to_owned();
-    aside.push(format!(".{}", std::process::id()));
+    aside.push(format!(".{pid}"));
     aside.into()
 }
 
@@ -159,7 +161,7 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    let aside = beside(path);
+    let aside = beside(path, getpid());
     if let Ok(address) = SocketAddrUnix::new(&aside) {
         // A process of this number may have left one.
         let _ = fs::remove_file(&aside);
@@ -177,6 +179,17 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, BoundPath)> {
         is_removed: false,
     };
     Ok((UnixListener::from(socket), bound))
+}
+
+/// Removes the socket that a dead server has left, unless its guardian has just done so.
+///
+/// # Errors
+/// unlink(2)'s.
+pub fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
 }
 
 /// The identity of a socket that was just bound. The guardian of a machine before this one may move it aside for a moment, to

@@ -106,6 +106,31 @@ pub struct Tap {
     supported: u32,
 }
 
+/// What has failed with the tap `name`.
+fn failed(name: &str, operation: &'static str) -> impl FnOnce(io::Error) -> TapError {
+    move |source| TapError::Io {
+        name: name.to_owned(),
+        operation,
+        source,
+    }
+}
+
+/// The device, not attached to an interface yet; it is to be the tap `name`.
+fn device(name: &str) -> Result<File, TapError> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(DEVICE);
+    device.map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => TapError::NoDevice,
+        io::ErrorKind::PermissionDenied => TapError::Closed,
+        _ if source.raw_os_error() == Some(libc::ENODEV) => TapError::NoDevice,
+        _ => failed(name, "open")(source),
+    })
+}
+
 impl Tap {
     /// Opens the tap `name`, which must exist.
     ///
@@ -113,25 +138,8 @@ impl Tap {
     /// [`TapError`].
     pub fn open(name: &str, header: usize) -> Result<Self, TapError> {
         let named = || name.to_owned();
-        let failed = |operation| {
-            move |source: io::Error| TapError::Io {
-                name: name.to_owned(),
-                operation,
-                source,
-            }
-        };
-        let flags = OFlags::NONBLOCK.bits().cast_signed();
-        let device = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(flags)
-            .open(DEVICE);
-        let file = device.map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => TapError::NoDevice,
-            io::ErrorKind::PermissionDenied => TapError::Closed,
-            _ if source.raw_os_error() == Some(libc::ENODEV) => TapError::NoDevice,
-            _ => failed("open")(source),
-        })?;
+        let failed = |operation| failed(name, operation);
+        let file = device(name)?;
         // TUNSETIFF would make a new interface.
         let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None);
         let socket = socket.map_err(|errno| failed("socket")(errno.into()))?;
@@ -154,6 +162,25 @@ impl Tap {
                 _ => failed("TUNSETIFF")(error),
             })?;
         Self::ready(file, named(), header)
+    }
+
+    /// Makes the tap `name` in the network namespace of the calling thread, for another process to [`Tap::inherit`]. It is gone
+    /// when the last copy of the descriptor is closed.
+    ///
+    /// # Errors
+    /// [`TapError`].
+    pub fn create(name: &str) -> Result<OwnedFd, TapError> {
+        let file = device(name)?;
+        let mode = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+        interface(file.as_fd(), libc::TUNSETIFF, name, mode).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::EBUSY) => TapError::Busy {
+                    name: name.to_owned(),
+                },
+                _ => failed(name, "TUNSETIFF")(error),
+            }
+        })?;
+        Ok(file.into())
     }
 
     /// Takes over a tap that another process has opened and passed on as descriptor `fd`.

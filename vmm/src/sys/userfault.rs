@@ -11,7 +11,9 @@ use linux_raw_sys::general::{
     UFFDIO_REGISTER_MODE_MISSING, uffd_msg, uffdio_api, uffdio_range, uffdio_register,
     uffdio_zeropage,
 };
-use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE};
+use linux_raw_sys::ioctl::{
+    UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE,
+};
 use rustix::io::Errno;
 use rustix::mm::UserfaultfdFlags;
 
@@ -70,12 +72,29 @@ impl Userfault {
     /// # Errors
     /// Those of ioctl_userfaultfd(2).
     pub fn watch(&self, mapping: &Mapping) -> io::Result<()> {
+        self.watch_part(mapping, 0, mapping.len())
+    }
+
+    /// As [`Userfault::watch`], for whole pages from `offset` on.
+    ///
+    /// # Errors
+    /// As for [`Userfault::watch`]; `EINVAL` also for a part that leaves the mapping.
+    pub fn watch_part(&self, mapping: &Mapping, offset: usize, len: usize) -> io::Result<()> {
         let mut register = uffdio_register {
-            range: range(mapping.address(), mapping.len()),
+            range: part(mapping, offset, len)?,
             mode: UFFDIO_REGISTER_MODE_MISSING.into(),
             ioctls: 0,
         };
         self.ioctl(UFFDIO_REGISTER, &mut register)
+    }
+
+    /// Wakes the threads that wait for pages of `mapping`, which is not watched any more: what is missing is zero.
+    ///
+    /// # Errors
+    /// As for [`Userfault::watch`].
+    pub fn unwatch(&self, mapping: &Mapping) -> io::Result<()> {
+        let mut all = range(mapping.address(), mapping.len());
+        self.ioctl(UFFDIO_UNREGISTER, &mut all)
     }
 
     /// The next thread that waits, or `None` if none does. The descriptor polls readable when one does.
@@ -139,10 +158,18 @@ impl Userfault {
         self.ioctl(UFFDIO_WAKE, &mut page(mapping, offset)?)
     }
 
+    /// Wakes the threads that wait for a page of this part, whole pages, whether it is still watched or not.
+    ///
+    /// # Errors
+    /// As for [`Userfault::watch_part`].
+    pub fn wake_part(&self, mapping: &Mapping, offset: usize, len: usize) -> io::Result<()> {
+        self.ioctl(UFFDIO_WAKE, &mut part(mapping, offset, len)?)
+    }
+
     fn ioctl<T>(&self, request: u32, argument: &mut T) -> io::Result<()> {
         let (fd, argument) = (self.fd.as_raw_fd(), &raw mut *argument);
         // SAFETY: each request in this file gets the structure that it is defined with. The only memory that changes is
-        // that of a `Mapping`: zeroes appear where pages are missing, as they would without userfaultfd.
+        // that of a `Mapping`, to whose bytes nobody holds references: pages appear where they are missing.
         match unsafe { libc::ioctl(fd, request.into(), argument.cast::<c_void>()) } {
             -1 => Err(io::Error::last_os_error()),
             _ => Ok(()),
@@ -171,10 +198,14 @@ fn open_device() -> io::Result<OwnedFd> {
 }
 
 fn page(mapping: &Mapping, offset: usize) -> io::Result<uffdio_range> {
-    if offset >= mapping.len() {
-        return Err(Errno::INVAL.into());
+    part(mapping, offset / PAGE * PAGE, PAGE)
+}
+
+fn part(mapping: &Mapping, offset: usize, len: usize) -> io::Result<uffdio_range> {
+    match offset.checked_add(len) {
+        Some(end) if end <= mapping.len() => Ok(range(mapping.address() + offset, len)),
+        _ => Err(Errno::INVAL.into()),
     }
-    Ok(range(mapping.address() + offset / PAGE * PAGE, PAGE))
 }
 
 const fn range(start: usize, len: usize) -> uffdio_range {

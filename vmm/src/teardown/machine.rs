@@ -125,6 +125,7 @@ impl Teardown {
     ///
     /// No thread may need the memory or KVM any more. Returns true if the memory is free now.
     pub fn free<T>(&self, others: T) -> bool {
+        self.ram.stop_serving();
         let plan = self.plan(*self.batch());
         let workers = self.status.workers().min(plan.max_workers());
         if workers > 1 && self.reaper.is_some_and(Reaper::is_alive) {

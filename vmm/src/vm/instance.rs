@@ -100,6 +100,11 @@ impl Instance {
         self.paused.store(paused, Ordering::Relaxed);
     }
 
+    /// Writes what is in the log, before the process is ended at once.
+    pub fn finish_log(&self) {
+        self.log.finish();
+    }
+
     fn state(&self) -> InstanceState {
         if !self.runs.load(Ordering::Relaxed) {
             // Firecracker's clients know no other word.

@@ -1,5 +1,6 @@
 //! A machine from its first mapping to the last page freed.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use ebb_core::range::GpaRange;
@@ -17,6 +18,7 @@ use super::events::{self, ExitSlot, Operator};
 use super::instance::{Instance, Service};
 use super::memory;
 use super::metrics_file::MetricsFile;
+use super::pages::PageWatch;
 use super::pause::{Pausing, VirtioDevices};
 use super::restore::{self, Restoration};
 use super::snapshot::{Saver, Snapshots};
@@ -33,6 +35,7 @@ use crate::guardian::Guardian;
 use crate::guest_memory::{GuestMemory, Setup, SetupError};
 use crate::hypercall::{self, Hypercalls};
 use crate::kvm::{self, Hypervisor, KickTable, RunPages};
+use crate::memory::GuestRam;
 use crate::output::{Log, Outlet};
 use crate::reclaim::{AutoBalloon, BalloonBounds, ReclaimThread, Reclaimer};
 use crate::strict::StrictThread;
@@ -53,6 +56,7 @@ pub struct Vm {
     devices: Arc<VirtioDevices>,
     reclaim: Option<ReclaimThread>,
     strict: Option<StrictThread>,
+    pages: Option<PageWatch>,
     kvm: kvm::Machine,
     teardown: Arc<Teardown>,
     exit: Arc<ExitSlot>,
@@ -74,14 +78,13 @@ impl Vm {
     ) -> Result<(Self, Control), LaunchError> {
         let config = &instance.config;
         let mut host = Hypervisor::open()?;
-        let mut setup = memory::setup(config);
-        let restored = snapshot.map(|it| it.memory(&host, config.vcpus, &setup.regions()));
-        setup.restored = restored.transpose()?;
-        host.check_limits(config.vcpus, setup.end())?;
+        let setup = describe_memory(config, snapshot, &host)?;
         let backends = Backends::open(config, guardian)?;
         let vcpus = config.vcpus as usize;
         let kicks = Arc::new(KickTable::new(vcpus));
-        let memory = Arc::new(GuestMemory::new(&setup, vcpus, &kicks)?);
+        let builder = (instance, signals, guardian);
+        let (mapped, pages) = map_memory(&setup, snapshot, builder)?;
+        let memory = Arc::new(GuestMemory::new(&setup, mapped, vcpus, &kicks)?);
         let ram = memory.ram().memory();
         let teardown = teardown(config, guardian, &memory, &host)?;
         if config.memory.prefault {
@@ -129,7 +132,7 @@ impl Vm {
             memory: Arc::clone(&memory),
             msrs: host.saved_msrs()?,
             instance: Arc::clone(instance),
-            base: snapshot.map(Restoration::base),
+            base: snapshot.and_then(Restoration::base),
         })?;
         let control = Control {
             instance: Arc::clone(instance),
@@ -144,7 +147,8 @@ impl Vm {
             memory,
             teardown: Arc::new(teardown),
         };
-        Self::start(machine, kicks, devices, console, vcpus, control)
+        let (vm, control) = Self::start(machine, kicks, devices, console, vcpus, control)?;
+        Ok((Self { pages, ..vm }, control))
     }
 
     fn start(
@@ -193,6 +197,7 @@ impl Vm {
             devices: Arc::clone(control.pausing.devices()),
             reclaim,
             strict,
+            pages: None,
             kvm,
             teardown,
             exit,
@@ -212,6 +217,7 @@ impl Vm {
         log: &Log,
         metrics: Option<Arc<MetricsFile>>,
     ) -> Result<ExitReason, LaunchError> {
+        self.pages.iter().for_each(PageWatch::built);
         Role::Main.enter();
         let operator = Operator {
             signals,
@@ -241,6 +247,7 @@ impl Vm {
         event!("teardown", step = "devices_stopped");
         let pressure = self.reclaim.take().and_then(ReclaimThread::stop);
         drop(self.strict.take());
+        drop(self.pages.take());
         let Self {
             reclaimer,
             vcpus,
@@ -257,6 +264,34 @@ impl Vm {
         };
         event!("teardown", step);
     }
+}
+
+/// Describes the guest's memory, if this host can have such a machine.
+fn describe_memory(
+    config: &MachineConfig,
+    snapshot: Option<&Restoration>,
+    host: &Hypervisor,
+) -> Result<Setup, LaunchError> {
+    let mut setup = memory::setup(config);
+    let restored = snapshot.map(|it| it.memory(host, config.vcpus, &setup.regions()));
+    setup.restored = restored.transpose()?;
+    host.check_limits(config.vcpus, setup.end())?;
+    Ok(setup)
+}
+
+/// Maps the guest's memory. If a page server gives its content, that can do so from now on, and is watched.
+fn map_memory(
+    setup: &Setup,
+    snapshot: Option<&Restoration>,
+    (instance, signals, guardian): (&Arc<Instance>, &Signals, &Guardian),
+) -> Result<(Arc<GuestRam>, Option<PageWatch>), LaunchError> {
+    let ram = Arc::new(setup.map().map_err(SetupError::from)?);
+    let faults = ram.page_faults().map(|faults| faults.as_raw_fd());
+    guardian.status().set_page_faults(faults);
+    let server = snapshot.map(|it| it.hand_over(setup, &ram));
+    let watch = |server| PageWatch::start(Arc::clone(server), Arc::clone(instance), signals);
+    let pages = server.transpose()?.flatten().map(watch).transpose()?;
+    Ok((ram, pages))
 }
 
 /// Creates the machine in KVM, with its memory.

@@ -11,6 +11,7 @@ mod machine;
 mod memory;
 mod metrics_file;
 mod nets;
+mod pages;
 mod pause;
 mod restore;
 mod snapshot;
@@ -45,7 +46,7 @@ use events::{ExitSlot, end_on_panic};
 use instance::{Instance, Service};
 use machine::Vm;
 
-pub use restore::Restoration;
+pub use restore::{MemorySource, Restoration};
 pub use waiting::{Outside, run_when_asked};
 
 /// The machine could not be started.

@@ -11,18 +11,27 @@ use super::LaunchError;
 use super::attach::SavedDevice;
 use super::snapshot::Base;
 use crate::arch::layout;
-use crate::guest_memory::{GuestMemory, Restored};
+use crate::guest_memory::{Content, GuestMemory, Restored, Setup};
 use crate::irq::Interrupt;
 use crate::kvm::{self, Hypervisor};
-use crate::snapshot::{State, check_cpu};
+use crate::memory::GuestRam;
+use crate::snapshot::{PageServer, State, check_cpu};
 use crate::sys::random::random_block;
+
+/// Where the memory of a snapshot comes from.
+pub enum MemorySource {
+    /// From its memory files, which belong to the state: those below, the full one first, and its own.
+    Files(Vec<Arc<File>>),
+    /// From a page server, which has what is in the one memory file.
+    Server(Arc<PageServer>),
+}
 
 /// A snapshot to start from.
 pub struct Restoration {
     /// Its state.
     pub state: State,
-    /// Its memory files, which belong to the state: those below, the full one first, and its own.
-    pub memory: Vec<Arc<File>>,
+    /// Where its memory comes from.
+    pub memory: MemorySource,
     /// Run the guest at once.
     pub resume: bool,
 }
@@ -53,20 +62,54 @@ impl Restoration {
                 return refuse(format!("the snapshot {error}"));
             }
         }
+        let content = match &self.memory {
+            MemorySource::Files(files) => Content::Files {
+                files: files.clone(),
+                parts: memory.parts(regions),
+            },
+            MemorySource::Server(_) => Content::Served(memory.served(regions)),
+        };
         Ok(Restored {
-            files: self.memory.clone(),
-            parts: memory.parts(regions),
+            content,
             lazily_free: self.state.lazily_free(),
             kernel: self.state.kernel.clone(),
         })
     }
 
     /// What later differences are told from.
-    pub(super) fn base(&self) -> Base {
-        Base {
-            memory: self.state.memory.clone(),
-            files: self.memory.clone(),
+    pub(super) fn base(&self) -> Option<Base> {
+        match &self.memory {
+            MemorySource::Files(files) => Some(Base {
+                memory: self.state.memory.clone(),
+                files: files.clone(),
+            }),
+            MemorySource::Server(_) => None,
         }
+    }
+
+    /// Gives the page server, if there is one, what it needs to serve `ram`, as `setup` says, and returns it.
+    ///
+    /// # Errors
+    /// [`LaunchError::Snapshot`], [`LaunchError::System`].
+    pub(super) fn hand_over(
+        &self,
+        setup: &Setup,
+        ram: &GuestRam,
+    ) -> Result<Option<&Arc<PageServer>>, LaunchError> {
+        let content = setup.restored.as_ref().map(|it| &it.content);
+        let (MemorySource::Server(server), Some(Content::Served(runs)), Some(faults)) =
+            (&self.memory, content, ram.page_faults())
+        else {
+            return Ok(None);
+        };
+        let refused = |error| {
+            let path = server.path().display();
+            LaunchError::Snapshot(format!("{path}: the page server takes nothing: {error}"))
+        };
+        server
+            .hand_over(faults, &ram.served(runs))
+            .map_err(refused)?;
+        Ok(Some(server))
     }
 
     /// Gives chips, vCPUs and devices of a new machine the saved state, and tells the guest. Their clocks go on as if they had

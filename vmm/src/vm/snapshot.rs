@@ -19,6 +19,7 @@ use crate::devices::virtio::blk::DiskHandle;
 use crate::guest_memory::{GuestMemory, merge};
 use crate::kvm::Chips;
 use crate::snapshot::{self, Difference, DiskFile, Host, MAX_LAYERS, MemoryMap, SnapshotId, State};
+use crate::sys::panic_point;
 use crate::sys::random::random_block;
 use crate::sys::seccomp::Role;
 
@@ -74,6 +75,7 @@ impl Snapshots {
         let run = move || {
             Role::Snapshot.enter();
             for request in todo {
+                panic_point();
                 let done = saver.create(request.kind, &request.memory, &request.state);
                 // Nobody may be there any more who wants to know.
                 let _ = request.answer.send(done);
@@ -198,7 +200,7 @@ impl Saver {
     fn base(&self, paths: &[&Path]) -> Result<&Base, String> {
         let Some(base) = &self.base else {
             return Err(
-                "this machine was not restored, so there is nothing to tell a difference from; save all of it, or restore it first"
+                "this machine was not restored from memory files, so there is nothing to tell a difference from; save all of it, or restore it first"
                     .to_owned(),
             );
         };
@@ -235,9 +237,9 @@ impl Saver {
         for (index, (disk, config)) in disks.enumerate() {
             let (is, was) = (disk.path(), &config.path);
             if is != *was {
-                let (is, was) = (is.display(), was.display());
+                let (name, is, was) = (config.name(index), is.display(), was.display());
                 return Err(format!(
-                    "disk{index} is on {is} now, and a machine is saved only with the disks that it was started with; \
+                    "{name} is on {is} now, and a machine is saved only with the disks that it was started with; \
                      give it {was} again"
                 ));
             }

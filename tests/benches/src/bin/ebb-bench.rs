@@ -4,8 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ebb_benches::{
-    arena, blk, boot, filters, footprint, free_pages, inflate, integrity, lazy, malloc, net,
-    reclaim, reporting, scale, snapshot, stream, teardown, vsock,
+    api, arena, blk, boot, dashboard, filters, footprint, free_pages, inflate, integrity, lazy,
+    malloc, net, pods, reclaim, reporting, scale, snapshot, stream, teardown, vsock,
 };
 
 /// Benchmarks against other monitors. Start them with `cargo xtask bench`.
@@ -18,12 +18,16 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Bench {
+    /// How long the API takes for an answer, what slow clients do to a machine, and starts in Firecracker mode
+    Api(api::Arguments),
     /// What an arena costs the monitor: memory when nobody touches it, and looks through its table
     Arena(arena::Arguments),
     /// fio on a guest's disk, beside QEMU's virtio-blk
     Blk(blk::Arguments),
     /// Boot of the same guest, from the start of the process to its end, and memory overhead
     Boot(boot::Arguments),
+    /// The dashboard for Grafana, asked of Prometheus while a guest lives, and drawn
+    Dashboard(dashboard::Arguments),
     /// What the filter of system calls costs a vCPU at each exit
     Filters(filters::Arguments),
     /// What a guest with bursts of work costs the host in GiB·min, and its work in time: QEMU's reporting and Ebb's ways
@@ -40,6 +44,8 @@ enum Bench {
     Malloc(malloc::Arguments),
     /// TCP between host and guest, and how long a byte takes there and back, beside QEMU's virtio-net
     Net(stream::Arguments),
+    /// Pods of containerd that burst in turn under one memory limit: Ebb's guests, runc's containers, plain guests
+    Pods(pods::Arguments),
     /// What reclaim costs: interrupts, pauses, throughput compared with plain madvise, work of a busy guest
     Reclaim(reclaim::Arguments),
     /// What free page reporting costs a guest that takes and frees memory, and what it gives the host
@@ -56,9 +62,11 @@ enum Bench {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().bench {
+        Bench::Api(arguments) => api::run(&arguments),
         Bench::Arena(arguments) => arena::run(&arguments),
         Bench::Blk(arguments) => blk::run(&arguments),
         Bench::Boot(arguments) => boot::run(&arguments),
+        Bench::Dashboard(arguments) => dashboard::run(&arguments),
         Bench::Filters(arguments) => filters::run(&arguments),
         Bench::Footprint(arguments) => footprint::run(&arguments),
         Bench::FreePages(arguments) => free_pages::run(&arguments),
@@ -67,6 +75,7 @@ fn main() -> ExitCode {
         Bench::Lazy(arguments) => lazy::run(&arguments),
         Bench::Malloc(arguments) => malloc::run(&arguments),
         Bench::Net(arguments) => net::run(&arguments),
+        Bench::Pods(arguments) => pods::run(&arguments),
         Bench::Reclaim(arguments) => reclaim::run(&arguments),
         Bench::Reporting(arguments) => reporting::run(&arguments),
         Bench::Scale(arguments) => scale::run(&arguments),

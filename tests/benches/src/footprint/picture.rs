@@ -7,6 +7,7 @@ use plotters::prelude::*;
 
 use super::machine::{SYSTEMS, System};
 use crate::BenchError;
+use crate::plot::add_lines;
 
 /// One system under one pressure.
 pub struct Line {
@@ -70,23 +71,12 @@ fn diagram(
         .y_desc("MiB")
         .draw();
     mesh.map_err(|error| text(&error))?;
-    for line in lines {
+    let lines = lines.iter().map(|line| {
         let index = SYSTEMS.iter().position(|system| *system == line.system);
-        let color = Palette99::pick(index.unwrap_or(0)).to_rgba();
-        let series = LineSeries::new(line.points.iter().copied(), color.stroke_width(2));
-        chart
-            .draw_series(series)
-            .map_err(|error| text(&error))?
-            .label(line.system.name())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color));
-    }
-    let labels = chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .border_style(BLACK)
-        .background_style(WHITE.mix(0.8))
-        .draw();
-    labels.map_err(|error| text(&error))
+        let name = line.system.name();
+        (index.unwrap_or(0), name, line.points.clone())
+    });
+    add_lines(&mut chart, 0, lines, SeriesLabelPosition::LowerRight)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ebb_clients::{PATIENCE, READY, Result, Setup, check};
+use ebb_clients::{PATIENCE, READY, Result, Setup, check, wait_for_line};
 use fctools::process_spawner::DirectProcessSpawner;
 use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::api::VmApi;
@@ -18,7 +18,6 @@ use fctools::vmm::installation::VmmInstallation;
 use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::system::ResourceSystem;
 use fctools::vmm::resource::{CreatedResourceType, MovedResourceType, ResourceType};
-use futures_util::io::{AsyncBufReadExt, BufReader};
 
 type Resources = ResourceSystem<DirectProcessSpawner, TokioRuntime>;
 type Machine = Vm<UnrestrictedVmmExecutor, DirectProcessSpawner, TokioRuntime>;
@@ -96,18 +95,11 @@ fn configuration(setup: &Setup, resources: &mut Resources) -> Result<VmConfigura
     })
 }
 
-/// Reads the console until the guest serves. The rest of it is read, too: a reader that goes away would be the guest's loss.
 async fn guest_serves(vm: &mut Machine) -> Result<()> {
     let pipes = vm.take_pipes()?;
-    let mut output = BufReader::new(pipes.stdout);
-    let mut line = Vec::new();
-    while !String::from_utf8_lossy(&line).contains(READY) {
-        line.clear();
-        let read = tokio::time::timeout(PATIENCE, output.read_until(b'\n', &mut line)).await??;
-        check(read > 0, "the console has ended")?;
-    }
+    wait_for_line(pipes.stdout, READY).await?;
     // Dropped, the pipes would be closed.
-    std::mem::forget((output, pipes.stdin, pipes.stderr));
+    std::mem::forget((pipes.stdin, pipes.stderr));
     Ok(())
 }
 

@@ -43,6 +43,7 @@ pub fn memory() -> Arc<GuestMemory> {
         free_pages: true,
         restored: None,
     };
-    let memory = GuestMemory::new(&setup, 1, &Arc::new(KickTable::new(1)));
-    Arc::new(memory.expect("memory can be mapped"))
+    let ram = Arc::new(setup.map().expect("memory can be mapped"));
+    let memory = GuestMemory::new(&setup, ram, 1, &Arc::new(KickTable::new(1)));
+    Arc::new(memory.expect("arenas can be set up"))
 }

@@ -60,6 +60,8 @@ fn beside<T>(other: impl Fn() + Sync, work: impl FnOnce() -> T) -> T {
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(move || {
+                // Once at least: `work` may be done before this thread begins.
+                other();
                 while !done.load(Ordering::Relaxed) {
                     other();
                 }

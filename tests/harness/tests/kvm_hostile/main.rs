@@ -16,9 +16,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ebb_harness::error::{Error, Result};
 use ebb_harness::figure;
+use ebb_harness::network::Tap;
 use ebb_payload::script::{Kind, Scripts};
 
-use cases::{Case, ends, pci, races, survived};
+use cases::{Case, ends, net, pci, races, survived};
 use machine::{End, PATIENCE};
 use virtio::{BALLOON, DISK, READONLY, STATUS, VSOCK};
 use watch::Watch;
@@ -87,6 +88,16 @@ fn a_pci_bus_harms_nobody() -> Result<()> {
         return Ok(());
     }
     run(&cases, 1, &["--transport", "pci"])
+}
+
+#[test]
+fn a_network_and_random_bytes_harm_nobody() -> Result<()> {
+    let cases = wanted(net::CASES.iter());
+    if cases.is_empty() {
+        return Ok(());
+    }
+    let _tap = Tap::create("ebbharm1", net::HOST, 1500)?;
+    run(&cases, 1, &["--net", "tap=ebbharm1", "--rng", "on"])
 }
 
 #[test]

@@ -81,6 +81,8 @@ fn a_machine_ends_when_a_thread_of_a_device_panics() -> Result<()> {
         "on",
         "--vsock",
         "cid=3,path=v",
+        "--transport",
+        "mmio",
     ];
     for case in &CASES {
         let mut scripts = Scripts::default();

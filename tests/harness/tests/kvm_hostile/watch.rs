@@ -96,7 +96,11 @@ impl Watch {
             ["--arena", arena_options()],
             ["--lazy", "mode=eager"],
         ];
-        let options = [options.as_flattened(), more].concat();
+        let mut options = [options.as_flattened(), more].concat();
+        // Most cases write to the registers of virtio-mmio.
+        if !more.contains(&"--transport") {
+            options.extend(["--transport", "mmio"]);
+        }
         let machine = Machine::start(scripts, vcpus, &options)?;
         serve(&machine.path(&format!("v_{}", vsock::SERVED)))?;
         self.before = Some(Before {

@@ -18,7 +18,7 @@ pub struct Call {
 }
 
 /// Beginnings of threads' names, and their roles.
-const ROLES: [(&str, &str); 17] = [
+const ROLES: [(&str, &str); 18] = [
     ("ebb-vcpu", "vcpu"),
     ("ebb-blk", "block"),
     ("ebb-net", "net"),
@@ -30,6 +30,7 @@ const ROLES: [(&str, &str); 17] = [
     ("ebb-reclaim", "reclaim"),
     ("ebb-snapshot", "snapshot"),
     ("ebb-strict", "strict"),
+    ("ebb-pages", "pages"),
     ("ebb-console", "output"),
     ("ebb-log", "output"),
     ("ebb-metrics", "output"),

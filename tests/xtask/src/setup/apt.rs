@@ -43,6 +43,29 @@ pub fn install(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Downloads those of `packages`, and of all that they depend on, that a Debian lacks, into `folder`. `status` is that Debian's
+/// list of what is installed.
+pub fn download(packages: &[&str], status: &Path, folder: &Path) -> Result<()> {
+    let partial = folder.join("partial");
+    std::fs::create_dir_all(&partial).context(|| format!("create {}", partial.display()))?;
+    update()?;
+    progress(format_args!("downloading {}", packages.join(", ")));
+    let words = [
+        "install",
+        "-y",
+        "--no-install-recommends",
+        "--download-only",
+    ];
+    let mut fetch = command("apt-get", words);
+    fetch
+        .args(["-o", "APT::Sandbox::User=root"])
+        .args(["-o", &format!("Dir::State::status={}", status.display())])
+        .args(["-o", &format!("Dir::Cache::archives={}", folder.display())])
+        .args(packages)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    quietly(fetch).map(drop)
+}
+
 /// Fetches the package index.
 pub fn update() -> Result<()> {
     progress("apt-get update");

@@ -5,14 +5,15 @@ mod cargo_deb;
 mod kernel;
 mod other_kernel;
 mod program_disk;
-mod promtool;
+mod prometheus;
 mod python_clients;
 mod qemu;
 mod root_disk;
 mod stamp;
 mod system_disk;
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Result};
@@ -21,7 +22,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::cargo::build_static;
 use crate::project::root;
-use crate::shell::{Seconds, Size, progress};
+use crate::shell::{Seconds, Size, command, progress, quietly};
 
 /// Debian packages that tests and images are made with.
 const PACKAGES: &[&str] = &[
@@ -38,6 +39,9 @@ const PACKAGES: &[&str] = &[
     "crun",
     "podman",
     "containerd",
+    "containernetworking-plugins",
+    "iproute2",
+    "protobuf-compiler",
     "erofs-utils",
     "binutils",
     "gcc",
@@ -74,11 +78,11 @@ pub fn ensure() -> Result<Assets> {
 fn prepare(refresh: bool) -> Result<Assets> {
     let root = root();
     let cache = root.join(".cache");
-    std::fs::create_dir_all(&cache).context(|| format!("create {}", cache.display()))?;
+    fs::create_dir_all(&cache).context(|| format!("create {}", cache.display()))?;
     let _lock = lock(&cache)?;
     apt::install(PACKAGES)?;
     qemu::ensure(&cache)?;
-    promtool::ensure(&cache)?;
+    prometheus::ensure(&cache, "promtool")?;
     let release = kernel::ensure(&cache, refresh)?;
     let assets = Assets::locate(&root, &release);
     root_disk::ensure(&root, &assets.root_disk)?;
@@ -93,7 +97,7 @@ fn prepare(refresh: bool) -> Result<Assets> {
     initramfs::write_guest(&assets)?;
     initramfs::write_pod(&assets)?;
     other_kernel::ensure(&cache, &assets)?;
-    let size = std::fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
+    let size = fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
     progress(format_args!("guest initramfs: {}", Size(size)));
     Ok(assets)
 }
@@ -103,6 +107,13 @@ pub fn installed(assets: &Assets) -> Result<()> {
     let root = root();
     let _lock = lock(&root.join(".cache"))?;
     system_disk::ensure(&root, assets)
+}
+
+/// Debian's Prometheus, for a benchmark.
+pub fn prometheus() -> Result<()> {
+    let cache = root().join(".cache");
+    let _lock = lock(&cache)?;
+    prometheus::ensure(&cache, "prometheus")
 }
 
 /// Installs clients of Firecracker in Python, for tests.
@@ -127,6 +138,24 @@ pub fn cargo_deb() -> Result<PathBuf> {
     cargo_deb::ensure(&cache)
 }
 
+/// An archive with the files of Debian packages, and of all that they need, that the Debian of [`system_base`] lacks. `status` is
+/// the list of what is installed there.
+pub fn packages_for_base(assets: &Assets, packages: &[&str], status: &Path) -> Result<PathBuf> {
+    let base = system_base(assets)?.with_extension("stamp");
+    let base = fs::read_to_string(&base).context(|| format!("read {}", base.display()))?;
+    let cache = root().join(".cache");
+    let _lock = lock(&cache)?;
+    let packed = cache.join("system-needs.tar");
+    let stamp = format!("{}\n{base}", packages.join(" "));
+    stamp::ensure(&packed, stamp.as_bytes(), |folder| {
+        apt::download(packages, status, folder)?;
+        let mut tar = command("tar", ["--exclude=partial", "--exclude=lock", "-cf"]);
+        tar.arg(&packed).arg("-C").arg(folder).arg(".");
+        quietly(tar).map(drop)
+    })?;
+    Ok(packed)
+}
+
 /// Installs those of `packages` that are absent, for a subcommand that alone needs them.
 pub fn debian_packages(packages: &[&str]) -> Result<()> {
     apt::install(packages)
@@ -137,16 +166,16 @@ pub fn programs(assets: &Assets) -> Result<()> {
     let root = root();
     // A lock of its own: nobody else needs it, and it takes minutes.
     let folder = root.join(".cache/programs");
-    std::fs::create_dir_all(&folder).context(|| format!("create {}", folder.display()))?;
+    fs::create_dir_all(&folder).context(|| format!("create {}", folder.display()))?;
     let _lock = lock(&folder)?;
     program_disk::ensure(&root, assets)
 }
 
 /// Locks the cache, so that two setups of one repository do not run at once.
-fn lock(cache: &std::path::Path) -> Result<std::fs::File> {
+fn lock(cache: &Path) -> Result<fs::File> {
     let path = cache.join("lock");
     let what = || format!("lock {}", path.display());
-    let file = std::fs::File::create(&path).context(what)?;
+    let file = fs::File::create(&path).context(what)?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         progress("another setup is running: waiting for it");
         flock(&file, FlockOperation::LockExclusive).context(what)?;

@@ -3,8 +3,10 @@
 mod report;
 mod tally;
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use ebb_nested_machine::assets::Assets;
@@ -16,7 +18,10 @@ use ebb_nested_machine::session;
 use serde_json::Value;
 
 use self::report::Report;
-use crate::cargo::{build, build_clients, build_debug_monitor, build_library, cargo};
+use crate::cargo::{
+    OPTIMIZED_TESTS, TEST_PROGRAMS, build, build_clients, build_debug_monitor, build_library,
+    cargo, packages,
+};
 use crate::project::{environment, output_folder, root, start_runner};
 use crate::shell::{progress, recorded, show, visibly};
 use crate::{package, selftest, setup};
@@ -26,9 +31,6 @@ const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
 
 /// Packages with jemalloc. It takes a minute to build, so all that is done with them is done with optimization: one build.
 const WITH_JEMALLOC: [&str; 2] = ["ebb-heap", "ebb-malloc"];
-
-/// Packages whose tests are built with optimization and run where KVM is if their binary's name starts with `kvm_`.
-const ACROSS: [&str; 4] = ["ebb-harness", "ebb-benches", "ebb-demo", "ebb-heap"];
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
@@ -54,19 +56,23 @@ pub struct Binary {
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let mut report = Report::new();
     let assets = setup::ensure()?;
-    setup::installed(&assets)?;
-    setup::clients()?;
-    if arguments.quick {
-        progress("--quick: formatting, clippy and documentation are not checked");
-    } else {
-        check_source(&mut report);
-    }
+    thread::scope(|scope| {
+        // Downloads and packages use one processor at most.
+        let others = scope.spawn(|| setup::installed(&assets).and_then(|()| setup::clients()));
+        if arguments.quick {
+            progress("--quick: formatting, clippy and documentation are not checked");
+        } else {
+            check_source(&mut report);
+        }
+        others.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })?;
     report.tests("unit tests", |printed| {
         unit_tests(&arguments.filters, printed)
     });
     report.tests("models", models);
-    build(&["ebb-vmm", "ebb-top", "ebb-containerd-shim", "ebb-harness"])?;
-    build_debug_monitor()?;
+    build(&package::PROGRAMS)?;
+    build(&TEST_PROGRAMS)?;
+    build_debug_monitor(unit_test_packages())?;
     build_clients()?;
     build_library("ebb-malloc")?;
     if wants_packages(&arguments.filters) {
@@ -144,12 +150,17 @@ fn for_all_packages(name: &str, rest: impl Fn(&mut Command) -> &mut Command) -> 
 
 /// Unit tests and documentation tests.
 fn unit_tests(filters: &[String], printed: &mut Vec<u8>) -> Result<bool> {
-    let mut tests = cargo(["test", "--workspace", "--no-fail-fast"]);
-    for package in ACROSS.iter().chain(&["ebb-models"]).chain(&WITH_JEMALLOC) {
-        tests.args(["--exclude", package]);
-    }
-    tests.arg("--").args(filters);
+    let mut tests = cargo(["test", "--no-fail-fast"]);
+    tests.args(unit_test_packages()).arg("--").args(filters);
     recorded(tests, printed)
+}
+
+/// The words that choose all packages but those with tests of another kind.
+fn unit_test_packages() -> impl Iterator<Item = &'static str> {
+    let others = OPTIMIZED_TESTS.iter().chain(&["ebb-malloc", "ebb-models"]);
+    ["--workspace"]
+        .into_iter()
+        .chain(others.flat_map(|package| ["--exclude", package]))
 }
 
 /// The models of the lazy memory, run by loom: with a folder of their own, as the flag rebuilds everything.
@@ -161,16 +172,14 @@ fn models(printed: &mut Vec<u8>) -> Result<bool> {
     recorded(models, printed)
 }
 
-/// Builds the tests of [`ACROSS`] and says where cargo put them.
+/// Builds the tests of [`OPTIMIZED_TESTS`] and says where cargo put them.
 pub fn test_binaries() -> Result<Vec<Binary>> {
     progress(format_args!(
         "build the tests of {} (release)",
-        ACROSS.join(", ")
+        OPTIMIZED_TESTS.join(", ")
     ));
     let mut build = cargo(["test", "--release", "--no-run"]);
-    ACROSS.iter().for_each(|package| {
-        build.args(["-p", package]);
-    });
+    build.args(packages(&OPTIMIZED_TESTS));
     binaries_of(build)
 }
 

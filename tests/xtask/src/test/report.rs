@@ -27,14 +27,17 @@ impl Step {
         }
     }
 
-    /// The tests that failed, by the step's name and theirs; the step itself where it failed without naming one.
-    fn failed(&self) -> Vec<String> {
+    /// The tests that failed, by the step's name and theirs, and what they printed last; the step itself where it failed
+    /// without naming one.
+    fn failed(&self) -> Vec<(String, &str)> {
         let tests = self.tally.failed.iter();
-        let mut names: Vec<String> = tests.map(|test| format!("{}: {test}", self.name)).collect();
-        if names.is_empty() && !matches!(self.result, Ok(true)) {
-            names.push(self.name.clone());
+        let mut failed: Vec<(String, &str)> = tests
+            .map(|(test, printed)| (format!("{}: {test}", self.name), printed.as_str()))
+            .collect();
+        if failed.is_empty() && !matches!(self.result, Ok(true)) {
+            failed.push((self.name.clone(), ""));
         }
-        names
+        failed
     }
 }
 
@@ -81,7 +84,7 @@ impl Report {
     /// # Errors
     /// When the file cannot be written.
     pub fn finish(&self, target: &Path, retried: &[String]) -> Result<bool> {
-        let failed: Vec<String> = self.steps.iter().flat_map(Step::failed).collect();
+        let failed: Vec<(String, &str)> = self.steps.iter().flat_map(Step::failed).collect();
         progress("summary");
         for step in &self.steps {
             println!(
@@ -91,11 +94,15 @@ impl Report {
                 Seconds(step.time)
             );
         }
-        failed
-            .iter()
-            .for_each(|name| println!("    failed: {name}"));
+        for (name, printed) in &failed {
+            println!("    failed: {name}");
+            for line in printed.lines() {
+                println!("        {line}");
+            }
+        }
         retried.iter().for_each(|what| println!("    {what}"));
-        let mut summary = self.summary(&failed, retried);
+        let names: Vec<&String> = failed.iter().map(|(name, _)| name).collect();
+        let mut summary = self.summary(&names, retried);
         for command in ["fuzz", "coverage"] {
             if let Some(last) = read(&target.join(command).join("summary.json")) {
                 summary[command] = last;
@@ -114,7 +121,7 @@ impl Report {
         self.steps.iter().map(|step| step.tally.passed).sum()
     }
 
-    fn summary(&self, failed: &[String], retried: &[String]) -> Value {
+    fn summary(&self, failed: &[&String], retried: &[String]) -> Value {
         let steps = self.steps.iter().map(|step| {
             json!({
                 "name": step.name,

@@ -1,14 +1,17 @@
 //! Counts tests by the output of the programs that ran them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+
+/// Most lines that are kept of what a failed test printed.
+const LINES: usize = 20;
 
 /// How many tests passed, which failed, and the figures that they told.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Number of tests that passed.
     pub passed: u64,
-    /// Names of those that did not.
-    pub failed: BTreeSet<String>,
+    /// Those that did not, by name, with the last lines that each printed.
+    pub failed: BTreeMap<String, String>,
     /// What lines like `FIGURE name 12` say; several of one name are added up.
     pub figures: BTreeMap<String, u64>,
 }
@@ -30,10 +33,25 @@ impl Tally {
         }
         Self {
             passed,
-            failed: names.map(str::to_owned).collect(),
+            failed: names
+                .map(|name| (name.to_owned(), last_lines(printed, name)))
+                .collect(),
             figures,
         }
     }
+}
+
+/// The last lines that a failed test printed, up to its stack.
+fn last_lines(printed: &str, test: &str) -> String {
+    let heading = format!("---- {test} stdout ----");
+    let lines = printed.lines().map(str::trim_end);
+    let section = lines.skip_while(|line| *line != heading).skip(1);
+    let section = section.take_while(|line| !line.starts_with("---- ") && *line != "failures:");
+    let lines: Vec<&str> = section
+        .take_while(|line| *line != "stack backtrace:")
+        .filter(|line| !line.is_empty())
+        .collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
 }
 
 /// The name and the number in `FIGURE name 12`.
@@ -54,11 +72,23 @@ mod tests {
 
     #[test]
     fn failed_tests_are_named_after_what_they_printed() {
-        let printed = "test a ... FAILED\n\nfailures:\n\n---- a stdout ----\n    no\n\nfailures:\n    a\n    m::b\n\n\
+        let printed = "test a ... FAILED\n\nfailures:\n\n---- a stdout ----\r\n    no\n\nit says why\nstack backtrace:\n   0: x\n\n\
+                       ---- m::b stdout ----\n\n\nfailures:\n    a\n    m::b\n\n\
                        test result: FAILED. 7 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1 s\n";
         let tally = Tally::read(printed);
         assert_eq!(tally.passed, 7);
-        assert_eq!(Vec::from_iter(&tally.failed), ["a", "m::b"]);
+        let failed = [("a", "    no\nit says why"), ("m::b", "")];
+        let failed = failed.map(|(name, printed)| (name.to_owned(), printed.to_owned()));
+        assert_eq!(tally.failed, BTreeMap::from(failed));
+    }
+
+    #[test]
+    fn the_end_of_what_a_failed_test_printed_is_kept() {
+        let lines: String = (0..100).map(|n| format!("line {n}\n")).collect();
+        let printed = format!("\nfailures:\n\n---- a stdout ----\n{lines}\nfailures:\n    a\n");
+        let kept = &Tally::read(&printed).failed["a"];
+        assert_eq!(kept.lines().count(), LINES);
+        assert!(kept.ends_with("\nline 99"), "{kept}");
     }
 
     #[test]

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::Sweep;
 use super::flights::Flights;
 use super::map::Counts;
 use super::tracker::{Fate, Step, Totals, Tracker, parts};
+use super::{Pieces, Sweep};
 use crate::fault::fault_point;
 use crate::generation::VmGeneration;
 use crate::range::{GpaRange, PAGE_SIZE};
@@ -244,6 +244,26 @@ impl LazyMemory {
         }
     }
 
+    /// Replaces `found` by what is lazy, unmapped or discarded in `block`, which lies in one block, in ascending order. What is in a
+    /// chunk is left out. That is one step: it takes the lock once.
+    pub fn ranges_in(&self, block: GpaRange, found: &mut Vec<GpaRange>) {
+        found.clear();
+        let sweeps = [
+            Sweep::new(Pieces::Any, u64::MAX),
+            Sweep::unmapped(Pieces::Any, u64::MAX),
+            Sweep::discarded(),
+        ];
+        let state = self.lock();
+        for sweep in sweeps {
+            let mut sweep = sweep.within(block);
+            while let Step::Found(range) = state.find(&mut sweep, block.len()) {
+                found.push(range);
+            }
+        }
+        drop(state);
+        found.sort_unstable_by_key(|range| range.start());
+    }
+
     /// Makes what is discarded in `range` lazy, as the host was found to hold pages for it again. Returns the number of
     /// bytes.
     pub fn refilled(&self, range: GpaRange) -> u64 {
@@ -432,7 +452,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::lazy::Pieces;
     use crate::lazy::flights::MAX_WANTED;
     use crate::range::BLOCK_SIZE;
 
@@ -489,6 +508,26 @@ mod tests {
         let all = stats.lazy_bytes + stats.discarded_bytes + stats.reused_bytes_total;
         assert_eq!(stats.freed_bytes_total, all);
         assert_eq!(memory.survey(pages(4, 6)).totals.tracked(), 0);
+    }
+
+    #[test]
+    fn the_ranges_of_a_block_are_those_of_all_states_in_order() {
+        let memory = memory();
+        memory.free(&[pages(500, 530), pages(540, 560), pages(1000, 1030)]);
+        let take = |sweep: &mut Sweep| memory.take_chunk(sweep, 5 * PAGE_SIZE).unwrap();
+        let mut sweep = Sweep::new(Pieces::Any, ALL).within(pages(520, 1024));
+        take(&mut sweep).discarded();
+        let in_flight = take(&mut sweep);
+        let generation = memory.begin_generation();
+        take(&mut sweep).unmapped(generation);
+        let mut found = vec![pages(0, 1)];
+        let block = pages(512, 1024);
+        memory.ranges_in(block, &mut found);
+        let expected = [(512, 520), (520, 525), (540, 545), (545, 560), (1000, 1024)];
+        assert_eq!(found, expected.map(|(start, end)| pages(start, end)));
+        drop(in_flight);
+        memory.ranges_in(block, &mut found);
+        assert_eq!(found.get(2), Some(&pages(525, 530)));
     }
 
     #[test]

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{LoadSpec, LoggerSpec};
+use super::{LoadMemory, LoadSpec, LoggerSpec};
 use crate::api::drives::Limiter;
-use crate::api::routes::Fault;
+use crate::api::routes::{Fault, or_default};
 use crate::config::quote;
 
 /// `PUT /boot-source`.
@@ -86,7 +86,7 @@ pub struct MachineUpdate {
 pub struct Drive {
     pub drive_id: Option<String>,
     pub path_on_host: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub is_root_device: bool,
     pub is_read_only: Option<bool>,
     pub partuuid: Option<String>,
@@ -207,7 +207,7 @@ impl Entropy {
 pub struct Balloon {
     pub amount_mib: u64,
     pub deflate_on_oom: bool,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     pub stats_polling_interval_s: u32,
     pub free_page_reporting: Option<bool>,
     pub free_page_hinting: Option<bool>,
@@ -367,14 +367,12 @@ struct NetOverride {
 impl Load {
     pub fn spec(self) -> Result<LoadSpec, Fault> {
         let memory = match (self.mem_file_path, self.mem_backend) {
-            (Some(path), None) => path,
-            (None, Some(backend)) if backend.backend_type == "File" => backend.backend_path,
-            (None, Some(backend)) => {
-                let kind = backend.backend_type;
-                return refuse(format!(
-                    "backend_type {kind}: memory comes from a file, there are no page servers; write File"
-                ));
-            }
+            (Some(path), None) => LoadMemory::File(path),
+            (None, Some(backend)) => match backend.backend_type.as_str() {
+                "File" => LoadMemory::File(backend.backend_path),
+                "Uffd" => LoadMemory::Server(backend.backend_path),
+                other => return refuse(format!("backend_type {other}: write File or Uffd")),
+            },
             _ => return refuse("give one of mem_backend and mem_file_path"),
         };
         let taps = self.network_overrides.unwrap_or_default().into_iter();

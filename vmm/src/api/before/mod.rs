@@ -34,13 +34,22 @@ pub enum Step {
     Logger(LoggerSpec),
 }
 
+/// Where the memory of a snapshot comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LoadMemory {
+    /// From its memory file.
+    File(PathBuf),
+    /// From the page server that listens on this socket.
+    Server(PathBuf),
+}
+
 /// A snapshot to start from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadSpec {
     /// Its state file.
     pub state: PathBuf,
-    /// Its memory file.
-    pub memory: PathBuf,
+    /// Its memory.
+    pub memory: LoadMemory,
     /// Run the guest at once.
     pub resume: bool,
     /// Another path of the vsock's socket.

@@ -93,14 +93,16 @@ impl Bench {
 
 #[test]
 fn a_kernel_alone_is_a_machine_with_a_lazy_balloon() {
-    let mut bench = Bench::new(&[]);
+    // As in Firecracker mode.
+    let mut bench = Bench::new(&["--transport=mmio"]);
     assert_eq!(bench.get("/")["state"], "Not started");
     assert_eq!(bench.get("/machine-config")["mem_size_mib"], 128);
     let kernel = json!({ "kernel_image_path": bench.path("kernel"), "initrd_path": null, "boot_args": null });
     bench.put("/boot-source", kernel);
     let config = bench.start();
     assert_eq!((config.vcpus, config.memory.size), (1, 128 << 20));
-    assert_eq!(config.cmdline, crate::config::MachineSpec::DEFAULT_CMDLINE);
+    assert_eq!(config.transport, Transport::Mmio);
+    assert_eq!(config.cmdline, "console=ttyS0 quiet panic=-1 pci=off");
     let balloon = config.balloon.unwrap();
     assert_eq!((balloon.size, balloon.deflate_on_oom), (0, true));
     assert!(balloon.free_page_reporting.is_some() && config.lazy.free_pages);
@@ -130,7 +132,7 @@ const WHOLE: &[(&str, &str)] = &[
     ),
     (
         "/drives/later_1",
-        r#"{"drive_id": "later_1", "path_on_host": "@/empty", "is_root_device": false, "rate_limiter": null}"#,
+        r#"{"drive_id": "later_1", "path_on_host": "@/empty", "is_root_device": null, "is_read_only": null, "rate_limiter": null}"#,
     ),
     (
         "/drives/root",
@@ -139,7 +141,8 @@ const WHOLE: &[(&str, &str)] = &[
     ),
     (
         "/network-interfaces/eth0",
-        r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": null, "rx_rate_limiter": {"bandwidth": {}},
+        r#"{"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": null,
+            "rx_rate_limiter": {"bandwidth": {}, "ops": {"size": null, "refill_time": null}},
             "tx_rate_limiter": {"ops": {"size": 5, "refill_time": 10}}}"#,
     ),
     (
@@ -202,6 +205,18 @@ fn what_clients_ask_for_becomes_a_machine() {
     // A snapshot is restored by these words.
     let spec = crate::config::MachineSpec::try_parse_from(&config.words).unwrap();
     assert_eq!(spec.disks, config.disks);
+}
+
+#[test]
+fn a_balloon_with_nulls_is_one_with_defaults() {
+    let mut bench = Bench::new(&[]);
+    bench.boot();
+    let body = r#"{"amount_mib": 8, "deflate_on_oom": true, "stats_polling_interval_s": null, "free_page_reporting": null}"#;
+    let body = bench.json(body);
+    bench.put("/balloon", body);
+    let balloon = bench.start().balloon.unwrap();
+    assert_eq!((balloon.size, balloon.statistics_interval_s), (8 << 20, 0));
+    assert!(balloon.free_page_reporting.is_some());
 }
 
 #[test]
@@ -276,6 +291,11 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "/boot-source",
         r#"{"kernel_image_path": "@/kernel", "boot_args": "a\nb"}"#,
         "--cmdline",
+    ),
+    (
+        "/boot-source",
+        r#"{"kernel_image_path": "@/kernel", "boot_args": "reboot=k acpi=off pci=off"}"#,
+        "leave acpi=off out",
     ),
     (
         "/machine-config",
@@ -374,8 +394,8 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ),
     (
         "/snapshot/load",
-        r#"{"snapshot_path": "/s", "mem_backend": {"backend_path": "/m", "backend_type": "Uffd"}}"#,
-        "no page servers",
+        r#"{"snapshot_path": "/s", "mem_backend": {"backend_path": "/m", "backend_type": "Tape"}}"#,
+        "backend_type Tape: write File or Uffd",
     ),
     (
         "/mmds/config",
@@ -414,12 +434,17 @@ fn a_snapshot_is_loaded_only_into_nothing() {
             spec,
             LoadSpec {
                 state: "/s".into(),
-                memory: "/m".into(),
+                memory: LoadMemory::File("/m".into()),
                 resume: true,
                 vsock: Some("/v".into()),
                 taps: vec![("eth0".into(), "tap1".into())],
             }
         ),
+        _ => panic!("not loaded"),
+    }
+    let served = json!({ "snapshot_path": "/s", "mem_backend": { "backend_path": "/u", "backend_type": "Uffd" } });
+    match bench.request(Method::PUT, "/snapshot/load", served) {
+        Ok(Step::Load(spec)) => assert_eq!(spec.memory, LoadMemory::Server("/u".into())),
         _ => panic!("not loaded"),
     }
     bench.boot();

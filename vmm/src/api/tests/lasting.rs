@@ -2,10 +2,10 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use super::{Bench, TIMEOUT};
-use crate::api::server::{MAX_CONNECTIONS, READ_TIMEOUT};
+use crate::api::admission::MAX_CONNECTIONS;
+use crate::api::server::CROWDED_TIMEOUT;
 
 /// A connection, and a request that is made on it again and again.
 struct Client {
@@ -44,7 +44,7 @@ fn a_connection_lasts_as_long_as_nobody_wants_its_place() {
         }
         if round == 0 {
             // Nothing must happen in this time.
-            std::thread::sleep(READ_TIMEOUT + Duration::from_millis(300));
+            std::thread::sleep(4 * CROWDED_TIMEOUT);
         }
     }
     // It goes when others want it.

@@ -573,7 +573,7 @@ fn a_machine_that_is_being_built_says_so_and_can_be_stopped() {
     });
     // More of those who wait than there can be threads, and one that goes away.
     let get = b"GET /lazy-memory HTTP/1.1\r\nHost: h\r\n\r\n";
-    let waiting: Vec<_> = (0..super::server::MAX_CONNECTIONS - 4)
+    let waiting: Vec<_> = (0..super::admission::MAX_CONNECTIONS - 4)
         .map(|_| {
             let mut stream = UnixStream::connect(bench.socket()).unwrap();
             stream.write_all(get).unwrap();
@@ -605,7 +605,7 @@ fn a_machine_that_is_being_built_says_so_and_can_be_stopped() {
 fn slow_and_silent_clients_are_let_go() {
     let bench = Bench::new();
     // More silent clients than the server serves at a time; every second one has begun a request.
-    let clients: Vec<UnixStream> = (0..super::server::MAX_CONNECTIONS + 4)
+    let clients: Vec<UnixStream> = (0..super::admission::MAX_CONNECTIONS + 4)
         .map(|index| {
             let mut stream = UnixStream::connect(bench.socket()).unwrap();
             if index % 2 == 0 {

@@ -106,6 +106,34 @@ fn a_range_is_free_only_if_one_block_has_all_of_it() {
     assert!(is_free(&machine, 5 * BLOCK, BLOCK));
 }
 
+/// Sections have 64 blocks. One is not in use, whatever its descriptors say.
+#[test]
+fn one_reader_tells_of_all_sections_and_walks_the_tables_once() {
+    let mut machine = Machine::stock();
+    let kernel = accept(&machine);
+    for block in [4, 5, 70, 140] {
+        machine.free(block * BLOCK, 9);
+    }
+    machine.set_section(1, 0);
+    let mut reader = kernel.reader(&machine.memory);
+    machine.memory.loads();
+    let mut look = |block: u64| {
+        let is_free = reader.is_free(pages(block * BLOCK, BLOCK));
+        (is_free, machine.memory.loads())
+    };
+    let (is_free, first) = look(4);
+    assert!(is_free);
+    let (is_free, second) = look(5);
+    // Its type, its order, and both directions of its link.
+    assert!(
+        is_free && second == 4 && second < first,
+        "{first}, {second}"
+    );
+    for (block, is_free) in [(70, false), (140, true), (70, false), (4, true), (6, false)] {
+        assert_eq!(look(block).0, is_free, "block {block}");
+    }
+}
+
 #[test]
 fn a_block_counts_once_it_is_on_a_list() {
     let mut machine = Machine::stock();

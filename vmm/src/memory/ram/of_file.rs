@@ -52,7 +52,7 @@ impl GuestRam {
         for (index, part) in self.parts(range) {
             let mapping = &self.mappings[index];
             let Extent { offset, len, .. } = self.extent(0, (index, part));
-            if !mapping.is_of_file(offset, len) {
+            if !mapping.has_source(offset, len) {
                 continue;
             }
             let pages = self.process.page_map();

@@ -1,4 +1,5 @@
 use ebb_core::range::PAGE_SIZE;
+use rustix::event::{PollFd, PollFlags, poll};
 use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
@@ -113,6 +114,18 @@ fn discard_drops_exactly_its_pages(backing: Backing) {
         Some(4 * MIB),
         "what is not RAM is not held"
     );
+    let page = |page: u64| range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE);
+    let first = 10 * MIB / PAGE_SIZE;
+    let some = [
+        page(first - 1),
+        page(first),
+        page(first + 1),
+        page(first + 3),
+    ];
+    assert_eq!(ram.held_of(&some), 2 * PAGE_SIZE);
+    let apart = [range(MIB, 5 * MIB), page(first), page(first + 9)];
+    assert_eq!(ram.held_of(&apart), 3 * MIB + PAGE_SIZE);
+    assert_eq!(ram.held_of(&[]), 0);
     for (gpa, want) in [
         (gone.start() - 1, 0xa5),
         (gone.start(), 0),
@@ -355,4 +368,47 @@ fn what_cannot_be_had_is_named_with_a_remedy() {
     ] {
         assert!(allocate(Backing::default(), layout).contains("disjoint"));
     }
+}
+
+#[test]
+fn who_waits_for_a_page_server_is_woken_when_it_has_nothing_to_give_any_more() {
+    let mut ram = two_regions();
+    let runs = [range(2 * MIB, 4 * MIB), range(8 * MIB, 10 * MIB)];
+    ram.serve(&runs).unwrap();
+    let [low, high] = [0, 1].map(|index: usize| ram.regions()[index].host);
+    let served = |address, file_offset| Served {
+        address,
+        len: 2 * MIB as usize,
+        file_offset,
+    };
+    assert_eq!(
+        ram.served(&runs),
+        [
+            served(low + 2 * MIB as usize, 2 * MIB),
+            served(high, 4 * MIB)
+        ]
+    );
+    assert_eq!((byte(&ram, 0), byte(&ram, 12 * MIB)), (0, 0), "not served");
+    assert!(!ram.can_mark_free());
+    // What was not given yet is content that the host does not hold.
+    let first = range(2 * MIB, 2 * MIB + PAGE_SIZE);
+    assert_eq!(
+        (ram.held(first), ram.held(range(13 * MIB, 14 * MIB))),
+        (None, Some(0))
+    );
+    let (ram, faults) = (&ram, ram.page_faults().unwrap());
+    let woken_by = |gpa, act: &dyn Fn()| {
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(move || byte(ram, gpa));
+            poll(&mut [PollFd::from_borrowed_fd(faults, PollFlags::IN)], None).unwrap();
+            act();
+            waiter.join().unwrap()
+        })
+    };
+    let release = || {
+        ram.release_range(first, Release::Discard).unwrap();
+    };
+    assert_eq!(woken_by(2 * MIB, &release), 0);
+    assert_eq!(woken_by(9 * MIB, &|| ram.stop_serving()), 0);
+    assert_eq!(byte(ram, 3 * MIB), 0, "nobody is asked");
 }

@@ -22,14 +22,14 @@ pub(in crate::reclaim) fn held_bytes(
     let (start, ram) = (Instant::now(), source.ram());
     let all: u64 = ram.iter().map(|range| range.len()).sum();
     let (mut seen, mut held, mut found) = (0u64, 0u64, Vec::new());
-    for block in spread::blocks(ram) {
+    for (index, block) in spread::blocks(ram).enumerate() {
         lists.find(block, order, &mut found);
         let of_block = found
             .drain(..)
             .filter_map(|range| range.intersection(block));
         held += of_block.filter_map(|range| pages.held(range)).sum::<u64>();
         seen += BLOCK_SIZE;
-        if start.elapsed() > time {
+        if index + 1 >= spread::LEAST && start.elapsed() > time {
             let all = u128::from(held) * u128::from(all) / u128::from(seen);
             return u64::try_from(all).unwrap_or(u64::MAX);
         }

@@ -5,27 +5,33 @@ use std::sync::Arc;
 use ebb_core::generation::Hold;
 use ebb_core::range::GpaRange;
 
-use crate::guest_kernel::{GuestKernel, KnownKernel, Lost, ReadGuest};
+use crate::guest_kernel::{FreeReader, GuestKernel, KnownKernel, Lost, ReadGuest};
 
 /// Where free lists are read.
 pub trait FreeLists: Send + Sync {
     /// The lists to read now. `None`: the guest's kernel is not known.
-    fn current(&self) -> Option<Box<dyn KernelLists>>;
+    fn current(&self) -> Option<Arc<dyn KernelLists>>;
 
     /// Addresses of the RAM that they are about, ascending.
     fn ram(&self) -> &[GpaRange];
 }
 
 /// The free lists of one kernel.
-pub trait KernelLists: Send {
+pub trait KernelLists: Send + Sync {
     /// Looks for free memory in `within`, see [`GuestKernel::find_free`]. With vCPUs in the guest it gives candidates.
     fn find(&self, within: GpaRange, order: u32, found: &mut Vec<GpaRange>) -> u64;
 
     /// Returns true if this kernel still runs, and is the one whose lists count.
     fn is_current(&self, _hold: &Hold<'_>) -> bool;
 
+    /// Reads them in this pause.
+    fn reader<'a>(&'a self, hold: &'a Hold<'_>) -> Box<dyn ReadLists + 'a>;
+}
+
+/// Reads free lists while every vCPU is out of the guest.
+pub trait ReadLists {
     /// What `piece` is at this moment.
-    fn look(&self, _hold: &Hold<'_>, piece: GpaRange) -> Look;
+    fn look(&mut self, piece: GpaRange) -> Look;
 }
 
 /// What a piece of memory is while every vCPU is out of the guest.
@@ -59,8 +65,8 @@ impl KnownLists {
 }
 
 impl FreeLists for KnownLists {
-    fn current(&self) -> Option<Box<dyn KernelLists>> {
-        Some(Box::new(Current {
+    fn current(&self) -> Option<Arc<dyn KernelLists>> {
+        Some(Arc::new(Current {
             kernel: self.known.current()?,
             known: Arc::clone(&self.known),
             memory: Arc::clone(&self.memory),
@@ -95,12 +101,26 @@ impl KernelLists for Current {
         unchanged
     }
 
-    fn look(&self, _: &Hold<'_>, piece: GpaRange) -> Look {
-        if !self.kernel.is_free(&*self.memory, piece) {
+    fn reader<'a>(&'a self, _: &'a Hold<'_>) -> Box<dyn ReadLists + 'a> {
+        Box::new(Reader {
+            of: self,
+            free: self.kernel.reader(&*self.memory),
+        })
+    }
+}
+
+struct Reader<'a> {
+    of: &'a Current,
+    free: FreeReader<'a>,
+}
+
+impl ReadLists for Reader<'_> {
+    fn look(&mut self, piece: GpaRange) -> Look {
+        if !self.free.is_free(piece) {
             return Look::InUse;
         }
-        if self.kernel.poisons(&*self.memory, piece) {
-            self.known.forget(Lost::Poisoned);
+        if self.of.kernel.poisons(&*self.of.memory, piece) {
+            self.of.known.forget(Lost::Poisoned);
             return Look::Poisoned;
         }
         Look::Free
@@ -157,7 +177,7 @@ mod tests {
         let (kernel, mut found) = (lists.current().unwrap(), Vec::new());
         kernel.find(pages(0, 1024), 9, &mut found);
         assert_eq!(found, [pages(512, 512)]);
-        let look = || with_gate_closed(|hold| kernel.look(hold, pages(512, 512)));
+        let look = || with_gate_closed(|hold| kernel.reader(hold).look(pages(512, 512)));
         assert_eq!(look(), Look::Free);
         guest.machine().allocate(512);
         assert_eq!(look(), Look::InUse);
@@ -193,7 +213,7 @@ mod tests {
             guest.machine().memory.set(gpa, 0xaaaa_aaaa_aaaa_aaaa);
         }
         let kernel = lists.current().unwrap();
-        let look = with_gate_closed(|hold| kernel.look(hold, pages(512, 512)));
+        let look = with_gate_closed(|hold| kernel.reader(hold).look(pages(512, 512)));
         assert_eq!(look, Look::Poisoned);
         assert_eq!(why_not(&known), Lost::Poisoned.to_string());
     }

@@ -25,7 +25,7 @@ use cost::Cost;
 
 pub(super) use estimate::held_bytes;
 pub(super) use job::FreeOffer;
-pub use lists::{FreeLists, KernelLists, KnownLists, Look};
+pub use lists::{FreeLists, KernelLists, KnownLists, Look, ReadLists};
 pub(super) use pass::Taken;
 use walk::Walk;
 
@@ -44,7 +44,7 @@ ebb_core::metrics! {
     /// What was done with memory that is free by the guest kernel's free lists, since the machine started.
     pub struct FreePagesStats from pub(super) struct Counters {
         /// Memory that is free in blocks of 2 MiB or more and that the host holds. Looked at when it is asked for; what takes
-        /// longer than 10 ms is estimated from a part.
+        /// longer than 1 ms is estimated from a part.
         resident_bytes: Gauge of Bytes,
         /// Memory of the host that was taken.
         taken_bytes_total: Counter of Bytes,

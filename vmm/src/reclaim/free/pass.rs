@@ -9,7 +9,7 @@ use ebb_core::range::{BLOCK_SIZE, GpaRange};
 use ebb_core::release::{Release, ReleasePages};
 
 use super::cost::Cost;
-use super::{BLOCKS, Bits, KernelLists, Look, Piece, STEP, Walk};
+use super::{BLOCKS, Bits, KernelLists, Look, Piece, ReadLists, STEP, Walk};
 use crate::reclaim::held::parts;
 use crate::reclaim::outcome::Pause;
 use crate::reclaim::turns::Turn;
@@ -27,7 +27,7 @@ const SMALL_STEP: u64 = 16 << 20;
 
 /// One pass: candidates are collected and taken in turns, until all RAM was looked at once.
 pub(in crate::reclaim) struct FreePass {
-    lists: Box<dyn KernelLists>,
+    lists: Arc<dyn KernelLists>,
     pages: Arc<dyn ReleasePages>,
     order: u32,
     /// No other blocks are taken.
@@ -49,7 +49,7 @@ pub(in crate::reclaim) struct Taken {
 impl FreePass {
     /// A pass over `walk`, which takes free pieces of 2^`order` pages and more.
     pub const fn new(
-        lists: Box<dyn KernelLists>,
+        lists: Arc<dyn KernelLists>,
         pages: Arc<dyn ReleasePages>,
         order: u32,
         walk: Walk,
@@ -120,13 +120,13 @@ impl FreePass {
         let Some(range) = range else {
             return;
         };
-        // Two looks tell of a range without pages, and of one that lies in huge pages as a whole.
+        // Two looks tell of a range without pages, and of what lies in huge pages.
         let held = self.held(range);
         if held == 0 {
             return;
         }
         let full = held == range.len();
-        let all_huge = full && self.pages.in_huge_pages(range);
+        let in_huge_pages = self.pages.in_huge_pages(range);
         for block in parts(range, BLOCK_SIZE) {
             if *left == 0 {
                 break;
@@ -135,7 +135,7 @@ impl FreePass {
                 continue;
             }
             let whole = block.len() == BLOCK_SIZE;
-            let huge = whole && (all_huge || self.pages.in_huge_pages(block));
+            let huge = whole && in_huge_pages.iter().any(|part| part.contains(block));
             let size = if huge { BLOCK_SIZE } else { MAX_PIECE };
             for range in parts(block, size) {
                 let held = if full { range.len() } else { self.held(range) };
@@ -200,9 +200,11 @@ impl FreePass {
 
     fn take_ranges(&mut self, hold: &Hold<'_>, ranges: usize, cost: &mut Cost, taken: &mut Taken) {
         let mut left = ranges.max(1);
+        let lists = Arc::clone(&self.lists);
+        let mut reader = lists.reader(hold);
         while left > 0 {
             let start = Instant::now();
-            let batch = self.batch(hold, left, cost, taken);
+            let batch = self.batch((hold, &mut *reader), left, cost, taken);
             if batch.is_empty() {
                 break;
             }
@@ -215,7 +217,7 @@ impl FreePass {
     /// of the pause, and one if it is the first.
     fn batch(
         &mut self,
-        hold: &Hold<'_>,
+        (hold, reader): (&Hold<'_>, &mut dyn ReadLists),
         ranges: usize,
         cost: &Cost,
         taken: &mut Taken,
@@ -236,7 +238,7 @@ impl FreePass {
                 break;
             }
             self.candidates.pop_front();
-            match self.lists.look(hold, piece.range) {
+            match reader.look(piece.range) {
                 Look::Free => {
                     batch.push(piece);
                     sum = next;

@@ -10,7 +10,7 @@ use ebb_core::lazy::LazyMemory;
 use ebb_core::range::{BLOCK_SIZE, GpaRange, PAGE_SIZE};
 use ebb_core::release::{Release, ReleasePages, Released};
 
-use super::{FreeLists, KernelLists, Look};
+use super::{FreeLists, KernelLists, Look, ReadLists};
 use crate::reclaim::held::parts;
 use crate::reclaim::job::MAX_MISSES;
 use crate::reclaim::tests::order;
@@ -124,10 +124,10 @@ impl ReleasePages for World {
         Some(range.len() - gone.map(GpaRange::len).sum::<u64>())
     }
 
-    fn in_huge_pages(&self, _: GpaRange) -> bool {
+    fn in_huge_pages(&self, range: GpaRange) -> Vec<GpaRange> {
         let mut state = self.state();
         state.asked += 1;
-        state.huge
+        state.huge.then_some(range).into_iter().collect()
     }
 
     fn max_batch(&self) -> usize {
@@ -163,9 +163,9 @@ struct Kernel {
 }
 
 impl FreeLists for Lists {
-    fn current(&self) -> Option<Box<dyn KernelLists>> {
+    fn current(&self) -> Option<Arc<dyn KernelLists>> {
         let (world, number) = (Arc::clone(&self.0), self.0.state().kernel);
-        (number > 0).then(|| Box::new(Kernel { world, number }) as _)
+        (number > 0).then(|| Arc::new(Kernel { world, number }) as _)
     }
 
     fn ram(&self) -> &[GpaRange] {
@@ -191,9 +191,17 @@ impl KernelLists for Kernel {
         self.world.state().kernel == self.number
     }
 
-    fn look(&self, _: &Hold<'_>, piece: GpaRange) -> Look {
-        self.world.call(&self.world.on_look);
-        let mut state = self.world.state();
+    fn reader<'a>(&'a self, _: &'a Hold<'_>) -> Box<dyn ReadLists + 'a> {
+        Box::new(Reader(&self.world))
+    }
+}
+
+struct Reader<'a>(&'a World);
+
+impl ReadLists for Reader<'_> {
+    fn look(&mut self, piece: GpaRange) -> Look {
+        self.0.call(&self.0.on_look);
+        let mut state = self.0.state();
         state.looked_at.push(piece);
         match (state.poisoned, state.is_free(piece)) {
             (true, true) => Look::Poisoned,

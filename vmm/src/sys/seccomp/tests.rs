@@ -8,7 +8,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use super::*;
 use crate::sys::process::{block_all_signals, fork_for_test};
 
-const ROLES: [Role; 13] = [
+const ROLES: [Role; 15] = [
     Role::Main,
     Role::Vcpu,
     Role::Block,
@@ -17,8 +17,10 @@ const ROLES: [Role; 13] = [
     Role::Vsock,
     Role::Balloon,
     Role::Api,
+    Role::Snapshot,
     Role::Reclaim,
     Role::Strict,
+    Role::Pages,
     Role::Output,
     Role::Reaper,
     Role::Guardian,

@@ -44,7 +44,7 @@ pub struct Job {
     /// Unmapped before anything is freed.
     run_pages: Arc<RunPages>,
     /// Keeps the batches mapped.
-    _ram: Option<Arc<GuestRam>>,
+    ram: Option<Arc<GuestRam>>,
 }
 
 /// A part of the address space that one worker frees in one step.
@@ -88,7 +88,7 @@ impl Job {
             batches,
             max_workers: plan.max_workers(),
             run_pages,
-            _ram: Some(ram),
+            ram: Some(ram),
         }
     }
 }

@@ -89,7 +89,7 @@ pub(super) extern "C" fn reaper_main(state: *mut c_void) -> c_int {
     if Role::Reaper.try_enter().is_ok() && state.wait_for_monitor() {
         state.run();
     }
-    exit_now()
+    exit_now(0)
 }
 
 /// Runs in a worker thread: frees batches until none is left or fewer workers are wanted.
@@ -143,6 +143,10 @@ impl State {
             return;
         };
         self.status.set_begin();
+        // A thread of the kernel's that works for KVM may wait for a page, and would keep the machine in KVM.
+        if let Some(ram) = &job.ram {
+            ram.stop_serving();
+        }
         // Otherwise the machine would stay in KVM, and each batch would first be taken out of its page tables.
         // SAFETY: the monitor, which registered the pages, is dead.
         unsafe { job.run_pages.unmap_all() };
@@ -261,7 +265,7 @@ mod tests {
             queue: BatchQueue::new(0, 1),
             max_workers,
             run_pages: Arc::new(RunPages::new(0, 4096)),
-            _ram: None,
+            ram: None,
         }
     }
 

@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::mm::{MapFlags, ProtFlags};
@@ -26,6 +27,8 @@ pub struct StatusPage {
     sockets: [[AtomicU64; 2]; 2],
     /// Path of the vsock's socket, in bytes, the rest zero.
     vsock_path: [AtomicU64; PATH_WORDS],
+    /// The descriptor by which a page server gives the guest its memory, and 1 more; 0: there is none.
+    page_faults: AtomicI32,
     /// How many threads shall free memory at the same time.
     workers: AtomicUsize,
     /// Bytes that the reaper has to free; 0 if it has no job.
@@ -138,6 +141,21 @@ impl StatusPage {
         let [device, inode] = &self.sockets[socket as usize];
         let inode = inode.load(Ordering::Acquire);
         (inode > 0).then(|| (device.load(Ordering::Relaxed), inode))
+    }
+
+    /// The guest's memory comes from a page server by this descriptor, or does not. The reaper needs it after the monitor's end.
+    pub fn set_page_faults(&self, descriptor: Option<RawFd>) {
+        let number = descriptor.map_or(0, |it| it + 1);
+        self.page_faults.store(number, Ordering::Release);
+    }
+
+    /// That descriptor, if there is one.
+    #[must_use]
+    pub fn page_faults(&self) -> Option<RawFd> {
+        self.page_faults
+            .load(Ordering::Acquire)
+            .checked_sub(1)
+            .filter(|it| *it >= 0)
     }
 
     /// The monitor has stopped everything by itself and exits now.

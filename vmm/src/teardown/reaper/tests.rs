@@ -49,7 +49,7 @@ fn job(batches: Vec<Batch>, run_pages: Arc<RunPages>) -> Job {
         batches,
         max_workers: MAX_WORKERS,
         run_pages,
-        _ram: None,
+        ram: None,
     }
 }
 

@@ -6,6 +6,7 @@ mod block;
 mod calls;
 pub mod ends;
 mod memory;
+pub mod net;
 pub mod pci;
 mod ports;
 mod processor;

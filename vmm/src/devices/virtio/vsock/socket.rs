@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::config::{ConfigError, SocketPath, check_vsock_path};
-use crate::sys::sockets::{BoundPath, FileIdentity, bind, connect_at_once};
+use crate::sys::sockets::{BoundPath, FileIdentity, bind, connect_at_once, remove_stale};
 
 /// The socket for clients of the host could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +43,7 @@ impl VsockSocket {
             source,
         };
         if check_vsock_path(path)? == SocketPath::Stale {
-            std::fs::remove_file(path).map_err(refused)?;
+            remove_stale(path).map_err(refused)?;
         }
         let (listener, path) = bind(path).map_err(refused)?;
         Ok(Self {
