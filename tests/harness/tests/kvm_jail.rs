@@ -8,6 +8,8 @@ use std::os::unix::fs::{chown, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
 
 use ebb_harness::Launch;
 use ebb_harness::error::{Context, Result};
@@ -247,7 +249,8 @@ fn every_end_leaves_nothing_and_the_machine_starts_again() -> Result<()> {
         assert_eq!(machine.wait()?.code(), status, "{name}: {}", machine.said());
         if status.is_some() {
             let left = [jail.folder(), jail.cgroup()].map(|place| place.exists());
-            assert_eq!(left, [false; 2], "{name}");
+            let files = names(&jail.folder());
+            assert_eq!(left, [false; 2], "{name}: {files:?}");
         }
         // Only when the outer process was killed does process 1 still clean up.
         let mut next = jail.start(&["--disk", &disk]).context(name)?;
@@ -260,6 +263,30 @@ fn every_end_leaves_nothing_and_the_machine_starts_again() -> Result<()> {
         assert_eq!(next.wait()?.code(), Some(0), "{name}: {}", next.said());
         jail.vanished().context(name)?;
     }
+    Ok(())
+}
+
+/// Process 1 ends after the guardian, which has the socket to remove: the kernel would kill the guardian with its namespace.
+#[test]
+fn a_jail_ends_after_its_guardian() -> Result<()> {
+    let jail = Jail::new("guardian", &sleeper())?;
+    let mut machine = jail.start(&[])?;
+    let guardian = until_often("the guardian has its name", LONG, || {
+        let processes = jail.processes()?;
+        Ok(processes.into_iter().find(|(_, it)| it == "ebb-guardian"))
+    })?;
+    signal_to(guardian.0, Signal::STOP);
+    end(jail.monitor()?, Signal::KILL)?;
+    until_often("the guardian alone is left", LONG, || {
+        Ok((jail.processes()? == [guardian.clone()]).then_some(()))
+    })?;
+    // Long enough for one that does not wait to end, also beside other work.
+    sleep(Duration::from_secs(1));
+    assert_eq!(jail.processes()?, [guardian.clone()]);
+    signal_to(guardian.0, Signal::CONT);
+    assert_eq!(machine.wait()?.code(), Some(137), "{}", machine.said());
+    let left = [jail.folder(), jail.cgroup()].map(|place| place.exists());
+    assert_eq!(left, [false; 2]);
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open, waitpid,
+    Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process, pidfd_open, wait, waitpid,
 };
 
 use crate::exit;
@@ -66,13 +66,10 @@ fn watch(child: Pid, signals: &Signals, outer: Option<&OwnedFd>) -> io::Result<(
     }
 }
 
-/// Waits until this process has no children any more: those of a child that has ended are this one's in a namespace where it
-/// is process 1.
+/// Waits until this process has no children any more, in whatever process group they are: those of a child that has ended are
+/// this one's in a namespace where it is process 1.
 pub(super) fn wait_for_orphans() {
-    while !matches!(
-        waitpid(None, WaitOptions::empty()),
-        Err(rustix::io::Errno::CHILD)
-    ) {}
+    while !matches!(wait(WaitOptions::empty()), Err(rustix::io::Errno::CHILD)) {}
 }
 
 /// Returns true if the process has ended.
@@ -88,4 +85,35 @@ fn status_of(status: WaitStatus) -> u8 {
     number
         .and_then(|it| u8::try_from(it).ok())
         .unwrap_or(exit::CRASH)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::sleep;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::sys::process::{fork, fork_for_test};
+
+    /// As the guardian, which signals for the monitor's process group do not concern.
+    #[test]
+    fn orphans_in_sessions_of_their_own_are_waited_for() {
+        let (is_away, away) = rustix::pipe::pipe().unwrap();
+        let parent = fork_for_test(|| {
+            let orphan = fork(|| {
+                let _ = rustix::process::setsid();
+                let _ = rustix::io::write(&away, b"!");
+                sleep(Duration::from_millis(200));
+                0
+            });
+            let _ = rustix::io::read(&is_away, &mut [0; 1]);
+            wait_for_orphans();
+            let left = orphan.map(|orphan| waitpid(Some(orphan), WaitOptions::NOHANG));
+            u8::from(!matches!(left, Ok(Err(rustix::io::Errno::CHILD))))
+        });
+        let (_, status) = waitpid(Some(parent), WaitOptions::empty())
+            .unwrap()
+            .unwrap();
+        assert_eq!(status.exit_status(), Some(0));
+    }
 }
