@@ -1,14 +1,18 @@
 //! The machine's folder, and the lock that is held as long as anything of the machine is left.
 
+use std::ffi::CStr;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fchmod, fchown, flock, unlinkat};
+use rustix::fs::{
+    AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, fchmod, fchown, flock, statat, unlinkat,
+};
 use rustix::process::{Gid, Uid};
 
 use super::JailError;
@@ -78,16 +82,41 @@ impl Folder {
 
     /// Removes what a machine leaves that was killed with its helpers, and the folder if nothing else is in it.
     pub fn remove(&self) {
-        for socket in &self.sockets {
-            let mut lock = socket.clone().into_os_string();
-            lock.push(".memory");
-            for name in [socket.as_path(), Path::new(&lock)] {
-                let _ = unlinkat(&self.folder, name, AtFlags::empty());
-            }
-        }
+        let _ = self.remove_sockets();
         // It fails if there are logs.
         let _ = std::fs::remove_dir(&self.path);
     }
+
+    /// Removes the sockets and their locks, and what has the names that sockets have for a moment ([`beside`]).
+    ///
+    /// [`beside`]: crate::sys::sockets::beside
+    fn remove_sockets(&self) -> io::Result<()> {
+        for entry in Dir::read_from(&self.folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let is_of = |socket: &PathBuf| {
+                let socket = socket.as_os_str().as_bytes();
+                match name.to_bytes().strip_prefix(socket) {
+                    Some(b"" | b".memory") => true,
+                    Some([b'.', number @ ..]) => is_number(number) && self.is_socket(name),
+                    _ => false,
+                }
+            };
+            if self.sockets.iter().any(is_of) {
+                let _ = unlinkat(&self.folder, name, AtFlags::empty());
+            }
+        }
+        Ok(())
+    }
+
+    fn is_socket(&self, name: &CStr) -> bool {
+        statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW)
+            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket)
+    }
+}
+
+fn is_number(text: &[u8]) -> bool {
+    !text.is_empty() && text.iter().all(u8::is_ascii_digit)
 }
 
 /// Returns true if `path` still leads to this folder.
@@ -126,4 +155,45 @@ fn own(folder: &OwnedFd, plan: &Plan) -> Result<(), JailError> {
     let given = fchmod(folder, Mode::from_raw_mode(MODE))
         .and_then(|()| fchown(folder, Some(uid), Some(gid)));
     given.map_err(|error| failed(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn what_killed_helpers_leave_is_removed_and_nothing_else() {
+        let above = tempfile::tempdir().unwrap();
+        let path = above.path().join("machine");
+        fs::create_dir(&path).unwrap();
+        let folder = Folder {
+            path: path.clone(),
+            folder: open_unlinked(&path, OFlags::DIRECTORY | OFlags::RDONLY).unwrap(),
+            sockets: ["api", "api.v"].map(PathBuf::from).into(),
+        };
+        for socket in [
+            "api", "api.2", "api.v", "api.v.31", "api.x", "other.2", "ap",
+        ] {
+            UnixListener::bind(path.join(socket)).unwrap();
+        }
+        for file in ["api.memory", "api.v.memory", "api.1", "log"] {
+            fs::write(path.join(file), "").unwrap();
+        }
+        folder.remove();
+        let left = fs::read_dir(&path)
+            .unwrap()
+            .map(|it| it.unwrap().file_name());
+        let mut left: Vec<_> = left.collect();
+        left.sort();
+        assert_eq!(left, ["ap", "api.1", "api.x", "log", "other.2"]);
+        for name in left {
+            fs::remove_file(path.join(name)).unwrap();
+        }
+        UnixListener::bind(path.join("api.2")).unwrap();
+        folder.remove();
+        assert!(!path.exists());
+    }
 }
