@@ -275,15 +275,16 @@ fn a_jail_ends_after_its_guardian() -> Result<()> {
         let processes = jail.processes()?;
         Ok(processes.into_iter().find(|(_, it)| it == "ebb-guardian"))
     })?;
-    signal_to(guardian.0, Signal::STOP);
+    let (pid, only) = (guardian.0, [guardian]);
+    signal_to(pid, Signal::STOP);
     end(jail.monitor()?, Signal::KILL)?;
     until_often("the guardian alone is left", LONG, || {
-        Ok((jail.processes()? == [guardian.clone()]).then_some(()))
+        Ok((jail.processes()? == only).then_some(()))
     })?;
     // Long enough for one that does not wait to end, also beside other work.
     sleep(Duration::from_secs(1));
-    assert_eq!(jail.processes()?, [guardian.clone()]);
-    signal_to(guardian.0, Signal::CONT);
+    assert_eq!(jail.processes()?, only);
+    signal_to(pid, Signal::CONT);
     assert_eq!(machine.wait()?.code(), Some(137), "{}", machine.said());
     let left = [jail.folder(), jail.cgroup()].map(|place| place.exists());
     assert_eq!(left, [false; 2]);
