@@ -87,7 +87,8 @@ impl Folder {
         let _ = std::fs::remove_dir(&self.path);
     }
 
-    /// Removes the sockets and their locks, and what has the names that sockets have for a moment ([`beside`]).
+    /// Removes the machine's sockets, their locks, and each socket with the other name that it has while it is made or removed
+    /// ([`beside`]).
     ///
     /// [`beside`]: crate::sys::sockets::beside
     fn remove_sockets(&self) -> io::Result<()> {
