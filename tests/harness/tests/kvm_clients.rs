@@ -6,13 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
+use ebb_harness::Images;
 use ebb_harness::error::{Context, Result};
-use ebb_harness::schema::fuzz;
 use ebb_harness::size::MIB;
-use ebb_harness::{Images, Launch};
 use ebb_payload::freestanding::{self, Parameters, Task};
-use rustix::process::Signal;
-use serde_json::json;
 use tempfile::TempDir;
 
 /// Some clients wait for few seconds only: one at a time has the processors.
@@ -92,26 +89,4 @@ fn pypi_microheart() -> Result<()> {
 #[test]
 fn pypi_smolvm() -> Result<()> {
     python("use_smolvm.py")
-}
-
-/// A guest that runs, is paused, gets a balloon and is reclaimed from as a program likes that knows only the document.
-#[test]
-fn pypi_schemathesis() -> Result<()> {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut monitor = Launch::new()?.option("--balloon", "size=0").start()?;
-    let mut guest = monitor.guest()?;
-    // These end the machine, or write files with names of schemathesis' choice.
-    let not = [
-        "--exclude-path",
-        "/actions",
-        "--exclude-path",
-        "/snapshot/create",
-    ];
-    fuzz(&monitor.socket(), "1", "fuzzing", &not)?;
-    let api = monitor.api();
-    api.must("PATCH", "/vm", &json!({ "state": "Resumed" }))?;
-    guest.must("true")?;
-    monitor.signal(Signal::TERM)?;
-    assert_eq!(monitor.wait()?, 0, "{}", monitor.log());
-    Ok(())
 }

@@ -1,5 +1,5 @@
-//! Requests of all kinds that `docs/openapi.json` describes, to a process that waits for its machine; `kvm_clients` makes some to a
-//! machine. `EBB_SCHEMA_EXAMPLES=N` makes more of them.
+//! Requests of all kinds that `docs/openapi.json` describes, to a process that waits for its machine; `kvm_schema` makes some to a
+//! machine with a guest. `EBB_SCHEMA_EXAMPLES=N` makes more of them.
 
 use ebb_harness::error::Result;
 use ebb_harness::firecracker::Firecracker;

@@ -9,7 +9,7 @@ use ebb_nested_machine::platform::Platform;
 use ebb_nested_machine::runner::run_here;
 use ebb_nested_machine::session::Command;
 
-use crate::cargo::{TEST_PROGRAMS, build, build_clients, build_library};
+use crate::cargo::{TEST_PROGRAMS, build, build_clients, build_malloc};
 use crate::project::{binary, environment, output_folder, root, start_runner};
 use crate::setup;
 use crate::shell::show;
@@ -99,11 +99,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 
 /// Builds and fetches what the benchmark needs beside what all do.
 fn prepare(arguments: &Arguments, assets: &Assets) -> Result<()> {
-    build(&["ebb", "ebb-bench"])?;
-    build(&TEST_PROGRAMS)?;
+    build(&[&["ebb", "ebb-bench"], &TEST_PROGRAMS[..]].concat())?;
     let name = arguments.name.as_str();
     if ["free-pages", "malloc"].contains(&name) {
-        build_library("ebb-malloc")?;
+        build_malloc()?;
     }
     if name == "api" {
         build_clients()?;

@@ -18,9 +18,10 @@ pub fn cargo<'a>(words: impl IntoIterator<Item = &'a str>) -> Command {
 }
 
 /// Packages whose tests are built with optimization, and run where KVM is if their binary's name starts with `kvm_`.
-pub const OPTIMIZED_TESTS: [&str; 6] = [
+pub const OPTIMIZED_TESTS: [&str; 7] = [
     "ebb-benches",
     "ebb-containerd-shim",
+    "ebb-cri",
     "ebb-demo",
     "ebb-harness",
     "ebb-heap",
@@ -31,19 +32,34 @@ pub const OPTIMIZED_TESTS: [&str; 6] = [
 pub const TEST_PROGRAMS: [&str; 4] = ["ebb-blocks", "ebb-cases", "ebb-churn", "ebb-page-server"];
 
 /// Builds these binaries with optimization.
-///
-/// Cargo chooses the features of a crate by the packages that it is told, not by what it builds of them. So it is told the same
-/// ones each time, the tests' too: else it would build the monitor once for each command.
 pub fn build(binaries: &[&str]) -> Result<()> {
     progress(format_args!(
         "building {} (release; minutes the first time)",
         binaries.join(", ")
     ));
-    let mut command = cargo(["build", "--release"]);
-    command.args(packages(&["ebb-vmm", "ebb-pod-image"]));
-    command.args(packages(&OPTIMIZED_TESTS));
+    let mut command = optimized();
     command.args(binaries.iter().flat_map(|name| ["--bin", name]));
     must(command)
+}
+
+/// Builds `libebb_malloc.so`, which programs preload, with optimization; and every other library, as cargo has no word for
+/// one of them.
+pub fn build_malloc() -> Result<()> {
+    progress("building ebb-malloc (release)");
+    let mut command = optimized();
+    command.args(["--quiet", "--lib"]);
+    must(command)
+}
+
+/// A build with optimization, of the targets that are yet to be named.
+///
+/// Cargo chooses the features of a crate by the packages that it is told, not by what it builds of them. So it is told the same
+/// ones each time, the tests' too: else it would build the monitor once for each command.
+fn optimized() -> Command {
+    let mut command = cargo(["build", "--release"]);
+    command.args(packages(&["ebb-vmm", "ebb-pod-image", "ebb-malloc"]));
+    command.args(packages(&OPTIMIZED_TESTS));
+    command
 }
 
 /// The arguments that name these packages.
@@ -69,19 +85,6 @@ pub fn build_clients() -> Result<()> {
         .args(manifest)
         .env("CARGO_TARGET_DIR", root().join("target/clients"));
     must(build)
-}
-
-/// Builds a package's release library.
-pub fn build_library(package: &str) -> Result<()> {
-    progress(format_args!("building {package} (release)"));
-    must(cargo([
-        "build",
-        "--release",
-        "--quiet",
-        "--lib",
-        "-p",
-        package,
-    ]))
 }
 
 /// Builds a static binary of a package into `target/static`.

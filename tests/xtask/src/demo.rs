@@ -5,7 +5,7 @@ use std::time::Duration;
 use ebb_nested_machine::error::Result;
 use ebb_nested_machine::session::Command;
 
-use crate::cargo::{build, build_library};
+use crate::cargo::{build, build_malloc};
 use crate::project::{binary, environment, output_folder, root, start_runner};
 use crate::setup;
 use crate::shell::{progress, show};
@@ -30,7 +30,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
     build(&["ebb", "ebb-demo"])?;
     if arguments.story == "malloc" {
-        build_library("ebb-malloc")?;
+        build_malloc()?;
     }
     let out = output_folder("demo")?;
     let runner = start_runner(&assets)?;

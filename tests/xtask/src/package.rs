@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Error, Result};
 
-use crate::cargo::{build, build_library};
+use crate::cargo::{build, build_malloc};
 use crate::image;
 use crate::project::{binary, output_folder, root};
 use crate::setup;
@@ -41,7 +41,7 @@ pub struct Arguments {}
 pub fn run(_: &Arguments) -> Result<u8> {
     let assets = setup::ensure()?;
     build(&PROGRAMS)?;
-    build_library("ebb-malloc")?;
+    build_malloc()?;
     let _ = fs::remove_file(stamp_file()?); // There is none at first.
     ensure(&assets)?;
     let out = output_folder("package")?;

@@ -73,7 +73,11 @@ pub fn environment(assets: &Assets, platform: Platform, out: &Path) -> Vec<(Stri
 
 /// Starts the runner that fits the host, and prints which one.
 pub fn start_runner(assets: &Assets) -> Result<Runner> {
-    let options = Options::for_repository(&root());
+    start_runner_with(assets, &Options::for_repository(&root()))
+}
+
+/// As [`start_runner`]; a nested machine has these options.
+pub fn start_runner_with(assets: &Assets, options: &Options) -> Result<Runner> {
     if Platform::probe()? == Platform::Nested {
         progress(format_args!(
             "no stock Linux guest runs on this host: booting the nested machine \
@@ -81,7 +85,7 @@ pub fn start_runner(assets: &Assets) -> Result<Runner> {
             options.cpus, options.memory_mib
         ));
     }
-    let runner = Runner::start(assets, &options)?;
+    let runner = Runner::start(assets, options)?;
     match &runner {
         Runner::Direct => progress("guests run directly on this host"),
         Runner::Nested(machine) => {

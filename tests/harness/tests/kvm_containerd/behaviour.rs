@@ -4,11 +4,10 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use ebb_cri::v1::{Capability, ContainerConfig, Int64Value, KeyValue};
+use ebb_cri::{Cri, Ended, Pod, Wanted};
 use ebb_harness::error::{Context, Result};
 use ebb_harness::wait::{LONG, until};
-use k8s_cri::v1::{Capability, ContainerConfig, Int64Value, KeyValue};
-
-use crate::cri::{Cri, Ended, Pod, Wanted};
 
 const MIB: i64 = 1 << 20;
 

@@ -2,7 +2,6 @@
 
 mod behaviour;
 mod blocks;
-mod cri;
 mod pods;
 
 use std::fs;

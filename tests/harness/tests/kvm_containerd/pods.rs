@@ -3,13 +3,13 @@
 use std::fs;
 use std::path::Path;
 
+use ebb_cri::{Cri, PARAMETER, Pod, Wanted};
 use ebb_harness::containerd::Containerd;
 use ebb_harness::error::{Context, Result};
 use ebb_harness::network::{fetch, serve_once};
 use ebb_harness::wait::{LONG, until};
 
 use crate::behaviour::{HOLDER, check_restricted, check_shrinking, check_stop};
-use crate::cri::{Cri, PARAMETER, Pod, Wanted};
 use crate::{find, kill};
 
 const MIB: i64 = 1 << 20;

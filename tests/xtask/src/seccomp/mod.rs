@@ -12,7 +12,7 @@ use std::time::Duration;
 use ebb_nested_machine::error::{Context, Result};
 use ebb_nested_machine::session::Command;
 
-use crate::cargo::{TEST_PROGRAMS, build, build_library};
+use crate::cargo::{TEST_PROGRAMS, build, build_malloc};
 use crate::project::{binary, environment, output_folder, start_runner};
 use crate::shell::{progress, show};
 use crate::test::{Binary, test_binaries};
@@ -84,9 +84,8 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 /// Runs the tests with a monitor whose calls are written down, and not forbidden.
 fn record(arguments: &Arguments, out: &Path) -> Result<()> {
     let assets = setup::ensure()?;
-    build(&["ebb"])?;
-    build(&TEST_PROGRAMS)?;
-    build_library("ebb-malloc")?;
+    build(&[&["ebb"], &TEST_PROGRAMS[..]].concat())?;
+    build_malloc()?;
     let wanted = |test: &Binary| match arguments.binaries.as_slice() {
         [] => TESTS.contains(&test.name.as_str()),
         names => names.contains(&test.name),

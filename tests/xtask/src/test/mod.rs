@@ -1,5 +1,6 @@
 //! `cargo xtask test`: checks of the source, host tests, and KVM tests where KVM is.
 
+mod kvm;
 mod report;
 mod tally;
 
@@ -13,18 +14,18 @@ use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Error, Result};
 use ebb_nested_machine::frame::Exit;
 use ebb_nested_machine::platform::Platform;
-use ebb_nested_machine::runner::{Runner, run_here};
+use ebb_nested_machine::runner::run_here;
 use ebb_nested_machine::session;
 use serde_json::Value;
 
 use self::report::Report;
 use crate::cargo::{
-    OPTIMIZED_TESTS, TEST_PROGRAMS, build, build_clients, build_debug_monitor, build_library,
-    cargo, packages,
+    OPTIMIZED_TESTS, TEST_PROGRAMS, build, build_clients, build_debug_monitor, build_malloc, cargo,
+    packages,
 };
-use crate::project::{environment, output_folder, root, start_runner};
+use crate::project::{environment, output_folder, root};
 use crate::shell::{progress, recorded, show, visibly};
-use crate::{package, selftest, setup};
+use crate::{package, setup};
 
 /// How long one test binary may take.
 const TIME_LIMIT: Duration = Duration::from_secs(25 * 60);
@@ -70,11 +71,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         unit_tests(&arguments.filters, printed)
     });
     report.tests("models", models);
-    build(&package::PROGRAMS)?;
-    build(&TEST_PROGRAMS)?;
+    build(&[&package::PROGRAMS[..], &TEST_PROGRAMS].concat())?;
+    build_malloc()?;
     build_debug_monitor(unit_test_packages())?;
     build_clients()?;
-    build_library("ebb-malloc")?;
     if wants_packages(&arguments.filters) {
         report.check("packages", || package::ensure(&assets).map(|()| true));
     }
@@ -86,10 +86,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         assets,
         filters: arguments.filters.clone(),
         out: output_folder("test")?,
+        platform: Platform::probe()?,
     };
-    let platform = Platform::probe()?;
     for binary in host {
-        let command = tests.command(&binary, platform);
+        let command = tests.command(&binary, None);
         report.tests(&format!("{} (host)", binary.name), |printed| {
             run_here(&command, TIME_LIMIT, &mut |stream, bytes| {
                 printed.extend_from_slice(bytes);
@@ -98,18 +98,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
             .map(Exit::success)
         });
     }
-    let (mut runner, mut retried) = (None, Vec::new());
-    if platform == Platform::Nested {
-        report.check("nested machine", || {
-            let machine = runner.insert(tests.start_runner(&mut retried)?);
-            selftest::check(machine)
-        });
-    }
-    for binary in kvm {
-        report.tests(&format!("{} (KVM)", binary.name), |printed| {
-            tests.on_kvm(&binary, &mut runner, printed, &mut retried)
-        });
-    }
+    let retried = kvm::run(&tests, kvm, &mut report)?;
     let passed = report.finish(&root().join("target"), &retried)?;
     Ok(u8::from(!passed))
 }
@@ -212,71 +201,29 @@ fn test_binary(line: &str) -> Option<Binary> {
     })
 }
 
+/// What the test binaries are run with.
 struct Tests {
     assets: Assets,
     filters: Vec<String>,
     out: PathBuf,
+    platform: Platform,
 }
 
 impl Tests {
-    fn command(&self, binary: &Binary, platform: Platform) -> session::Command {
+    /// Runs a binary, at most so many of its tests at a time.
+    fn command(&self, binary: &Binary, threads: Option<usize>) -> session::Command {
         let mut command = session::Command::new([binary.path.to_string_lossy().into_owned()]);
         // A word may mean a binary, all of it.
         if !self.filters.iter().any(|word| binary.name.contains(word)) {
             command.argv.extend(self.filters.iter().cloned());
         }
-        command.env = environment(&self.assets, platform, &self.out);
-        if platform == Platform::Nested {
-            // The machine's CPUs are emulated by usually fewer real ones. The tests of kvm_reporting use a third of
-            // two: they wait for the guest's driver, which reports every 2 s.
-            let threads = if binary.name == "kvm_reporting" { 6 } else { 2 };
+        command.env = environment(&self.assets, self.platform, &self.out);
+        if let Some(threads) = threads {
             let variable = ("RUST_TEST_THREADS".to_owned(), threads.to_string());
             command.env.push(variable);
         }
         command.cwd = Some(binary.folder.clone());
         command
-    }
-
-    /// Starts what KVM tests run on. A nested machine that came up late only is noted in `retried`.
-    fn start_runner(&self, retried: &mut Vec<String>) -> Result<Runner> {
-        let runner = start_runner(&self.assets)?;
-        match runner.boot_retries() {
-            0 => {}
-            retries => retried.push(format!(
-                "boot of the nested machine: ok after {retries} retries"
-            )),
-        }
-        Ok(runner)
-    }
-
-    /// Runs one binary where KVM is, and keeps what it printed and, if it failed, the nested machine's console.
-    fn on_kvm(
-        &self,
-        binary: &Binary,
-        runner: &mut Option<Runner>,
-        printed: &mut Vec<u8>,
-        retried: &mut Vec<String>,
-    ) -> Result<bool> {
-        let running = match runner.take() {
-            Some(running) => running,
-            None => self.start_runner(retried)?,
-        };
-        let command = self.command(binary, running.platform());
-        let result = running.run(&command, TIME_LIMIT, &mut |stream, bytes| {
-            printed.extend_from_slice(bytes);
-            show(stream, bytes);
-        });
-        let log = self.out.join(format!("{}.log", binary.name));
-        std::fs::write(&log, &printed).context(|| format!("write {}", log.display()))?;
-        if !result.as_ref().is_ok_and(|exit| exit.success()) {
-            // There is none where guests run directly.
-            let console = self.out.join(format!("{}.console.log", binary.name));
-            let _ = std::fs::copy(root().join("target/nested/console.log"), console);
-        }
-        // After an error the machine is not trusted: what comes next gets a fresh one.
-        let exit = result?;
-        *runner = Some(running).filter(Runner::is_alive);
-        Ok(exit.success())
     }
 }
 

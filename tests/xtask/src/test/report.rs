@@ -11,7 +11,7 @@ use super::tally::Tally;
 use crate::shell::{Seconds, progress};
 
 /// One step: a check of the source, or programs that ran tests.
-struct Step {
+pub struct Step {
     name: String,
     result: Result<bool>,
     time: Duration,
@@ -19,6 +19,19 @@ struct Step {
 }
 
 impl Step {
+    /// Runs a step that appends to a text what its tests print.
+    pub fn run(name: &str, run: impl FnOnce(&mut Vec<u8>) -> Result<bool>) -> Self {
+        let start = Instant::now();
+        let mut printed = Vec::new();
+        let result = run(&mut printed);
+        Self {
+            name: name.to_owned(),
+            result,
+            time: start.elapsed(),
+            tally: Tally::read(&String::from_utf8_lossy(&printed)),
+        }
+    }
+
     fn word(&self) -> &'static str {
         match self.result {
             Ok(true) => "ok",
@@ -64,18 +77,15 @@ impl Report {
     /// Runs a step that appends to a text what its tests print.
     pub fn tests(&mut self, name: &str, run: impl FnOnce(&mut Vec<u8>) -> Result<bool>) {
         progress(name);
-        let start = Instant::now();
-        let mut printed = Vec::new();
-        let result = run(&mut printed);
-        if let Err(error) = &result {
+        self.add(Step::run(name, run));
+    }
+
+    /// Adds a step that was run, and prints what kept it from its end.
+    pub fn add(&mut self, step: Step) {
+        if let Err(error) = &step.result {
             println!("error: {}", chain(error));
         }
-        self.steps.push(Step {
-            name: name.to_owned(),
-            result,
-            time: start.elapsed(),
-            tally: Tally::read(&String::from_utf8_lossy(&printed)),
-        });
+        self.steps.push(step);
     }
 
     /// Prints the summary and writes it to `test/summary.json` in the folder `target`, with what was `retried` and the

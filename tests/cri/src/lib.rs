@@ -1,4 +1,6 @@
-//! A client of the CRI, by which a kubelet asks for pods.
+//! A client of the CRI, by which a kubelet asks for pods: what the tests of pods drive containerd with.
+//!
+//! Its methods fail with containerd's own words when that refuses or does not answer.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -6,6 +8,7 @@ use std::path::{Path, PathBuf};
 use ebb_harness::containerd::IMAGE;
 use ebb_harness::error::{Context, Error, Result};
 use ebb_harness::wait::{LONG, until};
+pub use k8s_cri::v1;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
@@ -32,13 +35,16 @@ pub struct Cri {
 
 /// A pod that runs.
 pub struct Pod {
+    /// What containerd calls it.
     pub id: String,
     config: PodSandboxConfig,
 }
 
 /// A container to start.
 pub struct Wanted<'a> {
+    /// Its name in the pod.
     pub name: &'a str,
+    /// The program and its arguments.
     pub program: &'a [&'a str],
     /// The limit of its memory in bytes.
     pub limit: i64,
@@ -49,7 +55,9 @@ pub struct Wanted<'a> {
 /// A container that has ended, or not yet.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Ended {
+    /// What its program exited with.
     pub code: i32,
+    /// Why, in one of the CRI's words.
     pub reason: String,
 }
 
