@@ -424,7 +424,8 @@ fn kvm_folder(pid: u32) -> Result<PathBuf> {
         .ok_or_else(|| Error::new(format!("{DEBUGFS} has no machine of process {pid}")))
 }
 
-/// The names of a process's threads, without those that the kernel has for its io_uring: they come and go as it likes.
+/// The names of a process's threads, without the kernel's own among them: those for its io_uring come and go as it likes, and
+/// that for huge pages of its machine is there from the moment that a vCPU first runs.
 ///
 /// # Errors
 /// When the process is gone.
@@ -436,7 +437,7 @@ pub fn threads(pid: u32) -> Result<Vec<String>> {
         // A thread may end at any time.
         names.extend(fs::read_to_string(comm).map(|name| name.trim().to_owned()));
     }
-    names.retain(|name| !name.starts_with("iou-wrk-"));
+    names.retain(|name| !name.starts_with("iou-wrk-") && !name.starts_with("kvm-nx-lpage"));
     Ok(names)
 }
 

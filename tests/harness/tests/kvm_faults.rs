@@ -20,6 +20,7 @@ use std::process::{Command, ExitStatus};
 use std::thread;
 
 use ebb_harness::error::{Context, Result};
+use ebb_harness::host::threads;
 use ebb_harness::idle::signal_to;
 use ebb_harness::inject::{Attached, Call, calls, tracing};
 use ebb_harness::restart::{LAZY_PAGES, Life, Site, setting};
@@ -329,13 +330,13 @@ fn a_full_disk_takes_output_and_log_and_harms_nothing() -> Result<()> {
     starts_again(&site)
 }
 
-/// The monitor's descriptors and threads, by number.
-fn resources(life: &Life) -> Result<(usize, usize)> {
-    let count = |what: &str| -> Result<usize> {
-        let path = format!("/proc/{}/{what}", life.pid());
-        Ok(fs::read_dir(&path).context(&path)?.count())
-    };
-    Ok((count("fd")?, count("task")?))
+/// What the monitor's descriptors are of, and the names of its threads.
+fn resources(life: &Life) -> Result<[Vec<String>; 2]> {
+    let path = format!("/proc/{}/fd", life.pid());
+    let entries = fs::read_dir(&path).context(&path)?.flatten();
+    // One that has been closed meanwhile is of nothing.
+    let of = entries.filter_map(|it| Some(fs::read_link(it.path()).ok()?.display().to_string()));
+    Ok([of.collect(), threads(life.pid())?])
 }
 
 #[test]
@@ -356,10 +357,16 @@ fn clients_that_vanish_leave_nothing_and_delay_nothing() -> Result<()> {
         client.write_all(request.as_bytes()).context("send")?;
     }
     assert!(life.api().is_running(life.pid()));
-    until_often("descriptors and threads are as before", LONG, || {
-        let now = resources(&life)?;
-        Ok((now.0 <= before.0 && now.1 <= before.1).then_some(()))
-    })?;
+    let mut now = before.clone();
+    let gone = until_often("descriptors and threads are as before", LONG, || {
+        now = resources(&life)?;
+        let as_before = now
+            .iter()
+            .zip(&before)
+            .all(|(now, before)| now.len() <= before.len());
+        Ok(as_before.then_some(()))
+    });
+    gone.context(format_args!("{before:?}, now {now:?}"))?;
     life.signal(Signal::TERM);
     assert_eq!(life.wait()?.code(), Some(0), "{}", life.said());
     site.vanished()
