@@ -13,7 +13,9 @@ mod stamp;
 mod system_disk;
 
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use ebb_nested_machine::assets::Assets;
 use ebb_nested_machine::error::{Context, Result};
@@ -85,7 +87,23 @@ fn prepare(refresh: bool) -> Result<Assets> {
     prometheus::ensure(&cache, "promtool")?;
     let release = kernel::ensure(&cache, refresh)?;
     let assets = Assets::locate(&root, &release);
-    root_disk::ensure(&root, &assets.root_disk)?;
+    thread::scope(|scope| {
+        // Packages are unpacked by one processor, most of the time.
+        let disk = scope.spawn(|| root_disk::ensure(&root, &assets.root_disk));
+        let agents = build_agents();
+        disk.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        agents
+    })?;
+    initramfs::write_guest(&assets)?;
+    initramfs::write_pod(&assets)?;
+    other_kernel::ensure(&cache, &assets)?;
+    let size = fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
+    progress(format_args!("guest initramfs: {}", Size(size)));
+    Ok(assets)
+}
+
+/// Builds what runs in guests.
+fn build_agents() -> Result<()> {
     progress("building the agents of guests, pods and the nested machine (static)");
     build_static(
         "ebb-nested-machine",
@@ -93,13 +111,7 @@ fn prepare(refresh: bool) -> Result<Assets> {
         &["--no-default-features"],
     )?;
     build_static("ebb-guest-agent", "ebb-guest", &[])?;
-    build_static("ebb-pod", "ebb-pod-agent", &[])?;
-    initramfs::write_guest(&assets)?;
-    initramfs::write_pod(&assets)?;
-    other_kernel::ensure(&cache, &assets)?;
-    let size = fs::metadata(&assets.guest_initramfs).map_or(0, |meta| meta.len());
-    progress(format_args!("guest initramfs: {}", Size(size)));
-    Ok(assets)
+    build_static("ebb-pod", "ebb-pod-agent", &[])
 }
 
 /// Makes the image of a Debian with `ebb-guest` installed, for tests.
