@@ -1,8 +1,8 @@
 //! Runs the KVM tests where KVM is: on this host one binary after the other, or in nested machines side by side.
 //!
-//! A nested machine's CPUs are emulated. One test keeps about one processor of this host busy, and long ones run last: with a
-//! machine for each of two tests no processor waits for the other's. Tests of two machines cannot disturb each other, but by
-//! the time that they take.
+//! A nested machine's CPUs are emulated: a test keeps about one processor of this host busy. Two tests of one binary at a time
+//! leave a processor idle while the last one ends; two machines with a test each go on with their next binary. What they do to
+//! each other is to take time.
 
 use std::collections::VecDeque;
 use std::path::Path;
