@@ -42,8 +42,8 @@ pub fn build(binaries: &[&str]) -> Result<()> {
     must(command)
 }
 
-/// Builds `libebb_malloc.so`, which programs preload, with optimization; and every other library, as cargo has no word for
-/// one of them.
+/// Builds `libebb_malloc.so`, which programs preload, with optimization, and the libraries of all other packages: cargo cannot
+/// be told to build one library and to take the features of all packages into account.
 pub fn build_malloc() -> Result<()> {
     progress("building ebb-malloc (release)");
     let mut command = optimized();

@@ -25,7 +25,7 @@ pub fn ensure(cache: &Path) -> Result<PathBuf> {
     let words = [
         "install",
         "--quiet",
-        // Its own profile for that compresses as fast, and is built sooner.
+        // Built sooner; what compresses is optimized in its profile for that, too.
         "--debug",
         "--locked",
         "--force",

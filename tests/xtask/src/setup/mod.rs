@@ -88,7 +88,7 @@ fn prepare(refresh: bool) -> Result<Assets> {
     let release = kernel::ensure(&cache, refresh)?;
     let assets = Assets::locate(&root, &release);
     thread::scope(|scope| {
-        // Packages are unpacked by one processor, most of the time.
+        // Unpacking packages keeps about one processor busy, and downloads none.
         let disk = scope.spawn(|| root_disk::ensure(&root, &assets.root_disk));
         let agents = build_agents();
         disk.join().unwrap_or_else(|panic| resume_unwind(panic))?;

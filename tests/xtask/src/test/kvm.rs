@@ -1,8 +1,8 @@
 //! Runs the KVM tests where KVM is: on this host one binary after the other, or in nested machines side by side.
 //!
 //! A nested machine's CPUs are emulated: a test keeps about one processor of this host busy. Two tests of one binary at a time
-//! leave a processor idle while the last one ends; two machines with a test each go on with their next binary. What they do to
-//! each other is to take time.
+//! leave a processor idle while the last one ends; two machines with a test each go on with their next binary. The machines
+//! share nothing but the host's processors and memory, and the files that they read.
 
 use std::collections::VecDeque;
 use std::path::Path;
